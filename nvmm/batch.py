@@ -1,0 +1,158 @@
+"""The one contract between data, models and objectives.
+
+`Sample` is one training example after decoding, tiling and templating. `Batch` is one micro-batch:
+padded rows (b >= 1), or one packed row (b = 1) whose segments `cu_seqlens` delimits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a position that takes no part in the loss."""
+
+
+@dataclass(frozen=True)
+class SampleMedia:
+    """The media of one kind (e.g. "image") in one sample, in order of appearance.
+
+    values: uint8 [n, 3, height, width], one row per tile.
+    positions: int64 [n], index in the sample's tokens of each tile's first placeholder.
+    items: int64 [n], which image of the sample the tile belongs to (0-based).
+    tiles: int64 [n], place of the tile in its image: 1..k row-major, 0 for the thumbnail.
+    placeholder_id: token id that stands for one media feature.
+    tokens_per_item: number of consecutive placeholders each tile occupies.
+    """
+
+    values: Tensor
+    positions: Tensor
+    items: Tensor
+    tiles: Tensor
+    placeholder_id: int
+    tokens_per_item: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example, placeholders expanded, not yet shifted.
+
+    tokens: int64 [n].
+    loss_mask: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
+    media: kind -> SampleMedia.
+    sample_id: index of the sample in its dataset; `source` names shard and key for messages.
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor
+    media: dict[str, SampleMedia]
+    sample_id: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Media:
+    """The media of one kind in one micro-batch.
+
+    values: uint8 [n, 3, height, width].
+    rows: int64 [n], the row of `Batch.tokens` that holds the placeholders.
+    positions: int64 [n], the column of the first placeholder.
+    samples: int64 [n], index into `Batch.sample_ids`.
+    items, tiles, placeholder_id, tokens_per_item: as in SampleMedia.
+    """
+
+    values: Tensor
+    rows: Tensor
+    positions: Tensor
+    samples: Tensor
+    items: Tensor
+    tiles: Tensor
+    placeholder_id: int
+    tokens_per_item: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    tokens: int64 [b, s].
+    labels: int64 [b, s]; labels[:, t] is the token after t, IGNORE_INDEX where unsupervised.
+    loss_mask: float32 [b, s]; weight of the label at t, 0 exactly where labels is IGNORE_INDEX.
+    position_ids: int64 [b, s]; restarts at 0 in every row and packed segment.
+    lengths: int32 [b], or [num_segments] of a packed row; valid tokens of each row or segment.
+        Both are padded on the right; a segment of padding has length 0.
+    sample_ids: int64 [num_samples].
+    cu_seqlens: int32 [num_segments + 1] over the packed row, or None for padded rows.
+        The last entry equals s: padding of a packed row is a segment of its own.
+    media: kind -> Media.
+    extras: tensors owned by one objective.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    lengths: Tensor
+    sample_ids: Tensor
+    cu_seqlens: Tensor | None = None
+    media: dict[str, Media] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        b, s = self.tokens.shape
+        for name in ("labels", "loss_mask", "position_ids"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != (b, s):
+                raise ValueError(f"Batch.{name} has shape {shape}, expected {(b, s)} as tokens")
+        if self.cu_seqlens is not None:
+            if b != 1:
+                raise ValueError(f"a packed batch has one row, got {b}")
+            if self.cu_seqlens.dim() != 1 or self.cu_seqlens.numel() < 2:
+                raise ValueError("Batch.cu_seqlens must be [num_segments + 1]")
+        sequences = b if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+        if tuple(self.lengths.shape) != (sequences,):
+            raise ValueError(
+                f"Batch.lengths has shape {tuple(self.lengths.shape)}, expected {(sequences,)}:"
+                " one for each row, or each segment of a packed row"
+            )
+
+    @property
+    def max_seqlen(self) -> int:
+        """Longest packed segment, or the padded length."""
+        if self.cu_seqlens is None:
+            return int(self.tokens.shape[1])
+        return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of supervised label positions."""
+        return int((self.loss_mask != 0).sum())
+
+    def replace(self, **changes: object) -> Batch:
+        """A copy with some fields exchanged."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply `function` to every tensor (e.g. a move to a device)."""
+        return _map(self, function)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move every tensor to `device`."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+
+def _map(value, function):  # type: ignore[no-untyped-def]
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = {
+            f.name: _map(getattr(value, f.name), function) for f in dataclasses.fields(value)
+        }
+        return dataclasses.replace(value, **changes)
+    return value

@@ -1,0 +1,146 @@
+"""What conversions read and write: Hugging Face folders and checkpoints of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvmm.checkpoint import find, read_state
+from nvmm.convert.checkpoint import DistributedSource, write_distributed
+from nvmm.convert.families import FORMATS, detect, read_config
+from nvmm.convert.huggingface import SafetensorsSource
+from nvmm.convert.progress import Progress
+from nvmm.convert.table import Source, ToOurs
+from nvmm.metadata import read_metadata
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS = ("language", "vision")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder: its format, config.json with what shapes add to it, and tensors."""
+
+    path: Path
+    format: str
+    config: dict[str, Any]
+    source: SafetensorsSource
+
+    def model(self) -> dict[str, Any]:
+        """Our model config of it."""
+        try:
+            return FORMATS[self.format].to_model(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+    def to_ours(self, model: Mapping[str, Any]) -> ToOurs:
+        """Its tensors under our names."""
+        try:
+            converted = ToOurs(self.source, FORMATS[self.format].table(model, self.config))
+            converted.check_tied()
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+        return converted
+
+
+def open_folder(path: Path, format_name: str | None = None) -> Folder:
+    """Read a folder's config.json and headers; no tensor is loaded."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    config = read_config(path)
+    format_name = format_name or detect(config, path)
+    source = SafetensorsSource(path)
+    config = FORMATS[format_name].complete(config, source.spec)
+    return Folder(path, format_name, config, source)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of ours: its folder, saved state and weights."""
+
+    path: Path
+    state: dict[str, Any]
+    source: DistributedSource
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The config of its model. Raises ValueError when the checkpoint has none."""
+        config = (self.state.get("config") or {}).get("model")
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.path} has no model config in its state.json")
+        return config
+
+    def record(self) -> dict[str, Any]:
+        """Step, layout it was saved at, whether it can be resumed, and the model's config."""
+        saved = json.loads((self.path / "state.json").read_text())
+        return {
+            "step": saved["step"],
+            "layout": saved["layout"],
+            "optimizer": saved["optimizer"],
+            "config": self.model,
+        }
+
+
+def open_checkpoint(name: Path) -> Saved:
+    """Read a checkpoint's screened index; no tensor is loaded. Optimizer state is left out."""
+    path = find(name)
+    metadata = read_metadata(path)
+    names = [
+        n for n in metadata.state_dict_metadata if n != "rng" and not n.startswith("optimizer.")
+    ]
+    return Saved(path, read_state(path), DistributedSource(path, metadata, names))
+
+
+class Part:
+    """The tensors of a source whose names begin with a prefix, without it."""
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.source = source
+        self.prefix = prefix
+        self.spec = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in source.spec.items()
+            if name.startswith(prefix)
+        }
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Blocks of the tensor."""
+        yield from self.source.blocks(self.prefix + name)
+
+
+class Named:
+    """A source with a prefix before its names."""
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.source = source
+        self.prefix = prefix
+        self.spec = {prefix + name: tensor for name, tensor in source.spec.items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Blocks of the tensor."""
+        yield from self.source.blocks(name.removeprefix(self.prefix))
+
+
+def write_weights(folder: Path, source: Source, label: str, workers: int) -> None:
+    """Write a source as the weights of a checkpoint, with a line that says how far it is."""
+    progress = Progress(sum(tensor.nbytes for tensor in source.spec.values()), label)
+    write_distributed(folder, source, workers=workers, progress=progress)
+    progress.close()
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write what makes weights a checkpoint: `read_state` gives `state` back."""
+    layout = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context"), 1)
+    # No optimizer: this is what Checkpoint.load refuses to resume from.
+    record = {"step": 0, "layout": layout, "optimizer": None, "state": state, "number": 1}
+    with (folder / "state.json").open("w") as stream:
+        json.dump(record, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -1,0 +1,165 @@
+"""Whether two models are the same: tensor by tensor through the mapping, then by their logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvmm.conversion.sides import Folder, Saved, open_checkpoint, open_folder
+from nvmm.convert.table import Source, read
+
+_CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
+"""Formats of language models that Transformers has a class for."""
+
+
+def open_side(path: Path) -> Folder | Saved:
+    """A Hugging Face folder, or a checkpoint of ours."""
+    if (path / "config.json").is_file():
+        return open_folder(path)
+    return open_checkpoint(path)
+
+
+def compare_tensors(a: Folder | Saved, b: Folder | Saved) -> dict[str, Any]:
+    """Compare two models under our names, in fp32 where their dtypes differ.
+
+    Returns {"tensors": how many both have, "equal": how many are bit-equal, "only_in_a",
+    "only_in_b", "different": name -> largest absolute difference}.
+    """
+    first, second = _sources(a, b)
+    both = [name for name in first.spec if name in second.spec]
+    different: dict[str, Any] = {}
+    for name in both:
+        mine, other = read(first, name), read(second, name)
+        if mine.shape != other.shape:
+            different[name] = f"shapes {list(mine.shape)} and {list(other.shape)}"
+        elif mine.dtype != other.dtype or not torch.equal(mine, other):
+            gap = float((mine.float() - other.float()).abs().max())
+            if gap or mine.dtype == other.dtype:
+                different[name] = gap
+    return {
+        "tensors": len(both),
+        "equal": len(both) - len(different),
+        "only_in_a": [name for name in first.spec if name not in second.spec],
+        "only_in_b": [name for name in second.spec if name not in first.spec],
+        "different": different,
+    }
+
+
+def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Logits [b, s, vocabulary] of two models on the same tokens, over the vocabulary both have.
+
+    KL is of a's distribution from b's, in nats, the mean over positions.
+    """
+    width = min(a.shape[-1], b.shape[-1])
+    a, b = a[..., :width].double(), b[..., :width].double()
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    gap = (a - b).abs()
+    return {
+        "max_difference": float(gap.max()),
+        "mean_difference": float(gap.mean()),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+    }
+
+
+def logits(
+    side: Folder | Saved, tokens: Tensor, constructor: Callable[[Any], Any]
+) -> Tensor | None:
+    """fp32 logits of a language model; None where neither we nor Transformers run it on text.
+
+    A folder's are Transformers' own, from the class it has for the format; a checkpoint's are
+    ours. constructor: makes the model's partial of a checkpoint's (trusted) model config.
+    """
+    if isinstance(side, Folder):
+        return _transformers_logits(side, tokens) if side.format in _CLASSES else None
+    return _our_logits(side, tokens, constructor) if "language" not in side.model else None
+
+
+def _transformers_logits(folder: Folder, tokens: Tensor) -> Tensor:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: Any = {"local_files_only": True, "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(folder.path, **options)
+    config.dtype = "float32"
+    # Not from_pretrained: with our CPU layer installed it leaves RoPE's frequencies unset.
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float().eval()
+    state = {name: read(folder.source, name).float() for name in folder.source.spec}
+    result = model.load_state_dict(state, strict=False)
+    untied = [n for n in result.missing_keys if n != "lm_head.weight"]
+    if untied or (result.missing_keys and not config.tie_word_embeddings):
+        raise ValueError(f"{folder.path} lacks {', '.join(result.missing_keys)}")
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def _our_logits(saved: Saved, tokens: Tensor, constructor: Callable[[Any], Any]) -> Tensor:
+    from nvmm.batch import IGNORE_INDEX, Batch
+    from nvmm.checkpoint import load_weights
+    from nvmm.parallel.setup import Parallel, Precision, prepare_backend, shutdown
+
+    prepare_backend()
+    from megatron.core import parallel_state
+
+    alone = not parallel_state.model_parallel_is_initialized()
+    if alone:
+        Parallel().initialize(seed=0, rank=0, world_size=1)
+    try:
+        [chunk] = Parallel().chunks(Precision())
+        model = constructor(saved.model)(chunk=chunk).eval()
+        load_weights(saved.path, [model])
+        count, length = tokens.shape
+        batch = Batch(
+            tokens=tokens,
+            labels=torch.full_like(tokens, IGNORE_INDEX),
+            loss_mask=torch.zeros(tokens.shape),
+            position_ids=torch.arange(length).expand_as(tokens),
+            lengths=torch.full((count,), length, dtype=torch.int32),
+            sample_ids=torch.arange(count),
+        )
+        with torch.no_grad():
+            return model(batch, output="logits")
+    finally:
+        if alone:
+            shutdown()
+
+
+def inspect(side: Folder | Saved) -> dict[str, Any]:
+    """What a model is, without loading tensors.
+
+    digest: of names, shapes and dtypes, and of the checksums where a checkpoint has them.
+    """
+    spec = side.source.spec
+    content = "\n".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in sorted(spec.items()))
+    about: dict[str, Any] = {"path": str(side.path)}
+    if isinstance(side, Folder):
+        about |= {"format": side.format, "config": side.config}
+    else:
+        about |= side.record()
+        weights = side.path / "weights.json"
+        content += weights.read_text() if weights.is_file() else ""
+    return about | {
+        "parameters": sum(tensor.numel() for tensor in spec.values()),
+        "bytes": sum(tensor.nbytes for tensor in spec.values()),
+        "digest": hashlib.sha256(content.encode()).hexdigest(),
+        "tensors": {
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in spec.items()
+        },
+    }
+
+
+def _sources(a: Folder | Saved, b: Folder | Saved) -> tuple[Source, Source]:
+    """Both under our names; a folder takes the model config of a checkpoint it is compared with."""
+    saved = [side for side in (a, b) if isinstance(side, Saved)]
+    converted: list[Source] = [
+        side.to_ours(saved[0].model if saved else side.model())
+        if isinstance(side, Folder)
+        else side.source
+        for side in (a, b)
+    ]
+    return converted[0], converted[1]

@@ -1,0 +1,153 @@
+"""Our model configs against Hugging Face's: reading fields, defaults, and what counts as equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_GET_METHOD = "hydra.utils.get_method"
+SILU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.silu"}
+GELU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.gelu"}
+GELU_TANH = {"_target_": "torch.nn.functional.gelu", "_partial_": True, "approximate": "tanh"}
+QUICK_GELU = {"_target_": "megatron.core.activations.quick_gelu", "_partial_": True}
+SQUARED_RELU = {"_target_": "megatron.core.activations.squared_relu", "_partial_": True}
+_TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+_VOCABULARY_MULTIPLE = 128
+
+_TRANSFORMER_DEFAULTS = {
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-5,
+    "layernorm_zero_centered_gamma": False,
+    "gated_linear_unit": False,
+    "activation_func": GELU,
+    "add_bias_linear": True,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+}
+_LANGUAGE_DEFAULTS = {
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "seq_len_interpolation_factor": None,
+    "share_embeddings_and_output_weights": False,
+}
+_VISION_DEFAULTS = {
+    "class_token": True,
+    "patch_bias": True,
+    "pre_layernorm": False,
+    "post_layernorm": False,
+    "qk_norm": None,
+    "layer_scale": None,
+    "drop_class_token": True,
+}
+_CONNECTOR_DEFAULTS = {
+    "downsample": 2,
+    "hidden_size": None,
+    "layernorm": True,
+    "layernorm_epsilon": 1e-6,
+    "bias": False,
+    "activation_func": GELU,
+}
+_FREE = frozenset(
+    {
+        "attention_dropout",
+        "hidden_dropout",
+        "init_method_std",
+        "vocab_size",
+        "padded_vocab_size",
+        "max_sequence_length",
+        "image_mean",
+        "image_std",
+    }
+)
+"""Keys that may differ between a derived and a given config: how it is trained, preprocessing, and
+the vocabulary, whose rows the table checks."""
+
+
+def need(hf: Mapping[str, Any], key: str) -> Any:
+    """A field of a config.json. Raises ValueError when it is not there."""
+    if hf.get(key) is None:
+        raise ValueError(f"config.json has no {key}")
+    return hf[key]
+
+
+def only(hf: Mapping[str, Any], key: str, *allowed: Any) -> Any:
+    """A field that we support with some values alone; the first is the default.
+
+    Raises ValueError naming the field, its value and those.
+    """
+    value = hf.get(key, allowed[0])
+    if value not in allowed:
+        choices = " or ".join(map(repr, allowed))
+        raise ValueError(f"config.json: {key}={value!r} is not supported; it must be {choices}")
+    return value
+
+
+def transformer(**fields: Any) -> dict[str, Any]:
+    """A YAML's partial of TransformerConfig."""
+    dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return {"_target_": _TRANSFORMER, "_partial_": True, **fields, **dropout}
+
+
+def padded(vocab_size: int) -> int:
+    """Rows of our embedding for a vocabulary: the next multiple of 128."""
+    return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+def integral(number: float) -> float:
+    """5e5 as 500000, as a YAML has it."""
+    return int(number) if float(number).is_integer() else number
+
+
+def whole(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model config with the constructors' defaults where it says nothing."""
+    parts = {name: whole(model[name]) for name in ("language", "vision") if name in model}
+    if parts:
+        connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
+        return {**model, **parts, "connector": connector}
+    given = dict(model["transformer"])
+    heads = given["num_attention_heads"]
+    filled = {
+        **_TRANSFORMER_DEFAULTS,
+        "ffn_hidden_size": 4 * given["hidden_size"],
+        **given,
+        "num_query_groups": given.get("num_query_groups") or heads,
+        "kv_channels": given.get("kv_channels") or given["hidden_size"] // heads,
+    }
+    is_vision = "patch_size" in model
+    if not is_vision:
+        # mcore gives QKV a bias where either says so; the encoder asks add_qkv_bias alone.
+        filled["add_qkv_bias"] = filled["add_qkv_bias"] or filled["add_bias_linear"]
+    defaults = _VISION_DEFAULTS if is_vision else _LANGUAGE_DEFAULTS
+    return {**defaults, **model, "transformer": filled}
+
+
+def mismatches(
+    derived: Mapping[str, Any], given: Mapping[str, Any], here: str, there: str
+) -> list[str]:
+    """The keys in which two model configs describe another graph, with both values."""
+    return [
+        f"model.{key}={mine!r} in {here}, {other!r} in {there}"
+        for key, mine, other in _differences("", _compared(derived), _compared(given))
+    ]
+
+
+def _compared(model: Mapping[str, Any]) -> dict[str, Any]:
+    model = whole(model)
+    for part in [model, *(model[name] for name in ("language", "vision") if name in model)]:
+        if part.get("rope_scaling") is False:
+            part["rope_scaling_factor"] = None
+        if part.get("layer_scale") is not None:
+            part["layer_scale"] = True
+    return model
+
+
+def _differences(key: str, first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for name in sorted(first.keys() | second.keys()):
+            if name not in _FREE:
+                path = f"{key}.{name}" if key else name
+                yield from _differences(path, first.get(name), second.get(name))
+    elif first != second:
+        yield key, first, second

@@ -1,0 +1,226 @@
+"""Sources of tensors, and tables applied to them, with every key accounted for beforehand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nvmm.convert.mapping import Row, Tied
+
+
+class Source(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def spec(self) -> Mapping[str, Tensor]:
+        """Name -> meta tensor (shape and dtype)."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor as consecutive blocks of its first axis."""
+        ...
+
+
+def read(source: Source, name: str) -> Tensor:
+    """One whole tensor of a source."""
+    blocks = list(source.blocks(name))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+class _Lazy(Sequence[Tensor]):
+    """Tensors of a source, each read when it is asked for."""
+
+    def __init__(self, names: Sequence[str], get: Callable[[str], Tensor]) -> None:
+        self.names = names
+        self.get = get
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.get(self.names[index])
+
+
+class ToOurs:
+    """A foreign source under our names.
+
+    Raises ValueError listing every key that is unmapped, missing, named by two rows, or whose
+    shape does not fit its mapping.
+    """
+
+    def __init__(self, source: Source, rows: Sequence[Row]) -> None:
+        self.source = source
+        self.rows = {row.ours: row for row in rows if row.ours is not None}
+        self.dropped = [
+            name for row in rows if row.ours is None for name in row.theirs if name in source.spec
+        ]
+        self.tied = [
+            (row.theirs[0], row.mapping.source)
+            for row in rows
+            if isinstance(row.mapping, Tied) and row.theirs[0] in source.spec
+        ]
+        required = [name for row in rows if row.ours is not None for name in row.theirs]
+        optional = [name for row in rows if row.ours is None for name in row.theirs]
+        problems = _repeated(rows)
+        problems += _missing(required, source.spec, "missing")
+        problems += _missing(source.spec, {*required, *optional}, "unmapped")
+        self.spec: dict[str, Tensor] = {}
+        for name, row in self.rows.items():
+            if not all(key in source.spec for key in row.theirs):
+                continue
+            try:
+                whole = torch.cat(list(row.mapping.to_ours([source.spec[k] for k in row.theirs])))
+            except (ValueError, RuntimeError, IndexError) as error:
+                problems.append(f"wrong shape: {', '.join(row.theirs)}: {error}")
+                continue
+            self.spec[name] = whole
+        _refuse(problems)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Read what our tensor is made of, as far as the mapping asks for it at a time."""
+        row = self.rows[name]
+        try:
+            yield from row.mapping.to_ours(_Lazy(row.theirs, lambda key: read(self.source, key)))
+        except ValueError as error:
+            raise ValueError(f"{', '.join(row.theirs)}: {error}") from error
+
+    def check_tied(self) -> None:
+        """Compare the copies of tied tensors; raises ValueError naming those that differ."""
+        different = [
+            f"{copy} differs from {original}, which the config says it is tied to"
+            for copy, original in self.tied
+            if not torch.equal(read(self.source, copy), read(self.source, original))
+        ]
+        _refuse(different)
+
+
+class ToTheirs:
+    """A source under our names in a foreign layout.
+
+    Raises ValueError as ToOurs does. Their tensors that come from one of ours follow each other in
+    `spec`, and reading them in that order reads ours once.
+    """
+
+    def __init__(self, source: Source, rows: Sequence[Row]) -> None:
+        rows = [row for row in rows if row.ours is not None]
+        self.source = source
+        self.places = {name: (row, i) for row in rows for i, name in enumerate(row.theirs)}
+        self._last: tuple[str | None, list[Tensor]] = (None, [])
+        ours = [row.ours for row in rows if row.ours is not None]
+        problems = _repeated(rows)
+        problems += _missing(ours, source.spec, "missing")
+        problems += _missing(source.spec, set(ours), "unmapped")
+        self.spec: dict[str, Tensor] = {}
+        for row in rows:
+            if row.ours is None or row.ours not in source.spec:
+                continue
+            tensor = source.spec[row.ours]
+            try:
+                parts = row.mapping.to_theirs(tensor)
+                back = torch.cat(list(row.mapping.to_ours(parts)))
+                if back.shape != tensor.shape:
+                    raise ValueError(f"{list(tensor.shape)} does not come back")
+            except (ValueError, RuntimeError, IndexError) as error:
+                problems.append(f"wrong shape: {row.ours}: {error}")
+                continue
+            self.spec |= dict(zip(row.theirs, parts, strict=True))
+        _refuse(problems)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One tensor of theirs."""
+        row, index = self.places[name]
+        assert row.ours is not None
+        if self._last[0] != row.ours:
+            self._last = (None, [])
+            self._last = (row.ours, row.mapping.to_theirs(read(self.source, row.ours)))
+        yield self._last[1][index]
+
+
+class Cast:
+    """A source with its floating-point tensors in another dtype (None: as they are)."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.spec = {name: self._cast(tensor) for name, tensor in source.spec.items()}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.dtype)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The cast blocks."""
+        for block in self.source.blocks(name):
+            yield self._cast(block)
+
+
+class Merged:
+    """Several sources with different names as one."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.homes = {name: source for source in sources for name in source.spec}
+        self.spec = {name: source.spec[name] for name, source in self.homes.items()}
+        names = [name for source in sources for name in source.spec]
+        _refuse([f"given twice: {name}" for name, count in Counter(names).items() if count > 1])
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The blocks of the source that has the name."""
+        yield from self.homes[name].blocks(name)
+
+
+class Average:
+    """The mean of the same tensors of several sources, taken in fp32.
+
+    Raises ValueError listing the names and shapes in which they differ.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        first = sources[0].spec
+        for number, source in enumerate(sources[1:], 2):
+            compare_shapes(source.spec, first, f"source {number}", "source 1")
+        self.sources = sources
+        self.spec = first
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One block: the mean, in the first source's dtype."""
+        total: Tensor | None = None
+        for source in self.sources:
+            value = read(source, name)
+            total = value.float() if total is None else total.add_(value)
+        assert total is not None
+        yield total.div_(len(self.sources)).to(self.spec[name].dtype)
+
+
+def compare_shapes(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], here: str, there: str
+) -> None:
+    """Raise ValueError listing every name and shape in which two specs differ."""
+    problems = [f"only in {here}: {name}" for name in given if name not in wanted]
+    problems += [f"only in {there}: {name}" for name in wanted if name not in given]
+    problems += [
+        f"{name} is {list(given[name].shape)} in {here}, {list(wanted[name].shape)} in {there}"
+        for name in given
+        if name in wanted and given[name].shape != wanted[name].shape
+    ]
+    _refuse(problems)
+
+
+def _repeated(rows: Sequence[Row]) -> list[str]:
+    ours = [row.ours for row in rows if row.ours is not None]
+    theirs = [name for row in rows for name in row.theirs]
+    counts = Counter(ours), Counter(theirs)
+    return [f"written twice: {n}" for count in counts for n, times in count.items() if times > 1]
+
+
+def _missing(names: Sequence[str] | Mapping[str, Tensor], known: object, word: str) -> list[str]:
+    return [f"{word}: {name}" for name in names if name not in known]  # type: ignore[operator]
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError(f"{len(problems)} keys do not fit:\n  " + "\n  ".join(problems))

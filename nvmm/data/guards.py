@@ -1,0 +1,52 @@
+"""Samples that must not be trained on, refused by shard and key whatever builder made them.
+
+The label shift has its own guard in `nvmm.data.collate`, where it happens.
+"""
+
+from __future__ import annotations
+
+from nvmm.batch import Sample, SampleMedia
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise ValueError, naming shard, key and number, for a sample that would train wrongly.
+
+    That is one without a supervised token, with another number of placeholders than its media have
+    features, with a media span cut by the sample's end, or with text inside a span.
+    """
+    where = f"{sample.source} (sample {sample.sample_id})"
+    size = len(sample.tokens)
+    if len(sample.loss_mask) != size:
+        raise ValueError(
+            f"{where}: {len(sample.loss_mask)} weights in the loss mask for {size} tokens"
+        )
+    # The first token follows nothing: its weight never meets a label.
+    if not bool((sample.loss_mask[1:] != 0).any()):
+        raise ValueError(
+            f"{where}: no supervised token; its answer is empty, cut off or not an assistant turn"
+        )
+    for kind, media in sample.media.items():
+        _check_media(sample, kind, media, where)
+
+
+def _check_media(sample: Sample, kind: str, media: SampleMedia, where: str) -> None:
+    size, length = len(sample.tokens), media.tokens_per_item
+    ends = media.positions + length
+    if len(media.positions) and int(ends.max()) > size:
+        raise ValueError(
+            f"{where}: truncated media span: {kind} placeholders {int(ends.max()) - length}"
+            f"..{int(ends.max()) - 1}, the sample ends after {size} tokens"
+        )
+    placeholders = sample.tokens == media.placeholder_id
+    found, features = int(placeholders.sum()), len(media.values) * length
+    if found != features:
+        raise ValueError(
+            f"{where}: {found} placeholders (id {media.placeholder_id}) for {features} {kind}"
+            f" features ({len(media.values)} tiles x {length})"
+        )
+    for tile, start in enumerate(media.positions.tolist()):
+        if not bool(placeholders[start : start + length].all()):
+            raise ValueError(
+                f"{where}: {kind} tile {tile} has other tokens among its placeholders"
+                f" {start}..{start + length - 1}"
+            )

@@ -1,0 +1,45 @@
+"""Average normalised Levenshtein similarity: DocVQA, InfographicVQA, ST-VQA.
+
+Biten et al. 2019, "Scene Text Visual Question Answering", section 4.1 (arXiv:1905.13648); details
+as the evaluation script of the Robust Reading Competition (rrc.cvc.uab.es, task DocVQA) has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def anls(*, prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+    """Best similarity of the prediction to any answer, 0 where it is below the threshold.
+
+    similarity = 1 - edit distance / longer length, on lower-case text with white space tidied. A
+    similarity of exactly `threshold` counts, as in the competition's script (the paper's formula
+    has it 0). The benchmark's ANLS is the mean over questions.
+    """
+    if not answers:
+        return 0.0
+    guess = _tidy(prediction)
+    best = max(_similarity(guess, _tidy(answer)) for answer in answers)
+    return best if best >= threshold else 0.0
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Least number of insertions, deletions and substitutions that turn `a` into `b`."""
+    if len(a) < len(b):
+        a, b = b, a
+    above = list(range(len(b) + 1))
+    for i, char in enumerate(a, start=1):
+        row = [i]
+        for j, other in enumerate(b, start=1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (char != other)))
+        above = row
+    return above[-1]
+
+
+def _similarity(a: str, b: str) -> float:
+    longest = max(len(a), len(b))
+    return 1.0 - levenshtein(a, b) / longest if longest else 1.0
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.lower().split())

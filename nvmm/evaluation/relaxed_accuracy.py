@@ -1,0 +1,35 @@
+"""Relaxed accuracy: ChartQA and PlotQA.
+
+Masry et al. 2022, "ChartQA", section 5.1 (arXiv:2203.10244), after Methani et al. 2020: a number
+may be off by 5 %, anything else must match. Parsing follows pix2struct's metrics, which published
+results use: "12%" is 0.12, thousands separators and units make a text of a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def relaxed_accuracy(*, prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
+    """1.0 if the prediction is right for any answer, else 0.0.
+
+    Two numbers agree when |prediction - answer| <= tolerance * |answer|. An answer of 0, or a side
+    that is no number, is compared as text, ignoring case and outer white space.
+    """
+    return float(any(_agree(prediction.strip(), a.strip(), tolerance) for a in answers))
+
+
+def _agree(prediction: str, answer: str, tolerance: float) -> bool:
+    guess, truth = _number(prediction), _number(answer)
+    if guess is not None and truth:
+        return abs(guess - truth) <= tolerance * abs(truth)
+    return prediction.lower() == answer.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

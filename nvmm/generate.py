@@ -1,0 +1,79 @@
+"""Answer one prompt: `python -m nvmm.generate checkpoint=DIR image=FILE prompt=TEXT`.
+
+Alone or under torchrun, at any tensor and pipeline parallel size; rank 0 prints the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nvmm import entry
+from nvmm.evaluate import argument, refusals, restore
+
+_QUOTES = ("'", '"')
+
+
+def main() -> None:
+    """Compose, check, answer. Exits with entry.BAD_CONFIG when the config is refused."""
+    sys.argv[1:] = [quoted(argument(text)) for text in sys.argv[1:]]
+    job = entry.load("generate")
+    if job is None:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(generate)(job)
+
+
+def generate(job: entry.Job) -> str:
+    """Answer the job's prompt on all ranks; returns the text."""
+    from nvmm.parallel import setup
+
+    config = job.config
+    system = {} if config["system"] is None else {"template": {"system": config["system"]}}
+    with refusals("generate"):
+        restored = restore(config, system)
+        prompt = restored.builder.prompt(members(config["prompt"], config["image"]))
+        [text] = restored.texts([prompt], config["max_new_tokens"], config)
+    if entry.rank() == 0:
+        print(text)
+    setup.shutdown()
+    return text
+
+
+def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes | str]:
+    """The prompt and its pictures as members of a shard's sample.
+
+    Raises ValueError for a picture that cannot be read.
+    """
+    paths = [images] if isinstance(images, str) else list(images or [])
+    found: dict[str, bytes | str] = {
+        "__url__": "prompt",
+        "__key__": "",
+        "json": json.dumps({"question": prompt}).encode(),
+    }
+    for number, path in enumerate(paths):
+        try:
+            # The builder looks at the content, not at the extension.
+            found[f"{number}.png"] = Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise ValueError(f"image={path} cannot be read ({error.strerror})") from error
+    return found
+
+
+def quoted(text: str) -> str:
+    """`prompt=` and `system=` in the quotes that Hydra's grammar wants around , : and the like."""
+    key, equals, value = text.partition("=")
+    if key not in ("prompt", "system") or not equals or value[:1] in _QUOTES or value == "null":
+        return text
+    # Hydra reads backslashes as escapes before a quote and nowhere else.
+    escaped = re.sub(r"(\\*)'", lambda match: f"{match[1] * 2}\\'", value)
+    escaped = re.sub(r"\\+$", lambda match: match[0] * 2, escaped)
+    return f"{key}='{escaped}'"
+
+
+if __name__ == "__main__":
+    main()

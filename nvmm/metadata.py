@@ -1,0 +1,144 @@
+"""Reads a checkpoint's index without running anything that is in it.
+
+torch's distributed checkpoints keep their index, `.metadata`, as a plain pickle: whoever wrote the
+directory decides what runs when torch opens it. Before megatron-core or torch see a directory,
+`read_metadata` reads it with an unpickler that builds nothing but the index's own classes.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Set
+from pathlib import Path
+from typing import IO, Any
+
+_DCP = "torch.distributed.checkpoint."
+_INDEX_CLASSES = frozenset(
+    {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        (_DCP + "filesystem", "_StorageInfo"),
+        (_DCP + "metadata", "BytesStorageMetadata"),
+        (_DCP + "metadata", "ChunkStorageMetadata"),
+        (_DCP + "metadata", "Metadata"),
+        (_DCP + "metadata", "MetadataIndex"),
+        (_DCP + "metadata", "StorageMeta"),
+        (_DCP + "metadata", "TensorProperties"),
+        (_DCP + "metadata", "TensorStorageMetadata"),
+        (_DCP + "metadata", "_MEM_FORMAT_ENCODING"),
+        (_DCP + "planner", "SavePlan"),
+        (_DCP + "planner", "TensorWriteData"),
+        (_DCP + "planner", "WriteItem"),
+        (_DCP + "planner", "WriteItemType"),
+        *(
+            ("torch", name)
+            for name in (
+                *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+                *("int64", "int32", "int16", "int8", "uint8", "bool"),
+            )
+        ),
+    }
+)
+"""All that the `.metadata` of a checkpoint of tensors names."""
+_COMMON_CLASSES = frozenset({("collections", "OrderedDict")})
+"""All that the `common.pt` of a checkpoint of tensors names."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: IO[bytes], path: Path, allowed: Set[tuple[str, str]]) -> None:
+        super().__init__(stream)
+        self.path = path
+        self.allowed = allowed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            # How some Pythons (3.11.2, say) pickle a member of an enum: it gets that, nothing else.
+            return self._enum_member
+        if (module, name) not in self.allowed:
+            raise ValueError(
+                f"{self.path} names {module}.{name}, which no checkpoint of tensors needs:"
+                " refused, nothing of it was run"
+            )
+        return super().find_class(module, name)
+
+    def _enum_member(self, owner: Any, name: Any) -> Any:
+        if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+            return owner[name]
+        raise ValueError(f"{self.path} asks for {name!r} of {owner!r}: refused, nothing was run")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise ValueError(f"{self.path} refers to an external object {pid!r}: refused")
+
+
+def read_metadata(directory: Path) -> Any:
+    """Screen a checkpoint directory; return torch's Metadata of it.
+
+    Raises ValueError naming the file and what is wrong in it: a class outside the allow-list in
+    `.metadata` or `common.pt`, an entry of pickled bytes, a data file outside the directory, or a
+    format other than megatron-core's torch_dist.
+    """
+    _check_format(directory / "metadata.json")
+    _screen_common(directory / "common.pt")
+    path = directory / ".metadata"
+    metadata = _load(path, _INDEX_CLASSES)
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+    if type(metadata) is not Metadata:
+        raise ValueError(f"{path} holds a {type(metadata).__name__}, not torch's Metadata")
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(entry) is not TensorStorageMetadata:
+            raise ValueError(
+                f"{path}: entry {name} is a {type(entry).__name__}, not a tensor; torch would"
+                " unpickle its bytes: refused"
+            )
+    for index, info in (metadata.storage_data or {}).items():
+        _check_storage(path, index, info)
+    return metadata
+
+
+def _load(path: Path, allowed: Set[tuple[str, str]]) -> Any:
+    try:
+        with path.open("rb") as stream:
+            return _Unpickler(stream, path, allowed).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is not a readable index: {error}") from error
+
+
+def _check_format(path: Path) -> None:
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path.parent} is not a complete checkpoint: {error}") from error
+    expected = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+    for key, value in expected.items():
+        if not isinstance(given, dict) or given.get(key) != value:
+            raise ValueError(f"{path}: {key} must be {value}, got {given}")
+
+
+def _screen_common(path: Path) -> None:
+    """common.pt is a zip of torch.save; a checkpoint of tensors has only plain values in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
+            if [name.rpartition("/")[2] for name in pickles] != ["data.pkl"]:
+                raise ValueError(f"{path} must hold one data.pkl, has {pickles}: refused")
+            with archive.open(pickles[0]) as stream:
+                _Unpickler(stream, path, _COMMON_CLASSES).load()
+    except (zipfile.BadZipFile, OSError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable torch archive: {error}") from error
+
+
+def _check_storage(path: Path, index: Any, info: Any) -> None:
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    if type(info) is not _StorageInfo:
+        raise ValueError(f"{path}: {index} is stored as {type(info).__name__}: refused")
+    name = info.relative_path
+    if not isinstance(name, str) or name in ("", ".", "..") or os.path.basename(name) != name:
+        raise ValueError(f"{path}: {index} lies in {name!r}, outside its directory: refused")
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{path}: {index} is stored through {info.transform_descriptors}: refused")

@@ -1,0 +1,275 @@
+"""The smallest config, and the smallest layouts, with the structure of full-size ones.
+
+What a layout depends on is kept: the ratio of heads to groups and of groups to tensor-parallel
+ranks, heads that do not divide, gates, norms, biases, tied embeddings, freezing, packing,
+objective, uneven stages. Sizes and paths are not. No torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_RANKS = 4
+_KINDS = {
+    "tensor_model_parallel_size": "TP",
+    "pipeline_model_parallel_size": "PP",
+    "context_parallel_size": "CP",
+    "data": "DP",
+}
+_TENSOR, _PIPELINE, _CONTEXT, _DATA = _KINDS
+_VIRTUAL = "virtual_pipeline_model_parallel_size"
+_ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+_VOCAB = {"vocab_size": 509, "padded_vocab_size": 512}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parallel layout: its ranks and the overrides of the `parallel` group."""
+
+    name: str
+    world_size: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+
+ONE_RANK = Layout("one rank")
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """A shrunk config and the layouts of at most 4 ranks that stand for its own.
+
+    full: name of the layout that was asked for. changes: what differs, one line each.
+    """
+
+    config: dict[str, Any]
+    layouts: list[Layout]
+    full: str
+    changes: list[str]
+
+
+def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved config at the smallest sizes that keep its structure; dropout 0, fp32.
+
+    Data and tokenizer are left out: the batches are synthetic.
+    """
+    return miniature(config).config
+
+
+def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Miniature:
+    """Shrink a resolved config and its layout.
+
+    world_size: ranks of the full layout; what the model takes less of is data parallel. None: the
+        model's own ranks, or two data-parallel ranks where it takes one.
+
+    Raises ValueError when the model's ranks do not divide the world size.
+    """
+    parallel = {k: v for k, v in (config.get("parallel") or {}).items() if k != "_target_"}
+    sizes = _sizes(parallel, world_size)
+    full = _name(sizes, parallel)
+    small = {kind: _reduced(kind, sizes) for kind in sizes}
+    kept = ("model", "objective", "optim", "backend", "seed")
+    shrunk = copy.deepcopy({key: config[key] for key in kept})
+    language = shrunk["model"].get("language", shrunk["model"])
+    full_layers = language["transformer"]["num_layers"]
+    num_layers, stages = _layers(parallel, full_layers, sizes, small)
+    _shrink_model(shrunk["model"], num_layers, sizes[_TENSOR], small[_TENSOR])
+    _shrink_optim(shrunk["optim"], num_layers)
+    parallel |= {"variable_seq_lengths": True, "timeout_minutes": 5.0} | stages
+    if parallel.get("recompute_num_layers") is not None:
+        parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
+    layouts = [_layout(parallel, chosen) for chosen in _selections(small)]
+    before = {key: config[key] for key in kept}
+    return Miniature(shrunk, layouts, full, _changes(before, shrunk))
+
+
+def _sizes(parallel: Mapping[str, Any], world_size: int | None) -> dict[str, int]:
+    sizes = {kind: int(parallel.get(kind) or 1) for kind in _KINDS if kind != _DATA}
+    model = sizes[_TENSOR] * sizes[_PIPELINE] * sizes[_CONTEXT]
+    if world_size is None:
+        world_size = model if model > 1 else 2
+    if world_size % model:
+        raise ValueError(
+            f"--world-size {world_size} must be divisible by parallel.tensor_model_parallel_size x"
+            f" pipeline_model_parallel_size x context_parallel_size = {model}"
+        )
+    return sizes | {_DATA: world_size // model}
+
+
+def _reduced(kind: str, sizes: Mapping[str, int]) -> int:
+    ranks = 1
+    for size in sizes.values():
+        ranks *= size
+    # 3 divides few of the small sizes; every other size that fits is kept.
+    fits = ranks <= MAX_RANKS and not (kind == _TENSOR and sizes[kind] == 3)
+    return sizes[kind] if fits else min(sizes[kind], 2)
+
+
+def _selections(small: Mapping[str, int]) -> list[dict[str, int]]:
+    """Subsets of the kinds that fit on 4 ranks and hold each kind at least once."""
+    several = [kind for kind in small if small[kind] > 1]
+    ranks = 1
+    for size in small.values():
+        ranks *= size
+    if ranks <= MAX_RANKS:
+        return [dict(small)]
+    # All are 2 here. A last one without a partner goes with the first.
+    pairs = [several[i : i + 2] for i in range(0, len(several), 2)]
+    if len(pairs[-1]) == 1:
+        pairs[-1].insert(0, several[0])
+    return [{kind: small[kind] if kind in pair else 1 for kind in small} for pair in pairs]
+
+
+def _layout(parallel: Mapping[str, Any], sizes: Mapping[str, int]) -> Layout:
+    own = dict(parallel)
+    own |= {kind: size for kind, size in sizes.items() if kind != _DATA}
+    if sizes[_TENSOR] == 1 and own.get("sequence_parallel"):
+        own["sequence_parallel"] = False
+    if sizes[_PIPELINE] == 1:
+        own |= {key: None for key in (_VIRTUAL, *_ENDS) if key in own}
+    ranks = 1
+    for size in sizes.values():
+        ranks *= size
+    return Layout(_name(sizes, own), ranks, own)
+
+
+def _name(sizes: Mapping[str, int], parallel: Mapping[str, Any]) -> str:
+    parts = [f"{short}{sizes[kind]}" for kind, short in _KINDS.items() if sizes[kind] > 1]
+    if parallel.get(_VIRTUAL):
+        parts.append(f"VPP{parallel[_VIRTUAL]}")
+    name = "x".join(parts) or "one rank"
+    if parallel.get("sequence_parallel"):
+        name += "+SP"
+    if sizes[_PIPELINE] > 1 and any(parallel.get(end) is not None for end in _ENDS):
+        name += ", uneven stages"
+    if parallel.get("encoder") == "sharded":
+        name += ", sharded encoder"
+    if parallel.get("recompute_granularity"):
+        name += f", {parallel['recompute_granularity']} recompute"
+    if parallel.get("overlap_grad_reduce"):
+        name += ", overlapped"
+    return name
+
+
+def _layers(
+    parallel: Mapping[str, Any],
+    full_layers: int,
+    sizes: Mapping[str, int],
+    small: Mapping[str, int],
+) -> tuple[int, dict[str, Any]]:
+    """Layers of the small model, and its stages' keys of `parallel`.
+
+    A first or last stage that is given a count of its own keeps being shorter or longer than the
+    others: half as many layers, or half as many again.
+    """
+    pipeline = small[_PIPELINE]
+    virtual = min(parallel.get(_VIRTUAL) or 1, 2)
+    chunks = pipeline * virtual
+    given = {end: parallel[end] for end in _ENDS if parallel.get(end) is not None}
+    stages: dict[str, Any] = {_VIRTUAL: virtual} if parallel.get(_VIRTUAL) else {}
+    if pipeline == 1 or not given:
+        return chunks * max(1, 4 // chunks), stages
+    others = sizes[_PIPELINE] - len(given)
+    typical = (full_layers - sum(given.values())) / others if others else max(given.values())
+    for end, count in given.items():
+        stages[end] = virtual * (1 if count < typical else 2 if count == typical else 3)
+    middle = pipeline - len(given)
+    return sum(stages[end] for end in given) + 2 * virtual * middle, stages
+
+
+def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int) -> None:
+    """full, small: tensor-parallel sizes before and after."""
+    language = model.get("language", model)
+    language |= _VOCAB | {"max_sequence_length": 256}
+    heads, groups = _heads(language["transformer"], full, small)
+    _shrink_transformer(language["transformer"], num_layers, heads, groups)
+    if "vision" not in model:
+        return
+    vision, connector = model["vision"], model["connector"]
+    grid = 2 * connector.get("downsample", 1)
+    vision["image_size"] = grid * vision["patch_size"]
+    given = vision["transformer"]["num_attention_heads"]
+    heads = 5 if given % 2 or given % full else 4
+    _shrink_transformer(vision["transformer"], 2, heads, heads)
+    if connector.get("hidden_size") is not None:
+        connector["hidden_size"] = 96
+    connector["init_method_std"] = 0.1
+
+
+def _heads(transformer: Mapping[str, Any], full: int, small: int) -> tuple[int, int]:
+    """Heads and groups: their ratio, and whether groups are fewer than tensor-parallel ranks."""
+    heads = transformer["num_attention_heads"]
+    groups = transformer.get("num_query_groups") or heads
+    if groups == heads:
+        return max(4, small), max(4, small)
+    if groups < full:
+        fewer = max(1, small // min(full // groups, small))
+    else:
+        fewer = max(min(groups, 2), small)
+    ratio = min(heads // groups, 4)
+    while fewer * ratio % small:
+        ratio += 1
+    return fewer * ratio, fewer
+
+
+def _shrink_transformer(
+    transformer: dict[str, Any], num_layers: int, heads: int, groups: int
+) -> None:
+    wide = transformer.get("kv_channels")
+    differs = wide and wide * transformer["num_attention_heads"] != transformer["hidden_size"]
+    if transformer.get("num_query_groups") is not None:
+        transformer["num_query_groups"] = groups
+    transformer |= {
+        "num_layers": num_layers,
+        "num_attention_heads": heads,
+        "kv_channels": 16,
+        # As wide as all heads together, or not, as before.
+        "hidden_size": 16 * heads + (32 if differs else 0),
+        "ffn_hidden_size": 96 if transformer.get("gated_linear_unit", False) else 128,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        # Larger than a real model's, so that every path carries a visible gradient.
+        "init_method_std": 0.1,
+    }
+
+
+def _shrink_optim(optim: dict[str, Any], num_layers: int) -> None:
+    optim |= {"learning_rate": 1e-3, "min_learning_rate": 0.0, "warmup_steps": 0}
+    optim["decay_steps"] = None
+    groups = optim.get("groups") or []
+    for group in groups:
+        group |= {"learning_rate": 5e-4, "min_learning_rate": 0.0}
+        group["pattern"] = _within(group["pattern"], num_layers)
+    for key in ("freeze", "no_decay"):
+        if optim.get(key):
+            optim[key] = [_within(pattern, num_layers) for pattern in optim[key]]
+
+
+def _within(pattern: str, num_layers: int) -> str:
+    """A pattern that names a language layer which the small model lacks, on its last one."""
+    return re.sub(
+        r"(?<!vision\.decoder\.)layers\.(\d+)",
+        lambda found: f"layers.{min(int(found[1]), num_layers - 1)}",
+        pattern,
+    )
+
+
+def _changes(before: Any, after: Any, key: str = "") -> list[str]:
+    if isinstance(after, dict):
+        was = before if isinstance(before, Mapping) else {}
+        found: list[str] = []
+        for name, value in after.items():
+            found += _changes(was.get(name), value, f"{key}.{name}".lstrip("."))
+        return found
+    if isinstance(after, list) and isinstance(before, list) and len(before) == len(after):
+        return [
+            line
+            for i, value in enumerate(after)
+            for line in _changes(before[i], value, f"{key}[{i}]")
+        ]
+    if before == after:
+        return []
+    return [f"{key}: {'default' if before is None else before} -> {after}"]

@@ -1,0 +1,183 @@
+"""A decoder-only language model: ChatQA, ChatQA-2, RankRAG, Nemotron-4, others' LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from nvmm.batch import Batch
+from nvmm.flops import flops_per_step
+from nvmm.modules.specs import backend_provider, block_spec, layer_spec
+from nvmm.parallel import context_parallel
+from nvmm.parallel.setup import Chunk
+
+
+class LanguageModel(GPTModel):
+    """mcore's GPTModel over a `Batch`, with a padded vocabulary that the softmax does not see.
+
+    Args:
+        transformer: partial of mcore's TransformerConfig; sizes of the layout and dtypes are added.
+        vocab_size: tokens of the tokenizer.
+        padded_vocab_size: rows of the embedding, a config number that does not depend on TP.
+            Rows from vocab_size on take no part in the softmax.
+        rotary_base: RoPE base period; rotary_percent: rotated share of each head.
+        rope_scaling: Llama-3 frequency scaling by rope_scaling_factor.
+        seq_len_interpolation_factor: linear RoPE interpolation.
+        share_embeddings_and_output_weights: tied input and output embeddings.
+        max_sequence_length: longest sequence.
+        chunk: which part of the model this rank builds.
+    """
+
+    def __init__(
+        self,
+        transformer: Callable[..., Any],
+        vocab_size: int,
+        padded_vocab_size: int,
+        rotary_base: float = 10000,
+        rotary_percent: float = 1.0,
+        rope_scaling: bool = False,
+        rope_scaling_factor: float = 8.0,
+        seq_len_interpolation_factor: float | None = None,
+        share_embeddings_and_output_weights: bool = False,
+        max_sequence_length: int = 4096,
+        *,
+        chunk: Chunk,
+    ) -> None:
+        if padded_vocab_size < vocab_size:
+            raise ValueError(
+                f"model.padded_vocab_size={padded_vocab_size} must be at least"
+                f" model.vocab_size={vocab_size}"
+            )
+        config = chunk.transformer_config(transformer)
+        backend = backend_provider(chunk.backend)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(
+                config, backend, layer_spec(config, backend), chunk.vp_stage
+            ),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=chunk.pre_process,
+            post_process=chunk.post_process,
+            share_embeddings_and_output_weights=share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=rotary_percent,
+            rotary_base=rotary_base,
+            rope_scaling=rope_scaling,
+            rope_scaling_factor=rope_scaling_factor,
+            scatter_embedding_sequence_parallel=False,
+            seq_len_interpolation_factor=seq_len_interpolation_factor,
+            vp_stage=chunk.vp_stage,
+        )
+        self.unpadded_vocab_size = vocab_size
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Word embeddings of tokens [b, s] -> [s, b, h], whole on every TP rank."""
+        return self.embedding.word_embeddings(tokens).transpose(0, 1).contiguous()
+
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        output: str = "loss",
+        hidden: Tensor | None = None,
+        key_spans: Tensor | None = None,
+        inference_context: BaseInferenceContext | None = None,
+    ) -> Tensor:
+        """Run this chunk.
+
+        Args:
+            batch: the micro-batch.
+            output: what the last stage returns: "loss" (per token, [b, s]), "logits" (gathered
+                over TP, without padding rows, [b, s, vocab_size]) or "hidden" ([s, b, h]). Under
+                context parallelism s is that of `context_parallel.share(batch)`.
+            hidden: input embeddings [s, b, h] instead of those of `batch.tokens` (media merged).
+            key_spans: int32 [b, 2], the valid keys (first, last + 1) of each row; None when all
+                are valid, which right-padded causal rows always are.
+            inference_context: mcore's KV cache; "logits" are then those of the last position.
+
+        Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
+        """
+        packed = _packed_seq_params(batch)
+        if hidden is not None:
+            hidden = context_parallel.shard(hidden, batch)
+        batch = context_parallel.share(batch)
+        if self.pre_process:
+            hidden = self._enter(self.embed(batch.tokens) if hidden is None else hidden)
+        rotary_length = self.rotary_pos_emb.get_rotary_seq_len(
+            inference_context, self.decoder, hidden, self.config, packed
+        )
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=key_spans,
+            inference_context=inference_context,
+            rotary_pos_emb=self.rotary_pos_emb(rotary_length, packed_seq=packed is not None),
+            packed_seq_params=packed,
+        )
+        if not self.post_process or output == "hidden":
+            return hidden
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else None
+        )
+        gather = output == "logits"
+        if inference_context is not None:
+            hidden = hidden[-1:]  # of a long prompt only the last position's logits are of use
+        logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=gather)
+        if gather:
+            return logits[..., : self.unpadded_vocab_size].transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(batch.labels, self._mask_padding_rows(logits))
+
+    def flops(self, segment_lengths: Sequence[int], num_tiles: int = 0) -> dict[str, float]:
+        """Model FLOPs of a micro-batch's forward and backward, {"language", "vision"}."""
+        return flops_per_step(
+            self.config, vocab_size=self.unpadded_vocab_size, segment_lengths=segment_lengths
+        )
+
+    def _enter(self, hidden: Tensor) -> Tensor:
+        """Embeddings -> block input: scatter over the sequence, dropout, gradient for recompute."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                hidden = self._embedding_dropout(hidden)
+        else:
+            hidden = self._embedding_dropout(hidden)
+        recompute = self.config.recompute_granularity == "full" and self.training
+        if recompute and torch.is_grad_enabled() and not hidden.requires_grad:
+            # mcore's reentrant checkpoint gives no gradients behind an input that needs none.
+            hidden = hidden.detach().requires_grad_()
+        return hidden
+
+    def _embedding_dropout(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)
+
+    def _mask_padding_rows(self, logits: Tensor) -> Tensor:
+        """logits [s, b, padded / TP] with the vocabulary's padding rows at the dtype's minimum."""
+        width = logits.shape[-1]
+        first = width * self.pg_collection.tp.rank()
+        if first + width <= self.unpadded_vocab_size:
+            return logits
+        padding = torch.arange(first, first + width, device=logits.device)
+        return logits.masked_fill(
+            padding >= self.unpadded_vocab_size, torch.finfo(logits.dtype).min
+        )
+
+
+def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+    if batch.cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )

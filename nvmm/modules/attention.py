@@ -1,0 +1,227 @@
+"""Core attention on SDPA: padded and packed rows, key spans, KV caches, context parallelism."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from nvmm.parallel.context_parallel import gather, in_order
+
+_QUERY_BLOCK = 512
+
+
+def flash_varlen(query: Tensor) -> Callable[..., Tensor] | None:
+    """flash-attn's kernel for packed rows where it is installed and takes `query`; else None.
+
+    It wants a GPU and half precision. Not run on a GPU yet.
+    """
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+class CoreAttention(torch.nn.Module):
+    """softmax(q k^T / sqrt(d)) v, plugged into mcore's attention through its backend.
+
+    The mask is never dense where the kernel can do without: causal and packed data use the
+    kernel's own causal flag, and `attention_mask` is not a mask but an int tensor [b, 2] of each
+    row's valid keys (first, last + 1), or None when every key is valid. Queries that see no key
+    output 0.
+
+    Under context parallelism the queries are this rank's zigzag chunks, and keys and values of
+    the whole sequence are gathered before groups are expanded: two calls a row or segment, since
+    each chunk of queries sees the keys up to its own end.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.cp_group = None
+        if config.context_parallel_size > 1:
+            groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
+            self.cp_group = groups.cp
+        self.attn_mask_type = attn_mask_type
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, heads, d], or [t, heads, d] packed; key, value likewise with their own
+                length and number of groups (not expanded). Under context parallelism each is this
+                rank's zigzag part, and `packed_seq_params` describes the whole row.
+            attention_mask: int [b, 2] valid keys of each row, or None.
+            attn_mask_type: causal or no mask; with fewer queries than keys, causal means that the
+                last query sees the last key (decoding with a cache).
+
+        Returns: [s, b, heads * d], or [t, heads * d] packed.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported by the native backend")
+        mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        if self.cp_group is not None:
+            if attention_mask is not None:
+                raise ValueError(
+                    f"parallel.context_parallel_size={self.cp_group.size()} must be 1 with key"
+                    " spans (left-padded rows, as in generation)"
+                )
+            return self._context_parallel(query, key, value, packed_seq_params, causal)
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params, causal)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = self._attend(q, k, v, causal, attention_mask)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams, causal: bool
+    ) -> Tensor:
+        varlen = flash_varlen(query)
+        if varlen is not None:
+            with self._dropout_generator():
+                out = varlen(
+                    query,
+                    key,
+                    value,
+                    packed.cu_seqlens_q,
+                    packed.cu_seqlens_kv,
+                    packed.max_seqlen_q,
+                    packed.max_seqlen_kv,
+                    dropout_p=self.dropout if self.training else 0.0,
+                    softmax_scale=self.softmax_scale,
+                    causal=causal,
+                )
+            return out.flatten(1)
+        lengths_q = torch.diff(packed.cu_seqlens_q).tolist()
+        lengths_kv = torch.diff(packed.cu_seqlens_kv).tolist()
+        segments = zip(
+            query.split(lengths_q), key.split(lengths_kv), value.split(lengths_kv), strict=True
+        )
+        outputs = []
+        for segment in segments:
+            q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in segment)
+            outputs.append(self._attend(q, k, v, causal, None)[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+    def _context_parallel(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packed: PackedSeqParams | None,
+        causal: bool,
+    ) -> Tensor:
+        """As `forward`, with keys and values of the whole sequence gathered first."""
+        assert self.cp_group is not None
+        size, rank = self.cp_group.size(), self.cp_group.rank()
+        gathered = gather(torch.cat([key, value], dim=-1), self.cp_group)
+        if packed is None:
+            lengths = [query.shape[0]]
+        else:
+            query = query.unsqueeze(1)
+            gathered = gathered.unsqueeze(2)
+            lengths = (torch.diff(packed.cu_seqlens_q) // size).tolist()
+        outputs = []
+        for mine, parts in zip(query.split(lengths), gathered.split(lengths, 1), strict=True):
+            keys, values = in_order(parts).split([key.shape[-1], value.shape[-1]], dim=-1)
+            k, v = (x.permute(1, 2, 0, 3) for x in (keys, values))
+            chunk = mine.shape[0] // 2
+            for number, part in zip((rank, 2 * size - 1 - rank), mine.split(chunk), strict=True):
+                q = part.permute(1, 2, 0, 3)
+                seen = (number + 1) * chunk if causal else k.shape[2]
+                out = self._attend_suffix(q, k[:, :, :seen], v[:, :, :seen], causal)
+                outputs.append(out.permute(2, 0, 1, 3).flatten(2))
+        whole = torch.cat(outputs)
+        return whole if packed is None else whole.squeeze(1)
+
+    def _attend_suffix(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        """`_attend` for queries at the end of the keys, without a mask of all pairs."""
+        first = k.shape[2] - q.shape[2]
+        if not causal or first == 0 or q.is_cuda:
+            return self._attend(q, k, v, causal, None)
+        outputs = []
+        for start in range(0, q.shape[2], _QUERY_BLOCK):
+            block = q[:, :, start : start + _QUERY_BLOCK]
+            seen = first + start + block.shape[2]
+            outputs.append(self._attend(block, k[:, :, :seen], v[:, :, :seen], True, None))
+        return torch.cat(outputs, dim=2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, spans: Tensor | None
+    ) -> Tensor:
+        """q [b, heads, sq, d], k and v [b, groups, sk, d] -> [b, heads, sq, d]."""
+        if k.shape[1] != q.shape[1]:
+            repeat = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+        keywords: dict[str, Any] = {"scale": self.softmax_scale}
+        empty = None
+        if spans is None and (not causal or q.shape[2] == k.shape[2]):
+            keywords["is_causal"] = causal
+        elif spans is None and q.is_cuda:
+            # The kernel's own bottom-right mask; on the CPU torch would make it dense.
+            keywords["attn_mask"] = causal_lower_right(q.shape[2], k.shape[2])
+        else:
+            mask = _mask(q, k, causal, spans)
+            empty = ~mask.any(-1, keepdim=True)
+            keywords["attn_mask"] = mask | empty
+        with self._dropout_generator():
+            out = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=self.dropout if self.training else 0.0, **keywords
+            )
+        return out if empty is None else out.masked_fill(empty, 0.0)
+
+    def _dropout_generator(self) -> contextlib.AbstractContextManager[None]:
+        """TP ranks hold different heads and need different dropout masks; under sequence
+        parallelism the whole block already runs in the tensor-parallel generator."""
+        if self.training and self.dropout > 0 and not self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+def _mask(q: Tensor, k: Tensor, causal: bool, spans: Tensor | None) -> Tensor:
+    """Dense boolean mask [b or 1, 1, sq, sk], True where a query may look."""
+    sq, sk = q.shape[2], k.shape[2]
+    keys = torch.arange(sk, device=q.device)
+    mask = torch.ones(1, 1, sq, sk, dtype=torch.bool, device=q.device)
+    if causal:
+        queries = torch.arange(sk - sq, sk, device=q.device)
+        mask = mask & (keys <= queries[:, None])
+    if spans is not None:
+        start, end = (x[:, None, None, None] for x in spans.unbind(-1))
+        mask = mask & (keys >= start) & (keys < end)
+    return mask

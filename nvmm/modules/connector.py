@@ -1,0 +1,137 @@
+"""From an encoder's features to the language model's embeddings: pixel shuffle and an MLP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nvmm.modules.specs import backend_provider
+from nvmm.parallel.setup import Chunk, Normal
+
+
+def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
+    """Put each factor x factor block of a grid into one token (NVLM section 3.1; InternVL's v2).
+
+    features: [n, rows, columns, channels].
+
+    Returns: [n, rows / factor, columns / factor, factor^2 * channels]; channels of a block in the
+    order top-left, top-right, bottom-left, bottom-right.
+    Raises ValueError when the factor does not divide the grid.
+    """
+    n, rows, columns, channels = features.shape
+    if rows % factor or columns % factor:
+        fits = [k for k in range(1, min(rows, columns) + 1) if not rows % k and not columns % k]
+        raise ValueError(
+            f"model.connector.downsample={factor} must divide the encoder's grid"
+            f" ({rows}x{columns}); use one of {', '.join(map(str, fits))}"
+        )
+    blocks = features.reshape(n, rows // factor, factor, columns // factor, factor, channels)
+    return blocks.permute(0, 1, 3, 2, 4, 5).flatten(3)
+
+
+class MLPConnector(MegatronModule):
+    """Pixel shuffle, LayerNorm, then linear - activation - linear, or one linear.
+
+    Tensor-parallel like the language model's MLP (columns, then rows), without sequence
+    parallelism: input and output are whole on every rank, and so is the input's gradient.
+
+    Args:
+        downsample: side of the blocks that become one token.
+        hidden_size: width between the two layers; None for one layer without activation.
+        layernorm: normalise the shuffled features first.
+        layernorm_epsilon: 1e-6 is Megatron's for NVLM-D 72B, 1e-5 the published model's.
+        bias: biases of the linears.
+        activation_func: between the two layers.
+        init_method_std: of the linears' weights.
+        input_size: channels of the encoder; output_size: hidden size of the language model.
+        chunk: which part of the model this rank builds.
+    """
+
+    def __init__(
+        self,
+        downsample: int = 2,
+        hidden_size: int | None = None,
+        layernorm: bool = True,
+        layernorm_epsilon: float = 1e-6,
+        bias: bool = False,
+        activation_func: Callable[[Tensor], Tensor] = F.gelu,
+        init_method_std: float = 0.02,
+        *,
+        input_size: int,
+        output_size: int,
+        chunk: Chunk,
+    ) -> None:
+        width = input_size * downsample**2
+        config = chunk.encoder_config(
+            functools.partial(
+                TransformerConfig,
+                num_layers=1,
+                hidden_size=width,
+                num_attention_heads=chunk.parallel.tensor_model_parallel_size,
+                normalization="LayerNorm",
+                init_method_std=init_method_std,
+            )
+        )
+        super().__init__(config=config)
+        self.downsample = downsample
+        self.hidden_size = hidden_size
+        self.activation_func = activation_func
+        backend = backend_provider(chunk.backend)
+        self.layernorm = (
+            backend.layer_norm(rms_norm=False)(config, width, layernorm_epsilon)
+            if layernorm
+            else None
+        )
+        options: Any = {
+            "config": config,
+            "init_method": Normal(init_method_std),
+            "bias": bias,
+            "skip_bias_add": False,
+            "is_expert": False,
+        }
+        self.linear_fc1 = backend.column_parallel_linear()(
+            width, hidden_size or output_size, gather_output=False, **options
+        )
+        self.linear_fc2 = None
+        if hidden_size is not None:
+            self.linear_fc2 = backend.row_parallel_linear()(
+                hidden_size, output_size, input_is_parallel=True, **options
+            )
+
+    def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
+        """features [n, rows * columns, input_size] -> [n, tokens, output_size].
+
+        tokens = rows * columns / downsample^2.
+        """
+        n = features.shape[0]
+        x = pixel_shuffle(features.reshape(n, *grid, -1), self.downsample).flatten(1, 2)
+        if self.layernorm is not None:
+            x = self.layernorm(x)
+        x, _ = self.linear_fc1(x)
+        if self.linear_fc2 is None:
+            return tensor_parallel.gather_from_tensor_model_parallel_region(x)
+        x, _ = self.linear_fc2(self.activation_func(x))
+        return x
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """mcore's, with the norm under the name it has where it is fused with the first linear."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        replace_prefix_for_sharding(
+            {k: v for k, v in state.items() if k.startswith(f"{prefix}layernorm.")},
+            f"{prefix}layernorm.",
+            f"{prefix}linear_fc1.layer_norm_",
+        )
+        return state

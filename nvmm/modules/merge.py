@@ -1,0 +1,62 @@
+"""Put media features at their placeholders among the embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nvmm.batch import Batch, Media
+
+
+def merge(hidden: Tensor, features: Tensor, media: Media, batch: Batch) -> Tensor:
+    """Replace the placeholders' embeddings by features, out of place.
+
+    Args:
+        hidden: embeddings [s, b, h] of `batch.tokens`.
+        features: [n, tokens_per_item, h], one row per tile of `media`.
+        media: where each tile's run of placeholders begins.
+
+    Returns: [s, b, h]; gradients flow to the other embeddings and to every feature.
+    Raises ValueError, naming both numbers and the samples, when the features are not exactly as
+    many as the placeholders, or a tile's position does not begin a run of them.
+    """
+    n, length = media.values.shape[0], media.tokens_per_item
+    if tuple(features.shape[:2]) != (n, length):
+        raise ValueError(
+            f"the encoder and connector give {features.shape[0]} tiles x {features.shape[1]}"
+            f" tokens, the batch has {n} tiles x {length} placeholders; the builder's"
+            " tokens_per_tile must be the model's (grid / downsample)^2"
+        )
+    s, b, h = hidden.shape
+    columns = media.positions[:, None] + torch.arange(length, device=hidden.device)
+    rows = media.rows[:, None].expand_as(columns)
+    _check(columns, rows, media, batch)
+    index = (columns * b + rows).flatten()
+    flat = hidden.reshape(s * b, h).index_copy(0, index, features.flatten(0, 1).to(hidden.dtype))
+    return flat.view(s, b, h)
+
+
+def _check(columns: Tensor, rows: Tensor, media: Media, batch: Batch) -> None:
+    """Compare the positions with the placeholders in the tokens. One wait for the device."""
+    b, s = batch.tokens.shape
+    placeholders = batch.tokens == media.placeholder_id
+    inside = (columns >= 0) & (columns < s) & (rows >= 0) & (rows < b)
+    covered = torch.zeros_like(placeholders)
+    covered[rows.clamp(0, b - 1), columns.clamp(0, s - 1)] = True
+    expected = columns.numel()
+    found, agrees = torch.stack(
+        [placeholders.sum(), inside.all() & (covered == placeholders).all()]
+    ).tolist()
+    if found != expected:
+        raise ValueError(
+            f"{media.values.shape[0]} tiles x {media.tokens_per_item} tokens = {expected} features,"
+            f" but the tokens have {found} placeholders (id {media.placeholder_id});"
+            f" samples {batch.sample_ids.tolist()}"
+        )
+    if not agrees:
+        starts = list(zip(media.rows.tolist(), media.positions.tolist(), strict=True))
+        raise ValueError(
+            f"the {found} placeholders (id {media.placeholder_id}) are not the runs of"
+            f" {media.tokens_per_item} that begin at (row, position) {starts};"
+            f" samples {batch.sample_ids.tolist()}"
+        )

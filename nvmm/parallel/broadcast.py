@@ -1,0 +1,137 @@
+"""Give a step's micro-batches from the one reading rank to its model-parallel group.
+
+One rank of each model-parallel group (tensor parallel 0 of the first stage) reads data. Text goes
+to every rank of the group; media values go to the first pipeline stage only.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nvmm.batch import Batch, Media
+
+_ALIGNMENT = 16
+
+
+def is_reader() -> bool:
+    """Whether this rank reads data for its model-parallel group."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_model_parallel_group().rank() == 0
+
+
+def broadcast_batches(
+    batches: list[Batch] | None, error: str | None, device: torch.device
+) -> list[Batch]:
+    """Micro-batches of one step on every rank of the model-parallel group.
+
+    Args:
+        batches: on the reading rank its micro-batches, or None with `error` when reading failed.
+        error: message of the failure; it is raised on every rank.
+        device: where the tensors go.
+
+    Raises ValueError with the reader's message.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    header: list[Any] = []
+    text: list[Tensor] = []
+    media: list[Tensor] = []
+    if group.rank() == 0:
+        header = (
+            [{"error": error or "no batch"}]
+            if batches is None
+            else [_describe(batch, text, media) for batch in batches]
+        )
+    if group.size() > 1:
+        header, text = _broadcast(header, text, group, device)
+    if "error" in header[0]:
+        raise ValueError(header[0]["error"])
+    first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+    stage = parallel_state.get_tensor_model_parallel_group()
+    if first_stage and stage.size() > 1 and any(item["media"] for item in header):
+        _, media = _broadcast([], media, stage, device)
+    text = [tensor.to(device, non_blocking=True) for tensor in text]
+    media = [tensor.to(device, non_blocking=True) for tensor in media]
+    text_parts, media_parts = iter(text), iter(media)
+    return [_rebuild(item, text_parts, media_parts if first_stage else None) for item in header]
+
+
+_TEXT = ("tokens", "labels", "loss_mask", "position_ids", "lengths", "sample_ids", "cu_seqlens")
+_MEDIA = ("values", "rows", "positions", "samples", "items", "tiles")
+
+
+def _describe(batch: Batch, text: list[Tensor], media: list[Tensor]) -> dict[str, Any]:
+    """JSON that names the batch's tensors; the tensors are appended to the two lists in order."""
+    present = [name for name in _TEXT if getattr(batch, name) is not None]
+    text.extend(getattr(batch, name) for name in present)
+    text.extend(batch.extras.values())
+    for item in batch.media.values():
+        media.extend(getattr(item, name) for name in _MEDIA)
+    return {
+        "text": present,
+        "extras": list(batch.extras),
+        "media": [
+            [kind, item.placeholder_id, item.tokens_per_item] for kind, item in batch.media.items()
+        ],
+    }
+
+
+def _rebuild(item: dict[str, Any], text: Any, media: Any | None) -> Batch:
+    fields = {name: next(text) for name in item["text"]}
+    extras = {name: next(text) for name in item["extras"]}
+    kinds = {}
+    if media is not None:
+        for kind, placeholder_id, tokens_per_item in item["media"]:
+            kinds[kind] = Media(
+                **{name: next(media) for name in _MEDIA},
+                placeholder_id=placeholder_id,
+                tokens_per_item=tokens_per_item,
+            )
+    return Batch(**fields, extras=extras, media=kinds)
+
+
+def _broadcast(
+    header: list[Any], tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device
+) -> tuple[list[Any], list[Tensor]]:
+    """Two collectives: the sizes, then one buffer of JSON and aligned tensor bytes."""
+    source = dist.get_global_rank(group, 0)
+    if group.rank() == 0:
+        # A copy: contiguous() keeps odd strides of axes of length 1, which no byte view takes.
+        tensors = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+        layout = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+        head = json.dumps([header, layout]).encode()
+        parts = [_padded(torch.frombuffer(bytearray(head), dtype=torch.uint8))]
+        parts += [_padded(tensor.reshape(-1).view(torch.uint8).cpu()) for tensor in tensors]
+        buffer = torch.cat(parts).to(device)
+        sizes = torch.tensor([len(head), buffer.numel()], dtype=torch.int64, device=device)
+        dist.broadcast(sizes, source, group=group)
+        dist.broadcast(buffer, source, group=group)
+        return header, tensors
+    sizes = torch.zeros(2, dtype=torch.int64, device=device)
+    dist.broadcast(sizes, source, group=group)
+    head_size, total = sizes.tolist()
+    buffer = torch.empty(total, dtype=torch.uint8, device=device)
+    dist.broadcast(buffer, source, group=group)
+    header, layout = json.loads(bytes(buffer[:head_size].cpu().numpy()))
+    received, start = [], _round_up(head_size)
+    for name, shape in layout:
+        dtype = getattr(torch, name)
+        size = torch.Size(shape).numel() * dtype.itemsize
+        received.append(buffer[start : start + size].view(dtype).view(shape))
+        start += _round_up(size)
+    return header, received
+
+
+def _round_up(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _padded(data: Tensor) -> Tensor:
+    return torch.nn.functional.pad(data, (0, _round_up(data.numel()) - data.numel()))

@@ -1,0 +1,110 @@
+"""Context parallelism: which part of a sequence a rank keeps, and keys and values of the whole.
+
+A sequence of 2 x size chunks is dealt in a zigzag: rank r keeps chunks r and 2 x size - 1 - r, so
+that under a causal mask every rank has the same work. A packed row is dealt segment by segment.
+Ranks of one context-parallel group read the same batch; the media are merged on the whole
+sequence, and only then `share` and `shard` take this rank's part.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nvmm.batch import Batch
+
+
+def positions(batch: Batch, size: int, rank: int) -> Tensor:
+    """int64 [s / size], the columns of `batch` that context-parallel rank `rank` keeps, in order.
+
+    Raises ValueError when a row (or a packed segment) does not consist of 2 x size equal chunks.
+    """
+    if batch.cu_seqlens is None:
+        bounds = [0, batch.tokens.shape[1]]
+    else:
+        bounds = batch.cu_seqlens.tolist()
+    parts = []
+    for start, end in itertools.pairwise(bounds):
+        chunk, rest = divmod(end - start, 2 * size)
+        if rest:
+            what = "rows" if batch.cu_seqlens is None else "packed segments"
+            raise ValueError(
+                f"parallel.context_parallel_size={size} needs {what} whose length is a multiple of"
+                f" {2 * size}, got {end - start}; samples {batch.sample_ids.tolist()}"
+            )
+        for number in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(parts).to(batch.tokens.device)
+
+
+def share(batch: Batch) -> Batch:
+    """This context-parallel rank's part of a micro-batch: tokens [b, s / size] and their like.
+
+    What describes whole rows stays whole: lengths, cu_seqlens, media, extras. Losses and counts
+    over the parts add up to the whole batch's. With one rank it is the batch itself.
+    """
+    index = _own(batch)
+    if index is None:
+        return batch
+    return batch.replace(
+        **{
+            name: getattr(batch, name).index_select(1, index)
+            for name in ("tokens", "labels", "loss_mask", "position_ids")
+        }
+    )
+
+
+def shard(hidden: Tensor, batch: Batch) -> Tensor:
+    """This context-parallel rank's part [s / size, b, h] of hidden states [s, b, h].
+
+    Backward leaves zeros at the other ranks' positions: the sum over the group, which mcore's
+    gradient reduction takes, is the whole gradient.
+    """
+    index = _own(batch)
+    return hidden if index is None else hidden.index_select(0, index)
+
+
+def _own(batch: Batch) -> Tensor | None:
+    from megatron.core import parallel_state
+
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return None
+    return positions(batch, size, parallel_state.get_context_parallel_rank())
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's `x` [s, ...] -> [size, s, ...]; backward sums the gradients of all ranks.
+
+    The function of torch.distributed.nn fails in backward on gloo groups that are not the world.
+    """
+    gathered: Tensor = _Gather.apply(x, group)
+    return gathered
+
+
+def in_order(gathered: Tensor) -> Tensor:
+    """Zigzag parts [size, 2 x chunk, ...] of one sequence -> the whole, [size x 2 x chunk, ...]."""
+    chunks = gathered.unflatten(1, (2, gathered.shape[1] // 2))
+    return torch.cat([chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)])
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather_into_tensor forward, reduce_scatter_tensor backward, within `group`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        out = x.new_empty((group.size(), *x.shape))
+        dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        out = gradient.new_empty(gradient.shape[1:])
+        whole = gradient.contiguous().flatten(0, 1)
+        dist.reduce_scatter_tensor(out, whole, group=ctx.group)
+        return out, None

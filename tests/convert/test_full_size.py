@@ -1,0 +1,111 @@
+"""Every key and shape of the published models, by names alone."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from nvmm.config import config_dir
+from nvmm.convert import nvlm_d
+from nvmm.convert.table import ToOurs, ToTheirs
+from tests.models.parameter_names import golden_path
+
+
+class Names:
+    """A source of shapes without values."""
+
+    def __init__(self, shapes: dict[str, list[int]]) -> None:
+        self.spec = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        raise AssertionError("shapes are enough")
+
+
+def golden(model: str) -> dict[str, list[int]]:
+    lines = golden_path(model).read_text().splitlines()
+    return {name: ast.literal_eval(shape) for name, shape in (x.split(" ", 1) for x in lines)}
+
+
+def config_of(model: str) -> dict[str, Any]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return OmegaConf.to_container(compose(f"model/{model}")["model"], resolve=True)  # type: ignore
+
+
+def shapes_72b() -> dict[str, list[int]]:
+    """nvidia/NVLM-D-72B: 80 layers of Qwen2-72B, 45 of InternViT-6B with 32 heads, a projector."""
+    h, v = 8192, 3200
+    shapes = {
+        "vision_model.embeddings.class_embedding": [1, 1, v],
+        "vision_model.embeddings.position_embedding": [1, 1025, v],
+        "vision_model.embeddings.patch_embedding.weight": [v, 3, 14, 14],
+        "vision_model.embeddings.patch_embedding.bias": [v],
+        "mlp1.0.weight": [12800],
+        "mlp1.0.bias": [12800],
+        "mlp1.1.weight": [29568, 12800],
+        "mlp1.3.weight": [h, 29568],
+        "language_model.model.embed_tokens.weight": [152064, h],
+        "language_model.lm_head.weight": [152064, h],
+        "language_model.model.norm.weight": [h],
+    }
+    encoder = {
+        "attn.qkv.weight": [12288, v],
+        "attn.q_norm.weight": [4096],
+        "attn.k_norm.weight": [4096],
+        "attn.proj.weight": [v, 4096],
+        "mlp.fc1.weight": [12800, v],
+        "mlp.fc1.bias": [12800],
+        "mlp.fc2.weight": [v, 12800],
+        **{key: [v] for key in ("attn.proj.bias", "mlp.fc2.bias", "ls1", "ls2")},
+        **{key: [v] for key in ("norm1.weight", "norm2.weight")},
+    }
+    decoder = {
+        "self_attn.q_proj.weight": [h, h],
+        "self_attn.q_proj.bias": [h],
+        "self_attn.o_proj.weight": [h, h],
+        "mlp.gate_proj.weight": [29568, h],
+        "mlp.up_proj.weight": [29568, h],
+        "mlp.down_proj.weight": [h, 29568],
+        **{key: [1024, h] for key in ("self_attn.k_proj.weight", "self_attn.v_proj.weight")},
+        **{key: [1024] for key in ("self_attn.k_proj.bias", "self_attn.v_proj.bias")},
+        **{key: [h] for key in ("input_layernorm.weight", "post_attention_layernorm.weight")},
+    }
+    for i in range(45):
+        shapes |= {f"vision_model.encoder.layers.{i}.{k}": s for k, s in encoder.items()}
+    for i in range(80):
+        shapes |= {f"language_model.model.layers.{i}.{k}": s for k, s in decoder.items()}
+    return shapes
+
+
+def converted(model: str, vocab_size: int) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The published layout of a model, and that layout under our names again."""
+    ours = config_of(model)
+    hf = nvlm_d.from_model(ours)
+    hf["llm_config"]["vocab_size"] = vocab_size
+    there = ToTheirs(Names(golden(model)), nvlm_d.table(ours, hf))
+    theirs = {name: list(spec.shape) for name, spec in there.spec.items()}
+    found = nvlm_d.complete(hf, there.spec)
+    assert found["vision_config"]["num_dummy_heads"] == 7
+    back = ToOurs(Names(theirs), nvlm_d.table(ours, found))
+    return theirs, {name: list(spec.shape) for name, spec in back.spec.items()}
+
+
+def test_nvlm_d_72b_is_the_published_layout() -> None:
+    theirs, back = converted("nvlm_d_72b", 152064)
+    assert theirs == shapes_72b()
+    assert back == golden("nvlm_d_72b")
+    assert sum(math.prod(shape) for shape in theirs.values()) == 79_379_593_344
+
+
+@pytest.mark.parametrize(("model", "rows"), [("nvlm_d_34b", 64000), ("nvlm_d_7b", 152064)])
+def test_every_key_has_its_place(model: str, rows: int) -> None:
+    theirs, back = converted(model, rows)
+    assert back == golden(model)
+    assert len(theirs) > len(back)

@@ -1,0 +1,149 @@
+"""What each rank reads, workers, positions, and the validation pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nvmm.batch import Batch
+from nvmm.data.chat import ChatTemplate, ImageTags
+from nvmm.data.instruct import InstructBuilder
+from nvmm.data.loader import Data
+from nvmm.data.shards import Dataset
+from nvmm.data.tokenizer import Tokenizer
+
+MakeData = Callable[..., Data]
+
+
+@pytest.fixture
+def make_data(make_shards: Callable[..., str], tiny: Tokenizer) -> MakeData:
+    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+
+    def make(count: int = 11, num_workers: int = 0, **options: Any) -> Data:
+        train = Dataset(make_shards(count), build)
+        validation = Dataset(make_shards(5, "validation"), build)
+        return Data(64, num_workers, train, validation, tokenizer=tiny, seed=7, **options)
+
+    return make
+
+
+def steps(data: Data, count: int, split: str = "train", **options: Any) -> list[list[Batch]]:
+    arguments = {"global_batch_size": 4, "micro_batch_size": 2} | options
+    return list(islice(data.batches(split=split, **arguments), count))
+
+
+def ids(step: list[Batch]) -> list[list[int]]:
+    return [batch.sample_ids.tolist() for batch in step]
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name))
+    elif isinstance(value, dict):
+        for key in sorted(value):
+            yield from tensors(value[key])
+
+
+def assert_equal(mine: list[list[Batch]], other: list[list[Batch]]) -> None:
+    left = [tensor for step in mine for batch in step for tensor in tensors(batch)]
+    right = [tensor for step in other for batch in step for tensor in tensors(batch)]
+    assert len(left) == len(right) > 0
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_micro_batches_deal_the_global_batch(make_data: MakeData) -> None:
+    data = make_data()
+    options = {"global_batch_size": 8, "micro_batch_size": 2}
+    expected = data.order(8).batch(1)
+    one = steps(data, 2, **options)[1]
+    assert ids(one) == [expected[i : i + 2] for i in (0, 2, 4, 6)]
+    for rank in (0, 1):
+        mine = steps(data, 2, rank=rank, size=2, **options)[1]
+        # micro-batch m of rank r: samples (m * size + r) * micro_batch_size and following
+        assert ids(mine) == [expected[i : i + 2] for i in (2 * rank, 4 + 2 * rank)]
+
+
+def test_start_seeks(make_data: MakeData) -> None:
+    data = make_data()
+    assert_equal(steps(data, 2, start=5), steps(data, 7)[5:])
+
+
+def test_position_continues_with_another_batch_size(make_data: MakeData) -> None:
+    data = make_data()
+    position = data.position(3, 4)
+    assert position["samples"] == 12
+    later = steps(data, 2, start=3, position=position, global_batch_size=2)
+    stream = [i for k in range(6) for i in data.order(4).batch(k)]
+    assert [i for step in later for batch in ids(step) for i in batch] == stream[12:16]
+    assert data.position(5, 2, position)["samples"] == 16
+
+
+def test_workers_change_nothing_and_leave_global_random_states_alone(make_data: MakeData) -> None:
+    expected = steps(make_data(), 5, start=2)
+    before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+    assert_equal(steps(make_data(num_workers=2), 5, start=2), expected)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_worker_errors_name_the_sample(make_data: MakeData, tmp_path: Any) -> None:
+    from nvmm.data.shards import write_shards
+
+    write_shards(tmp_path, "bad", [{"__key__": "k7", "json": b"{"}])
+    good = make_data(num_workers=1)
+    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    data = Data(64, 1, Dataset(str(tmp_path / "bad-*"), build), tokenizer=good.tokenizer)
+    with pytest.raises(ValueError, match=r"bad-00000\.tar:k7: member json is damaged"):
+        steps(data, 1)
+
+
+def test_validation_is_one_pass_in_order(make_data: MakeData) -> None:
+    data = make_data()
+    found = steps(data, 99, split="validation")
+    assert [ids(step) for step in found] == [[[0, 1], [2, 3]], [[4, -1], [-1, -1]]]
+    assert data.num_batches("validation", 4) == 2
+    # the filling adds no supervised token: each sample counts once
+    counted = sum(batch.num_tokens for step in found for batch in step)
+    assert data.validation is not None
+    assert counted == sum(int(data.validation[i].loss_mask.sum()) for i in range(5))
+    shared = [steps(data, 99, split="validation", rank=r, size=2) for r in (0, 1)]
+    assert [len(rank) for rank in shared] == [2, 2]
+    assert counted == sum(b.num_tokens for rank in shared for step in rank for b in step)
+
+
+def test_packing_and_padding_multiples(make_data: MakeData) -> None:
+    packed = steps(make_data(pack=True), 1, pad_multiple=16)[0][0]
+    assert packed.tokens.shape[0] == 1
+    assert packed.tokens.shape[1] % 16 == 0
+    assert packed.cu_seqlens is not None
+    padded = steps(make_data(), 1, pad_multiple=16)[0][0]
+    assert padded.tokens.shape[0] == 2
+    assert padded.tokens.shape[1] % 16 == 0
+    assert packed.num_tokens == padded.num_tokens
+
+
+def test_refusals(make_data: MakeData) -> None:
+    data = make_data()
+    with pytest.raises(ValueError, match=r"trainer\.global_batch_size=6 must be a multiple of"):
+        steps(data, 1, global_batch_size=6, micro_batch_size=4)
+    with pytest.raises(ValueError, match="split=test is unknown; use one of train, validation"):
+        steps(data, 1, split="test")
+    with pytest.raises(ValueError, match=r"rank=2 must be in \[0, 2\)"):
+        steps(data, 1, rank=2, size=2)
+    without = Data(64, 0, Dataset(data.train.patterns, lambda **o: None), tokenizer=data.tokenizer)
+    with pytest.raises(ValueError, match=r"data\.validation is null"):
+        steps(without, 1, split="validation")
+    with pytest.raises(ValueError, match=r"data\.num_workers=-1"):
+        make_data(num_workers=-1)

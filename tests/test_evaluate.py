@@ -1,0 +1,409 @@
+"""A saved multimodal checkpoint, evaluated and asked in several layouts."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from nvmm import entry
+from nvmm.checkpoint import find
+from nvmm.evaluate import argument, output_folder, require_trusted
+from nvmm.generate import members, quoted
+from tests import tiny
+from tests.ranks import run_ranks
+
+BENCHMARKS = Path(__file__).parent.parent / "configs" / "benchmark"
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_pad|>", "<|endoftext|>"]
+TEXT = "what is the number in this picture how many digits are there read it"
+WORDS = TEXT.split()
+EXACT_MATCH = {"_target_": "nvmm.evaluation.exact_match.exact_match", "_partial_": True}
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1)]
+NUM_SAMPLES = 5
+
+
+def picture(width: int, height: int) -> bytes:
+    pixels = torch.arange(width * height * 3).mul(37).remainder(255).to(torch.uint8)
+    stream = io.BytesIO()
+    Image.frombytes("RGB", (width, height), bytes(pixels.tolist())).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_questions(folder: Path, name: str, answers: Mapping[int, str]) -> str:
+    """Five questions of two kinds: one picture of different shapes, one without any."""
+    from nvmm.data.shards import write_shards
+
+    shapes = [(40, 20), (16, 16), None, (20, 45), (17, 16)]
+    samples = []
+    for number, shape in enumerate(shapes):
+        record = {
+            "question": " ".join(WORDS[: 4 + 2 * number]),
+            "answer": answers.get(number, "no such answer"),
+            "kind": "text" if shape is None else "picture",
+        }
+        sample: dict[str, bytes | str] = {
+            "__key__": str(number),
+            "json": json.dumps(record).encode(),
+        }
+        if shape is not None:
+            sample["png"] = picture(*shape)
+        samples.append(sample)
+    write_shards(folder, name, samples, samples_per_shard=2)
+    return str(folder / f"{name}-*.tar")
+
+
+class NoOptimizer:
+    num_steps = 3
+
+    def sharded_state_dict(self, *arguments: Any) -> dict[str, Any]:
+        return {}
+
+
+def save(rank: int, world_size: int, init_method: str, folder: Path) -> None:
+    from hydra.utils import instantiate
+
+    from nvmm.checkpoint import Checkpoint
+    from nvmm.data.tokenizer import Tokenizer, train_byte_level_bpe
+    from nvmm.parallel.parameters import build_chunks
+    from nvmm.parallel.setup import Parallel, Precision
+
+    tokenizer = train_byte_level_bpe(
+        folder / "tokenizer",
+        WORDS,
+        vocab_size=300,
+        special_tokens=SPECIAL,
+        eos_token=SPECIAL[3],
+        pad_token=SPECIAL[3],
+    )
+    digest = Tokenizer(str(tokenizer)).digest
+    size = Tokenizer(str(tokenizer)).vocab_size
+    model = tiny.multimodal(language=tiny.language(vocab_size=size, padded_vocab_size=320))
+    model["language"]["transformer"]["init_method_std"] = 0.3
+    config = {
+        "model": model,
+        "tokenizer": {"_target_": "nvmm.data.tokenizer.Tokenizer", "path": str(tokenizer)},
+        "precision": {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32"},
+        "backend": "native",
+        "data": {
+            "sequence_length": 256,
+            "train": {
+                "_target_": "nvmm.data.shards.Dataset",
+                "shards": "gone/*.tar",
+                "build": {
+                    "_target_": "nvmm.data.instruct.InstructBuilder",
+                    "_partial_": True,
+                    "template": {"_target_": "nvmm.data.chat.ChatTemplate", "system": "Answer."},
+                    "tags": {"_target_": "nvmm.data.chat.ImageTags"},
+                    "tokens_per_tile": 4,
+                    "tile_size": 16,
+                    "max_tiles": 3,
+                },
+            },
+        },
+    }
+    parallel = Parallel()
+    parallel.initialize(seed=1, rank=rank, world_size=world_size, init_method=init_method)
+    chunks = build_chunks(instantiate(model, _convert_="all"), parallel, Precision(), seed=5)
+    state = {"config": config, "tokenizer_digest": digest}
+    Checkpoint(directory=folder / "run" / "checkpoints").save(3, chunks, NoOptimizer(), state)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluate")
+    run_ranks(save, 1, path)
+    return path
+
+
+def command(folder: Path, shards: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "checkpoint": {"path": str(folder / "run")},
+        "benchmark": {
+            "_target_": "nvmm.evaluation.benchmark.Benchmark",
+            "name": "held",
+            "shards": shards,
+            "metric": EXACT_MATCH,
+            "suffix": "Be brief.",
+            "max_new_tokens": 5,
+            "builder": {"max_tiles": 2},
+        },
+        "parallel": {"_target_": "nvmm.parallel.setup.Parallel"},
+        "precision": None,
+        "backend": None,
+        "tokenizer": None,
+        "sequence_length": None,
+        "batch_size": 2,
+        "num_samples": None,
+        "max_new_tokens": None,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "use_cache": True,
+        "seed": 1,
+        "output": None,
+        "trust_config": False,
+        **changes,
+    }
+
+
+def launch(rank: int, world_size: int, init_method: str, config: dict[str, Any]) -> Any:
+    """What torchrun would start: `evaluate`, or its exit code and message where it refuses."""
+    import torch.distributed as dist
+
+    from nvmm.evaluate import evaluate
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    sys.stderr = io.StringIO()
+    try:
+        return evaluate(entry.Job(config, []))
+    except SystemExit as exit:
+        return exit.code, sys.stderr.getvalue()
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unanswered(folder: Path) -> list[dict[str, Any]]:
+    """Predictions of one rank, without a right answer."""
+    shards = write_questions(folder, "blank", {})
+    [summary] = run_ranks(launch, 1, command(folder, shards, batch_size=1, use_cache=False))
+    assert summary["score"] == 0.0
+    return read(folder / "run" / "evaluation" / "held" / "step_00000003")
+
+
+def test_predictions_name_their_samples(unanswered: list[dict[str, Any]]) -> None:
+    assert [line["sample_id"] for line in unanswered] == list(range(NUM_SAMPLES))
+    assert [line["kind"] for line in unanswered] == ["picture"] * 2 + ["text"] + ["picture"] * 2
+    assert unanswered[3]["question"] == " ".join(WORDS[:10])
+    assert unanswered[3]["source"].endswith("blank-00001.tar:3")
+    assert unanswered[3]["answers"] == ["no such answer"]
+    assert len({line["prediction"] for line in unanswered}) > 2
+
+
+@pytest.mark.parametrize(("world_size", "tensor", "pipeline"), LAYOUTS)
+def test_every_layout_gives_the_same_answers(
+    folder: Path, unanswered: list[dict[str, Any]], world_size: int, tensor: int, pipeline: int
+) -> None:
+    right = {number: unanswered[number]["prediction"] for number in (0, 1, 2)}
+    name = f"right{world_size}{tensor}{pipeline}"
+    parallel = {
+        "_target_": "nvmm.parallel.setup.Parallel",
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "sequence_parallel": tensor > 1,
+    }
+    output = folder / name
+    config = command(
+        folder, write_questions(folder, name, right), parallel=parallel, output=str(output)
+    )
+    summaries = run_ranks(launch, world_size, config)
+    predictions = read(output)
+    assert [p["prediction"] for p in predictions] == [p["prediction"] for p in unanswered]
+    assert [p["score"] for p in predictions][:3] == [1.0] * 3
+    expected = sum(p["score"] for p in predictions) / NUM_SAMPLES
+    for summary in summaries:
+        assert summary["score"] == expected
+        assert summary["kinds"]["text"] == {"score": 1.0, "num_samples": 1}
+    assert json.loads((output / "metrics.json").read_text()) == summaries[0]
+
+
+def test_the_first_samples_alone(folder: Path, unanswered: list[dict[str, Any]]) -> None:
+    config = command(
+        folder,
+        str(folder / "blank-*.tar"),
+        num_samples=3,
+        max_new_tokens=2,
+        output=str(folder / "first"),
+    )
+    [summary] = run_ranks(launch, 1, config)
+    assert summary["num_samples"] == 3
+    for line, longer in zip(read(folder / "first"), unanswered[:3], strict=True):
+        assert len(line["prediction"]) < len(longer["prediction"])
+        assert longer["prediction"].startswith(line["prediction"].rstrip("\ufffd"))
+
+
+def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:
+    from nvmm.data.tokenizer import train_byte_level_bpe
+
+    other = train_byte_level_bpe(
+        tmp_path,
+        [],
+        vocab_size=280,
+        special_tokens=SPECIAL,
+        eos_token=SPECIAL[3],
+        pad_token=SPECIAL[3],
+    )
+    shards = str(folder / "blank-*.tar")
+    parallel = {"_target_": "nvmm.parallel.setup.Parallel", "tensor_model_parallel_size": 3}
+    context = {"_target_": "nvmm.parallel.setup.Parallel", "context_parallel_size": 2}
+    benchmark = command(folder, shards)["benchmark"] | {"builder": {"max_tile": 2}}
+    cases = [
+        ({"tokenizer": str(other)}, "is not the tokenizer that"),
+        ({"tokenizer": "/nowhere"}, "tokenizer.path=/nowhere is not a folder"),
+        ({"parallel": parallel}, "must be divisible by"),
+        ({"parallel": context}, "parallel.context_parallel_size=2 must be 1 in evaluation"),
+        ({"checkpoint": {"path": "/nowhere"}}, "/nowhere is neither a complete checkpoint"),
+        ({"checkpoint": {"path": str(tmp_path)}}, "is neither a complete checkpoint"),
+        ({"benchmark": benchmark}, "unexpected keyword argument 'max_tile'"),
+    ]
+    for changes, message in cases:
+        [(code, text)] = run_ranks(launch, 1, command(folder, shards, **changes))
+        assert code == entry.BAD_CONFIG
+        assert message in text
+
+
+def ask(rank: int, world_size: int, init_method: str, config: dict[str, Any]) -> str:
+    import torch.distributed as dist
+
+    from nvmm.generate import generate
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    return generate(entry.Job(config, []))
+
+
+def test_generate_answers_with_and_without_pictures(folder: Path, tmp_path: Path) -> None:
+    paths = []
+    for name, shape in (("a.png", (40, 20)), ("b.png", (16, 16))):
+        (tmp_path / name).write_bytes(picture(*shape))
+        paths.append(str(tmp_path / name))
+    question = {"prompt": "What's this, then: a {number}?", "image": None, "system": None}
+    plain = command(folder, "") | question | {"max_new_tokens": 6}
+    plain.pop("benchmark")
+    changes = [
+        {},
+        {"image": paths[0]},
+        {"image": paths},
+        {"system": "Read."},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.0, "top_p": 0.9, "seed": 2},
+    ]
+    answers = [run_ranks(ask, 1, plain | change)[0] for change in changes]
+    assert len(set(answers)) == len(changes)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "nvmm.generate", f"checkpoint={folder / 'run'}"),
+            *(f"prompt={question['prompt']}", f"image={paths[0]}", "max_new_tokens=6", "seed=1"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == answers[1] + "\n"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "nvmm.data.shards.tarfile.os.system",
+        "nvmm.data.nothing_here",
+        "nvmm.parallel.ranks.run_ranks",
+        "hydra.utils.get_class",
+    ],
+)
+def test_foreign_targets_are_refused_by_name(target: str) -> None:
+    config = {"model": [{"x": {"_target_": target}}]}
+    with pytest.raises(ValueError, match=rf"would run {target}; .*trust_config=true"):
+        require_trusted(config, Path("c"))
+
+
+def test_foreign_methods_and_interpolations_are_refused() -> None:
+    for path in (
+        "os.system",
+        "torch.os.system",
+        "torch.nn.functional.torch.hub.load",
+        "torch.load",
+    ):
+        with pytest.raises(ValueError, match="get_method"):
+            require_trusted({"f": tiny.method(path)}, Path("c"))
+    with pytest.raises(ValueError, match=r"would run .*oc\.env"):
+        require_trusted({"f": "${oc.env:HOME}"}, Path("c"))
+
+
+def trust_ours(rank: int, world_size: int, init_method: str) -> None:
+    for path in ("torch.nn.functional.gelu", "torch.nn.functional.silu", "torch.tanh"):
+        require_trusted({"f": tiny.method(path)}, Path("c"))
+    require_trusted({"model": tiny.multimodal()}, Path("c"))
+
+
+def test_our_targets_are_trusted() -> None:
+    run_ranks(trust_ours, 1)  # a refusal raises there; mcore is imported there already
+
+
+def test_a_run_directory_means_its_newest_checkpoint(folder: Path, tmp_path: Path) -> None:
+    path = folder / "run" / "checkpoints" / "step_00000003"
+    assert find(str(folder / "run")) == path
+    assert find(str(path)) == path
+    (tmp_path / "checkpoints" / "step_00000009").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find(str(tmp_path))
+    assert output_folder(None, path, "b") == folder / "run" / "evaluation" / "b" / path.name
+    assert output_folder(None, Path("/x/y"), "b") == Path("runs/evaluation/b/y")
+    assert output_folder("/o", path, "b") == Path("/o")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in BENCHMARKS.glob("*.yaml")))
+def test_every_benchmark_composes_and_scores(name: str) -> None:
+    import hydra
+    from hydra.utils import instantiate
+
+    from nvmm import config
+
+    with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+        overrides = [f"benchmark={name}", "benchmark.shards=x.tar", "checkpoint.path=y"]
+        composed = hydra.compose("evaluate", overrides)
+    assert config.check(composed, entry="evaluate", world_size=1) == []
+    benchmark = instantiate(composed.benchmark, _convert_="all")
+    assert benchmark.name == name
+    for kind in ("all", *benchmark.metric_by_kind):
+        assert benchmark.score("stop", ["stop"] * 10, kind) == 1.0
+        assert benchmark.score("stop", ["go"] * 10, kind) == 0.0
+
+
+def test_words_that_hydra_would_misread() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    assert argument("checkpoint=runs/a") == "checkpoint.path=runs/a"
+    assert argument("+checkpoint=a") == "+checkpoint=a"
+    assert quoted("image=a.png") == "image=a.png"
+    assert quoted("prompt='a, b'") == "prompt='a, b'"
+    assert quoted("system=null") == "system=null"
+    for text in (
+        "What's this, then?",
+        "a: {b}",
+        "tail\\\\",
+        r"it\'s",
+        r"\\'",
+        "",
+        "=",
+        "a\\",
+        "[1",
+    ):
+        override = OverridesParser.create().parse_override(quoted(f"prompt={text}"))
+        assert override.value() == text
+
+
+def test_pictures_become_members(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = members("Why?", [str(tmp_path / "a.png"), str(tmp_path / "b.jpg")])
+    assert found["0.png"] == b"a.png"
+    assert found["1.png"] == b"b.jpg"
+    assert json.loads(found["json"]) == {"question": "Why?"}
+    assert "0.png" not in members("Why?", None)
+    with pytest.raises(ValueError, match="image=/nowhere cannot be read"):
+        members("Why?", "/nowhere")

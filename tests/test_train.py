@@ -1,0 +1,137 @@
+"""Before training: one run directory and one config for all ranks."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvmm import entry, train
+from tests.ranks import run_ranks
+
+UUID = "0b8ee7ad-6f3d-4e5b-9a51-0d0c3a1f2b3c"
+LAUNCHERS = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch):
+    """Set the launcher's variables; without arguments there is no launcher."""
+
+    def launch(**variables: str) -> None:
+        for name in LAUNCHERS:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    launch()
+    return launch
+
+
+def run(**values: Any) -> dict[str, Any]:
+    return {"name": "language/tiny", "id": None, "dir": None, **values}
+
+
+@pytest.mark.parametrize(
+    ("variables", "values", "expected"),
+    [
+        ({}, {"id": "mine"}, "language/tiny/mine"),
+        ({}, {"id": 12}, "language/tiny/12"),
+        ({"SLURM_JOB_ID": "77"}, {}, "language/tiny/77"),
+        ({"SLURM_JOB_ID": "77"}, {"id": "mine"}, "language/tiny/mine"),
+        ({"TORCHELASTIC_RUN_ID": "job3"}, {}, "language/tiny/job3"),
+        ({"TORCHELASTIC_RUN_ID": "job3", "SLURM_JOB_ID": "77"}, {}, "language/tiny/77"),
+    ],
+)
+def test_ids_that_survive_a_requeue(
+    launched, tmp_path: Path, variables: dict[str, str], values: dict[str, Any], expected: str
+) -> None:
+    launched(**variables)
+    for _ in range(2):
+        assert train.run_directory(run(**values), tmp_path) == tmp_path / expected
+    assert (tmp_path / expected).is_dir()
+
+
+def test_a_given_directory_is_used_as_it_is(launched, tmp_path: Path) -> None:
+    launched(SLURM_JOB_ID="77")
+    assert train.run_directory(run(dir=str(tmp_path / "here"))) == tmp_path / "here"
+    assert (tmp_path / "here").is_dir()
+
+
+@pytest.mark.parametrize("variables", [{}, {"TORCHELASTIC_RUN_ID": "none"}])
+def test_without_an_id_every_start_has_a_directory_of_its_own(
+    launched, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    launched(**variables)
+    found = {train.run_directory(run(), tmp_path) for _ in range(3)}
+    assert len(found) == 3
+    assert all(path.parent == tmp_path / "language/tiny" for path in found)
+
+
+def test_a_restart_by_torchrun_finds_its_directory_again(launched, tmp_path: Path) -> None:
+    """torchrun on one machine makes up an id: it names no requeue, but all its restarts."""
+    launched(TORCHELASTIC_RUN_ID=UUID)
+    first = train.run_directory(run(), tmp_path)
+    assert first.name.endswith(UUID[:8])
+    assert train.run_directory(run(), tmp_path) == first
+    launched(TORCHELASTIC_RUN_ID="9" + UUID[1:])
+    assert train.run_directory(run(), tmp_path) != first
+
+
+def _agree(
+    rank: int, world_size: int, init_method: str, folder: str, configs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    os.environ["RANK"] = str(rank)
+    os.chdir(folder)
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    errors = io.StringIO()
+    result: dict[str, Any] = {"code": 0, "directory": None}
+    with contextlib.redirect_stderr(errors):
+        try:
+            train._agree(configs[rank])
+            result["directory"] = str(train._agree_on_directory(configs[rank]))
+        except SystemExit as stopped:
+            result["code"] = stopped.code
+    dist.destroy_process_group()
+    return {**result, "errors": errors.getvalue()}
+
+
+def config(**values: Any) -> dict[str, Any]:
+    return {"seed": 1, "optim": {"eps": 1e-8}, "run": run(), "resume": "auto", **values}
+
+
+def test_ranks_share_the_first_ranks_directory(tmp_path: Path) -> None:
+    first, second = run_ranks(_agree, 2, str(tmp_path), [config(), config()])
+    assert first == second
+    assert first["code"] == 0
+    assert (tmp_path / first["directory"]).is_dir()
+    assert len(list((tmp_path / "runs/language/tiny").iterdir())) == 1
+
+
+def test_ranks_refuse_configs_that_differ(tmp_path: Path) -> None:
+    configs = [config(), config(seed=2, optim={"eps": 1e-6})]
+    first, second = run_ranks(_agree, 2, str(tmp_path), configs)
+    assert first["code"] == second["code"] == entry.BAD_CONFIG
+    assert "ranks [1]" in first["errors"]
+    assert "optim.eps=1e-06 is 1e-08 on rank 0" in second["errors"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_never_refuses_a_directory_with_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "here/checkpoints/step_00000010").mkdir(parents=True)
+    both = [config(resume="never", run=run(dir="here"))] * 2
+    first, second = run_ranks(_agree, 2, str(tmp_path), both)
+    assert first["code"] == second["code"] == entry.BAD_CONFIG
+    assert "resume=never must be auto where here has a checkpoint" in first["errors"]
+
+
+def test_config_and_overrides_are_written(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    job = entry.Job({"seed": 1, "run": run()}, ["seed=1", "data.train.shards='a/*.tar'"])
+    train._write(tmp_path, job)
+    assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == job.config
+    assert OmegaConf.to_container(OmegaConf.load(tmp_path / "overrides.yaml")) == job.overrides

@@ -1,0 +1,100 @@
+"""Tiny models as plain configs, as a composed YAML would give them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+
+
+def method(path: str) -> dict[str, str]:
+    return {"_target_": "hydra.utils.get_method", "path": path}
+
+
+def language(**changes: Any) -> dict[str, Any]:
+    """A Qwen2-like decoder: GQA, SwiGLU, RMSNorm, QKV bias, an odd vocabulary."""
+    return {
+        "_target_": "nvmm.models.language.LanguageModel",
+        "_partial_": True,
+        "transformer": {
+            "_target_": TRANSFORMER,
+            "_partial_": True,
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "kv_channels": 16,
+            "ffn_hidden_size": 96,
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": 1e-6,
+            "gated_linear_unit": True,
+            "activation_func": method("torch.nn.functional.silu"),
+            "add_bias_linear": False,
+            "add_qkv_bias": True,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "init_method_std": 0.1,
+        },
+        "vocab_size": 509,
+        "padded_vocab_size": 512,
+        "rotary_base": 10000,
+        **changes,
+    }
+
+
+def multimodal(**changes: Any) -> dict[str, Any]:
+    """NVLM-D in small: a 5-head InternViT with joint QK-norm and LayerScale, a two-layer MLP."""
+    return {
+        "_target_": "nvmm.models.multimodal.MultimodalModel",
+        "_partial_": True,
+        "language": language(),
+        "vision": {
+            "_target_": "nvmm.modules.vision.VisionTransformer",
+            "_partial_": True,
+            "transformer": {
+                "_target_": TRANSFORMER,
+                "_partial_": True,
+                "num_layers": 2,
+                "hidden_size": 80,
+                "num_attention_heads": 5,
+                "kv_channels": 16,
+                "ffn_hidden_size": 128,
+                "normalization": "RMSNorm",
+                "layernorm_epsilon": 1e-6,
+                "activation_func": method("torch.nn.functional.gelu"),
+                "add_bias_linear": True,
+                "attention_dropout": 0.0,
+                "hidden_dropout": 0.0,
+                "init_method_std": 0.1,
+            },
+            "image_size": 16,
+            "patch_size": 4,
+            "qk_norm": "joint",
+            "layer_scale": 0.1,
+        },
+        "connector": {
+            "_target_": "nvmm.modules.connector.MLPConnector",
+            "_partial_": True,
+            "downsample": 2,
+            "hidden_size": 96,
+        },
+        **changes,
+    }
+
+
+def config(model: dict[str, Any], **optim: Any) -> dict[str, Any]:
+    """A shrunk experiment over one of the models above."""
+    return {
+        "model": copy.deepcopy(model),
+        "objective": {"_target_": "nvmm.objectives.next_token.NextToken"},
+        "optim": {
+            "_target_": "nvmm.optim.Optim",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.1,
+            "clip_grad": 1.0,
+        }
+        | optim,
+        "backend": "native",
+        "seed": 1234,
+    }

@@ -1,0 +1,239 @@
+"""Convert weights between Hugging Face folders and checkpoints of ours, and compare them.
+
+python tools/convert.py import --from QWEN_DIR --to CKPT
+python tools/convert.py import --from language=QWEN_DIR --from vision=INTERNVIT_DIR --to CKPT \
+    model=nvlm_d_7b
+python tools/convert.py export --from RUN_DIR --to HF_DIR --format nvlm_d
+python tools/convert.py verify --a HF_DIR --b CKPT
+python tools/convert.py inspect CKPT_OR_HF_DIR
+python tools/convert.py average --from CKPT --from CKPT --to CKPT
+python tools/convert.py reshard --from CKPT --to CKPT --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BAD_INPUT = 2
+"""Exit code of a refused conversion: starting again cannot help."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0, or 1 when `verify` finds a difference, or BAD_INPUT."""
+    options = _parser().parse_args(arguments)
+    from hydra.errors import InstantiationException
+
+    try:
+        return options.run(options)
+    except (ValueError, OSError, InstantiationException) as error:
+        print(f"convert {options.command}: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def import_(options: argparse.Namespace) -> int:
+    """Hugging Face folders -> a checkpoint of ours."""
+    from nvmm.conversion.importing import check_given, derive, import_folders
+    from nvmm.conversion.sides import DTYPES, open_folder
+
+    folders = {}
+    for text in options.sources:
+        part, equals, name = text.partition("=")
+        part, name = (part, name) if equals and part in ("language", "vision") else ("", text)
+        if part in folders:
+            raise ValueError(f"--from {text}: that part has a source already")
+        folders[part] = open_folder(Path(name).expanduser())
+    config = _composed(options.overrides) if options.overrides else {}
+    if config:
+        check_given(folders, config["model"])
+    model = config.get("model") or derive(folders)
+    initialised = import_folders(
+        folders,
+        model,
+        _constructor(model),
+        Path(options.to).expanduser(),
+        config={name: config[name] for name in ("tokenizer", "data") if config.get(name)},
+        dtype=DTYPES.get(options.dtype),
+        seed=options.seed,
+        workers=options.workers,
+    )
+    for name in initialised:
+        print(f"initialised from seed {options.seed}: {name}")
+    print(options.to)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """A checkpoint of ours -> a Hugging Face folder."""
+    from nvmm.conversion.exporting import export
+    from nvmm.conversion.sides import DTYPES, open_checkpoint
+
+    [source] = options.sources
+    export(
+        open_checkpoint(Path(source).expanduser()),
+        Path(options.to).expanduser(),
+        options.format,
+        part=options.part,
+        dtype=DTYPES.get(options.dtype),
+        vocab_size=options.vocab_size,
+        max_shard_bytes=int(options.max_shard_gb * 1e9),
+    )
+    print(options.to)
+    return 0
+
+
+def rewrite(options: argparse.Namespace) -> int:
+    """A weights-only copy of one checkpoint (reshard), or the mean of several (average)."""
+    from nvmm.conversion.exporting import rewrite
+    from nvmm.conversion.sides import DTYPES, open_checkpoint
+
+    if (options.command == "average") != (len(options.sources) > 1):
+        raise ValueError("reshard takes one --from, average several")
+    rewrite(
+        [open_checkpoint(Path(source).expanduser()) for source in options.sources],
+        Path(options.to).expanduser(),
+        dtype=DTYPES.get(options.dtype),
+        workers=options.workers,
+    )
+    print(options.to)
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Names, shapes, dtypes, config and layout; no tensor is loaded."""
+    from nvmm.conversion.verify import inspect, open_side
+
+    about = inspect(open_side(Path(options.path).expanduser()))
+    if options.json:
+        print(json.dumps(about, indent=1))
+        return 0
+    for name, (dtype, shape) in about.pop("tensors").items():
+        print(f"{name}  {dtype} {shape}")
+    about |= {"parameters": f"{about['parameters']:,}", "bytes": f"{about['bytes']:,}"}
+    for key, value in about.items():
+        print(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Tensors through the mapping, then logits; the report lies beside b's weights."""
+    import torch
+
+    from nvmm.conversion.verify import compare_logits, compare_tensors, logits, open_side
+
+    a, b = (open_side(Path(name).expanduser()) for name in (options.a, options.b))
+    report: dict[str, Any] = {"a": str(a.path), "b": str(b.path), **compare_tensors(a, b)}
+    same = report["equal"] == report["tensors"] and not report["only_in_a"] + report["only_in_b"]
+    if options.logits:
+        if options.tokens:
+            tokens = torch.tensor(json.loads(Path(options.tokens).read_text()))
+        else:
+            generator = torch.Generator().manual_seed(options.seed)
+            tokens = torch.randint(0, options.max_token, (2, 32), generator=generator)
+        outputs = [logits(side, tokens, _trusted_constructor) for side in (a, b)]
+        report["logits"] = "not compared: not a language model with a class in Transformers"
+        if outputs[0] is not None and outputs[1] is not None:
+            report["logits"] = compare_logits(outputs[0], outputs[1])
+            same = same and report["logits"]["max_difference"] <= options.tolerance
+    report["same"] = same
+    text = json.dumps(report, indent=1)
+    (b.path / "verify.json").write_text(text + "\n")
+    print(text)
+    return 0 if same else 1
+
+
+def _composed(overrides: list[str]) -> dict[str, Any]:
+    """What `model=NAME` or `experiment=NAME`, and overrides of it, say about model and data."""
+    import hydra
+
+    from nvmm import config
+
+    groups = [text for text in overrides if text.startswith(("model=", "experiment="))]
+    if len(groups) != 1:
+        raise ValueError("give one of model=NAME and experiment=NAME, then overrides of it")
+    rest = [text for text in overrides if text not in groups]
+    with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+        if groups[0].startswith("model="):
+            composed = hydra.compose(overrides=[f"+model={groups[0][6:]}", *rest])
+        else:
+            composed = hydra.compose("train", overrides=[*groups, *rest])
+    plain, problems = config.resolve(composed)
+    # An experiment's unset data and run settings are of no concern here.
+    missing = [str(problem) for problem in problems if problem.key.startswith("model.")]
+    if missing:
+        raise ValueError("\n".join(missing))
+    return plain
+
+
+def _constructor(model: Any) -> Any:
+    from hydra.utils import instantiate
+
+    return instantiate(model, _convert_="all")
+
+
+def _trusted_constructor(model: Any) -> Any:
+    from nvmm.evaluate import require_trusted
+
+    require_trusted(model, Path("the checkpoint"))
+    return _constructor(model)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("import", help="Hugging Face folders -> our checkpoint")
+    command.set_defaults(run=import_)
+    _common(command, "folder, or language=FOLDER and vision=FOLDER", workers=True)
+    command.add_argument("--seed", type=int, default=1234, help="of what no folder gives")
+    command.add_argument("overrides", nargs="*", help="model=NAME or experiment=NAME, and changes")
+
+    command = commands.add_parser("export", help="our checkpoint -> a Hugging Face folder")
+    command.set_defaults(run=export)
+    _common(command, "checkpoint or run directory", workers=False)
+    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d")
+    command.add_argument("--format", required=True, choices=formats)
+    command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
+    command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")
+    command.add_argument("--max-shard-gb", type=float, default=5.0)
+
+    for name, text in (
+        ("reshard", "a weights-only copy, in one piece"),
+        ("average", "the mean of several checkpoints"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.set_defaults(run=rewrite)
+        _common(command, "checkpoint or run directory", workers=True)
+
+    command = commands.add_parser("inspect", help="what a checkpoint or folder holds")
+    command.set_defaults(run=inspect)
+    command.add_argument("path")
+    command.add_argument("--json", action="store_true")
+
+    command = commands.add_parser("verify", help="whether two models are the same")
+    command.set_defaults(run=verify)
+    command.add_argument("--a", required=True, help="checkpoint or folder")
+    command.add_argument("--b", required=True, help="the same; verify.json is written there")
+    command.add_argument("--no-logits", dest="logits", action="store_false")
+    command.add_argument("--tokens", help="JSON file of rows of token ids, all of one length")
+    command.add_argument("--max-token", type=int, default=256, help="random ids are below it")
+    command.add_argument("--tolerance", type=float, default=1e-3, help="largest logit difference")
+    command.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _common(command: argparse.ArgumentParser, source: str, *, workers: bool) -> None:
+    command.add_argument("--from", dest="sources", action="append", required=True, help=source)
+    command.add_argument("--to", required=True, help="folder to write; it must not exist")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as it is")
+    if workers:
+        command.add_argument("--workers", type=int, default=1, help="threads, one file each")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

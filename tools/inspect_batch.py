@@ -1,0 +1,94 @@
+"""Show what training would see of some samples.
+
+    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
+    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 +data.pack=true
+
+Takes the overrides of `python -m nvmm.train`, and `sample=K[,K...]`: numbers of samples of the
+training split, which become one micro-batch. Prints the decoded tokens with the loss mask, the
+label of each supervised position, tiles with their tags, pack borders and positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--split", choices=("train", "validation"), default="train")
+    parser.add_argument("--all", action="store_true", help="list every position")
+    parser.add_argument("--no-color", action="store_true", help="[[brackets]] instead of colours")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with pictures")
+    options, overrides = parser.parse_known_args()
+    chosen = [text.removeprefix("sample=") for text in overrides if text.startswith("sample=")]
+    overrides = [text for text in overrides if not text.startswith("sample=")]
+    if len(chosen) != 1 or not all(n.isdecimal() for n in chosen[0].split(",")) or not overrides:
+        parser.error("give overrides and one sample=K[,K...], e.g. experiment=NAME sample=0")
+    sys.argv[1:] = overrides
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    from nvmm import entry
+
+    job = entry.load("train", stand_ins=True)
+    if job is None:
+        return 0
+    needed = [key for key in job.stand_ins if key.startswith(("data.", "tokenizer."))]
+    if needed:
+        entry.refuse(
+            "train", [f"{key} is not set, and reading a sample needs it" for key in needed]
+        )
+    try:
+        numbers = [int(n) for n in chosen[0].split(",")]
+        return show(job.config, numbers, options)
+    except (ValueError, IndexError, OSError) as error:
+        entry.refuse("train", [error])
+
+
+def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace) -> int:
+    """Build the micro-batch of these samples and print it."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    from nvmm.data.collate import collate
+    from nvmm.inspection import segments, to_html, to_text
+
+    try:
+        tokenizer = instantiate(config["tokenizer"], _convert_="all")
+        data = instantiate(config["data"], _convert_="all")(tokenizer=tokenizer)
+    except InstantiationException as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    dataset = data.train if options.split == "train" else data.validation
+    if dataset is None:
+        raise ValueError(f"data.{options.split} is null")
+    samples = [dataset[number] for number in numbers]
+    parallel = instantiate(config["parallel"], _convert_="all")
+    batch = collate(
+        samples,
+        pad_id=tokenizer.pad_id,
+        pad_multiple=parallel.sequence_multiple,
+        segment_multiple=parallel.segment_multiple,
+        packed=data.pack,
+    )
+    tags = config["data"][options.split]["build"].get("tags") or {}
+    found = segments(
+        batch,
+        tokenizer,
+        [sample.source for sample in samples],
+        image_start=tags.get("image_start", "<Image>"),
+    )
+    print(to_text(batch, found, color=not options.no_color, every=options.all))
+    if options.html is not None:
+        title = f"{config['run']['name']}, samples {', '.join(map(str, numbers))}"
+        options.html.write_text(to_html(batch, found, title), encoding="utf-8")
+        print(f"\n{options.html}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Build the quickstart's data set: python tools/quickstart_data.py --to data/quickstart"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from nvmm.data import digits
+
+
+def progress(name: str, samples: Iterator[Any], total: int) -> Iterator[Any]:
+    """A bar; without a terminal, a line every 10 s."""
+    if sys.stderr.isatty():
+        yield from tqdm(samples, desc=name, total=total, unit=" samples")
+        return
+    begin = shown = time.monotonic()
+    for number, sample in enumerate(samples, start=1):
+        yield sample
+        now = time.monotonic()
+        if now - shown >= 10 or number == total:
+            line = tqdm.format_meter(number, total, now - begin, prefix=name, unit=" samples")
+            print(line, file=sys.stderr, flush=True)
+            shown = now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", default="data/quickstart", help="folder to write")
+    for field in dataclasses.fields(digits.Amounts):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    options = vars(parser.parse_args())
+    folder = options.pop("to")
+    made = digits.build(folder, digits.Amounts(**options), progress)
+    print(f"{folder}: {'written' if made else 'already complete'}")
+
+
+if __name__ == "__main__":
+    main()
