@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import queue
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def _encode(
 ) -> dict[str, Any]:
     """Forward, backward, an SGD step and a checkpoint of the 5-head ViT."""
     from megatron.core.dist_checkpointing import save
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from nvmm.parallel.gradients import sum_replicated_gradients
@@ -157,6 +159,7 @@ def _encode(
     initialize(model, seed=3)
     if folder is not None:
         Path(folder).mkdir(exist_ok=True)
+        filesystem_async._results_queue = queue.Queue()  # mcore's is a process that stays behind
         save(sharded_state_dict(model), folder, TorchDistSaveShardedStrategy("torch_dist", 1, 1))
 
     out = model(tiles())
