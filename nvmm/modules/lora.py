@@ -114,6 +114,11 @@ class Linear:
     runs: tuple[int, ...]
     first: int = 0
 
+    def mask(self) -> Tensor:
+        """fp32 [rows, members]: 1 at each row's member, else 0."""
+        ids = members(self.runs, self.module.weight.shape[0], self.first)
+        return (ids[:, None] == torch.arange(len(self.runs), device="cpu")).float()
+
     def attach(self, lora: Lora) -> None:
         """Put an adapter beside it."""
         adapter = Adapter(self, lora)
@@ -201,10 +206,9 @@ class Adapter(Module):
         self.group = module.tp_group
         self.is_column = isinstance(module, ColumnParallelLinear)
         self.sequence_parallel = module.sequence_parallel
-        ids = members(linear.runs, rows, linear.first)
-        mask = (ids[:, None] == torch.arange(count, device="cpu")).to(**options)
         self.mask: Tensor | None
-        self.register_buffer("mask", mask if count > 1 else None, persistent=False)
+        mask = linear.mask().to(**options) if count > 1 else None
+        self.register_buffer("mask", mask, persistent=False)
         self._mark(weight)
 
     def _mark(self, weight: Any) -> None:
