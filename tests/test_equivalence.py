@@ -57,8 +57,8 @@ LAYOUTS |= {
     "cp2_sharded": Layout("CP2xTP2, sharded encoder", 4, CP2 | TP2 | {"encoder": "sharded"}),
 }
 FROZEN_LANGUAGE = ["vision.*", "language.*"]
-# Every linear of the three parts, and a part that is trained whole.
-LORA = tiny.config(tiny.multimodal()) | {
+# Every linear of the three parts, and a part that is trained whole. The rate: as the connector's.
+LORA = tiny.config(tiny.multimodal(), learning_rate=5e-4) | {
     "lora": tiny.lora(["*linear*"], train=["connector.*weight"])
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -102,6 +102,7 @@ SLOW_ROWS = [
             ["nvlm_d", "nvlm_d_packed"], ["cp2_sharded", "cp2_selective", "cp2_pp2_vp2"]
         ),
         *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
+        *itertools.product(["nvlm_d_lora"], ["pp2_vp2", "tp2_pp2", "cp2_tp2_sp", "sharded_sp"]),
     ]
     if row not in ROWS
 ]

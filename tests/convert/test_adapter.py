@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nvmm.batch import Batch
 from nvmm.checkpoint import find, load_weights, read_state
 from nvmm.config import config_dir
+from nvmm.conversion.adapter import Held, Updated
 from nvmm.conversion.sides import open_checkpoint
 from nvmm.conversion.verify import compare_tensors
 from nvmm.convert.table import read
@@ -152,6 +155,28 @@ def test_an_adapter_of_peft_answers_alike_here_and_merged(
         assert not any(value.any() for value in extra), "members without an adapter are zero"
 
 
+def test_an_update_is_added_in_fp32_and_rounded_once() -> None:
+    """A fused weight of two members, many rows, in bf16 and in fp32."""
+    torch.manual_seed(2)
+    weight = torch.randn(6, 5_000_000 // 6).bfloat16()
+    a, b = torch.randn(4, weight.shape[1]).bfloat16(), torch.randn(6, 2).bfloat16()
+    mask = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
+    source = Held({"x.weight": weight, "x.lora_a": a, "x.lora_b": b, "y.weight": weight})
+    update = torch.cat([b[:3].float() @ a[:2].float(), b[3:].float() @ a[2:].float()])
+    exact = weight.float() + 0.5 * update
+    for dtype in (None, torch.float32):
+        merged = Updated(source, {"x": mask}, 0.5, dtype)
+        assert merged.spec.keys() == {"x.weight", "y.weight"}
+        assert len(list(merged.blocks("x.weight"))) > 1
+        found = read(merged, "x.weight")
+        assert found.dtype == merged.spec["x.weight"].dtype == (dtype or torch.bfloat16)
+        if dtype is None:  # a sum in another order may round to the other neighbour
+            assert (found != exact.bfloat16()).float().mean() < 1e-3
+        else:
+            torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+        assert torch.equal(read(merged, "y.weight"), weight)
+
+
 def lora_run(rank: int, world: int, init: str, folder: Path, targets: list[str]) -> None:
     """A checkpoint of the tiny NVLM-D with random adapters and no training."""
     from nvmm.checkpoint import Checkpoint
@@ -272,7 +297,7 @@ def test_nvlm_d_tiny_from_sft_to_peft(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tiny, "multimodal", lambda: model)
     lora = tiny.lora(["language.*linear_*"], rank=8, alpha=16.0)
     start, run, one = tmp_path / "start", tmp_path / "run", tmp_path / "one"
-    run_ranks(fit_model, 1, model, start, 2, {}, None, None)
+    run_ranks(fit_model, 1, model, start, 2, {}, None)
     run_ranks(fit_model, 1, model, one, 6, {}, lora, start)
     run_ranks(fit_model, 4, model, run, 3, TP2_PP2, lora, start)
     run_ranks(fit_model, 4, model, run, 6, TP2_PP2, lora, start)
@@ -296,9 +321,9 @@ def test_nvlm_d_tiny_from_sft_to_peft(tmp_path: Path, monkeypatch: pytest.Monkey
     batch = synthetic_steps(config, 1, 1)[0][0]
     assert batch.media["image"].values.shape[0] > 0
     ours, after, before, embeddings = run_ranks(logits, 1, [run, merged, start], batch)[0]
-    with torch.no_grad():
-        library = peft_model(hf, adapter)(inputs_embeds=embeddings).logits
-        exported = transformers_model(hf_merged)(inputs_embeds=embeddings).logits
+    library, exported = (
+        elsewhere(tmp_path, embeddings, *folders) for folders in ((hf, adapter), (hf_merged,))
+    )
     valid = torch.arange(ours.shape[1]) < batch.lengths[:, None]
     assert (ours - before)[valid].abs().max() > 0.05, "six steps moved the logits"
     for name, found in (("merged", after), ("PEFT", library), ("merged, exported", exported)):
@@ -312,6 +337,26 @@ def test_nvlm_d_tiny_from_sft_to_peft(tmp_path: Path, monkeypatch: pytest.Monkey
     report = compare_tensors(open_checkpoint(run), open_checkpoint(again))
     assert report["equal"] == report["tensors"] == len(open_checkpoint(run).source.spec) > 0
     assert not report["only_in_a"] and not report["only_in_b"]
+
+
+LOAD = """
+import sys, peft, torch, transformers
+inputs, outputs, folder, *adapter = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+if adapter:
+    model = peft.PeftModel.from_pretrained(model, adapter[0])
+with torch.no_grad():
+    torch.save(model.eval()(inputs_embeds=torch.load(inputs)).logits, outputs)
+"""
+
+
+def elsewhere(folder: Path, embeddings: torch.Tensor, *folders: Path) -> torch.Tensor:
+    """Logits of from_pretrained's model, and PEFT's adapter on it, in a process without nvmm."""
+    inputs, outputs = folder / "inputs.pt", folder / "outputs.pt"
+    torch.save(embeddings, inputs)
+    command = [sys.executable, "-c", LOAD, *map(str, (inputs, outputs, *folders))]
+    subprocess.run(command, check=True, timeout=300)
+    return torch.load(outputs)
 
 
 def fit_model(rank: int, world: int, init: str, model: Any, *arguments: Any) -> Any:
