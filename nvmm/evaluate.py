@@ -191,6 +191,7 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     build = _builder_config(saved, builder_changes)
     sections = {"model": saved["model"], "tokenizer": dict(saved["tokenizer"]), "build": build}
     sections["precision"] = config["precision"] or saved["precision"]
+    sections["lora"] = saved.get("lora")
     if config["tokenizer"] is not None:
         sections["tokenizer"]["path"] = config["tokenizer"]
     if not config["trust_config"]:
@@ -226,9 +227,12 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     constructor = _instantiate(sections["model"])
     precision = _instantiate(sections["precision"])
     model = [constructor(chunk=chunk) for chunk in parallel.chunks(precision, backend)]
+    if sections["lora"] is not None:
+        _instantiate(sections["lora"]).attach(model)
     for chunk in model:
         chunk.eval().requires_grad_(False)
-    missing = load_weights(path, model)
+    base = config.get("base")
+    missing = load_weights(path, model, Path(base).expanduser() if base else None)
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} parameters: {', '.join(missing[:10])}")
     return Restored(path, model, tokenizer, builder)

@@ -123,6 +123,7 @@ def flops_per_step(
     downsample: int = 2,
     connector_hidden_size: int | None = None,
     trained: Collection[str] = PARTS,
+    adapted: Collection[str] = (),
     causal_attention_factor: float = 0.5,
 ) -> dict[str, float]:
     """Model FLOPs of one micro-batch, forward and backward, over the whole model (all stages).
@@ -136,6 +137,8 @@ def flops_per_step(
         downsample, connector_hidden_size: as in the connector's YAML.
         trained: which of "language", "vision", "connector" have trainable parameters; none for
             a forward pass alone.
+        adapted: those of them that train adapters alone: their weights need no gradients. The
+            adapters' own FLOPs are not counted.
 
     Returns: {"language": ..., "vision": ...}; the connector counts as vision.
     """
@@ -147,6 +150,7 @@ def flops_per_step(
         "connector": _mode("connector" in trained, "vision" in trained),
         "language": _mode("language" in trained, behind),
     }
+    modes |= {part: "passed" for part in modes if part in trained and part in adapted}
     flops = {
         "language": language_flops(
             **_sizes(language),

@@ -23,6 +23,7 @@ _KINDS = {
 _TENSOR, _PIPELINE, _CONTEXT, _DATA = _KINDS
 _VIRTUAL = "virtual_pipeline_model_parallel_size"
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+_KEPT = ("model", "lora", "objective", "optim", "backend", "seed")
 _VOCAB = {"vocab_size": 509, "padded_vocab_size": 512}
 
 
@@ -71,13 +72,15 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     sizes = _sizes(parallel, world_size)
     full = _name(sizes, parallel)
     small = {kind: _reduced(kind, sizes) for kind in sizes}
-    kept = ("model", "objective", "optim", "backend", "seed")
+    kept = [key for key in _KEPT if config.get(key) is not None]
     shrunk = copy.deepcopy({key: config[key] for key in kept})
     language = shrunk["model"].get("language", shrunk["model"])
     full_layers = language["transformer"]["num_layers"]
     num_layers, stages = _layers(parallel, full_layers, sizes, small)
     _shrink_model(shrunk["model"], num_layers, sizes[_TENSOR], small[_TENSOR])
     _shrink_optim(shrunk["optim"], num_layers)
+    if "lora" in shrunk:
+        _shrink_lora(shrunk["lora"], num_layers)
     parallel |= {"variable_seq_lengths": True, "timeout_minutes": 5.0} | stages
     if parallel.get("recompute_num_layers") is not None:
         parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
@@ -246,6 +249,14 @@ def _shrink_optim(optim: dict[str, Any], num_layers: int) -> None:
     for key in ("freeze", "no_decay"):
         if optim.get(key):
             optim[key] = [_within(pattern, num_layers) for pattern in optim[key]]
+
+
+def _shrink_lora(lora: dict[str, Any], num_layers: int) -> None:
+    # As strong as it was, and without the dropout whose masks depend on the layout.
+    scale = lora.get("alpha", 32.0) / lora.get("rank", 16)
+    lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
+    for key in ("targets", "train"):
+        lora[key] = [_within(pattern, num_layers) for pattern in lora.get(key) or []]
 
 
 def _within(pattern: str, num_layers: int) -> str:

@@ -25,7 +25,7 @@ FREE = (
 )
 """Keys that may differ silently: they do not change what is learned (a tokenizer is compared by
 its digest, not by its path)."""
-FIXED = ("model", "objective", "tokenizer", "seed")
+FIXED = ("model", "lora", "objective", "tokenizer", "seed")
 """Keys that make another model or another run of it."""
 
 

@@ -348,6 +348,30 @@ def _schedule(view: View) -> Iterator[Problem]:
         yield Problem("optim.decay_steps", decay, f"must be at least optim.warmup_steps={warmup}")
 
 
+def _lora(view: View) -> Iterator[Problem]:
+    lora = view.get("lora")
+    if lora is None:
+        return
+    if not isinstance(lora, Mapping) or "_target_" not in lora:
+        yield Problem("lora", lora, "must be one of its options; add lora=default")
+        return
+    for key in ("targets", "train"):
+        patterns = lora.get(key)
+        if isinstance(patterns, list) and not all(isinstance(p, str) for p in patterns):
+            yield Problem(f"lora.{key}", patterns, "must be a list of patterns")
+    if lora.get("targets") == []:
+        yield Problem("lora.targets", [], "must name at least one linear")
+    rank, alpha, dropout = (view.number(f"lora.{key}") for key in ("rank", "alpha", "dropout"))
+    if rank is not None and rank < 1:
+        yield Problem("lora.rank", rank, "must be at least 1")
+    if alpha is not None and alpha <= 0:
+        yield Problem("lora.alpha", alpha, "must be positive")
+    if dropout is not None and not 0 <= dropout < 1:
+        yield Problem("lora.dropout", dropout, "must be at least 0 and less than 1")
+    if view.get("backend") == "transformer_engine":
+        yield Problem("lora", lora["_target_"], "needs backend=native")
+
+
 def _vision(view: View) -> Iterator[Problem]:
     image, patch = view.integer("model.vision.image_size"), view.integer("model.vision.patch_size")
     if not image or not patch:
@@ -424,6 +448,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _transformer_fields,
     _backend,
     _schedule,
+    _lora,
     _vision,
     _profile,
 )

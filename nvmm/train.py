@@ -53,7 +53,7 @@ def train(job: entry.Job) -> dict[str, Any]:
         config["run"] |= {"id": run_dir.name, "dir": str(run_dir)}
         parts = {
             name: instantiate(config[name], _convert_="all")
-            for name in ("model", "objective", "optim", "tokenizer")
+            for name in ("model", "lora", "objective", "optim", "tokenizer")
         }
         _check_vocabulary(config["model"], parts["tokenizer"])
         data = instantiate(config["data"], _convert_="all")(

@@ -9,7 +9,7 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nvmm import resume as resuming
+from nvmm.base import Base
 from nvmm.batch import Batch
 from nvmm.checkpoint import Checkpoint, find, load_weights, read_state, require_resumable
 from nvmm.flops import segment_lengths
@@ -33,6 +34,7 @@ from nvmm.metrics import (
     reduce_counters,
     reduce_metrics,
 )
+from nvmm.modules.lora import Lora
 from nvmm.objectives.objective import Objective
 from nvmm.optim import Optim, Optimizer, build_optimizer, freeze, wrap
 from nvmm.parallel import context_parallel, generators
@@ -69,6 +71,7 @@ class Trainer:
         on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the step.
         run_dir: where everything is written; config: the resolved config; overrides: the command
             line's, for the message that says how to resume.
+        lora: adapters; all of the base but what it names is then frozen.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Trainer:
         run_dir: Path,
         config: dict[str, Any],
         overrides: list[str] | None = None,
+        lora: Lora | None = None,
         backend: str = "native",
         seed: int = 1234,
         resume: str = "auto",
@@ -129,13 +133,18 @@ class Trainer:
         self.resume = resume
         self.init_from = init_from
 
-        self.chunks: list[Any] = build_chunks(model, parallel, precision, backend, seed)
+        adapt = None if lora is None else lora.attach
+        self.chunks: list[Any] = build_chunks(model, parallel, precision, backend, seed, adapt)
         self.frozen = freeze(self.chunks, optim.freeze)
+        if lora is not None:
+            lora.freeze(self.chunks)
         self.models = wrap(self.chunks, parallel, precision)
         self.optimizer: Optimizer = build_optimizer(self.models, optim, precision, max_steps)
         self.device = next(self.chunks[0].parameters()).device
         self.counters = {"samples": 0, "tokens": 0, "skipped_steps": 0}
         self.position: dict[str, Any] | None = None
+        self.lora = lora
+        self.base: Base | None = None
         self.started = time.monotonic()
         self._stop_signal = 0
         self._configure_schedule()
@@ -372,6 +381,7 @@ class Trainer:
                 path = find(self.init_from)
                 missing = load_weights(path, self.chunks)
                 self.optimizer.reload_parameters()
+                self.base = Base.of(path) if self.lora is not None else None
                 self._say(f"weights from {path}; not in it: {missing or 'none'}")
             self._say(f"starting {self.run_dir} from step 0; resume it with: {self._command()}")
             return 0
@@ -384,7 +394,10 @@ class Trainer:
         if refused:
             listing = "\n  ".join(map(str, refused))
             raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
-        self.checkpoint.load(path, self.chunks, self.optimizer)
+        moved = Path(self.init_from).expanduser() if self.init_from is not None else None
+        base = Base.saved(state)
+        self.base = base.located(moved) if base is not None else None
+        self.checkpoint.load(path, self.chunks, self.optimizer, moved)
         self.counters |= state["counters"]
         self.position = state["position"]
         for change in notable:
@@ -434,8 +447,17 @@ class Trainer:
                     "config": self.config,
                     "tokenizer_digest": self.data.tokenizer.digest,
                     "world_size": dist.get_world_size(),
+                    "base": asdict(self.base) if self.base is not None else None,
                 },
+                self._left_out(),
             )
+
+    def _left_out(self) -> set[str]:
+        """This rank's weights that a LoRA run does not save: frozen, and given by its base."""
+        if self.base is None:
+            return set()
+        frozen = {p.name for p in sharded_parameters(self.chunks) if not p.parameter.requires_grad}
+        return frozen & self.base.names()
 
     def _catch_signals(self) -> None:
         def remember(number: int, frame: Any) -> None:

@@ -57,6 +57,10 @@ LAYOUTS |= {
     "cp2_sharded": Layout("CP2xTP2, sharded encoder", 4, CP2 | TP2 | {"encoder": "sharded"}),
 }
 FROZEN_LANGUAGE = ["vision.*", "language.*"]
+# Every linear of the three parts, and a part that is trained whole. The rate: as the connector's.
+LORA = tiny.config(tiny.multimodal(), learning_rate=5e-4) | {
+    "lora": tiny.lora(["*linear*"], train=["connector.*weight"])
+}
 MODELS: dict[str, dict[str, Any]] = {
     "language": tiny.config(tiny.language()),
     "language_tied": tiny.config(
@@ -67,6 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "nvlm_d_frozen_vision": tiny.config(tiny.multimodal(), freeze=["vision.*"]),
     # Five Adam steps of four tensors alone amplify rounding: half the others' learning rate.
     "nvlm_d_connector": tiny.config(tiny.multimodal(), freeze=FROZEN_LANGUAGE, learning_rate=5e-4),
+    "nvlm_d_lora": LORA,
     "nvlm_d_frozen_patches": tiny.config(tiny.multimodal(), freeze=["vision.conv1*"]),
     "language_packed": tiny.config(tiny.language()),
     "nvlm_d_packed": tiny.config(tiny.multimodal()),
@@ -78,6 +83,8 @@ ROWS = [
     *itertools.product(["nvlm_d", "nvlm_d_frozen_vision"], ["sharded", "sharded_sp"]),
     ("nvlm_d", "sharded_pp2"),
     *itertools.product(["nvlm_d_frozen_patches"], ["recompute", "tp2_recompute"]),
+    *itertools.product(["nvlm_d_lora"], ["tp2_sp", "pp2", "dp2_overlap", "tp2_recompute"]),
+    ("nvlm_d_lora", "sharded"),
     *itertools.product(["nvlm_d_packed"], ["tp2", "tp2_sp", "pp2_vp2", "dp2", "cp2", "cp2_tp2_sp"]),
     *itertools.product(["language"], ["cp2"]),
     *itertools.product(["language_packed"], ["tp2_pp2", "cp2_tp2"]),
@@ -95,6 +102,7 @@ SLOW_ROWS = [
             ["nvlm_d", "nvlm_d_packed"], ["cp2_sharded", "cp2_selective", "cp2_pp2_vp2"]
         ),
         *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
+        *itertools.product(["nvlm_d_lora"], ["pp2_vp2", "tp2_pp2", "cp2_tp2_sp", "sharded_sp"]),
     ]
     if row not in ROWS
 ]

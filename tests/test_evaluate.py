@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -231,6 +232,63 @@ def test_the_first_samples_alone(folder: Path, unanswered: list[dict[str, Any]])
     for line, longer in zip(read(folder / "first"), unanswered[:3], strict=True):
         assert len(line["prediction"]) < len(longer["prediction"])
         assert longer["prediction"].startswith(line["prediction"].rstrip("\ufffd"))
+
+
+def save_adapters(rank: int, world_size: int, init_method: str, folder: Path) -> None:
+    """A LoRA run over the checkpoint: adapters and nothing else."""
+    from dataclasses import asdict
+
+    from hydra.utils import instantiate
+
+    from nvmm.base import Base
+    from nvmm.checkpoint import Checkpoint, read_state
+    from nvmm.modules.lora import FACTORS
+    from nvmm.parallel.parameters import build_chunks, sharded_parameters
+    from nvmm.parallel.setup import Parallel, Precision
+
+    base = find(folder / "run")
+    state = read_state(base)
+    lora = tiny.lora(["language.*", "vision.*"], alpha=12.0)
+    parallel = Parallel()
+    parallel.initialize(seed=1, rank=rank, world_size=world_size, init_method=init_method)
+    model = instantiate(state["config"]["model"], _convert_="all")
+    adapt = instantiate(lora, _convert_="all").attach
+    chunks = build_chunks(model, parallel, Precision(), seed=5, adapt=adapt)
+    generator = torch.Generator().manual_seed(2)
+    for sharded in sharded_parameters(chunks):
+        if sharded.name.endswith(FACTORS[1]):
+            torch.nn.init.normal_(sharded.parameter, generator=generator)
+    state |= {"config": state["config"] | {"lora": lora}, "base": asdict(Base.of(base))}
+    checkpoint = Checkpoint(directory=folder / "lora" / "checkpoints")
+    checkpoint.save(4, chunks, NoOptimizer(), state, Base.of(base).names())
+
+
+def test_a_lora_run_answers_as_its_merged_weights(
+    folder: Path, unanswered: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """At TP 2 with adapters, whose base has moved; at one rank merged."""
+    from tools.convert import main
+
+    own = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    run_ranks(save_adapters, 1, tmp_path)
+    own.rename(tmp_path / "moved")
+    merged, base = tmp_path / "merged", str(tmp_path / "moved")
+    arguments = ["--from", str(tmp_path / "lora"), "--to", str(merged)]
+    assert main(["merge", *arguments]) == 2
+    assert main(["merge", *arguments, "--base", base]) == 0
+    shards = str(folder / "blank-*.tar")
+    parallel = {"_target_": "nvmm.parallel.setup.Parallel", "tensor_model_parallel_size": 2}
+    for ranks, output, changes in (
+        (2, "adapters", {"checkpoint": {"path": str(tmp_path / "lora")}, "base": base}),
+        (1, "weights", {"checkpoint": {"path": str(merged)}}),
+    ):
+        layout = {"parallel": parallel} if ranks == 2 else {}
+        config = command(folder, shards, **changes, **layout, output=str(tmp_path / output))
+        run_ranks(launch, ranks, config)
+    answers, expected = read(tmp_path / "adapters"), read(tmp_path / "weights")
+    assert [a["prediction"] for a in answers] == [a["prediction"] for a in expected]
+    plain = [line["prediction"] for line in unanswered]
+    assert sum(a["prediction"] != p for a, p in zip(answers, plain, strict=True)) >= 4
 
 
 def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ MODELS = {
     "qk_layernorm": tiny.config(_qk_layernorm()),
     "language": tiny.config(tiny.language()),
     "tied": tiny.config(tiny.language(share_embeddings_and_output_weights=True)),
+    "lora": tiny.config(tiny.multimodal()) | {"lora": tiny.lora(["*linear*"])},
     "frozen_embedding": tiny.config(tiny.language(), freeze=["embedding.*"]),
 }
 
@@ -296,6 +297,46 @@ def deal_in_order() -> None:
     context_parallel.positions = positions
 
 
+def draw_b() -> None:
+    """Adapters' B starts at random: while it is zero, no gradient reaches A."""
+    from nvmm.modules.lora import Lora
+    from nvmm.parallel.parameters import sharded_parameters
+    from nvmm.parallel.setup import Normal
+
+    right = Lora.attach
+
+    def attach(self: Any, models: Any) -> None:
+        right(self, models)
+        for sharded in sharded_parameters(models):
+            if sharded.name.endswith(".lora_b"):
+                Normal(0.1)(sharded.parameter)
+
+    Lora.attach = attach  # type: ignore[method-assign]
+
+
+def forget_sequence_parallel_adapters() -> None:
+    """The factor that is whole on every rank keeps the gradient of its own tokens."""
+    from nvmm.modules.lora import Adapter
+
+    draw_b()
+    right = Adapter._mark
+
+    def mark(self: Any, weight: Any) -> None:
+        right(self, weight)
+        self.a.sequence_parallel = self.b.sequence_parallel = False
+
+    Adapter._mark = mark  # type: ignore[method-assign]
+
+
+def keep_partial_adapter_gradients() -> None:
+    """What a column-parallel linear's rows send back to A is not summed over TP."""
+    from nvmm.modules import lora
+
+    draw_b()
+    changed = {"copy_to_tensor_model_parallel_region": lambda x, group: x}
+    lora.tensor_parallel = SimpleNamespace(**vars(lora.tensor_parallel) | changed)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A fault, where it is planted, failures that must be found and failures that must not be.
@@ -314,6 +355,7 @@ class Mutant:
 VISION = "gradient of vision.conv1.weight"
 OUTPUT = "gradient of language.output_layer.weight"
 LOSS, NORM, REPLICAS = "losses at step 1", "grad_norms at step 1", "replicas differ"
+ADAPTER = "language.decoder.layers.0.self_attention.linear_"
 Q_NORM = "vision.decoder.layers.0.self_attention.q_layernorm.weight"
 MUTANTS = [
     Mutant(skip_encoder_sum, "nvlm_d", TP2, [VISION, NORM], [LOSS, OUTPUT]),
@@ -370,6 +412,26 @@ MUTANTS = [
         [f"gradient of {Q_NORM}"],
         [LOSS, OUTPUT, VISION],
         reference=norm_under_mcore_s_name,
+    ),
+    Mutant(
+        forget_sequence_parallel_adapters,
+        "lora",
+        TP2_SP,
+        [
+            f"{REPLICAS}: {ADAPTER}qkv.lora_a",
+            f"gradient of {ADAPTER}qkv.lora_a",
+            f"gradient of {ADAPTER}proj.lora_b",
+        ],
+        [LOSS, f"gradient of {ADAPTER}qkv.lora_b", f"gradient of {ADAPTER}proj.lora_a"],
+        reference=draw_b,
+    ),
+    Mutant(
+        keep_partial_adapter_gradients,
+        "lora",
+        TP2,
+        [f"{REPLICAS}: {ADAPTER}qkv.lora_a", f"gradient of {ADAPTER}qkv.lora_a"],
+        [LOSS, "gradient of language.decoder.layers.3.mlp.linear_fc2.lora"],
+        reference=draw_b,
     ),
     Mutant(unmask_padding_rows, "nvlm_d", TP2, [LOSS, OUTPUT], ["tokens"]),
     Mutant(mark_encoder_as_split, "nvlm_d", TP2, [NORM], [LOSS, "gradient", REPLICAS]),

@@ -83,6 +83,7 @@ VPP = "parallel__virtual_pipeline_model_parallel_size"
 FIRST = "parallel__num_layers_in_first_pipeline_stage"
 LAST = "parallel__num_layers_in_last_pipeline_stage"
 T = "model__language__transformer__"
+LORA = {"_target_": "nvmm.modules.lora.Lora", "targets": ["*.linear_qkv"]}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({TP: 3}, f"{LM}.transformer.num_attention_heads=4", "size of 1, 2, 4"),
     ({TP: 3}, f"{LM}.padded_vocab_size=512", "divisible by"),
@@ -135,6 +136,12 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "optim.groups[0].min_learning_rate=2e-05",
         "at most learning_rate=1e-05",
     ),
+    ({"lora": {"rank": 4}}, "lora={'rank': 4}", "add lora=default"),
+    ({"lora": LORA | {"targets": []}}, "lora.targets=[]", "at least one linear"),
+    ({"lora": LORA | {"train": [1]}}, "lora.train=[1]", "a list of patterns"),
+    ({"lora": LORA | {"rank": 0}}, "lora.rank=0", "at least 1"),
+    ({"lora": LORA | {"alpha": 0}}, "lora.alpha=0", "must be positive"),
+    ({"lora": LORA | {"dropout": 1.0}}, "lora.dropout=1.0", "less than 1"),
     ({"optim__groups": [{"lr": 1}]}, "optim.groups[0].lr=1", "min_learning_rate, pattern"),
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"optim__warmup_steps": 101}, "optim.warmup_steps=101", "trainer.max_steps=100"),

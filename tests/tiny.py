@@ -83,6 +83,16 @@ def multimodal(**changes: Any) -> dict[str, Any]:
     }
 
 
+def lora(targets: list[str], **changes: Any) -> dict[str, Any]:
+    """Adapters of rank 3 at the linears that the patterns name."""
+    return {
+        "_target_": "nvmm.modules.lora.Lora",
+        "targets": targets,
+        "rank": 3,
+        "alpha": 6.0,
+    } | changes
+
+
 def config(model: dict[str, Any], **optim: Any) -> dict[str, Any]:
     """A shrunk experiment over one of the models above."""
     return {

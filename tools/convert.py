@@ -8,6 +8,9 @@ python tools/convert.py verify --a HF_DIR --b CKPT
 python tools/convert.py inspect CKPT_OR_HF_DIR
 python tools/convert.py average --from CKPT --from CKPT --to CKPT
 python tools/convert.py reshard --from CKPT --to CKPT --dtype bf16
+python tools/convert.py merge --from LORA_RUN --to CKPT
+python tools/convert.py adapter export --from LORA_RUN --to PEFT_DIR --format qwen2 --part language
+python tools/convert.py adapter import --from PEFT_DIR --base CKPT --to CKPT --format qwen2
 """
 
 from __future__ import annotations
@@ -98,6 +101,43 @@ def rewrite(options: argparse.Namespace) -> int:
         dtype=DTYPES.get(options.dtype),
         workers=options.workers,
     )
+    print(options.to)
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    """A LoRA checkpoint and its base -> one checkpoint without adapters."""
+    from nvmm.conversion.adapter import merge
+    from nvmm.conversion.sides import DTYPES, open_checkpoint
+
+    [source] = options.sources
+    saved = open_checkpoint(Path(source).expanduser())
+    merge(
+        saved,
+        Path(options.to).expanduser(),
+        _trusted_constructor(saved.model),
+        base=Path(options.base).expanduser() if options.base else None,
+        dtype=DTYPES.get(options.dtype),
+        workers=options.workers,
+    )
+    print(options.to)
+    return 0
+
+
+def adapter(options: argparse.Namespace) -> int:
+    """A LoRA checkpoint's adapters -> a PEFT folder, and back."""
+    from nvmm.conversion.adapter import export_adapter, import_adapter
+    from nvmm.conversion.sides import open_checkpoint
+
+    source, to = Path(options.source).expanduser(), Path(options.to).expanduser()
+    if (options.direction == "import") != (options.base is not None):
+        raise ValueError("adapter import takes --base, adapter export does not")
+    saved = open_checkpoint(source if options.base is None else Path(options.base).expanduser())
+    constructor = _trusted_constructor(saved.model)
+    if options.direction == "export":
+        export_adapter(saved, to, options.format, constructor, part=options.part)
+    else:
+        import_adapter(source, saved, to, options.format, constructor, part=options.part)
     print(options.to)
     return 0
 
@@ -196,9 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="our checkpoint -> a Hugging Face folder")
     command.set_defaults(run=export)
     _common(command, "checkpoint or run directory", workers=False)
-    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d")
-    command.add_argument("--format", required=True, choices=formats)
-    command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
+    _format(command)
     command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")
     command.add_argument("--max-shard-gb", type=float, default=5.0)
 
@@ -209,6 +247,19 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.set_defaults(run=rewrite)
         _common(command, "checkpoint or run directory", workers=True)
+
+    command = commands.add_parser("merge", help="a LoRA checkpoint's adapters into its weights")
+    command.set_defaults(run=merge)
+    _common(command, "LoRA checkpoint or run directory", workers=True)
+    command.add_argument("--base", help="where its base is, if it has moved")
+
+    command = commands.add_parser("adapter", help="LoRA adapters to and from PEFT's folders")
+    command.set_defaults(run=adapter)
+    command.add_argument("direction", choices=("export", "import"))
+    command.add_argument("--from", dest="source", required=True, help="LoRA checkpoint, or folder")
+    command.add_argument("--to", required=True, help="folder to write; it must not exist")
+    command.add_argument("--base", help="import: the checkpoint that the adapter is for")
+    _format(command)
 
     command = commands.add_parser("inspect", help="what a checkpoint or folder holds")
     command.set_defaults(run=inspect)
@@ -225,6 +276,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--tolerance", type=float, default=1e-3, help="largest logit difference")
     command.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _format(command: argparse.ArgumentParser) -> None:
+    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d")
+    command.add_argument("--format", required=True, choices=formats)
+    command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
 
 
 def _common(command: argparse.ArgumentParser, source: str, *, workers: bool) -> None:

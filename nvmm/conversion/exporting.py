@@ -13,6 +13,7 @@ from nvmm.conversion.sides import Part, Saved, write_state, write_weights
 from nvmm.convert.checkpoint import publish
 from nvmm.convert.families import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.huggingface import write_safetensors
+from nvmm.convert.mapping import Row
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Average, Cast, Source, ToTheirs
 
@@ -36,16 +37,15 @@ def export(
 
     Raises ValueError when the format cannot express the model, or keys do not fit.
     """
-    model, source = saved.model, saved.source
-    if part is not None:
-        if not isinstance(model.get(part), Mapping):
-            raise ValueError(f"--part {part}: the model of {saved.path} has no {part}")
-        model, source = model[part], Part(source, f"{part}.")  # type: ignore[assignment]
-    family = FORMATS[format_name]
+    if saved.has_adapters:
+        raise ValueError(
+            f"{saved.path} has LoRA adapters: put them into the weights with `merge` first, or"
+            " export them alone with `adapter export`"
+        )
+    config, rows = layout(saved, format_name, part, vocab_size)
+    source: Source = saved.source if part is None else Part(saved.source, f"{part}.")
     original = _original(saved, format_name, part)
-    config = family.from_model(model)
-    _set_vocabulary(config, model, original, vocab_size)
-    converted = Cast(ToTheirs(source, family.table(model, config)), dtype)
+    converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
     tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
     folder = Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
@@ -59,6 +59,21 @@ def export(
             None if part == "vision" else folder,
             _card(saved, format_name, part, converted),
         )
+
+
+def layout(
+    saved: Saved, format_name: str, part: str | None, vocab_size: int | None = None
+) -> tuple[dict[str, Any], list[Row]]:
+    """config.json of a checkpoint's model, or part of it, in a format, and the format's table."""
+    model = saved.model
+    if part is not None:
+        if not isinstance(model.get(part), Mapping):
+            raise ValueError(f"--part {part}: the model of {saved.path} has no {part}")
+        model = model[part]
+    family = FORMATS[format_name]
+    config = family.from_model(model)
+    _set_vocabulary(config, model, _original(saved, format_name, part), vocab_size)
+    return config, family.table(model, config)
 
 
 def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any] | None:
@@ -110,11 +125,13 @@ def rewrite(
     Any layout loads any checkpoint, so a copy serves to leave out the optimizer state, change the
     dtype or join the pieces that many ranks wrote.
     """
+    if len(saved) > 1 and any(entry.has_adapters for entry in saved):
+        raise ValueError("the mean of LoRA factors is no mean of updates: `merge` each first")
     sources = [entry.source for entry in saved]
     source: Source = sources[0] if len(sources) == 1 else Average(sources)
     state: dict[str, Any] = {
         key: saved[0].state[key]
-        for key in ("config", "tokenizer_digest", "sources", "initialised")
+        for key in ("config", "tokenizer_digest", "sources", "initialised", "base")
         if key in saved[0].state
     }
     state["rewritten_from"] = [str(entry.path) for entry in saved]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,15 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
 def parameters(constructor: Callable[..., Any]) -> dict[str, Tensor]:
     """Every parameter of a model, whole, as a meta tensor under its global name."""
     from nvmm.parallel.parameters import sharded_parameters
+
+    with on_meta(constructor) as model:
+        found = sharded_parameters(model)
+    return {p.name: torch.empty(p.global_shape, device="meta") for p in found}
+
+
+@contextmanager
+def on_meta(constructor: Callable[..., Any]) -> Iterator[Any]:
+    """The whole model on the meta device, in a world of one rank."""
     from nvmm.parallel.setup import Chunk, Parallel, Precision, prepare_backend, shutdown
 
     prepare_backend()
@@ -197,11 +207,10 @@ def parameters(constructor: Callable[..., Any]) -> dict[str, Tensor]:
     try:
         with torch.device("meta"):
             model = constructor(chunk=Chunk(Parallel(), Precision(), meta=True))
-        found = sharded_parameters(model)
+        yield model
     finally:
         if alone:
             shutdown()
-    return {p.name: torch.empty(p.global_shape, device="meta") for p in found}
 
 
 class Initial:

@@ -77,6 +77,11 @@ class Saved:
             raise ValueError(f"{self.path} has no model config in its state.json")
         return config
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it is a LoRA run's, whose adapters are not in the weights yet."""
+        return any(name.endswith(".lora_a") for name in self.source.spec)
+
     def record(self) -> dict[str, Any]:
         """Step, layout it was saved at, whether it can be resumed, and the model's config."""
         saved = json.loads((self.path / "state.json").read_text())

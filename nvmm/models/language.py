@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.flops import flops_per_step
+from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk
@@ -139,7 +140,10 @@ class LanguageModel(GPTModel):
     def flops(self, segment_lengths: Sequence[int], num_tiles: int = 0) -> dict[str, float]:
         """Model FLOPs of a micro-batch's forward and backward, {"language", "vision"}."""
         return flops_per_step(
-            self.config, vocab_size=self.unpadded_vocab_size, segment_lengths=segment_lengths
+            self.config,
+            vocab_size=self.unpadded_vocab_size,
+            segment_lengths=segment_lengths,
+            adapted=["language"] if only_adapters_train(self) else [],
         )
 
     def _enter(self, hidden: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nvmm.batch import Batch
 from nvmm.flops import flops_per_step
 from nvmm.models.language import LanguageModel
 from nvmm.modules.connector import MLPConnector
+from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.merge import merge
 from nvmm.modules.vision import VisionTransformer
 from nvmm.parallel.setup import Chunk
@@ -93,6 +94,7 @@ class MultimodalModel(MegatronModule):
             downsample=self.connector.downsample,
             connector_hidden_size=self.connector.hidden_size,
             trained=[name for name, part in parts.items() if _is_trained(part)],
+            adapted=[name for name, part in parts.items() if only_adapters_train(part)],
         )
 
     def set_input_tensor(self, input_tensor: Any) -> None:

@@ -175,6 +175,7 @@ class EncoderAttention(SelfAttention):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.is_padded:
             axes = {"linear_qkv.weight": 0, "linear_qkv.bias": 0, "linear_proj.weight": 1}
+            axes |= {"linear_qkv_lora.b": 0, "linear_proj_lora.a": 1}
             for name, axis in axes.items():
                 entry = state.get(prefix + name)
                 if entry is not None:

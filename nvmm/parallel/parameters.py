@@ -114,9 +114,15 @@ def build_chunks(
     precision: Precision,
     backend: str = "native",
     seed: int = 0,
+    adapt: Callable[[list[Any]], None] | None = None,
 ) -> list[Any]:
-    """Build and initialise this rank's model chunks from a YAML's partial constructor."""
+    """Build and initialise this rank's model chunks from a YAML's partial constructor.
+
+    adapt: adds to the built chunks what is initialised with them (LoRA's adapters).
+    """
     chunks = [model(chunk=chunk) for chunk in parallel.chunks(precision, backend)]
+    if adapt is not None:
+        adapt(chunks)
     initialize(chunks, seed)
     return chunks
 
