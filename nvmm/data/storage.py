@@ -22,3 +22,8 @@ def read(url: str, start: int, stop: int) -> bytes:
     with open(url, "rb", buffering=0) as file:
         file.seek(start)
         return file.read(stop - start)
+
+
+def local_path(url: str) -> str | None:
+    """The path of a file on this machine; None for a remote one."""
+    return None if "://" in url else url
