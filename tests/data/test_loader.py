@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from nvmm.batch import Batch
 from nvmm.data.chat import ChatTemplate, ImageTags
 from nvmm.data.instruct import InstructBuilder
 from nvmm.data.loader import Data
-from nvmm.data.shards import Dataset
+from nvmm.data.shards import Dataset, write_shards
 from nvmm.data.tokenizer import Tokenizer
+from tests.data.conftest import vqa
 
 MakeData = Callable[..., Data]
 
@@ -109,8 +111,6 @@ def test_workers_change_nothing_and_leave_global_random_states_alone(make_data: 
 
 
 def test_worker_errors_name_the_sample(make_data: MakeData, tmp_path: Any) -> None:
-    from nvmm.data.shards import write_shards
-
     write_shards(tmp_path, "bad", [{"__key__": "k7", "json": b"{"}])
     good = make_data(num_workers=1)
     build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
@@ -162,3 +162,70 @@ def test_refusals(make_data: MakeData) -> None:
         make_data(num_workers=-1)
     with pytest.raises(ValueError, match=r"data\.on_error=ignore must be skip or stop"):
         make_data(on_error="ignore")
+
+
+def test_bad_samples_leave_the_same_hole_on_every_layout(
+    make_data: MakeData, tiny: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Padded and packed, whatever reads them; counted by dataset, logged once."""
+    write_shards(
+        tmp_path,
+        "mixed",
+        [
+            {**vqa(answer="12" * (1 + i % 4)), "__key__": f"k{i}"}
+            | ({"json": b"{"} if i in (2, 5) else {})
+            for i in range(9)
+        ],
+    )
+    train = make_data().train
+    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    entries = [
+        {"name": "bad", "shards": str(tmp_path / "mixed-*"), "weight": 1},
+        {"name": "good", "shards": train.patterns, "weight": 2},
+    ]
+    for pack in (False, True):
+
+        def make(num_workers: int = 0, pack: bool = pack, **options: Any) -> Data:
+            template = Dataset(None, build)
+            return Data(
+                64, num_workers, template, blend=entries, tokenizer=tiny, pack=pack, **options
+            )
+
+        options = {"global_batch_size": 4, "micro_batch_size": 1}
+        caplog.clear()
+        data = make()
+        one = steps(data, 12, **options)
+        whole = [sorted(i for batch in ids(step) for i in batch) for step in one]
+        holes = {-2 - i for step in whole for i in step if i < 0}
+        assert {i % 2**32 for i in holes} == {2, 5} and {i >> 53 for i in holes} == {0}
+        lines = [r.getMessage() for r in caplog.records if "bad sample" in r.getMessage()]
+        assert len(lines) == 2 and all("member json is damaged" in line for line in lines)
+        for number, hole in enumerate(b for step in one for b in step):
+            missing = hole.sample_ids < 0
+            if hole.cu_seqlens is None and bool(missing.any()):
+                assert hole.num_tokens == 0, number
+        ranks = [steps(make(num_workers=r), 12, rank=r, size=2, **options) for r in (0, 1)]
+        for step, mine, other in zip(whole, *ranks, strict=True):
+            assert sorted(i for batch in ids(mine) + ids(other) for i in batch) == step
+        counts = data.count([batch for step in one for batch in step])
+        assert counts["bad/bad"] == sum(i < 0 for step in whole for i in step)
+        assert counts["bad/samples"] + counts["bad/bad"] + counts["good/samples"] == sum(
+            map(len, whole)
+        )
+        assert counts["good/bad"] == 0 and counts["bad/images"] == 0
+        assert counts["good/tiles"] > counts["good/images"] > 0
+        tokens = sum(int(b.lengths.sum()) for step in one for b in step)
+        assert counts["bad/tokens"] + counts["good/tokens"] == tokens - counts["bad/bad"]
+        with pytest.raises(ValueError, match=r"k[25]: member json .*data\.on_error=stop"):
+            steps(make(on_error="stop"), 12, **options)
+
+
+def test_too_many_bad_samples_stop_the_run(make_data: MakeData) -> None:
+    data = make_data(max_bad_fraction=0.01)
+    data.check_bad({"a": {"samples": 90, "bad": 9}, "b": {"samples": 0, "bad": 1}})
+    data.check_bad({"a": {"samples": 9900, "bad": 100}})
+    message = (
+        r"11 of 101 samples are bad, more than data\.max_bad_fraction=0\.01 \(a: 10 of 100, b: 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.check_bad({"a": {"samples": 90, "bad": 10}, "b": {"samples": 0, "bad": 1}})
