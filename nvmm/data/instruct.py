@@ -34,7 +34,15 @@ from nvmm.data.chat import (
     is_attended,
     render,
 )
-from nvmm.data.images import MAX_PIXELS, Tiles, choose_grid, decode_image, tile_image
+from nvmm.data.images import (
+    MAX_PIXELS,
+    Size,
+    Tiles,
+    choose_grid,
+    decode_image,
+    read_size,
+    tile_image,
+)
 from nvmm.data.tokenizer import Tokenizer
 
 ROLES = {
@@ -119,6 +127,17 @@ class InstructBuilder:
         """The sample up to where its last assistant turn begins; nothing is supervised."""
         return self._build(members, prompt=True)
 
+    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens and tiles of the training example, from text and the headers of the pictures."""
+        source = _source(members)
+        sizes = [
+            read_size(members[name], source=f"{source}.{name}", max_pixels=self.max_pixels)
+            for name in _picture_names(members, source)
+        ]
+        turns = self._turns(_record(members, source), len(sizes), source)
+        rendered, _ = self._fit(turns, sizes, source, prompt=False)
+        return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
+
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """The accepted answers to `prompt(members)`; empty where the sample brings none."""
         source = _source(members)
@@ -202,7 +221,11 @@ class InstructBuilder:
         return media
 
     def _fit(
-        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], source: str, prompt: bool
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Image.Image | Size],
+        source: str,
+        prompt: bool,
     ) -> tuple[Rendered, int]:
         """Render with as many tiles as fit; returns the rendering and the tile limit used."""
         ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
@@ -256,19 +279,9 @@ class InstructBuilder:
         return max(ends, default=0) <= length and any(rendered.weights[:length])
 
     def _pictures(self, members: Mapping[str, Any], source: str) -> list[Image.Image]:
-        found: list[tuple[int, str]] = []
-        for extension in members:
-            number, _, kind = extension.rpartition(".")
-            if kind in EXTENSIONS and (not number or number.isdecimal()):
-                found.append((int(number) if number else -1, extension))
-        found.sort()
-        numbers = [number for number, _ in found]
-        if len(set(numbers)) != len(numbers):
-            names = ", ".join(extension for _, extension in found)
-            raise ValueError(f"{source}: order of pictures {names} is ambiguous; number them")
         return [
             decode_image(members[name], source=f"{source}.{name}", max_pixels=self.max_pixels)
-            for _, name in found
+            for name in _picture_names(members, source)
         ]
 
     def _turns(self, record: dict[str, Any], num_images: int, source: str) -> list[Turn]:
@@ -300,6 +313,21 @@ class InstructBuilder:
 
 def _source(members: Mapping[str, Any]) -> str:
     return f"{members.get('__url__', '')}:{members.get('__key__', '')}"
+
+
+def _picture_names(members: Mapping[str, Any], source: str) -> list[str]:
+    """Members that are pictures, in the order of their numbers."""
+    found: list[tuple[int, str]] = []
+    for extension in members:
+        number, _, kind = extension.rpartition(".")
+        if kind in EXTENSIONS and (not number or number.isdecimal()):
+            found.append((int(number) if number else -1, extension))
+    found.sort()
+    numbers = [number for number, _ in found]
+    if len(set(numbers)) != len(numbers):
+        names = ", ".join(extension for _, extension in found)
+        raise ValueError(f"{source}: order of pictures {names} is ambiguous; number them")
+    return [name for _, name in found]
 
 
 def _record(members: Mapping[str, Any], source: str) -> dict[str, Any]:

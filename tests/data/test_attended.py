@@ -68,6 +68,15 @@ def test_the_pixels_are_those_of_nvlm_d(tiny: Tokenizer) -> None:
     assert torch.equal(h.media[IMAGE].values, d.media[IMAGE].values[3:])
 
 
+@pytest.mark.parametrize("attended", ["none", "regular", "all"])
+def test_measuring_needs_no_pixels(tiny: Tokenizer, attended: str) -> None:
+    build = builder(tiny, attended=attended)
+    members = vqa(png=picture(100, 32))
+    sample = build(members)
+    tiles = sum(len(media.values) for media in sample.media.values())
+    assert build.measure(members) == (len(sample.tokens), tiles)
+
+
 def test_one_tile_images(tiny: Tokenizer) -> None:
     members = vqa(png=picture(32, 32))
     x, h = made(tiny, "all", members), made(tiny, "regular", members)
