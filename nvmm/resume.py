@@ -14,6 +14,7 @@ FREE = (
     "init_from",
     "checkpoint",
     "debug",
+    "kernels",
     "data.num_workers",
     "tokenizer.path",
     "trainer.log_interval",

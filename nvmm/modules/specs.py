@@ -25,7 +25,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from nvmm.kernels import weight_gradient
 from nvmm.modules.attention import CoreAttention
+from nvmm.modules.mlp import NativeMLP
 from nvmm.modules.norm import Norm
 
 BACKENDS = ("native", "transformer_engine")
@@ -36,7 +38,7 @@ _FUSED_NAMES = {
 
 
 class NativeBackend(BackendSpecProvider):
-    """Eager PyTorch and SDPA on mcore's own parallel linears; runs on CPU and CUDA."""
+    """Our kernels (or eager PyTorch) and SDPA on mcore's own parallel linears; CPU and CUDA."""
 
     def column_parallel_linear(self) -> type:
         """Linear whose output is split over TP."""
@@ -71,7 +73,7 @@ class NativeBackend(BackendSpecProvider):
         )
 
     def activation_func(self) -> type | None:  # type: ignore[override]
-        """None: mcore's MLP calls `config.activation_func`."""
+        """None: NativeMLP takes `config.activation_func`."""
         return None
 
 
@@ -80,6 +82,7 @@ def backend_provider(name: str) -> BackendSpecProvider:
 
     Raises ValueError when Transformer Engine is asked for but not installed.
     """
+    weight_gradient.install()
     if name == "native":
         return NativeBackend()
     if name == "transformer_engine":
@@ -121,7 +124,7 @@ def attention_spec(
 def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
     """Dense MLP, gated or not as the config says."""
     return ModuleSpec(
-        module=MLP,
+        module=MLP if backend.fuse_layernorm_and_linear() else NativeMLP,
         submodules=MLPSubmodules(
             linear_fc1=backend.column_parallel_layer_norm_linear()
             if backend.fuse_layernorm_and_linear()
