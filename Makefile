@@ -3,10 +3,12 @@ VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart check test test-slow golden bench bench-convert bench-packing bench-index clean
+.PHONY: help venv kernels quickstart check test test-slow golden bench bench-convert bench-kernels \
+	bench-gpu bench-packing bench-index clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -22,7 +24,12 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev,test,quickstart]'
 	@touch $@
 
-quickstart: venv ## build a dataset, train, evaluate, generate and report on a CPU (11 minutes)
+kernels: $(KERNELS) ## compile csrc/; without a compiler eager PyTorch runs
+
+$(KERNELS): $(STAMP) $(wildcard csrc/*)
+	$(BIN)/python csrc/build.py --to $@
+
+quickstart: venv kernels ## build a dataset, train, evaluate, generate and report on a CPU (11 minutes)
 	PATH="$(abspath $(BIN)):$$PATH" launchers/quickstart.sh
 
 check: venv ## format, lint, types, spelling
@@ -31,13 +38,13 @@ check: venv ## format, lint, types, spelling
 	$(BIN)/mypy nvmm
 	$(BIN)/codespell
 
-test: venv ## the tests that need neither a GPU nor patience
+test: venv kernels ## the tests that need neither a GPU nor patience
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20
 
-test-slow: venv ## the slow tests
+test-slow: venv kernels ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=20
 
-golden: venv ## write the golden losses and names anew (look at the diff)
+golden: venv kernels ## write the golden losses and names anew (look at the diff)
 	$(BIN)/python -m pytest -m "not gpu" -k golden --golden
 
 bench: venv ## times of the commands and steps
@@ -46,6 +53,12 @@ bench: venv ## times of the commands and steps
 bench-convert: venv ## speed and memory of conversions (writes 10 GB to build/)
 	$(BIN)/python tools/bench_convert.py --to build/bench_convert
 
+bench-kernels: venv kernels ## time and memory of the kernels against eager, fused and compiled PyTorch
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_kernels.py
+
+bench-gpu: venv kernels ## the kernels' times on a GPU
+	$(BIN)/python -W ignore tools/bench_kernels.py --device cuda --rows 8192 --repeats 50
+
 bench-packing: venv ## tokens/s of padded, packed and planned rows, and of Transformers' collator
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_packing.py
 
@@ -53,5 +66,5 @@ bench-index: venv ## speed and memory of the index and the order up to 10^7 samp
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_index.py --to build/bench_index
 
 clean: ## remove caches and build products; keeps .venv, data and runs
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ FREE = (
     "init_from",
     "checkpoint",
     "debug",
+    "kernels",
     "data.num_workers",
     "data.on_error",
     "data.max_bad_fraction",

@@ -60,6 +60,10 @@ _CHOICES = {
     "parallel.recompute_granularity": ("full", "selective"),
     "parallel.recompute_method": ("uniform", "block"),
     "precision.dtype": ("fp32", "bf16"),
+    **{
+        f"kernels.{name}": ("auto", "eager", "fused")
+        for name in ("norm", "activation", "gated_residual", "linear_cross_entropy")
+    },
     "optim.schedule": ("cosine", "linear", "constant"),
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),
     "trainer.on_nonfinite": ("stop", "skip"),

@@ -45,6 +45,7 @@ def train(job: entry.Job) -> dict[str, Any]:
     logging.getLogger("nvmm").setLevel(logging.INFO)
     config = job.config
     try:
+        instantiate(config["kernels"], _convert_="all").install()
         precision = instantiate(config["precision"], _convert_="all")
         parallel = instantiate(config["parallel"], _convert_="all")
         parallel.initialize(seed=config["seed"])

@@ -16,6 +16,7 @@ from nvmm.batch import Batch
 from nvmm.flops import flops_per_step, segment_lengths
 from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.lora import only_adapters_train
+from nvmm.modules.output import fused_loss
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk
@@ -138,6 +139,12 @@ class LanguageModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else None
         )
+        if output == "loss":
+            loss = fused_loss(
+                self.output_layer, hidden, batch.labels, self.unpadded_vocab_size, weight
+            )
+            if loss is not None:
+                return loss
         gather = output == "logits"
         if inference_context is not None:
             hidden = hidden[-1:]  # of a long prompt only the last position's logits are of use

@@ -24,6 +24,9 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from torch.nn import Parameter
 
+from nvmm.kernels.gated_residual import gated_residual
+from nvmm.kernels.norm import norm
+from nvmm.modules.mlp import NativeMLP
 from nvmm.parallel.setup import default_device
 
 
@@ -44,6 +47,11 @@ class EncoderLayer(TransformerLayer):
         vp_stage: int | None = None,
         layer_scale: float | None = None,
     ) -> None:
+        if pg_collection is not None and submodules.mlp.module is NativeMLP:
+            # mcore hands its groups to MLP alone, not to what derives from it.
+            params = submodules.mlp.params | {"tp_group": pg_collection.tp}
+            mlp = dataclasses.replace(submodules.mlp, params=params)
+            submodules = dataclasses.replace(submodules, mlp=mlp)
         super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
         # mcore turns autograd on for the residual add, which under no_grad would keep a graph.
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
@@ -60,6 +68,8 @@ class EncoderLayer(TransformerLayer):
 
         def add(branch: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             x, bias = branch
+            if not (dropout and training):
+                return gated_residual(residual, x, scale, bias)
             x = (x if bias is None else x + bias) * scale
             return residual + F.dropout(x, dropout, training)
 
@@ -275,7 +285,7 @@ class JointNorm(torch.nn.Module):
         """x: [s, b, heads of this rank, head_dim] -> the same; padding heads become 0."""
         flat = x.flatten(2)
         if self.group.size() == 1:
-            return F.rms_norm(flat, self.weight.shape, self.weight, self.eps).view_as(x)
+            return norm(flat, self.weight, eps=self.eps, rms=True).view_as(x)
         out = _JointRMSNorm.apply(flat, self.weight, self.first, self.real, self.eps, self.group)
         return out.view_as(x)
 

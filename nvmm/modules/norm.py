@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
+from nvmm.kernels.norm import norm
 from nvmm.parallel.setup import default_device
 
 
@@ -40,7 +40,11 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size] -> the same shape and dtype."""
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        if self.rms:
-            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
-        return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
+        return norm(
+            x,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            rms=self.rms,
+            zero_centered=self.zero_centered,
+        )

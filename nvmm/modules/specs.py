@@ -28,7 +28,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from nvmm.kernels import weight_gradient
 from nvmm.modules.attention import CoreAttention
+from nvmm.modules.mlp import NativeMLP
 from nvmm.modules.norm import Norm
 
 BACKENDS = ("native", "transformer_engine")
@@ -39,7 +41,7 @@ _FUSED_NAMES = {
 
 
 class NativeBackend(BackendSpecProvider):
-    """Eager PyTorch and SDPA on mcore's own parallel linears; runs on CPU and CUDA."""
+    """Our kernels (or eager PyTorch) and SDPA on mcore's own parallel linears; CPU and CUDA."""
 
     def column_parallel_linear(self) -> type:
         """Linear whose output is split over TP."""
@@ -74,7 +76,7 @@ class NativeBackend(BackendSpecProvider):
         )
 
     def activation_func(self) -> type | None:  # type: ignore[override]
-        """None: mcore's MLP calls `config.activation_func`."""
+        """None: NativeMLP takes `config.activation_func`."""
         return None
 
 
@@ -83,6 +85,7 @@ def backend_provider(name: str) -> BackendSpecProvider:
 
     Raises ValueError when Transformer Engine is asked for but not installed.
     """
+    weight_gradient.install()
     if name == "native":
         return NativeBackend()
     if name == "transformer_engine":
@@ -124,7 +127,7 @@ def attention_spec(
 def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
     """Dense MLP, gated or not as the config says."""
     return ModuleSpec(
-        module=MLP,
+        module=MLP if backend.fuse_layernorm_and_linear() else NativeMLP,
         submodules=MLPSubmodules(
             linear_fc1=backend.column_parallel_layer_norm_linear()
             if backend.fuse_layernorm_and_linear()

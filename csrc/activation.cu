@@ -1,0 +1,57 @@
+#include "activation.cuh"
+#include "launch.h"
+
+namespace nvmm {
+namespace {
+
+Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_) {
+  const Kind kind = static_cast<Kind>(kind_);
+  const Tensor x = dense(x_), y = activation_output(x, bias_, kind);
+  const auto bias = dense(bias_);
+  const int64_t width = y.size(-1);
+  if (y.numel() == 0) return y;
+  dispatch<true>(x, [&](auto zero) {
+    dispatch_kind(kind, [&](auto constant) {
+      using T = decltype(zero);
+      constexpr Kind k = decltype(constant)::value;
+      const bool fits = packs<T>(width, {pointer<T>(x), pointer<T>(bias)});
+      auto kernel = fits ? activation_forward<T, wide<T>, k> : activation_forward<T, 1, k>;
+      NVMM_LAUNCH(kernel, static_cast<unsigned>(rows_of(y)),
+                  block_size(fits ? width / wide<T> : width, 512), 0, stream_of(x), pointer<T>(x),
+                  pointer<T>(bias), target<T>(y), width);
+      check_launch();
+    });
+  });
+  return y;
+}
+
+Tensor backward(const Tensor& dy_, const Tensor& x_, const std::optional<Tensor>& bias_,
+                int64_t kind_) {
+  const Kind kind = static_cast<Kind>(kind_);
+  const Tensor dy = dense(dy_), x = dense(x_), dx = torch::stable::empty_like(x);
+  const auto bias = dense(bias_);
+  const int64_t width = dy.size(-1);
+  if (dy.numel() == 0) return dx;
+  dispatch<true>(x, [&](auto zero) {
+    dispatch_kind(kind, [&](auto constant) {
+      using T = decltype(zero);
+      constexpr Kind k = decltype(constant)::value;
+      const bool fits = packs<T>(width, {pointer<T>(x), pointer<T>(dy), pointer<T>(bias)});
+      auto kernel = fits ? activation_backward<T, wide<T>, k> : activation_backward<T, 1, k>;
+      NVMM_LAUNCH(kernel, static_cast<unsigned>(rows_of(dy)),
+                  block_size(fits ? width / wide<T> : width, 512), 0, stream_of(x), pointer<T>(dy),
+                  pointer<T>(x), pointer<T>(bias), target<T>(dx), width);
+      check_launch();
+    });
+  });
+  return dx;
+}
+
+}  // namespace
+
+NVMM_CUDA_LIBRARY(m) {
+  m.impl("activation", TORCH_BOX(&activation));
+  m.impl("activation_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace nvmm

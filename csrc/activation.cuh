@@ -1,0 +1,61 @@
+// Activations with bias, forward and backward (which recomputes them). One block for a row.
+#pragma once
+
+#include "activation.h"
+#include "device.h"
+
+namespace nvmm {
+
+template <int V, class T>
+__device__ __forceinline__ void load_biased(const T* x, const T* bias, float (&to)[V]) {
+  load<V>(x, to);
+  if (bias) {
+    float b[V];
+    load<V>(bias, b);
+#pragma unroll
+    for (int k = 0; k < V; ++k) to[k] += b[k];
+  }
+}
+
+// y[width] = f(x + bias), or f(first half) * second half of [2 width].
+template <class T, int V, Kind kind>
+__global__ void activation_forward(const T* __restrict__ x, const T* __restrict__ bias,
+                                   T* __restrict__ y, int64_t width) {
+  x += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
+  y += int64_t{blockIdx.x} * width;
+  for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
+    float a[V], up[V];
+    load_biased<V>(x + i, bias ? bias + i : nullptr, a);
+    if (gated(kind)) load_biased<V>(x + width + i, bias ? bias + width + i : nullptr, up);
+#pragma unroll
+    for (int k = 0; k < V; ++k) a[k] = value<kind, Device>(a[k]) * (gated(kind) ? up[k] : 1.f);
+    store<V>(a, y + i);
+  }
+}
+
+template <class T, int V, Kind kind>
+__global__ void activation_backward(const T* __restrict__ dy, const T* __restrict__ x,
+                                    const T* __restrict__ bias, T* __restrict__ dx, int64_t width) {
+  x += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
+  dx += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
+  dy += int64_t{blockIdx.x} * width;
+  for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
+    float g[V], a[V], d[V];
+    load<V>(dy + i, g);
+    load_biased<V>(x + i, bias ? bias + i : nullptr, a);
+    if (gated(kind)) {
+      float up[V];
+      load_biased<V>(x + width + i, bias ? bias + width + i : nullptr, up);
+#pragma unroll
+      for (int k = 0; k < V; ++k) d[k] = g[k] * value<kind, Device>(a[k]);
+      store<V>(d, dx + width + i);
+#pragma unroll
+      for (int k = 0; k < V; ++k) g[k] *= up[k];
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) d[k] = g[k] * slope<kind, Device>(a[k]);
+    store<V>(d, dx + i);
+  }
+}
+
+}  // namespace nvmm

@@ -1,0 +1,66 @@
+// The formulas of the activations, for CPU and GPU, and what both implementations check.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "tensors.h"
+
+#ifdef __CUDACC__
+#define NVMM_FORMULA __device__ __forceinline__
+#else
+#define NVMM_FORMULA inline __attribute__((always_inline))
+#endif
+
+namespace nvmm {
+
+enum class Kind : int64_t { swiglu, geglu, squared_relu, gelu };
+
+constexpr bool gated(Kind kind) { return kind == Kind::swiglu || kind == Kind::geglu; }
+
+// f(x) and f'(x) of the function before the gate. Math: exp and erf of this side.
+template <Kind kind, class Math>
+NVMM_FORMULA float value(float x) {
+  if constexpr (kind == Kind::swiglu) return x / (1.f + Math::exp(-x));
+  if constexpr (kind == Kind::squared_relu) return x > 0.f ? x * x : (x != x ? x : 0.f);
+  return 0.5f * x * (1.f + Math::erf(x * 0.70710678f));
+}
+
+template <Kind kind, class Math>
+NVMM_FORMULA float slope(float x) {
+  if constexpr (kind == Kind::swiglu) {
+    const float s = 1.f / (1.f + Math::exp(-x));
+    return s * (1.f + x * (1.f - s));
+  }
+  if constexpr (kind == Kind::squared_relu) return x > 0.f ? 2.f * x : (x != x ? x : 0.f);
+  return 0.5f * (1.f + Math::erf(x * 0.70710678f)) + x * 0.39894228f * Math::exp(-0.5f * x * x);
+}
+
+inline Tensor activation_output(const Tensor& x, const std::optional<Tensor>& bias, Kind kind) {
+  const bool halves = gated(kind);
+  STD_TORCH_CHECK(x.dim() > 0 && (!halves || x.size(-1) % 2 == 0),
+                  "activation: a gated activation halves the last axis, which must be even");
+  STD_TORCH_CHECK(!bias || (bias->numel() == x.size(-1) && bias->scalar_type() == x.scalar_type()),
+                  "activation: the bias must have the length of x's last axis, and its dtype");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  if (halves) shape.back() /= 2;
+  return torch::stable::new_empty(x, shape);
+}
+
+// Calls f with the kind as a constant.
+template <class F>
+void dispatch_kind(Kind kind, const F& f) {
+  switch (kind) {
+    case Kind::swiglu:
+      return f(std::integral_constant<Kind, Kind::swiglu>{});
+    case Kind::geglu:
+      return f(std::integral_constant<Kind, Kind::geglu>{});
+    case Kind::squared_relu:
+      return f(std::integral_constant<Kind, Kind::squared_relu>{});
+    case Kind::gelu:
+      return f(std::integral_constant<Kind, Kind::gelu>{});
+  }
+  STD_TORCH_CHECK(false, "activation: unknown kind");
+}
+
+}  // namespace nvmm

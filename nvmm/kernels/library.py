@@ -1,0 +1,100 @@
+"""The library that csrc/build.py makes, and which operations run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "eager", "fused")
+PATH = Path(__file__).with_name("native.so")
+
+logger = logging.getLogger(__name__)
+
+
+def _load() -> str | None:
+    """Load the library; returns why that is not possible, or None."""
+    if not PATH.is_file():
+        return "csrc is not built (make kernels)"
+    try:
+        torch.ops.load_library(PATH)
+    except OSError as error:
+        return f"{PATH} does not load: {error}"
+    return None
+
+
+MISSING = _load()
+"""Why there are no kernels in this process; None when there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What each operation runs on: its kernel (fused), plain PyTorch (eager), or its kernel where
+    there is one for the device and dtype (auto).
+
+    Args:
+        norm: RMSNorm and LayerNorm.
+        activation: what stands between an MLP's two linears.
+        gated_residual: residual adds of scaled branches (LayerScale, tanh gates).
+        linear_cross_entropy: output layer and loss, without the logits in memory.
+    """
+
+    norm: str = "auto"
+    activation: str = "auto"
+    gated_residual: str = "auto"
+    linear_cross_entropy: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value not in CHOICES:
+                raise ValueError(f"kernels.{name}={value} must be one of {', '.join(CHOICES)}")
+            if value == "fused" and MISSING:
+                raise ValueError(f"kernels.{name}=fused needs the kernels, but {MISSING}")
+
+    def install(self) -> None:
+        """Make these this process's choices, and log once what they come to."""
+        global _choices
+        _choices = self
+        if MISSING:
+            logger.info("kernels: eager PyTorch, %s", MISSING)
+            return
+        fused = [name for name, value in dataclasses.asdict(self).items() if value != "eager"]
+        logger.info("kernels: %s", ", ".join(fused) or "eager PyTorch, as the config says")
+
+
+_choices = Kernels()
+
+
+def fused(operation: str, *tensors: Tensor | None) -> bool:
+    """Whether `operation` runs on its kernel for these tensors.
+
+    Raises ValueError where the config says fused and there is no kernel for them.
+    """
+    choice = getattr(_choices, operation)
+    if choice == "eager" or (choice == "auto" and MISSING):
+        return False
+    problem = MISSING or _obstacle([tensor for tensor in tensors if tensor is not None])
+    if problem and choice == "fused":
+        raise ValueError(f"kernels.{operation}=fused does not work here: {problem}; use auto")
+    return problem is None
+
+
+def _obstacle(tensors: list[Tensor]) -> str | None:
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if device not in ("cpu", "cuda") or (device == "cuda" and not has_cuda()):
+        return f"no kernel for device {device}"
+    if any(tensor.dtype != dtype for tensor in tensors):
+        return "tensors of different dtypes"
+    if dtype in (torch.float32, torch.bfloat16) or (dtype, device) == (torch.float16, "cuda"):
+        return None
+    return f"no kernel for {dtype} on {device}"
+
+
+@functools.cache
+def has_cuda() -> bool:
+    """Whether the library was built with nvcc."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("nvmm::norm", "CUDA")

@@ -1,0 +1,53 @@
+"""Apex's `fused_weight_gradient_mlp_cuda` by torch's matmuls, on CPU and CUDA.
+
+mcore's `gradient_accumulation_fusion` adds a linear's weight gradient to the fp32 `main_grad` in
+place through a module of that name, which is part of NVIDIA's Apex and of nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+NAME = "fused_weight_gradient_mlp_cuda"
+_USERS = {
+    "megatron.core.tensor_parallel.layers": "_grad_accum_fusion_available",
+    "megatron.core.utils": None,
+}
+
+
+def accumulate(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
+    """main_grad += dy.T @ x in place.
+
+    Args:
+        x: [..., in], a linear's input.
+        dy: [..., out], its output's gradient, in x's dtype.
+        main_grad: [out, in], in x's dtype or float32.
+    """
+    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+    if main_grad.dtype == x.dtype:
+        torch.addmm(main_grad, dy.t(), x, out=main_grad)
+    else:
+        main_grad += dy.t() @ x
+
+
+def install() -> None:
+    """Make the module importable, and give it to an mcore that was imported without it.
+
+    Where Apex is installed nothing happens.
+    """
+    if NAME in sys.modules or importlib.util.find_spec(NAME) is not None:
+        return
+    module = ModuleType(NAME, __doc__)
+    module.wgrad_gemm_accum_fp32 = accumulate  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp16 = accumulate  # type: ignore[attr-defined]
+    sys.modules[NAME] = module
+    for user, flag in _USERS.items():
+        if user in sys.modules:
+            setattr(sys.modules[user], NAME, module)
+            if flag is not None:
+                setattr(sys.modules[user], flag, True)

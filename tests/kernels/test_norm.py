@@ -1,0 +1,128 @@
+"""RMSNorm and LayerNorm kernels: accuracy, edge cases, autograd, fakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nvmm.kernels.norm import eager_norm, norm, residual_norm
+from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+
+pytestmark = needs_kernels
+EPS = 1e-5
+
+
+def tensors(rows: int, width: int, rms: bool, seed: int = 0) -> list[Tensor | None]:
+    """x, weight, bias"""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator) for shape in [(rows, width), (width,), (width,)]
+    )
+    return [3 * x + 1, weight, None if rms else bias]
+
+
+def check(rows: int, width: int, rms: bool, zero_centered: bool, dtype: torch.dtype) -> None:
+    options = {"eps": EPS, "rms": rms, "zero_centered": zero_centered}
+    check_accuracy(
+        lambda *inputs: norm(*inputs, **options),
+        lambda *inputs: eager_norm(*inputs, **options),
+        lambda seed: tensors(rows, width, rms, seed),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("zero_centered", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 3), (3, 127), (127, 64), (2, 4097), (300, 48)])
+def test_accuracy(
+    rows: int, width: int, rms: bool, zero_centered: bool, dtype: torch.dtype
+) -> None:
+    check(rows, width, rms, zero_centered, dtype)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 70), st.integers(2, 200), st.booleans(), st.sampled_from(DTYPES))
+def test_any_shape(rows: int, width: int, rms: bool, dtype: torch.dtype) -> None:
+    check(rows, width, rms, False, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms", [True, False])
+def test_residual(rms: bool, dtype: torch.dtype) -> None:
+    def inputs(seed: int) -> list[Tensor | None]:
+        residual = torch.randn(33, 65, generator=torch.Generator().manual_seed(seed + 1))
+        x, weight, bias = tensors(33, 65, rms, seed)
+        return [x, residual, weight, bias]
+
+    def eager(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        total = x + residual
+        return eager_norm(total, weight, bias, eps=EPS, rms=rms), total
+
+    check_accuracy(
+        lambda *inputs: residual_norm(*inputs, eps=EPS, rms=rms),
+        eager,
+        inputs,
+        dtype,
+    )
+
+
+def test_sum_alone_sends_its_gradient_back() -> None:
+    x, weight, _ = tensors(3, 8, True)
+    leaves = [x.clone().requires_grad_(), torch.randn(3, 8).requires_grad_()]
+    _, total = residual_norm(*leaves, weight, eps=EPS, rms=True)
+    total.sum().backward()
+    assert all(torch.equal(leaf.grad, torch.ones(3, 8)) for leaf in leaves)
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    x, weight, bias = tensors(6, 40, False)
+    turned = x.t().contiguous().t()
+    for strange in (turned, x[::2], x[:, :20].contiguous()[:, ::2]):
+        w, b = weight[: strange.shape[1]], bias[: strange.shape[1]]
+        expected = norm(strange.contiguous(), w, b, eps=EPS, rms=False)
+        assert torch.equal(norm(strange, w, b, eps=EPS, rms=False), expected)
+
+
+@pytest.mark.parametrize("rms", [True, False])
+def test_no_rows(rms: bool) -> None:
+    x, weight, bias = tensors(0, 8, rms)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    norm(x, weight, bias, eps=EPS, rms=rms).sum().backward()
+    assert x.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros(8))
+
+
+def test_large_and_small_values_keep_their_scale() -> None:
+    """A row of 1e18 must not overflow in the division, nor one of zeros divide by zero."""
+    x = torch.stack([torch.full((64,), 1e18), torch.zeros(64), torch.full((64,), 1e-20)])
+    out = norm(x, torch.ones(64), eps=1e-6, rms=True)
+    torch.testing.assert_close(out, eager_norm(x, torch.ones(64), eps=1e-6, rms=True))
+
+
+def test_gradients_of_the_eager_path() -> None:
+    x, weight, bias = (t.double().requires_grad_() for t in tensors(3, 7, False))
+    for zero_centered in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda *i, z=zero_centered: norm(*i, eps=EPS, rms=False, zero_centered=z),
+            (x, weight, bias),
+        )
+
+
+@pytest.mark.parametrize("rms", [True, False])
+def test_schema_fake_and_autograd_registration(rms: bool) -> None:
+    x, weight, bias = tensors(5, 9, rms)
+    inputs = [t if t is None else t.requires_grad_() for t in (x, torch.randn(5, 9), weight, bias)]
+    torch.library.opcheck(torch.ops.nvmm.norm.default, (*inputs, EPS, rms, True))
+
+
+def test_compiles_into_one_graph() -> None:
+    x, weight, _ = tensors(4, 16, True)
+    compiled = torch.compile(
+        lambda x: norm(x, weight, eps=EPS, rms=True) * 2, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(x), norm(x, weight, eps=EPS, rms=True) * 2)

@@ -1,0 +1,174 @@
+"""The simulator finds planted faults, and the CUDA sources give in it what the CPU's loops give."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvmm.kernels.activation import GATED, KINDS
+from tests.kernels.accuracy import DTYPES, needs_kernels
+from tests.kernels.simulated import ORDERS, ROOT, SANITIZED, simulator
+
+pytestmark = needs_kernels
+SIZES = [(1, 3), (3, 127), (5, 64), (2, 520)]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Any]:
+    """torch.ops.nvmm_simulated"""
+    torch.ops.load_library(simulator())
+    yield torch.ops.nvmm_simulated
+    torch.ops.nvmm_simulated.configure(0, 0)
+
+
+def test_reverses_with_a_barrier_and_not_without(run: Any) -> None:
+    """Without the barrier some order of the threads reads what is not written yet."""
+    x = torch.arange(64.0)
+    wrong = []
+    for order in ORDERS.values():
+        run.configure(order, 0)
+        assert torch.equal(run.faulty(x, 0), x.flip(0))
+        wrong.append(not torch.equal(run.faulty(x, 1), x.flip(0)))
+    assert all(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (2, "divergent barrier"),
+        (3, "deadlock"),
+        (4, "mask that leaves it out"),
+        (5, "beyond the dynamic shared memory"),
+    ],
+)
+@pytest.mark.parametrize("order", ORDERS)
+def test_faults_are_named(run: Any, fault: int, message: str, order: str) -> None:
+    run.configure(ORDERS[order], 0)
+    with pytest.raises(RuntimeError, match=message):
+        run.faulty(torch.arange(64.0), fault)
+
+
+def test_shared_memory_that_nothing_wrote_is_nan(run: Any) -> None:
+    run.configure(0, 0)
+    assert run.faulty(torch.zeros(64), 6).isnan().all()
+
+
+def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def norms(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    x, residual, dy, dsum = (numbers(rows, width, dtype=dtype, seed=i) for i in range(4))
+    weight, bias = (numbers(width, dtype=dtype, seed=i) for i in (4, 5))
+    found = []
+    for rms in (True, False):
+        y, total, mean, rstd = ops.norm(x, residual, weight, None if rms else bias, 1e-5, rms, True)
+        again = ops.norm(x, None, weight, None if rms else bias, 1e-5, rms, False)[0]
+        back = ops.norm_backward(dy, dsum, total, weight, mean, rstd, rms, True)
+        found += [y, total, mean, rstd, again, *back]
+    return found
+
+
+def activations(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    found = []
+    for index, kind in enumerate(KINDS):
+        columns = width * (2 if kind in GATED else 1)
+        x, bias = numbers(rows, columns, dtype=dtype), numbers(columns, dtype=dtype, seed=1)
+        dy = numbers(rows, width, dtype=dtype, seed=2)
+        for b in (bias, None):
+            found += [ops.activation(x, b, index), ops.activation_backward(dy, x, b, index)]
+    return found
+
+
+def gated_residuals(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    residual, branch, dy = (numbers(rows, width, dtype=dtype, seed=i) for i in range(3))
+    bias = numbers(width, dtype=dtype, seed=3)
+    mask = torch.tensor([1.0, 0.0, 0.5]).repeat(rows)[:rows].to(dtype)
+    found = []
+    for gate, m in ((numbers(width, dtype=dtype), mask), (numbers(1, dtype=dtype), None)):
+        found += [
+            ops.gated_residual(residual, branch, bias, gate, m, True),
+            *ops.gated_residual_backward(dy, branch, bias, gate, m, False),
+        ]
+    return found
+
+
+def cross_entropies(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    logits = 4 * numbers(rows, width, dtype=dtype)
+    labels = torch.arange(rows) * 7 % width + 100
+    maximum = torch.full((rows,), float("-inf"))
+    total, picked = torch.zeros(rows), torch.zeros(rows)
+    valid = max(width - 2, 1)
+    for begin in (0, width):  # the second chunk has no label and no new maximum in some rows
+        ops.logits_reduce(logits, labels - begin, 100, valid, maximum, total, picked)
+    gradient = logits.clone()
+    scale = torch.linspace(0, 2, rows)
+    ops.logits_gradient(gradient, labels, maximum + total.log(), scale, 100, valid)
+    return [maximum, total, picked, gradient]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [norms, activations, gated_residuals, cross_entropies])
+def test_equals_the_cpu_kernels(
+    run: Any, case: Callable[..., list[Tensor]], dtype: torch.dtype
+) -> None:
+    """Every order and block size gives the same bits; the CPU's loops agree to rounding."""
+    for rows, width in SIZES:
+        expected = case(torch.ops.nvmm, rows, width, dtype)
+        run.configure(0, 0)
+        first = case(run, rows, width, dtype)
+        for a, b in zip(first, expected, strict=True):
+            tolerance = 2.0**-7 if a.dtype == torch.bfloat16 else 2e-5
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        for order in ("reverse", "shuffled"):
+            run.configure(ORDERS[order], 0)
+            assert all(map(torch.equal, case(run, rows, width, dtype), first)), order
+        run.configure(0, 32)  # other sums, so other roundings
+        for a, b in zip(case(run, rows, width, dtype), first, strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+_SANITIZED_RUN = """
+import sys, torch
+torch.set_num_threads(1)
+torch.ops.load_library(sys.argv[1])
+if sys.argv[2] == "fault":
+    torch.ops.nvmm_simulated.faulty(torch.zeros(64), 7)
+from tests.kernels import test_simulator as t
+for case in (t.norms, t.activations, t.gated_residuals, t.cross_entropies):
+    for rows, width in t.SIZES:
+        for dtype in t.DTYPES:
+            case(torch.ops.nvmm_simulated, rows, width, dtype)
+"""
+
+
+@pytest.mark.slow
+def test_under_sanitizers() -> None:
+    """No access outside a tensor and no undefined behaviour; a planted one ends the process."""
+    library = simulator(sanitized=True)
+    names = ("libasan.so", "libubsan.so")
+    preload = [
+        subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip() for n in names
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    assert "address" in SANITIZED[0]
+
+    def start(what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", _SANITIZED_RUN, str(library), what]
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    faulty = start("fault")
+    assert faulty.returncode and "heap-buffer-overflow" in faulty.stderr
+    done = start("all")
+    assert done.returncode == 0, done.stderr[-4000:]
