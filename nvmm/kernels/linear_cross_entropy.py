@@ -52,7 +52,8 @@ def linear_cross_entropy(
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     columns = weight.shape[0]
     vocab_size = columns * size if vocab_size is None else vocab_size
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    values = type(labels) is Tensor and labels.device.type == "cpu"  # not a fake's or a GPU's
+    if values and not torch.compiler.is_compiling():
         real = labels[labels != ignore_index]
         if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < vocab_size:
             raise ValueError(

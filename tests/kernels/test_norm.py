@@ -118,11 +118,3 @@ def test_schema_fake_and_autograd_registration(rms: bool) -> None:
     x, weight, bias = tensors(5, 9, rms)
     inputs = [t if t is None else t.requires_grad_() for t in (x, torch.randn(5, 9), weight, bias)]
     torch.library.opcheck(torch.ops.nvmm.norm.default, (*inputs, EPS, rms, True))
-
-
-def test_compiles_into_one_graph() -> None:
-    x, weight, _ = tensors(4, 16, True)
-    compiled = torch.compile(
-        lambda x: norm(x, weight, eps=EPS, rms=True) * 2, backend="aot_eager", fullgraph=True
-    )
-    assert torch.equal(compiled(x), norm(x, weight, eps=EPS, rms=True) * 2)

@@ -1,0 +1,64 @@
+"""torch.compile, fake and meta tensors through every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nvmm.kernels.activation import activation
+from nvmm.kernels.gated_residual import gated_residual
+from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
+from nvmm.kernels.norm import norm, residual_norm
+from tests.kernels.accuracy import needs_kernels
+
+pytestmark = needs_kernels
+LABELS = torch.tensor([0, 5, -100, 6, 1])
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "norm": lambda x, w, _: norm(x, w[0], w[1], eps=1e-5, rms=False),
+    "residual_norm": lambda x, w, _: sum(residual_norm(x, 2 * x, w[0], eps=1e-5, rms=True)),
+    "activation": lambda x, w, _: activation(x, w[0], kind="swiglu"),
+    "gated_residual": lambda x, w, _: gated_residual(x, 2 * x, w[0], w[1], tanh=True),
+    "linear_cross_entropy": lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=4),
+}
+
+
+def inputs(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(n, 8, generator=generator) for n in (5, 7))
+    return tuple(  # type: ignore[return-value]
+        t.to(device).requires_grad_(t.is_floating_point()) for t in (x, weights, LABELS)
+    )
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_compiles_forward_and_backward_into_one_graph(name: str) -> None:
+    def run(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        return (OPERATIONS[name](x, w, labels) * 2).sum()
+
+    x, w, labels = inputs()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    expected = torch.autograd.grad(run(x, w, labels), (x, w))
+    found = torch.autograd.grad(compiled(x, w, labels), (x, w))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_shapes_without_data(name: str, kind: str) -> None:
+    real = inputs()
+    out = OPERATIONS[name](*real)
+    if kind == "meta":
+        abstract = inputs("meta")
+        assert OPERATIONS[name](*abstract).shape == out.shape
+        return
+    mode = FakeTensorMode()
+    with mode:
+        abstract = tuple(mode.from_tensor(t) for t in real)
+        found = OPERATIONS[name](*abstract)
+        gradients = torch.autograd.grad(found.sum(), abstract[:2])
+    assert (found.shape, found.dtype) == (out.shape, out.dtype)
+    assert [g.shape for g in gradients] == [t.shape for t in real[:2]]
