@@ -27,16 +27,23 @@ from nvmm.convert.table import read
 
 _PREFIX = "base_model.model."
 _FILE = "adapter_model.safetensors"
-_REFUSED = {
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
+_UNDERSTOOD = frozenset(
+    {
+        *("peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode"),
+        *("base_model_name_or_path", "revision", "target_modules", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern", "r", "lora_alpha", "lora_dropout"),
+        *("rank_pattern", "alpha_pattern", "use_rslora", "eva_config"),
+    }
+)
+"""Fields of adapter_config.json that leave an adapter A and B, whatever they say."""
+_PLAIN = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
 }
-"""Fields of adapter_config.json that make it more than A and B, and the values that do not."""
+"""Fields that do with these values, as all others do when they are null, false or empty. (An
+initial value such as pissa changes the base's weights.)"""
 
 
 @dataclass(frozen=True)
@@ -162,9 +169,9 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
         raise ValueError(f"{folder} has no readable adapter_config.json: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{folder}/adapter_config.json: peft_type must be LORA")
-    for key, value in _REFUSED.items():
-        if config.get(key, value) not in (value, None, [], {}):
-            raise ValueError(f"{folder}/adapter_config.json: {key}={config[key]} is not supported")
+    for key, value in config.items():
+        if value and key not in _UNDERSTOOD and value not in _PLAIN.get(key, ()):
+            raise ValueError(f"{folder}/adapter_config.json: {key}={value} is not supported")
     source = SafetensorsSource(folder)
     found: dict[str, dict[str, Tensor]] = {}
     strange = []

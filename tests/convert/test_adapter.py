@@ -274,6 +274,8 @@ def test_refusals(
         (["adapter", "import", "--from", str(theirs), *into], "no readable adapter_config.json"),
         (["adapter", "import", "--from", folder("dora", both, use_dora=True), *into],
          "use_dora=True is not supported"),
+        (["adapter", "import", "--from", folder("pissa", both, init_lora_weights="pissa"), *into],
+         "init_lora_weights=pissa is not supported"),
         (["adapter", "import", "--from", folder("ia3", both, peft_type="IA3"), *into],
          "peft_type must be LORA"),
         (["adapter", "import", "--from", folder("half", both[:1]), *into], "A or B alone"),
