@@ -30,7 +30,7 @@ def fused_loss(
         weight: the tied embedding's, where the layer has none.
     """
     weight = layer.weight if weight is None else weight
-    # What replaces the layer (Transformer Engine) or adds to it (an adapter's hook) needs its forward.
+    # What replaces the layer (Transformer Engine) or adds to it (an adapter) needs its forward.
     plain = type(layer) is ColumnParallelLinear and layer.bias is None and not layer._forward_hooks
     if not plain or not fused("linear_cross_entropy", hidden, weight):
         return None
