@@ -1,19 +1,11 @@
-"""Chat and VQA samples: members of a shard -> `Sample`.
+"""Members of a shard -> `Sample`: pictures are tiled, turns rendered, and both made to fit.
 
-The member `json` holds one of
-
-- `{"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}`
-  (LLaVA's form; `messages` with `role` and `content` is read alike), or
-- `{"question": ..., "answer": ...}` or `{"question": ..., "answers": [...]}`,
-
-and the pictures are members `png`, `jpg`, `jpeg` or `webp`, numbered (`0.png`, `1.jpg`, ...) when
-there are several. A sample without pictures is text only.
+What the sample says is a form's business (`nvmm.data.forms`, `nvmm.data.interleaved`), under which
+names it says it, `fields` (`nvmm.data.record`).
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +14,7 @@ from PIL import Image
 
 from nvmm.batch import Sample, SampleMedia
 from nvmm.data.chat import (
+    DOCUMENT,
     IMAGE_MARKER,
     ChatTemplate,
     ImageLayout,
@@ -30,17 +23,13 @@ from nvmm.data.chat import (
     Turn,
     render,
 )
-from nvmm.data.images import MAX_PIXELS, choose_grid, decode_image, tile_image
+from nvmm.data.decode import Limits
+from nvmm.data.forms import Chat, Example, Form
+from nvmm.data.images import MAX_PIXELS, choose_grid, tile_image
+from nvmm.data.problem import BadSample
+from nvmm.data.record import Fields, Record, check_fields
 from nvmm.data.tokenizer import Tokenizer
 
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """Tile limits tried one after another until a sample fits (Megatron-LM's ladder)."""
 
@@ -52,6 +41,8 @@ class InstructBuilder:
     tokens_per_tile: placeholders a tile occupies, after the model's downsampling.
     min_tiles, max_tiles: limits of the grid; the thumbnail comes on top. 1 and 1: a plain resize.
     max_pixels: larger pictures are refused before they are decompressed.
+    form: what a sample says; null: Chat().
+    fields: our names of fields and members -> the data set's.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
         its end; media are never cut.
     """
@@ -66,6 +57,8 @@ class InstructBuilder:
         max_tiles: int = 6,
         use_thumbnail: bool = True,
         max_pixels: int = MAX_PIXELS,
+        form: Form | None = None,
+        fields: Fields | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -84,7 +77,10 @@ class InstructBuilder:
         self.min_tiles = min_tiles
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
-        self.max_pixels = max_pixels
+        self.limits = Limits(max_pixels=max_pixels)
+        self.form = form or Chat()
+        self.fields = fields or {}
+        check_fields(self.fields, self.form.names)
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
 
@@ -92,7 +88,7 @@ class InstructBuilder:
         """One training example.
 
         members: extension -> bytes, and `__url__`, `__key__` (shard and key, as webdataset has).
-        Raises ValueError naming both for damaged members, a wrong number of image markers, a
+        Raises BadSample naming both for damaged members, a wrong number of image markers, a
         placeholder written in the text, no supervised token, and media that cannot fit.
         """
         return self._build(members, prompt=False)
@@ -103,22 +99,22 @@ class InstructBuilder:
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """The accepted answers to `prompt(members)`; empty where the sample brings none."""
-        source = _source(members)
-        record = _record(members, source)
-        if "question" in record:
-            return _answers(record, source)
-        turns = self._turns(record, 0, source)
-        return [turns[-1].text] if turns[-1].role == "assistant" else []
+        return self._example(members)[1].accepted
+
+    def _example(self, members: Mapping[str, Any]) -> tuple[str, Example]:
+        record = Record(members, self.fields, self.limits)
+        return record.source, self.form(record, record.pictures())
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
-        source = _source(members)
-        pictures = self._pictures(members, source)
-        turns = self._turns(_record(members, source), len(pictures), source)
+        source, example = self._example(members)
+        turns, pictures = example.turns, example.pictures
+        if turns[0].role == DOCUMENT:
+            turns, pictures = self._cut(turns[0], pictures, source)
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
         rendered, limit = self._fit(turns, pictures, source, prompt)
         if not prompt and not any(rendered.weights):
-            raise ValueError(f"{source}: no supervised token; a sample needs an assistant turn")
+            raise BadSample(source, "no supervised token; a sample needs an assistant turn")
         tiles = [
             tile_image(
                 picture,
@@ -133,9 +129,10 @@ class InstructBuilder:
         found = rendered.tokens.count(placeholder)
         expected = self.tokens_per_tile * sum(len(cut.tiles) for cut in tiles)
         if found != expected:
-            raise ValueError(
-                f"{source}: {found} placeholders {self.tokenizer.image_token}, but the tiles need "
-                f"{expected}; the text must not contain the placeholder itself"
+            raise BadSample(
+                source,
+                f"{found} placeholders {self.tokenizer.image_token}, but the tiles need "
+                f"{expected}; the text must not contain the placeholder itself",
             )
         media = {}
         if tiles:
@@ -163,112 +160,65 @@ class InstructBuilder:
         """Render with as many tiles as fit; returns the rendering and the tile limit used."""
         ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
         for limit in ladder if pictures else ladder[:1]:
-            layouts = [
-                ImageLayout.of(
-                    choose_grid(
-                        picture.width,
-                        picture.height,
-                        min_tiles=min(self.min_tiles, limit),
-                        max_tiles=limit,
-                        tile_size=self.tile_size,
-                    ),
-                    use_thumbnail=self.use_thumbnail,
-                )
-                for picture in pictures
-            ]
-            rendered = render(
-                turns,
-                layouts,
-                tokenizer=self.tokenizer,
-                template=self.template,
-                tags=self.tags,
-                tile_size=self.tile_size,
-                tokens_per_tile=self.tokens_per_tile,
-                generation_prompt=prompt,
-                source=source,
-            )
+            rendered = self._render(turns, pictures, limit, source, prompt)
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
         needed, length = len(rendered.tokens), self.sequence_length
         end_of_media = rendered.positions[-1] + self.tokens_per_tile if rendered.positions else 0
         if prompt or end_of_media > length or not any(rendered.weights[:length]):
-            raise ValueError(
-                f"{source}: needs {needed} tokens with one tile an image, and cutting text at "
+            raise BadSample(
+                source,
+                f"needs {needed} tokens with one tile an image, and cutting text at "
                 f"data.sequence_length={length} would cut "
-                f"{'the prompt' if prompt else 'an image or every answer'}"
+                f"{'the prompt' if prompt else 'an image or every answer'}",
             )
         cut = Rendered(rendered.tokens[:length], rendered.weights[:length], rendered.positions)
         return cut, limit
 
-    def _pictures(self, members: Mapping[str, Any], source: str) -> list[Image.Image]:
-        found: list[tuple[int, str]] = []
-        for extension in members:
-            number, _, kind = extension.rpartition(".")
-            if kind in EXTENSIONS and (not number or number.isdecimal()):
-                found.append((int(number) if number else -1, extension))
-        found.sort()
-        numbers = [number for number, _ in found]
-        if len(set(numbers)) != len(numbers):
-            names = ", ".join(extension for _, extension in found)
-            raise ValueError(f"{source}: order of pictures {names} is ambiguous; number them")
-        return [
-            decode_image(members[name], source=f"{source}.{name}", max_pixels=self.max_pixels)
-            for _, name in found
+    def _render(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Image.Image],
+        limit: int,
+        source: str,
+        prompt: bool = False,
+    ) -> Rendered:
+        """The turns with at most `limit` tiles a picture, whatever their length."""
+        layouts = [
+            ImageLayout.of(
+                choose_grid(
+                    picture.width,
+                    picture.height,
+                    min_tiles=min(self.min_tiles, limit),
+                    max_tiles=limit,
+                    tile_size=self.tile_size,
+                ),
+                use_thumbnail=self.use_thumbnail,
+            )
+            for picture in pictures
         ]
+        return render(
+            turns,
+            layouts,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            tags=self.tags,
+            tile_size=self.tile_size,
+            tokens_per_tile=self.tokens_per_tile,
+            generation_prompt=prompt,
+            source=source,
+        )
 
-    def _turns(self, record: dict[str, Any], num_images: int, source: str) -> list[Turn]:
-        if "question" in record:
-            question = _text(record["question"], "question", source)
-            if IMAGE_MARKER not in question:
-                question = f"{IMAGE_MARKER}\n" * num_images + question
-            answers = _answers(record, source)
-            turns = [Turn("user", question)]
-            if answers:
-                turns.append(Turn("assistant", Counter(answers).most_common(1)[0][0]))
-            return turns
-        messages = record.get("conversations", record.get("messages"))
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"{source}: json needs conversations, messages or question")
-        turns = []
-        for message in messages:
-            if not isinstance(message, dict):
-                raise ValueError(f"{source}: a turn must be an object, got {message!r}")
-            name = message.get("from", message.get("role"))
-            if name not in ROLES:
-                raise ValueError(
-                    f"{source}: role {name!r} is unknown; use one of {', '.join(ROLES)}"
-                )
-            text = _text(message.get("value", message.get("content")), "turn", source)
-            turns.append(Turn(ROLES[name], text))
-        return turns
-
-
-def _source(members: Mapping[str, Any]) -> str:
-    return f"{members.get('__url__', '')}:{members.get('__key__', '')}"
-
-
-def _record(members: Mapping[str, Any], source: str) -> dict[str, Any]:
-    if "json" not in members:
-        raise ValueError(f"{source}: no member json, only {', '.join(sorted(members))}")
-    try:
-        record = json.loads(members["json"])
-    except ValueError as error:
-        raise ValueError(f"{source}: member json is damaged ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{source}: member json must be an object, got {type(record).__name__}")
-    return record
-
-
-def _text(value: Any, name: str, source: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{source}: {name} must be text, got {value!r}")
-    return value
-
-
-def _answers(record: Mapping[str, Any], source: str) -> list[str]:
-    answers = record.get("answers", record.get("answer"))
-    if answers is None:
-        return []
-    if not isinstance(answers, list):
-        answers = [answers]
-    return [_text(answer, "answer", source) for answer in answers]
+    def _cut(
+        self, document: Turn, pictures: Sequence[Image.Image], source: str
+    ) -> tuple[list[Turn], Sequence[Image.Image]]:
+        """A document without what follows the last picture that fits at one tile each."""
+        if not pictures:
+            return [document], pictures
+        rendered = self._render([document], pictures, 1, source)
+        last = self.sequence_length - self.tokens_per_tile
+        kept = sum(position <= last for position in rendered.positions)
+        if kept == len(pictures):
+            return [document], pictures
+        parts = document.text.split(IMAGE_MARKER)[: kept + 1]
+        return [Turn(DOCUMENT, IMAGE_MARKER.join(parts))], pictures[:kept]

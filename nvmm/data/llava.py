@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.instruct import EXTENSIONS
+from nvmm.data.decode import PICTURES
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -43,8 +43,8 @@ def samples(records: list[dict[str, Any]], images: str | Path) -> Iterator[dict[
             if not path.is_relative_to(root):
                 raise ValueError(f"{name}: image {file} lies outside {root}")
             kind = path.suffix[1:].lower()
-            if kind not in EXTENSIONS:
-                raise ValueError(f"{name}: image {file} must be one of {', '.join(EXTENSIONS)}")
+            if kind not in PICTURES:
+                raise ValueError(f"{name}: image {file} must be one of {', '.join(PICTURES)}")
             if not path.is_file():
                 raise ValueError(f"{name}: image {file} is not a file in {root}")
             sample[kind if len(files) == 1 else f"{place}.{kind}"] = path.read_bytes()

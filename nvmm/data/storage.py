@@ -88,8 +88,8 @@ def size(url: str, options: Storage = DEFAULT) -> int:
 def read(url: str, start: int, stop: int, options: Storage = DEFAULT) -> bytes:
     """Bytes `start` to `stop` of a file.
 
-    A short answer is an error and tried again like any other. Raises OSError naming file and range
-    when the tries are used up, or at once where another try cannot help.
+    A short answer is an error and tried again like any other, and so is a stalled one. Raises
+    OSError naming file and range when the tries are used up, or at once where none can help.
     """
     if not 0 <= start <= stop:
         raise ValueError(f"{url}: bytes {start}-{stop} are no range")
@@ -123,6 +123,10 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
                 raise OSError(f"{path}: bytes {start}-{stop}: the file ends at {start + len(data)}")
             data += more
     return data
+
+
+class _FinalError(OSError):
+    """An answer that another try will not change."""
 
 
 class _ReadAhead:
@@ -182,7 +186,7 @@ def _fetch(url: str, start: int, stop: int, options: Storage) -> bytes:
     def attempt() -> bytes:
         data: bytes = _call(url, "cat_file", options, start=start, end=stop)
         if len(data) > stop - start:
-            raise ValueError(f"{url}: the server ignores byte ranges")
+            raise _FinalError("the server ignores byte ranges")
         if len(data) < stop - start:
             raise OSError(f"the answer ends after {len(data)} bytes")
         return data
@@ -195,7 +199,7 @@ def _facts(url: str, options: Storage) -> tuple[int, str]:
     """Size, and what tells this version of the file from another."""
     info = _retry(lambda: _call(url, "info", options), url, options)
     if info.get("size") is None:
-        raise ValueError(f"{url}: the server does not tell the file's size")
+        raise OSError(f"{url}: the server does not tell the file's size")
     names = ("ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "mtime")
     return int(info["size"]), str(next((info[name] for name in names if info.get(name)), ""))
 
@@ -214,7 +218,7 @@ def _call(url: str, method: str, options: Storage, **arguments: Any) -> Any:
     try:
         system, path = url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url}: {error} (pip install 'nvmm[remote]')") from error
+        raise _FinalError(f"{error} (pip install 'nvmm[remote]')") from error
     if system.async_impl:
         function = getattr(system, f"_{method}")
         return sync(system.loop, function, path, timeout=options.timeout, **arguments)
@@ -240,6 +244,8 @@ def _retry(attempt: Callable[[], _T], what: str, options: Storage) -> _T:
 
 def _is_final(error: Exception) -> bool:
     """Whether another try would end the same: the file is not there, or not for us."""
+    if isinstance(error, _FinalError):
+        return True
     cause = error.__cause__ or error
     status = getattr(cause, "status", None)
     if isinstance(status, int):

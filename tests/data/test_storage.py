@@ -74,7 +74,7 @@ def test_what_cannot_get_better_is_not_tried_again(server: FaultyServer, status:
 
 def test_a_server_without_ranges_is_refused(server: FaultyServer) -> None:
     server.faults["a.tar"] = ["whole"]
-    with pytest.raises(ValueError, match="ignores byte ranges"):
+    with pytest.raises(OSError, match="bytes 1000-5000: the server ignores byte ranges"):
         read(server.url("a.tar"), 1000, 5000, QUICK)
 
 
