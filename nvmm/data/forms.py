@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from PIL import Image
-
 from nvmm.data.chat import IMAGE_MARKER, Turn
+from nvmm.data.images import Picture
 from nvmm.data.record import Record
 
 ROLES = {
@@ -37,7 +36,7 @@ class Example:
     """
 
     turns: list[Turn]
-    pictures: Sequence[Image.Image]
+    pictures: Sequence[Picture]
     accepted: list[str]
 
 
@@ -46,7 +45,7 @@ class Form(Protocol):
 
     names: ClassVar[tuple[str, ...]]
 
-    def __call__(self, record: Record, pictures: Sequence[Image.Image]) -> Example: ...
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example: ...
 
 
 def asked(question: str, answer: str | None, num_pictures: int) -> list[Turn]:
@@ -82,7 +81,7 @@ class Chat:
         if self.choice not in ("heaviest", "drawn"):
             raise ValueError(f"form.choice={self.choice} is unknown; use heaviest or drawn")
 
-    def __call__(self, record: Record, pictures: Sequence[Image.Image]) -> Example:
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         if record.get("question") is not None:
             answers, weights = self._answers(record)
             answer = self._choose(answers, weights, record) if answers else None
@@ -156,7 +155,7 @@ class Caption:
     prompt: str | None = None
     names: ClassVar[tuple[str, ...]] = ("caption",)
 
-    def __call__(self, record: Record, pictures: Sequence[Image.Image]) -> Example:
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         if not pictures:
             raise record.bad("a caption needs a picture")
         caption = record.text("caption")
@@ -176,7 +175,7 @@ class MultipleChoice:
     instruction: str = "Answer with the option's letter from the given choices directly."
     names: ClassVar[tuple[str, ...]] = ("question", "choices", "answer", "hint")
 
-    def __call__(self, record: Record, pictures: Sequence[Image.Image]) -> Example:
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         choices = [record.text("choice", choice) for choice in record.sequence("choices")]
         if len(choices) > len(LETTERS):
             raise record.bad(f"{len(choices)} choices; at most {len(LETTERS)} have a letter")
@@ -213,7 +212,7 @@ class Ocr:
     box_scale: int = 1000
     names: ClassVar[tuple[str, ...]] = ("words", "boxes")
 
-    def __call__(self, record: Record, pictures: Sequence[Image.Image]) -> Example:
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         if len(pictures) != 1:
             raise record.bad(f"{len(pictures)} pictures; reading takes one")
         words = [record.text("word", word) for word in record.sequence("words")]
@@ -221,7 +220,7 @@ class Ocr:
         if boxes is not None:
             if not isinstance(boxes, list) or len(boxes) != len(words):
                 raise record.bad(f"boxes must be a list of {len(words)}, as words")
-            size = pictures[0].size
+            size = (pictures[0].width, pictures[0].height)
             marks = [self._box(record, box, size) for box in boxes]
             words = [f"{word}{mark}" for word, mark in zip(words, marks, strict=True)]
         answer = "\n".join(words)

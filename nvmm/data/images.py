@@ -9,8 +9,11 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +36,18 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF's orientation -> what undoes it."""
+_SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+
+
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    width: int
+    height: int
+
+
+Picture = Image.Image | Size
+"""A picture, or all that is needed to plan for one."""
 
 
 @dataclass(frozen=True)
@@ -143,23 +158,43 @@ def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> I
     Raises BadSample, naming the picture `source`, for damaged or truncated bytes, other formats,
     and more than `max_pixels`, which are not decompressed.
     """
+    with _open(data, source, max_pixels) as image:
+        turn = _turn(image)
+        image.load()
+        return _eight_bits(image if turn is None else image.transpose(turn))
+
+
+def read_size(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Size:
+    """The size that `decode_image` gives, or its error, from the picture's header alone."""
+    with _open(data, source, max_pixels) as image:
+        turned = _turn(image) in _SIDEWAYS
+        return Size(image.height, image.width) if turned else Size(image.width, image.height)
+
+
+@contextmanager
+def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture before its pixels are read; what goes wrong from here on is a BadSample."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height <= max_pixels:
-            image.load()
-            return _eight_bits(_upright(image))
+        if image.width * image.height > max_pixels:
+            size = f"{image.width}x{image.height}"
+            raise BadSample(source, f"image of {size} pixels exceeds max_pixels={max_pixels}")
+        yield image
+    except BadSample:
+        raise
     except Image.DecompressionBombError as error:
         raise BadSample(source, str(error)) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
         reason = f"cannot decode image ({error}); allowed are {', '.join(FORMATS)}"
         raise BadSample(source, reason) from error
-    size = f"{image.width}x{image.height}"
-    raise BadSample(source, f"image of {size} pixels exceeds max_pixels={max_pixels}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    return image if turn is None else image.transpose(turn)
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes it upright, as far as the header tells."""
+    exif = Image.Exif()
+    if "exif" in image.info:
+        exif.load(image.info["exif"])
+    return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -6,7 +6,8 @@ names it says it, `fields` (`nvmm.data.record`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from nvmm.data.chat import (
 )
 from nvmm.data.decode import Limits
 from nvmm.data.forms import Chat, Example, Form
-from nvmm.data.images import MAX_PIXELS, choose_grid, tile_image
+from nvmm.data.images import MAX_PIXELS, Picture, choose_grid, tile_image
 from nvmm.data.problem import BadSample
 from nvmm.data.record import Fields, Record, check_fields
 from nvmm.data.tokenizer import Tokenizer
@@ -99,20 +100,30 @@ class InstructBuilder:
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """The accepted answers to `prompt(members)`; empty where the sample brings none."""
-        return self._example(members)[1].accepted
+        return self._example(members, Record.sizes)[1].accepted
 
-    def _example(self, members: Mapping[str, Any]) -> tuple[str, Example]:
+    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens and tiles of the training example, from text and the headers of the pictures."""
+        source, example = self._example(members, Record.sizes)
+        rendered, _ = self._fit(example.turns, example.pictures, source, prompt=False)
+        return len(rendered.tokens), len(rendered.positions)
+
+    def _example(
+        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[Picture]]
+    ) -> tuple[str, Example]:
+        """Source and example; `read` gives the pictures, or their sizes."""
         record = Record(members, self.fields, self.limits)
-        return record.source, self.form(record, record.pictures())
+        example = self.form(record, read(record))
+        if example.turns[0].role == DOCUMENT:
+            example = self._cut(example, record.source)
+        return record.source, example
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
-        source, example = self._example(members)
-        turns, pictures = example.turns, example.pictures
-        if turns[0].role == DOCUMENT:
-            turns, pictures = self._cut(turns[0], pictures, source)
+        source, example = self._example(members, Record.pictures)
+        turns = example.turns
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
-        rendered, limit = self._fit(turns, pictures, source, prompt)
+        rendered, limit = self._fit(turns, example.pictures, source, prompt)
         if not prompt and not any(rendered.weights):
             raise BadSample(source, "no supervised token; a sample needs an assistant turn")
         tiles = [
@@ -123,7 +134,8 @@ class InstructBuilder:
                 tile_size=self.tile_size,
                 use_thumbnail=self.use_thumbnail,
             )
-            for picture in pictures
+            for picture in example.pictures
+            if isinstance(picture, Image.Image)
         ]
         placeholder = self.tokenizer.image_id
         found = rendered.tokens.count(placeholder)
@@ -155,7 +167,7 @@ class InstructBuilder:
         )
 
     def _fit(
-        self, turns: Sequence[Turn], pictures: Sequence[Image.Image], source: str, prompt: bool
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], source: str, prompt: bool
     ) -> tuple[Rendered, int]:
         """Render with as many tiles as fit; returns the rendering and the tile limit used."""
         ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
@@ -178,7 +190,7 @@ class InstructBuilder:
     def _render(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Image.Image],
+        pictures: Sequence[Picture],
         limit: int,
         source: str,
         prompt: bool = False,
@@ -209,16 +221,13 @@ class InstructBuilder:
             source=source,
         )
 
-    def _cut(
-        self, document: Turn, pictures: Sequence[Image.Image], source: str
-    ) -> tuple[list[Turn], Sequence[Image.Image]]:
+    def _cut(self, example: Example, source: str) -> Example:
         """A document without what follows the last picture that fits at one tile each."""
+        document, pictures = example.turns[0], example.pictures
         if not pictures:
-            return [document], pictures
+            return example
         rendered = self._render([document], pictures, 1, source)
         last = self.sequence_length - self.tokens_per_tile
         kept = sum(position <= last for position in rendered.positions)
-        if kept == len(pictures):
-            return [document], pictures
-        parts = document.text.split(IMAGE_MARKER)[: kept + 1]
-        return [Turn(DOCUMENT, IMAGE_MARKER.join(parts))], pictures[:kept]
+        text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: kept + 1])
+        return replace(example, turns=[Turn(DOCUMENT, text)], pictures=pictures[:kept])

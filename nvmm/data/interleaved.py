@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from PIL import Image
-
 from nvmm.data.chat import DOCUMENT, IMAGE_MARKER, Turn
 from nvmm.data.forms import Example
+from nvmm.data.images import Picture
 from nvmm.data.record import Record
 
 
@@ -34,7 +33,7 @@ class Document:
     separator: str = "\n"
     names: ClassVar[tuple[str, ...]] = ("text", "texts", "images", "text_list", "image_info")
 
-    def __call__(self, record: Record, pictures: Sequence[Image.Image]) -> Example:
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         if record.get("texts") is not None:
             parts = self._alternating(record)
         elif record.get("text_list") is not None:

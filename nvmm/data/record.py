@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from nvmm.data.decode import PICTURES, Limits, check_extension, decode
+from nvmm.data.images import Size, read_size
 from nvmm.data.problem import BadSample
 
 Fields = Mapping[str, str | Sequence[str]]
@@ -91,13 +92,25 @@ class Record:
 
     def pictures(self) -> list[Image.Image]:
         """The pictures, upright, 8 bits, in RGB or L, in their order."""
+        return [self._decoded(name) for name in self._picture_names()]
+
+    def sizes(self) -> list[Size]:
+        """Sizes of `pictures()`, from the pictures' headers."""
+        return [
+            read_size(
+                self._members[name],
+                source=f"{self.source}.{name}",
+                max_pixels=self._limits.max_pixels,
+            )
+            for name in self._picture_names()
+        ]
+
+    def _picture_names(self) -> list[str]:
         places = self._fields.get("image")
         if places is None:
-            names = self._numbered()
-        else:
-            listed = [places] if isinstance(places, str) else places
-            names = [place[1:] for place in listed if place[1:] in self._members]
-        return [self._decoded(name) for name in names]
+            return self._numbered()
+        listed = [places] if isinstance(places, str) else places
+        return [place[1:] for place in listed if place[1:] in self._members]
 
     def _numbered(self) -> list[str]:
         """Members `png` or `0.png`, `1.png`, ...; others must be asked for by name."""

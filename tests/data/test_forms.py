@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from nvmm.batch import Sample
 from nvmm.data.chat import ChatTemplate, ImageTags
@@ -159,6 +161,25 @@ def test_long_documents_lose_their_end_whole_pictures_first(tiny: Tokenizer) -> 
         assert len(cut.tokens) <= length
         assert (cut.tokens == tiny.image_id).sum() == 4 * kept
         assert cut.loss_mask.any()
+
+
+def test_measured_as_built(tiny: Tokenizer) -> None:
+    """Headers alone give the tokens and tiles of the decoded example, rotated pictures too."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 32)).save(buffer, "JPEG", exif=turned)
+    texts: dict[str, Any] = {"texts": ["One", None, "two"], "images": [None, "u", None]}
+    for length in (24, 256):
+        for data in (SMALL, picture(150, 40), buffer.getvalue()):
+            for form, record in (
+                (Chat(), {"question": "Which?", "answer": "12345"}),
+                (Document(), texts),
+            ):
+                build = builder(tiny, form, sequence_length=length)
+                built = build(sample(record, png=data))
+                tiles = len(built.media["image"].tiles) if built.media else 0
+                assert build.measure(sample(record, png=data)) == (len(built.tokens), tiles)
 
 
 def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
