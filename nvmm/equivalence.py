@@ -216,6 +216,8 @@ class SyntheticTokenizer:
 class SyntheticData:
     """A few steps of synthetic micro-batches behind the loader's interface."""
 
+    log_samples = False
+
     def __init__(self, steps: list[list[Batch]]) -> None:
         self.steps = steps
         self.tokenizer = SyntheticTokenizer()
@@ -225,9 +227,16 @@ class SyntheticData:
         for step in self.steps[start:]:
             yield step[rank::size]
 
-    def position(self, step: int, *args: Any) -> dict[str, int]:
+    def position(self, step: int) -> dict[str, int]:
         """The data's place before a step."""
         return {"step": step}
+
+    def count(self, batches: list[Batch]) -> dict[str, float]:
+        """No datasets, so no counts of them."""
+        return {}
+
+    def check_bad(self, totals: dict[str, Any]) -> None:
+        """No sample is bad."""
 
 
 def synthetic_steps(

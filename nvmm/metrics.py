@@ -352,5 +352,5 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{key}/")
-        elif value is not None and key != "step":
+        elif value is not None and key not in ("step", "sample_ids"):
             yield f"{prefix}{key}", value

@@ -49,6 +49,11 @@ _DECIDED_ELSEWHERE = {
 }
 
 _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
+_NESTED_KEYS = ("name", "weight", "temperature", "blend")
+_DATASET_KEYS = (
+    *("name", "weight", "repeat", "epochs", "samples"),
+    *("shards", "build", "local_window", "index_dir", "storage"),
+)
 _CHOICES = {
     "backend": ("native", "transformer_engine"),
     "parallel.encoder": ("replicated", "sharded"),
@@ -58,6 +63,7 @@ _CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),
     "trainer.on_nonfinite": ("stop", "skip"),
+    "data.on_error": ("skip", "stop"),
 }
 
 
@@ -84,6 +90,8 @@ def _positive_sizes(view: View) -> Iterator[Problem]:
         "checkpoint.save_interval",
         "checkpoint.keep_last",
         "data.sequence_length",
+        "data.window",
+        "data.train.local_window",
     ):
         value = view.integer(key)
         if value is not None and value < 1:
@@ -398,6 +406,51 @@ def _vision(view: View) -> Iterator[Problem]:
             )
 
 
+def _blend(view: View) -> Iterator[Problem]:
+    fraction = view.number("data.max_bad_fraction")
+    if fraction is not None and not 0 <= fraction <= 1:
+        yield Problem("data.max_bad_fraction", fraction, "must be in [0, 1]")
+    entries = view.get("data.blend")
+    shards = view.get("data.train.shards")
+    if entries is not None:
+        if shards is not None:
+            yield Problem("data.train.shards", shards, "must be null where data.blend is given")
+        yield from _blend_entries(entries, "data.blend")
+    elif isinstance(view.get("data.train"), Mapping) and "blend" in view.get("data"):
+        if view.config["data"]["train"].get("shards") is None:
+            yield Problem("data.train.shards", None, "must name files, or give data.blend")
+
+
+def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
+    if not isinstance(entries, list) or not entries:
+        yield Problem(key, entries, "must be a list of datasets, or null")
+        return
+    for index, entry in enumerate(entries):
+        where = f"{key}[{index}]"
+        if not isinstance(entry, Mapping):
+            yield Problem(where, entry, "must be a mapping: {name: ..., weight: ..., shards: ...}")
+            continue
+        nested = entry.get("blend") is not None
+        known = _NESTED_KEYS if nested else _DATASET_KEYS
+        for name in entry.keys() - known:
+            yield Problem(f"{where}.{name}", entry[name], f"must be one of {', '.join(known)}")
+        if nested:
+            yield from _blend_entries(entry["blend"], f"{where}.blend")
+        elif entry.get("shards") is None:
+            yield Problem(f"{where}.shards", None, "must name files, or give a nested blend")
+        for name in ("weight", "temperature", "repeat", "samples", "local_window"):
+            value = entry.get(name)
+            if isinstance(value, int | float) and value <= 0:
+                yield Problem(f"{where}.{name}", value, "must be greater than 0")
+        epochs = entry.get("epochs")
+        if epochs is not None and not (isinstance(epochs, int) and epochs >= 0):
+            yield Problem(f"{where}.epochs", epochs, "must be a whole number, 0 or more, or null")
+    weighted = [isinstance(e, Mapping) and e.get("weight") is not None for e in entries]
+    if any(weighted) and not all(weighted):
+        where = f"{key}[{weighted.index(False)}].weight"
+        yield Problem(where, None, "must be given: other datasets of this list have a weight")
+
+
 def _profile(view: View) -> Iterator[Problem]:
     profile = view.get("trainer.profile")
     if profile is None:
@@ -425,6 +478,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _backend,
     _schedule,
     _vision,
+    _blend,
     _profile,
 )
 

@@ -46,12 +46,16 @@ log = logging.getLogger("nvmm")
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: the objective's reduced means, summed counters, norm and rate."""
+    """What a step gave: the objective's reduced means, summed counters, norm and rate.
+
+    sample_ids: of all ranks, sorted, where the data ask for them to be logged.
+    """
 
     metrics: dict[str, float]
     counters: dict[str, float]
     grad_norm: float
     learning_rate: float
+    sample_ids: list[int] | None = None
 
 
 class Trainer:
@@ -59,8 +63,9 @@ class Trainer:
 
     Args:
         max_steps: optimizer steps of the whole run.
-        global_batch_size: samples per step over all data-parallel ranks and micro-batches.
-        micro_batch_size: samples per forward pass of one rank.
+        global_batch_size: samples per step over all data-parallel ranks and micro-batches; packs
+            where the data are packed.
+        micro_batch_size: samples, or packs, per forward pass of one rank.
         log_interval: steps between lines of metrics.jsonl.
         validation_interval: steps between validations (None: never).
         validation_batches: global batches of one validation (None: the whole split once).
@@ -134,7 +139,8 @@ class Trainer:
         self.models = wrap(self.chunks, parallel, precision)
         self.optimizer: Optimizer = build_optimizer(self.models, optim, precision, max_steps)
         self.device = next(self.chunks[0].parameters()).device
-        self.counters = {"samples": 0, "tokens": 0, "skipped_steps": 0}
+        self.counters: dict[str, Any] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
+        self.counters["datasets"] = {}
         self.position: dict[str, Any] | None = None
         self.started = time.monotonic()
         self._stop_signal = 0
@@ -187,7 +193,9 @@ class Trainer:
         grad_norm, learning_rate = self.update(step, metrics["loss"], batches)
         self.counters["samples"] += int(counters["samples"])
         self.counters["tokens"] += int(counters["tokens"])
-        return StepResult(metrics, counters, grad_norm, learning_rate)
+        self._count_datasets(counters)
+        sample_ids = self._sample_ids(batches) if self.data.log_samples else None
+        return StepResult(metrics, counters, grad_norm, learning_rate, sample_ids)
 
     def update(self, step: int, loss: float, batches: list[Batch]) -> tuple[float, float]:
         """Apply the gradients, unless the loss or their norm is not finite; the same everywhere.
@@ -346,13 +354,13 @@ class Trainer:
         """
         names = ("tokens", "places", "samples", "images", "tiles", "language", "vision")
         counts = dict.fromkeys(names, 0.0)
-        if not is_reader() or parallel_state.get_context_parallel_rank() > 0:
-            return counts
+        if not self._speaks_for_replica():
+            return counts | self.data.count([])
         for batch in batches:
             lengths = segment_lengths(batch)
             counts["tokens"] += sum(lengths)
             counts["places"] += batch.tokens.numel()
-            counts["samples"] += batch.sample_ids.numel()
+            counts["samples"] += int((batch.sample_ids >= 0).sum())
             tiles = 0
             for media in batch.media.values():
                 tiles += media.values.shape[0]
@@ -360,7 +368,28 @@ class Trainer:
             counts["tiles"] += tiles
             for part, flops in self.chunks[0].flops(lengths, tiles).items():
                 counts[part] += flops
-        return counts
+        return counts | self.data.count(batches)
+
+    def _speaks_for_replica(self) -> bool:
+        return is_reader() and parallel_state.get_context_parallel_rank() == 0
+
+    def _count_datasets(self, counters: dict[str, float]) -> None:
+        """Add a step's counts of each dataset to the run's; too many bad samples stop the run."""
+        totals = self.counters["datasets"]
+        for name in self.data.count([]):
+            dataset, _, what = name.rpartition("/")
+            of_dataset = totals.setdefault(dataset, {})
+            of_dataset[what] = of_dataset.get(what, 0) + int(counters[name])
+        self.data.check_bad(totals)
+
+    def _sample_ids(self, batches: list[Batch]) -> list[int]:
+        """Ids of the samples of this step on all ranks, those of holes negative; collective."""
+        own: list[int] = []
+        if self._speaks_for_replica():
+            own = [i for batch in batches for i in batch.sample_ids.tolist()]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return sorted(i for ids in found for i in ids)
 
     # -- start, save, stop ------------------------------------------------------------------
 
@@ -429,7 +458,7 @@ class Trainer:
                 self.optimizer,
                 {
                     "step": step,
-                    "position": self.data.position(step, self.global_batch_size, self.position),
+                    "position": self.data.position(step),
                     "counters": self.counters,
                     "config": self.config,
                     "tokenizer_digest": self.data.tokenizer.digest,
@@ -489,7 +518,10 @@ class Trainer:
             "skipped_steps": self.counters["skipped_steps"],
             "model_flops": flops,
             "mfu": sum(flops.values()) / (elapsed * peak * dist.get_world_size()) if peak else None,
+            "datasets": self.counters["datasets"],
         }
+        if result.sample_ids is not None:
+            record["sample_ids"] = result.sample_ids
         self.logger.step(record | result.metrics, self.max_steps)
 
     def _summary(self, first: int, step: int) -> dict[str, Any]:

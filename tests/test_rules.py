@@ -149,6 +149,34 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data__train__build__tile_size": 224}, "data.train.build.tile_size=224", "448"),
     ({"data__train__build__tokens_per_tile": 64}, "data.train.build.tokens_per_tile=64", "256"),
     ({"data__train__build__min_tiles": 7}, "data.train.build.min_tiles=7", "max_tiles=6"),
+    ({"data__on_error": "ignore"}, "data.on_error=ignore", "skip, stop"),
+    ({"data__max_bad_fraction": 1.5}, "data.max_bad_fraction=1.5", "[0, 1]"),
+    ({"data__window": 0}, "data.window=0", "at least 1"),
+    ({"data__blend": None}, "data.train.shards=null", "or give data.blend"),
+    ({"data__blend": []}, "data.blend=[]", "a list of datasets"),
+    ({"data__blend": ["a"]}, "data.blend[0]=a", "must be a mapping"),
+    ({"data__blend": [{"shards": "a", "wieght": 1}]}, "data.blend[0].wieght=1", "weight"),
+    ({"data__blend": [{"name": "a"}]}, "data.blend[0].shards=null", "or give a nested blend"),
+    (
+        {"data__blend": [{"blend": [{"shards": "a", "samples": 0}]}]},
+        "data.blend[0].blend[0].samples=0",
+        "greater than 0",
+    ),
+    (
+        {"data__blend": [{"shards": "a", "epochs": 0.5}]},
+        "data.blend[0].epochs=0.5",
+        "a whole number",
+    ),
+    (
+        {"data__blend": [{"shards": "a", "weight": 1}, {"shards": "b"}]},
+        "data.blend[1].weight=null",
+        "other datasets of this list have a weight",
+    ),
+    (
+        {"data__blend": [{"shards": "a"}], "data__train__shards": "b"},
+        "data.train.shards=b",
+        "must be null where data.blend is given",
+    ),
     ({"trainer__profile": [4, 2]}, "trainer.profile=[4, 2]", "start < stop"),
 ]
 
@@ -181,6 +209,12 @@ def test_rules_that_need_the_world_size(
     assert violations(config) == []
     (problem,) = violations(config, world_size)
     assert str(problem).startswith(start) and says in str(problem)
+
+
+def test_a_blend_is_a_list() -> None:
+    nested = {"weight": 2, "temperature": 1.5, "blend": [{"shards": "b", "epochs": 0}]}
+    entries = [{"name": "a", "weight": 1, "shards": ["a", "c"], "samples": 0.5}, nested]
+    assert violations(changed(data__blend=entries, data__train__shards=None)) == []
 
 
 def test_all_violations_come_at_once() -> None:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ import torch
 from PIL import Image
 
 from nvmm.batch import Batch
-from nvmm.data import images, instruct
+from nvmm.data import instruct
 from nvmm.data.chat import ChatTemplate, ImageTags
 from nvmm.data.collate import collate
 from nvmm.data.digits import train_tokenizer
@@ -160,14 +161,11 @@ def with_pillow() -> None:
 
 
 def open_nvmm(folder: Path, state: Any) -> Loader:
-    def build(**options: Any) -> InstructBuilder:
-        return InstructBuilder(ChatTemplate(), ImageTags(), 256, **options)
-
     blend = [{"name": name, "weight": 1, "shards": f"{folder}/{name}/*.tar"} for name in SETS]
     data = Data(
         LENGTH,
         WORKERS,
-        Dataset(None, Build()),
+        Dataset(None, partial(InstructBuilder, ChatTemplate(), ImageTags(), 256)),
         blend=blend,
         tokenizer=Tokenizer(str(folder / "tokenizer")),
         seed=1,
@@ -192,13 +190,6 @@ def open_nvmm(folder: Path, state: Any) -> Loader:
     return Loader(batches(), lambda: data.position(now))
 
 
-class Build:
-    """A partial that forkserver's workers can unpickle."""
-
-    def __call__(self, **options: Any) -> InstructBuilder:
-        return InstructBuilder(ChatTemplate(), ImageTags(), 256, **options)
-
-
 def open_energon(folder: Path, state: Any) -> Loader:
     from megatron.energon import (
         Cooker,
@@ -209,6 +200,7 @@ def open_energon(folder: Path, state: Any) -> Loader:
         edataclass,
         get_savable_loader,
         get_train_dataset,
+        stateless,
     )
 
     @edataclass
@@ -217,20 +209,20 @@ def open_energon(folder: Path, state: Any) -> Loader:
 
     build = builder(folder)
 
+    @stateless
+    def cook(crude: Any) -> Any:
+        members = {key: value for key, value in crude.items() if isinstance(value, bytes | str)}
+        return Members(**basic_sample_keys(crude), members=members)
+
     class Encoder(DefaultTaskEncoder):
-        cookers = (
-            Cooker(
-                lambda crude: Members(
-                    **basic_sample_keys(crude),
-                    members={k: v for k, v in crude.items() if isinstance(v, bytes | str)},
-                )
-            ),
-        )
+        cookers = (Cooker(cook),)
         decoder = None
 
+        @stateless
         def encode_sample(self, sample: Any) -> Any:
             return build(sample.members)
 
+        @stateless
         def batch(self, samples: Any) -> Any:
             return {"batch": collate(samples, pad_id=0)}
 

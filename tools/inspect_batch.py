@@ -3,9 +3,10 @@
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 +data.pack=true
 
-Takes the overrides of `python -m nvmm.train`, and `sample=K[,K...]`: numbers of samples of the
-training split, which become one micro-batch. Prints the decoded tokens with the loss mask, the
-label of each supervised position, tiles with their tags, pack borders and positions.
+Takes the overrides of `python -m nvmm.train`, and `sample=K[,K...]`: ids of training samples (as
+data.log_samples lists them; of a single dataset their numbers), which become one micro-batch.
+Prints the decoded tokens with the loss mask, the label of each supervised position, tiles with
+their tags, pack borders and positions.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace
         data = instantiate(config["data"], _convert_="all")(tokenizer=tokenizer)
     except InstantiationException as error:
         raise ValueError(str(error.__cause__ or error)) from error
-    dataset = data.train if options.split == "train" else data.validation
-    if dataset is None:
-        raise ValueError(f"data.{options.split} is null")
-    samples = [dataset[number] for number in numbers]
+    if options.split == "validation" and data.validation is None:
+        raise ValueError("data.validation is null")
+    read = data.sample if options.split == "train" else data.validation.__getitem__
+    samples = [read(number) for number in numbers]
     parallel = instantiate(config["parallel"], _convert_="all")
     batch = collate(
         samples,

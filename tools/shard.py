@@ -1,9 +1,11 @@
-"""Turn a user's data into webdataset shards.
+"""Turn a user's data into webdataset shards, and index shards.
 
 python tools/shard.py llava --json train.json --images images/ --to shards/ --name train
 python tools/shard.py jsonl --json train.jsonl --files image=images/ --files sound=sounds/ --to ...
 python tools/shard.py parquet --from 'tables/*.parquet' --to ...
 python tools/shard.py hf --from folder/ --split train --to ...
+python tools/shard.py index 'shards/train-*.tar'
+python tools/shard.py index --config experiment=NAME tokenizer.path=DIR data.train.shards=...
 """
 
 from __future__ import annotations
@@ -18,6 +20,40 @@ from tqdm import tqdm
 from nvmm.data import llava, tables
 from nvmm.data.shards import write_shards
 from nvmm.data.storage import expand
+
+
+def index_shards(options: argparse.Namespace) -> None:
+    """Build the index of some patterns, as a dataset of them would on first use."""
+    from nvmm.data.shards import Dataset
+
+    dataset = Dataset(options.shards, build=dict, index_dir=options.index_dir)
+    dataset.skip_damage = True
+    print(f"{len(dataset)} samples in {len(dataset.shards)} shards: {dataset.index.path}")
+    for line in dataset.index.damage:
+        print(f"damaged: {line}")
+
+
+def index_config(overrides: list[str]) -> None:
+    """Index the training data of a run and count the tokens of every sample."""
+    from nvmm import entry
+
+    sys.argv[1:] = overrides
+    job = entry.load("train", stand_ins=True)
+    if job is None:
+        return
+    from hydra.utils import instantiate
+
+    tokenizer = instantiate(job.config["tokenizer"], _convert_="all")
+    data = instantiate(job.config["data"], _convert_="all")(tokenizer=tokenizer)
+    data.count_lengths()
+    for part in data.parts:
+        tokens = part.dataset.lengths[:, 0]
+        bad = int((tokens < 0).sum())
+        total = int(tokens[tokens > 0].sum(dtype="int64"))
+        print(
+            f"{part.name}: {len(tokens)} samples, {bad} bad, {total} tokens, weight"
+            f" {float(part.weight):.4g}: {part.dataset.index.path}"
+        )
 
 
 def key_and_folder(text: str) -> tuple[str, str]:
@@ -56,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--to", required=True, help="folder to write")
         command.add_argument("--name", default="train", help="shards are NAME-00000.tar, ...")
         command.add_argument("--samples-per-shard", type=int, default=1000)
+    command = commands.add_parser("index", help="index shards; with a config count tokens too")
+    command.add_argument("shards", nargs="*", help="file patterns")
+    command.add_argument("--index-dir", help="folder for it, where the shards' own cannot hold it")
+    command.add_argument(
+        "--config", nargs="+", default=[], help="overrides of nvmm.train: count all its tokens"
+    )
     return parser
 
 
@@ -72,8 +114,8 @@ def samples(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     return tables.samples(tables.parquet_rows(paths))
 
 
-def main() -> None:
-    options = parser().parse_args()
+def write(options: argparse.Namespace) -> None:
+    """Write the shards that a command line asks for."""
     interval = 0.1 if sys.stderr.isatty() else 10
     progress = tqdm(unit=" samples", mininterval=interval)
 
@@ -91,6 +133,18 @@ def main() -> None:
         sys.exit(str(error))
     progress.close()
     print(f"{progress.n} samples in {len(paths)} shards: {options.to}/{options.name}-*.tar")
+
+
+def main() -> None:
+    options = parser().parse_args()
+    if options.command != "index":
+        return write(options)
+    if bool(options.shards) == bool(options.config):
+        sys.exit("index: give patterns, or --config and the overrides of a training run")
+    if options.config:
+        index_config(options.config)
+    else:
+        index_shards(options)
 
 
 if __name__ == "__main__":

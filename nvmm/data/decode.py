@@ -1,7 +1,7 @@
 """Members of a shard to values: one function for each extension.
 
-A decoder takes the bytes, the name for messages (`shard:key.extension`) and the limits, and raises
-BadSample for bytes that it cannot read. Put one of your own into `DECODERS` under its extension.
+A decoder takes the bytes, the sample's `shard:key` and the limits, and raises BadSample for bytes
+that it cannot read. Put one of your own into `DECODERS` under its extension.
 Pickled members are never read: unpickling runs code.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,22 @@ class Sound:
 def decode(member: str, data: bytes, *, source: str, limits: Limits | None = None) -> Any:
     """The value of a member; what follows the last dot of its name says how to read it.
 
-    Raises BadSample for damaged bytes, ValueError for an extension without a decoder.
+    source: `shard:key`. Raises BadSample for damaged bytes, naming the member, ValueError for an
+    extension without a decoder.
     """
     extension = member.rpartition(".")[2]
     check_extension(extension)
-    return DECODERS[extension](data, f"{source}.{member}", limits or Limits())
+    with naming(member):
+        return DECODERS[extension](data, source, limits or Limits())
+
+
+@contextmanager
+def naming(member: str) -> Iterator[None]:
+    """Let a BadSample say which member it is about."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(error.source, f"member {member}: {error.reason}") from error
 
 
 def check_extension(extension: str) -> None:

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from nvmm.batch import Batch, Sample
+from nvmm.data import ids, parts
 from nvmm.data.collate import collate
 from nvmm.data.guards import check_sample
-from nvmm.data.shards import Dataset, Order
+from nvmm.data.order import Order, Settings
+from nvmm.data.pack import Pack, deal
+from nvmm.data.parts import Part
+from nvmm.data.problem import BadSample
+from nvmm.data.shards import Dataset, builder_digest
 from nvmm.data.tokenizer import Tokenizer
 
+log = logging.getLogger("nvmm")
 SPLITS = ("train", "validation")
+COUNTERS = ("samples", "tokens", "images", "tiles", "bad")
+_FEW = 1000  # samples below which a rate of bad ones says little
 
 
 class Data:
     """Training and validation data of one run.
 
-    sequence_length: longest sample in tokens.
+    sequence_length: longest sample, and longest packed row, in tokens.
     num_workers: processes that read, decode and tile; 0 does it in this one. The batches are the
         same for any number.
     train, validation: datasets whose builders still lack tokenizer and sequence_length.
+    blend: several training datasets with weights (nvmm.data.parts); `train` then names no shards,
+        and what an entry leaves out is `train`'s.
+    window: samples of the order that are planned together.
+    on_error: "skip" samples that cannot be used, leaving a hole, or "stop" at the first.
+    max_bad_fraction: the run stops when more of its samples are bad (of 1,000 at least).
+    log_samples: list the sample ids of every step in metrics.jsonl.
     seed: of the training order.
-    pack: one packed row a micro-batch instead of padded rows.
+    pack: plan rows of up to sequence_length tokens; a micro-batch is one packed row. All batch
+        sizes then count packs, not samples.
     """
 
     def __init__(
@@ -35,6 +54,11 @@ class Data:
         num_workers: int,
         train: Dataset,
         validation: Dataset | None = None,
+        blend: Sequence[Mapping[str, Any]] | None = None,
+        window: int = 4096,
+        on_error: str = "skip",
+        max_bad_fraction: float = 0.01,
+        log_samples: bool = False,
         *,
         tokenizer: Tokenizer,
         seed: int = 0,
@@ -44,28 +68,75 @@ class Data:
             raise ValueError(f"data.sequence_length={sequence_length} must be at least 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers} must be at least 0")
-        options = {"tokenizer": tokenizer, "sequence_length": sequence_length}
+        if on_error not in ("skip", "stop"):
+            raise ValueError(f"data.on_error={on_error} must be skip or stop")
+        self._options: dict[str, Any] = {
+            "tokenizer": tokenizer,
+            "sequence_length": sequence_length,
+            "skip_damage": on_error == "skip",
+        }
         self.sequence_length = sequence_length
         self.num_workers = num_workers
         self.tokenizer = tokenizer
         self.seed = seed
         self.pack = pack
-        self.train = train.bind(**options)
-        self.validation = None if validation is None else validation.bind(**options)
+        self.blend = blend
+        self.window = window
+        self.on_error = on_error
+        self.max_bad_fraction = max_bad_fraction
+        self.log_samples = log_samples
+        self._template = train
+        self.train = train.bind(**self._options)
+        self.validation = None if validation is None else validation.bind(**self._options)
+        self.datasets = ["train"] if blend is None else parts.names(blend)
+        self._numbered = dict(enumerate(self.datasets))
+        self._position: dict[str, Any] | None = None
+        self._reported: set[tuple[int, int]] = set()
 
-    def order(self, global_batch_size: int, position: Mapping[str, int] | None = None) -> Order:
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The training datasets; opens their indices."""
+        if self.blend is not None:
+            return parts.read(self.blend, self._template, self._options)
+        return [Part("train", self.train, Fraction(1), None, len(self.train))]
+
+    def sample(self, sample_id: int) -> Sample:
+        """One training sample by its id."""
+        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
+        if ordinal >= len(self.parts):
+            raise IndexError(f"sample {sample_id} is of dataset {ordinal} of {len(self.parts)}")
+        sample = self.parts[ordinal].dataset[number]
+        return dataclasses.replace(sample, sample_id=sample_id)
+
+    def count_lengths(self) -> dict[str, str]:
+        """Count the tokens of all training samples, where that was not done yet; name -> digest."""
+        for part in self.parts:
+            _ = part.dataset.lengths
+        return {part.name: builder_digest(part.dataset.build) for part in self.parts}
+
+    def order(
+        self,
+        global_batch_size: int,
+        position: Mapping[str, Any] | None = None,
+        segment_multiple: int = 1,
+    ) -> Order:
         """The order of the training samples."""
-        return Order(len(self.train), self.seed, global_batch_size, position)
+        settings = Settings(self.window)
+        if self.pack:
+            digests = self.count_lengths()
+            settings = Settings(self.window, self.sequence_length, segment_multiple, digests)
+        return Order(self.parts, self.seed, settings, global_batch_size, position)
 
     def num_batches(self, split: str, global_batch_size: int) -> int:
         """Global batches in one pass; the last may be incomplete."""
         return -(-len(self._dataset(split)) // global_batch_size)
 
-    def position(
-        self, step: int, global_batch_size: int, position: Mapping[str, int] | None = None
-    ) -> dict[str, int]:
-        """The data's place before `step`, for a run that started from `position`."""
-        return self.order(global_batch_size, position).position(step)
+    def position(self, step: int) -> dict[str, Any] | None:
+        """The training data's place before `step`, the one after the last that was read; None on
+        ranks that read nothing."""
+        if self._position is not None and self._position["step"] != step:
+            raise ValueError(f"the data is at step {self._position['step']}, not at {step}")
+        return self._position
 
     def _dataset(self, split: str) -> Dataset:
         if split not in SPLITS:
@@ -84,15 +155,15 @@ class Data:
         rank: int = 0,
         size: int = 1,
         start: int = 0,
-        position: Mapping[str, int] | None = None,
+        position: Mapping[str, Any] | None = None,
         pad_multiple: int = 1,
         segment_multiple: int = 1,
     ) -> Iterator[list[Batch]]:
         """Per step, from step `start`, the micro-batches of data-parallel rank `rank` of `size`.
 
-        Micro-batch m of a rank holds samples (m * size + rank) * micro_batch_size and following
-        of the global batch. Training never ends; validation is one pass in the dataset's order,
-        whose last global batch is filled up with unsupervised samples of id -1.
+        A global batch is dealt by cost, the same number of micro-batches to every rank, at every
+        step. Training never ends; validation is one pass in the dataset's order, whose last
+        global batch is filled up with blank samples of id -1.
         """
         dataset = self._dataset(split)
         if not 0 <= rank < size:
@@ -102,14 +173,20 @@ class Data:
                 f"trainer.global_batch_size={global_batch_size} must be a multiple of "
                 f"trainer.micro_batch_size={micro_batch_size} x data-parallel size {size}"
             )
-        stop = None if split == "train" else self.num_batches(split, global_batch_size)
-        order: Order | _OnePass = (
-            self.order(global_batch_size, position)
-            if split == "train"
-            else _OnePass(len(dataset), global_batch_size)
-        )
+        order: Order | _OnePass
+        if split == "train":
+            order = self.order(global_batch_size, position, segment_multiple)
+            numbered = {order.ordinals[part.name]: part.dataset for part in self.parts}
+            self._numbered = {number: name for name, number in order.ordinals.items()}
+            stop = None
+        else:
+            order, numbered = _OnePass(len(dataset), global_batch_size), {0: dataset}
+            stop = self.num_batches(split, global_batch_size)
+        damage = [line for one in numbered.values() for line in one.index.damage]
+        for line in [*getattr(order, "changes", ()), *damage] if rank == 0 else ():
+            log.info(f"data: {line}")
         steps = _Steps(
-            dataset=dataset,
+            datasets=numbered,
             order=order,
             micro_batch_size=micro_batch_size,
             rank=rank,
@@ -118,11 +195,19 @@ class Data:
             pad_multiple=pad_multiple,
             segment_multiple=segment_multiple,
             packed=self.pack,
+            planned=self.pack and split == "train",
         )
-        numbers = _Numbers(start, stop)
-        return self._iterate(steps, numbers)
+        return self._iterate(steps, _Numbers(start, stop))
 
     def _iterate(self, steps: _Steps, numbers: _Numbers) -> Iterator[list[Batch]]:
+        for step in self._steps(steps, numbers):
+            for sample_id, problem in step.problems:
+                self._report(sample_id, problem)
+            if step.position is not None:
+                self._position = step.position
+            yield step.batches
+
+    def _steps(self, steps: _Steps, numbers: _Numbers) -> Iterator[_Step]:
         if self.num_workers == 0:
             yield from (steps[k] for k in numbers)
             return
@@ -136,6 +221,63 @@ class Data:
             multiprocessing_context="forkserver",
             generator=torch.Generator().manual_seed(0),
         )
+
+    # -- bad samples, counters --------------------------------------------------------------
+
+    def _report(self, sample_id: int, problem: str) -> None:
+        if self.on_error == "stop":
+            raise ValueError(f"{problem} (data.on_error=stop)")
+        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
+        if (ordinal, number) not in self._reported:
+            self._reported.add((ordinal, number))
+            log.warning(f"bad sample, left out: {problem}")
+
+    def count(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """What micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets."""
+        counts = {f"{name}/{what}": 0.0 for name in self.datasets for what in COUNTERS}
+        for batch in batches:
+            samples = batch.sample_ids.cpu().numpy()
+            values = {
+                "samples": samples >= 0,
+                "tokens": np.where(samples >= 0, batch.lengths[: len(samples)].cpu().numpy(), 0),
+                "bad": samples < ids.FILLING,
+                **_media_counts(batch),
+            }
+            ordinals = ids.split(samples)[0]
+            for ordinal in np.unique(ordinals[samples != ids.FILLING]).tolist():
+                for what, value in values.items():
+                    total = float(value[ordinals == ordinal].sum())
+                    counts[f"{self._numbered[ordinal]}/{what}"] += total
+        return counts
+
+    def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
+        """Raise ValueError when too many of the samples of a run were bad.
+
+        totals: dataset -> counters (COUNTERS) since the run's first step, over all ranks.
+        """
+        bad = sum(counts["bad"] for counts in totals.values())
+        seen = bad + sum(counts["samples"] for counts in totals.values())
+        if bad > self.max_bad_fraction * max(seen, _FEW):
+            listed = ", ".join(
+                f"{name}: {counts['bad']:.0f} of {counts['bad'] + counts['samples']:.0f}"
+                for name, counts in totals.items()
+            )
+            raise ValueError(
+                f"{bad:.0f} of {seen:.0f} samples are bad, more than"
+                f" data.max_bad_fraction={self.max_bad_fraction} ({listed}); the log has each"
+                " one's shard, key and reason"
+            )
+
+
+def _media_counts(batch: Batch) -> dict[str, np.ndarray]:
+    """Images and tiles of each sample of a micro-batch."""
+    count = batch.sample_ids.numel()
+    images, tiles = np.zeros(count), np.zeros(count)
+    for media in batch.media.values():
+        tiles += np.bincount(media.samples.cpu().numpy(), minlength=count)
+        items = torch.stack([media.samples, media.items]).unique(dim=1)[0]
+        images += np.bincount(items.cpu().numpy(), minlength=count)
+    return {"images": images, "tiles": tiles}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,22 +296,34 @@ class _Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class _OnePass:
-    """Each sample once, in order; None fills the last global batch."""
+    """Each sample once, in order; FILLING fills the last global batch."""
 
     num_samples: int
     global_batch_size: int
 
-    def batch(self, k: int) -> list[int | None]:
+    def batch(self, k: int) -> list[Pack]:
         first = k * self.global_batch_size
         numbers = range(first, first + self.global_batch_size)
-        return [number if number < self.num_samples else None for number in numbers]
+        return [Pack((n if n < self.num_samples else ids.FILLING,), 0, 0) for n in numbers]
+
+    def position(self, k: int) -> None:
+        """A pass over held-out data has no place to go on from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One rank's part of a step; problems: id and reason of its bad samples; position: after it."""
+
+    batches: list[Batch]
+    problems: list[tuple[int, str]]
+    position: dict[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
     """Step number -> the micro-batches of one rank."""
 
-    dataset: Dataset
+    datasets: Mapping[int, Dataset]
     order: Any
     micro_batch_size: int
     rank: int
@@ -178,30 +332,46 @@ class _Steps:
     pad_multiple: int
     segment_multiple: int
     packed: bool
+    planned: bool
 
-    def __getitem__(self, k: int) -> list[Batch]:
-        ids = self.order.batch(k)
-        batches = []
-        for first in range(
-            self.rank * self.micro_batch_size, len(ids), self.size * self.micro_batch_size
-        ):
-            samples = [self._sample(i) for i in ids[first : first + self.micro_batch_size]]
-            batches.append(
-                collate(
-                    samples,
-                    pad_id=self.pad_id,
-                    pad_multiple=self.pad_multiple,
-                    segment_multiple=self.segment_multiple,
-                    packed=self.packed,
-                )
+    def __getitem__(self, k: int) -> _Step:
+        packs: list[Pack] = self.order.batch(k)
+        costs = [pack.cost for pack in packs]
+        dealt = deal(costs, self.micro_batch_size, self.size, padded=not self.packed)
+        problems: list[tuple[int, str]] = []
+        batches = [
+            collate(
+                [self._sample(i, problems) for pack in chosen for i in packs[pack].samples],
+                pad_id=self.pad_id,
+                pad_multiple=self.pad_multiple,
+                segment_multiple=self.segment_multiple,
+                packed=self.packed,
             )
-        return batches
+            for chosen in dealt[self.rank]
+        ]
+        return _Step(batches, problems, self.order.position(k + 1))
 
-    def _sample(self, number: int | None) -> Sample:
-        if number is not None:
-            sample = self.dataset[number]
-            check_sample(sample)
-            return sample
-        sample = self.dataset[0]
-        unsupervised = torch.zeros_like(sample.loss_mask)
-        return dataclasses.replace(sample, loss_mask=unsupervised, sample_id=-1)
+    def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
+        """The sample; one token that is not supervised in the place of a bad one."""
+        if sample_id != ids.FILLING:
+            try:
+                return self._built(sample_id)
+            except ValueError as error:
+                problems.append((sample_id, str(error)))
+                sample_id = int(ids.hole(np.array(sample_id)))
+        return Sample(torch.tensor([self.pad_id]), torch.zeros(1), {}, sample_id, "blank")
+
+    def _built(self, sample_id: int) -> Sample:
+        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
+        dataset = self.datasets[ordinal]
+        sample = dataclasses.replace(dataset[number], sample_id=sample_id)
+        check_sample(sample)
+        if self.planned:
+            expected, tokens = int(dataset.lengths[number, 0]), len(sample.tokens)
+            if tokens != expected or tokens > self.order.settings.capacity:
+                raise BadSample(
+                    sample.source,
+                    f"has {tokens} tokens; its index says {expected}, and a row takes"
+                    f" {self.order.settings.capacity}",
+                )
+        return sample

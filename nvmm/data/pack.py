@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nvmm.data.permutation import Permutation
+
 _BLOCK = 1024
 
 
@@ -15,8 +17,8 @@ _BLOCK = 1024
 class Pack:
     """The samples of one packed row.
 
-    samples: indices into the window, ascending. length: tokens with the segments' padding.
-    cost: sum of squared sample lengths + tile_cost x tiles.
+    samples: indices into the window, ascending (of a global batch: sample ids). length: tokens
+    with the segments' padding. cost: sum of squared sample lengths + tile_cost x tiles.
     """
 
     samples: tuple[int, ...]
@@ -38,8 +40,8 @@ def plan(
 
     Fill comes first: the longest sample not placed yet goes to the fullest row that still takes
     it. Then the rows are ordered so that every `group` consecutive ones cost nearly the same,
-    and the groups are shuffled. Rank r of n takes packs[r::n]: with a group that n divides, the
-    ranks of a step have like work, and the plan is the same for all those n.
+    and the groups are shuffled: a global batch whose size `group` divides can be dealt evenly.
+    The plan knows nothing of ranks.
 
     Args:
         lengths: tokens of each sample of the window.
@@ -47,7 +49,7 @@ def plan(
         tiles: encoder tiles of each sample, all zero by default.
         tile_cost: what a tile costs, in pairs of tokens that attend to one another.
         segment_multiple: each sample takes a multiple of this (Parallel.segment_multiple).
-        group: rows of like cost, the largest data-parallel size that reads the plan.
+        group: rows of like cost.
         seed: of the order of the groups.
 
     Raises ValueError naming the first sample that is empty or longer than a row.
@@ -92,8 +94,40 @@ def _order(costs: NDArray[np.int64], group: int, seed: int) -> list[int]:
     for dealt in groups:
         dealt[np.argsort(total, kind="stable")] = dealt.copy()
         total += costs[dealt]
-    shuffled = groups[np.random.default_rng(seed).permutation(len(groups))]
-    return [*shuffled.ravel().tolist(), *ranked[whole:].tolist()]
+    if len(groups):
+        groups = groups[Permutation(len(groups), seed)(np.arange(len(groups)))]
+    return [*groups.ravel().tolist(), *ranked[whole:].tolist()]
+
+
+def deal(
+    costs: Sequence[int], micro_batch_size: int, size: int, *, padded: bool
+) -> list[list[list[int]]]:
+    """Deal a global batch: for each of `size` ranks its micro-batches of indices into `costs`.
+
+    All ranks get as many micro-batches, all micro-batches as many packs. padded: a micro-batch is
+    as long as its longest row, so neighbours in cost share one; else packs are put together so
+    that the micro-batches cost alike. Then the m-th micro-batches of the ranks are neighbours in
+    cost, the dearest for the rank that has had the least.
+    """
+    cost = np.asarray(costs, dtype=np.int64)
+    ranked = np.argsort(-cost, kind="stable")
+    if padded:
+        members = ranked.reshape(-1, micro_batch_size)
+    else:
+        members = np.empty((len(cost) // micro_batch_size, micro_batch_size), dtype=np.int64)
+        total = np.zeros(len(members), dtype=np.int64)
+        for layer, packs in enumerate(ranked.reshape(micro_batch_size, -1)):
+            members[np.argsort(total, kind="stable"), layer] = packs
+            total += cost[members[:, layer]]
+    sums = cost[members].sum(axis=1)
+    rounds = np.argsort(-sums, kind="stable").reshape(-1, size)
+    had = np.zeros(size, dtype=np.int64)
+    dealt: list[list[list[int]]] = [[] for _ in range(size)]
+    for slots in rounds:
+        for rank, slot in zip(np.argsort(had, kind="stable").tolist(), slots, strict=True):
+            dealt[rank].append(sorted(members[slot].tolist()))
+            had[rank] += sums[slot]
+    return dealt
 
 
 def _best_fit(taken: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:

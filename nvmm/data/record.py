@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from nvmm.data.decode import PICTURES, Limits, check_extension, decode
+from nvmm.data.decode import PICTURES, Limits, check_extension, decode, naming
 from nvmm.data.images import Size, read_size
 from nvmm.data.problem import BadSample
 
@@ -96,14 +96,12 @@ class Record:
 
     def sizes(self) -> list[Size]:
         """Sizes of `pictures()`, from the pictures' headers."""
-        return [
-            read_size(
-                self._members[name],
-                source=f"{self.source}.{name}",
-                max_pixels=self._limits.max_pixels,
-            )
-            for name in self._picture_names()
-        ]
+        found = []
+        for name in self._picture_names():
+            with naming(name):
+                data, limit = self._members[name], self._limits.max_pixels
+                found.append(read_size(data, source=self.source, max_pixels=limit))
+        return found
 
     def _picture_names(self) -> list[str]:
         places = self._fields.get("image")

@@ -1,301 +1,192 @@
-"""Local webdataset shards: plain tar files whose consecutive members share a key.
+"""Webdataset shards: plain tar files whose consecutive members share a key.
 
-`Dataset` reads any sample by its number; `Order` says which samples make global batch k.
-Nothing is extracted to disk and nothing is unpickled.
+`Dataset` reads any sample by its number. Nothing is extracted to disk and nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import glob
-import io
-import mmap
+import hashlib
+import json
 import os
-import re
-import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvmm.batch import Sample
-
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-_BLOCK = 512
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member as webdataset splits them: at the file name's first dot."""
-    match = _NAME.match(name)
-    return (match.group(1), match.group(2).lower()) if match else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Index:
-    """Where each sample lies: its shard, and the bytes from its first header to its last block.
-
-    shard: int32 [n]; start, stop: int64 [n].
-    """
-
-    shard: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-
-
-def read_index(shards: Sequence[str]) -> Index:
-    """Index of all shards, from their tar headers.
-
-    Raises ValueError naming the shard, and the key near the damage, for a file that is no tar, is
-    compressed, is truncated, or has damaged headers.
-    """
-    rows: list[tuple[int, int, int]] = []
-    for number, shard in enumerate(shards):
-        rows.extend((number, start, stop) for start, stop in _scan(shard))
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    return Index(table[:, 0].astype(np.int32), table[:, 1].copy(), table[:, 2].copy())
-
-
-class _Member(NamedTuple):
-    """A regular file of a tar: where its first header starts and its data lie, in bytes."""
-
-    name: str
-    start: int
-    offset: int
-    size: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + -(-self.size // _BLOCK) * _BLOCK
-
-
-def _scan(shard: str) -> list[tuple[int, int]]:
-    with open(shard, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{shard}: empty file, no tar shard")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            members = _list_members(data, shard)
-    spans: list[tuple[int, int]] = []
-    last: str | None = None
-    for member in members:
-        name = split_name(member.name)
-        if name is None:
-            continue
-        if name[0] != last:
-            last = name[0]
-            spans.append((member.start, member.stop))
-        else:
-            spans[-1] = (spans[-1][0], member.stop)
-    return spans
-
-
-def _list_members(data: bytes | mmap.mmap, shard: str) -> list[_Member]:
-    members = _list_plain(data)
-    if members is not None:
-        return members
-    members = []
-    key = "?"
-    try:
-        file = io.BytesIO(data) if isinstance(data, bytes) else data
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[arg-type]
-            for header in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
-                key = (split_name(header.name) or (header.name,))[0]
-                if header.isreg():
-                    members.append(
-                        _Member(header.name, header.offset, header.offset_data, header.size)
-                    )
-            end = tar.offset
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{shard}:{key}: truncated or damaged here, or no uncompressed tar ({error})"
-        ) from error
-    # tarfile takes a damaged header for the end of the archive
-    if data[end : end + _BLOCK].strip(b"\0"):
-        raise ValueError(f"{shard}:{key}: damaged tar header after this sample, at byte {end}")
-    return members
-
-
-def _list_plain(data: bytes | mmap.mmap) -> list[_Member] | None:
-    """What tarfile would list, six times faster; None wherever it sees more than plain files."""
-    members: list[_Member] = []
-    start = at = 0
-    while at < len(data):
-        header = data[at : at + _BLOCK]
-        if not header.strip(b"\0"):
-            break
-        # no long names, links, sparse files, base-256 sizes: tarfile knows those
-        if len(header) < _BLOCK or header[156] not in b"0\0x" or header[124] & 128:
-            return None
-        try:
-            size = int(header[124:136].strip(b" \0"), 8)
-            checksum = int(header[148:156].strip(b" \0"), 8)
-            name = header[:100].rstrip(b"\0").decode("ascii")
-            prefix = header[345:500].rstrip(b"\0").decode("ascii")
-        except ValueError:
-            return None
-        body = at + _BLOCK
-        if sum(header) - sum(header[148:156]) + 8 * 32 != checksum or body + size > len(data):
-            return None
-        at = body + -(-size // _BLOCK) * _BLOCK
-        if header[156] in b"x":
-            # webdataset writes such a header before every member, for fractions of mtime
-            if any(key in data[body : body + size] for key in (b"path=", b"size=", b"GNU.")):
-                return None
-            continue
-        if prefix:
-            if header[257:263] != b"ustar\0":
-                return None
-            name = f"{prefix}/{name}"
-        members.append(_Member(name, start, body, size))
-        start = at
-    return members
+from nvmm.data.index import Index, open_index
+from nvmm.data.permutation import LocalPermutation, Permutation
+from nvmm.data.problem import BadSample
+from nvmm.data.storage import Storage, expand, read
+from nvmm.data.tar import parse
 
 
 class Dataset:
-    """Samples of local tar shards, by number.
+    """Samples of tar shards, by number.
 
-    shards: file patterns (globs); the files of each are taken in sorted order.
+    shards: file patterns; the files of each are taken in sorted order. None where a blend names
+        the shards.
     build: members of a sample -> Sample. In a config it is a partial, which `Data` completes
         with `bind`.
+    local_window: None: an epoch is a shuffle of all samples. A number: shards are shuffled, then
+        samples within as many places, which keeps the reads of a while in a few shards.
+    index_dir: folder for the index of shards that are remote or read-only; None: beside them.
+    storage: how remote shards are read; None: its defaults, without a cache.
     """
 
-    def __init__(self, shards: str | Sequence[str], build: Callable[..., Any]) -> None:
-        patterns = [shards] if isinstance(shards, str) else [str(pattern) for pattern in shards]
-        if not patterns:
+    def __init__(
+        self,
+        shards: str | Sequence[str] | None,
+        build: Callable[..., Any],
+        local_window: int | None = None,
+        index_dir: str | None = None,
+        storage: Storage | None = None,
+    ) -> None:
+        patterns = [shards] if isinstance(shards, str) else [str(p) for p in shards or ()]
+        if shards is not None and not patterns:
             raise ValueError("shards=[] names no file; give at least one pattern")
+        if local_window is not None and local_window < 1:
+            raise ValueError(f"local_window={local_window} must be at least 1, or null")
         self.patterns = patterns
         self.build = build
+        self.local_window = local_window
+        self.index_dir = index_dir
+        self.storage = storage or Storage()
+        self.skip_damage = False
 
-    def bind(self, **options: Any) -> Dataset:
-        """The same samples with `build(**options)` as their builder."""
-        return Dataset(self.patterns, self.build(**options))
+    def bind(self, *, skip_damage: bool = False, **options: Any) -> Dataset:
+        """The same samples with `build(**options)` as their builder.
+
+        skip_damage: go on without what lies behind a shard's damage, instead of refusing it.
+        """
+        bound = copy.copy(self)
+        bound.build = self.build(**options)
+        bound.skip_damage = skip_damage
+        return bound
 
     @cached_property
     def shards(self) -> list[str]:
-        """Paths of the shards, in order."""
-        paths: list[str] = []
+        """The shards, in order."""
+        urls: list[str] = []
         for pattern in self.patterns:
-            found = sorted(glob.glob(str(Path(pattern).expanduser())))
+            found = expand(pattern, self.storage)
             if not found:
                 raise ValueError(f"shards: pattern {pattern} matches no file")
-            paths += found
-        return paths
+            urls += found
+        if not urls:
+            raise ValueError("shards=null names no file; give at least one pattern")
+        return urls
 
     @cached_property
     def index(self) -> Index:
-        """Where the samples lie; read from the shards on first use."""
-        index = read_index(self.shards)
-        if not len(index.shard):
+        """Where the samples lie; opened, or built, on first use.
+
+        Raises ValueError for shards without a sample, and for a damaged one (see `bind`).
+        """
+        index = open_index(self.shards, self.index_dir, workers=os.cpu_count() or 1)
+        if index.damage and (not self.skip_damage or not len(index)):
+            raise ValueError("\n".join(index.damage))
+        if not len(index):
             raise ValueError(f"shards: no sample in {', '.join(self.patterns)}")
         return index
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "lengths"}
+
     def __len__(self) -> int:
-        return len(self.index.shard)
+        return len(self.index)
 
     def members(self, number: int) -> dict[str, Any]:
-        """Members of one sample: extension -> bytes, and its `__url__` and `__key__`."""
+        """Members of one sample: extension -> bytes, and its `__url__` and `__key__`.
+
+        Raises BadSample where the bytes are damaged or not those that were indexed.
+        """
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
-        shard = self.shards[self.index.shard[number]]
-        start, stop = int(self.index.start[number]), int(self.index.stop[number])
-        with open(shard, "rb", buffering=0) as file:
-            file.seek(start)
-            data = file.read(stop - start)
-        return _parse(data, shard)
+        columns = self.index.columns
+        shard = self.shards[columns["shard"][number]]
+        start, stop = int(columns["start"][number]), int(columns["stop"][number])
+        data = read(shard, start, stop, self.storage)
+        members = parse(data, shard)
+        key = self.index.key(number)
+        if members.get("__key__") != key:
+            raise BadSample(f"{shard}:{key}", "the file changed after it was indexed")
+        return members
 
     def __getitem__(self, number: int) -> Sample:
         sample: Sample = self.build(self.members(number))
         return dataclasses.replace(sample, sample_id=number)
 
+    def measure(self, number: int) -> tuple[int, int]:
+        """Tokens and tiles that the builder makes of a sample; without decoding, where it can."""
+        measure = getattr(self.build, "measure", None)
+        if measure is not None:
+            tokens, tiles = measure(self.members(number))
+            return tokens, tiles
+        sample = self[number]
+        return len(sample.tokens), sum(len(media.values) for media in sample.media.values())
 
-def _parse(data: bytes, shard: str) -> dict[str, Any]:
-    members: dict[str, Any] = {"__url__": shard}
-    for member in _list_members(data, shard):
-        name = split_name(member.name)
-        if name is None:
-            continue
-        key, extension = name
-        if members.setdefault("__key__", key) != key:
-            raise ValueError(f"{shard}:{key}: the file changed after it was indexed")
-        if extension in members:
-            raise ValueError(f"{shard}:{key}: two members {extension}")
-        members[extension] = data[member.offset : member.offset + member.size]
-    return members
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [n, 2]: tokens and tiles of every sample, -1 where it cannot be built.
+
+        Kept in the index under the builder's digest; counted on first use.
+        """
+        return self.index.count_lengths(
+            builder_digest(self.build), self.measure, workers=os.cpu_count() or 1
+        )
+
+    def chosen(self, count: int, seed: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+        """Places [0, count) -> numbers of as many samples, the same ones in every epoch."""
+        key = (seed, "subset")
+        if self.local_window is not None:
+            return LocalPermutation(*self.index.shard_sizes(), self.local_window, *key)
+        return Permutation(len(self), *key)
+
+    def epoch(
+        self, epoch: int, seed: int, count: int | None = None
+    ) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
+        """Places of an epoch -> numbers: all samples, or `count` chosen ones, once each."""
+        if count is None or count == len(self):
+            if self.local_window is not None:
+                return LocalPermutation(*self.index.shard_sizes(), self.local_window, seed, epoch)
+            return Permutation(len(self), seed, epoch)
+        chosen = self.chosen(count, seed)
+        if self.local_window is None:
+            within: Permutation | LocalPermutation = Permutation(count, seed, epoch)
+        else:
+            starts = np.arange(0, count, self.local_window)
+            sizes = np.minimum(self.local_window, count - starts)
+            within = LocalPermutation(starts, sizes, self.local_window, seed, epoch)
+        return lambda places: chosen(within(places))
 
 
-class Order:
-    """Which samples make global batch k: an endless, seeded, seekable shuffle.
+def builder_digest(build: Any) -> str:
+    """Digest of what a builder makes of members: its class, its settings and the tokenizer's.
 
-    Epoch e is one permutation of all samples that depends on `seed` and e alone; batches run
-    across epochs without dropping a sample. `position` (from another Order's `position(k)`)
-    continues from there, also with another global batch size.
+    Raises ValueError for a setting without a text form that says what it is.
     """
-
-    def __init__(
-        self,
-        num_samples: int,
-        seed: int,
-        global_batch_size: int,
-        position: Mapping[str, int] | None = None,
-    ) -> None:
-        if num_samples < 1 or global_batch_size < 1:
+    settings = {name: _described(value) for name, value in sorted(vars(build).items())}
+    for name, text in settings.items():
+        if " at 0x" in text:
             raise ValueError(
-                f"num_samples={num_samples}, global_batch_size={global_batch_size}: "
-                "both must be at least 1"
+                f"{type(build).__name__}.{name}={text} has no stable text form, which the index"
+                " of token counts needs; make it a dataclass, or give it a `digest`"
             )
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"data.seed={seed} must be in [0, 2**63)")
-        self.num_samples = num_samples
-        self.seed = seed
-        self.global_batch_size = global_batch_size
-        self._step = self._samples = 0
-        self._epoch: tuple[int, np.ndarray] | None = None
-        if position is not None:
-            for name, mine in (("seed", seed), ("num_samples", num_samples)):
-                if position[name] != mine:
-                    raise ValueError(
-                        f"cannot continue the data order: {name} is {mine}, but the position was "
-                        f"saved with {name}={position[name]}"
-                    )
-            self._step, self._samples = int(position["step"]), int(position["samples"])
+    content = json.dumps([f"{type(build).__module__}.{type(build).__qualname__}", settings])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def position(self, k: int) -> dict[str, int]:
-        """The place before batch k, independent of any layout."""
-        return {
-            "step": k,
-            "samples": self._consumed(k),
-            "seed": self.seed,
-            "num_samples": self.num_samples,
-        }
 
-    def batch(self, k: int) -> list[int]:
-        """Dataset numbers of the samples of global batch k."""
-        place, ids = self._consumed(k), []
-        missing = self.global_batch_size
-        while missing:
-            epoch, offset = divmod(place, self.num_samples)
-            taken = self._permutation(epoch)[offset : offset + missing]
-            ids += taken.tolist()
-            place += len(taken)
-            missing -= len(taken)
-        return ids
-
-    def _consumed(self, k: int) -> int:
-        if k < self._step:
-            raise ValueError(f"batch {k} lies before batch {self._step}, where this order starts")
-        return self._samples + (k - self._step) * self.global_batch_size
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._epoch is None or self._epoch[0] != epoch:
-            # sorted raw words: unlike Generator.permutation, numpy keeps these across versions
-            words = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_samples)
-            self._epoch = (epoch, np.argsort(words, kind="stable"))
-        return self._epoch[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epoch": None}
+def _described(value: Any) -> str:
+    if not hasattr(value, "digest"):
+        return repr(value)
+    names = {k: v for k, v in vars(value).items() if isinstance(v, str | int) and k != "path"}
+    return f"{value.digest} {sorted(names.items())}"
 
 
 def write_shards(

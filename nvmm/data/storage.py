@@ -22,6 +22,7 @@ from nvmm.data.cache import Cache
 
 _T = TypeVar("_T")
 _MEBI = 1 << 20
+_PIECE = 16 * _MEBI
 _RANDOM = random.Random()  # not the global generator: a retry must not change a run
 
 
@@ -86,10 +87,10 @@ def size(url: str, options: Storage = DEFAULT) -> int:
 
 
 def read(url: str, start: int, stop: int, options: Storage = DEFAULT) -> bytes:
-    """Bytes `start` to `stop` of a file.
+    """Bytes `start` to `stop` of a file; fewer where a local one ends before.
 
-    A short answer is an error and tried again like any other, and so is a stalled one. Raises
-    OSError naming file and range when the tries are used up, or at once where none can help.
+    A server's short answer is an error and tried again like any other, and so is a stalled one.
+    Raises OSError naming file and range when the tries are used up, or at once where none can help.
     """
     if not 0 <= start <= stop:
         raise ValueError(f"{url}: bytes {start}-{stop} are no range")
@@ -120,7 +121,7 @@ def _read_local(path: str, start: int, stop: int) -> bytes:
         while len(data) < stop - start:  # one call returns at most 2 GiB
             more = os.pread(file.fileno(), stop - start - len(data), start + len(data))
             if not more:
-                raise OSError(f"{path}: bytes {start}-{stop}: the file ends at {start + len(data)}")
+                break
             data += more
     return data
 
@@ -147,7 +148,8 @@ class _ReadAhead:
                 length = _facts(url, options)[0]
                 ahead = max(stop, min(start + options.read_ahead_bytes, length))
             first, data = start, _fetch(url, start, ahead, options)
-        self._last[url] = (first, data)
+        if len(data) <= max(options.read_ahead_bytes, _PIECE):  # not a whole shard
+            self._last[url] = (first, data)
         while len(self._last) > 4:
             del self._last[next(iter(self._last))]
         return data[start - first : stop - first]
@@ -183,6 +185,13 @@ def _cache(folder: str, limit: int) -> Cache:
 
 
 def _fetch(url: str, start: int, stop: int, options: Storage) -> bytes:
+    """Bytes from the server, in pieces that come within the timeout and cost little to repeat."""
+    piece = max(options.read_ahead_bytes, _PIECE)
+    if stop - start > piece:
+        ends = [*range(start + piece, stop, piece), stop]
+        starts = [start, *ends]
+        return b"".join(_fetch(url, a, b, options) for a, b in zip(starts, ends, strict=False))
+
     def attempt() -> bytes:
         data: bytes = _call(url, "cat_file", options, start=start, end=stop)
         if len(data) > stop - start:

@@ -90,7 +90,7 @@ def test_the_loader_refuses_what_any_builder_makes(
 ) -> None:
     shards = make_shards(4)
     dataset = Dataset(shards, Builder)
-    data = Data(64, 0, dataset, Dataset(shards, Builder), tokenizer=tiny, seed=7)
+    data = Data(64, 0, dataset, Dataset(shards, Builder), on_error="stop", tokenizer=tiny, seed=7)
     batches = data.batches(split=split, global_batch_size=4, micro_batch_size=2)
     key = dataset.members(2)["__key__"]
     with pytest.raises(ValueError, match=rf"{key} \(sample 2\): no supervised token"):

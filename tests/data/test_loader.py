@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from nvmm.batch import Batch
 from nvmm.data.chat import ChatTemplate, ImageTags
 from nvmm.data.instruct import InstructBuilder
 from nvmm.data.loader import Data
-from nvmm.data.shards import Dataset
+from nvmm.data.shards import Dataset, write_shards
 from nvmm.data.tokenizer import Tokenizer
+from tests.data.conftest import vqa
 
 MakeData = Callable[..., Data]
 
@@ -65,13 +67,16 @@ def assert_equal(mine: list[list[Batch]], other: list[list[Batch]]) -> None:
 def test_micro_batches_deal_the_global_batch(make_data: MakeData) -> None:
     data = make_data()
     options = {"global_batch_size": 8, "micro_batch_size": 2}
-    expected = data.order(8).batch(1)
+    expected = sorted(i for pack in data.order(8).batch(1) for i in pack.samples)
     one = steps(data, 2, **options)[1]
-    assert ids(one) == [expected[i : i + 2] for i in (0, 2, 4, 6)]
-    for rank in (0, 1):
-        mine = steps(data, 2, rank=rank, size=2, **options)[1]
-        # micro-batch m of rank r: samples (m * size + r) * micro_batch_size and following
-        assert ids(mine) == [expected[i : i + 2] for i in (2 * rank, 4 + 2 * rank)]
+    assert [len(batch) for batch in ids(one)] == [2] * 4
+    assert sorted(i for batch in ids(one) for i in batch) == expected
+    ranks = [steps(data, 2, rank=rank, size=2, **options)[1] for rank in (0, 1)]
+    assert [len(batch) for mine in ranks for batch in ids(mine)] == [2] * 4
+    assert sorted(i for mine in ranks for batch in ids(mine) for i in batch) == expected
+    # the m-th micro-batches of the ranks are neighbours in cost
+    width = [[batch.tokens.shape[1] for batch in mine] for mine in ranks]
+    assert min(width[0][0], width[1][0]) >= max(width[0][1], width[1][1])
 
 
 def test_start_seeks(make_data: MakeData) -> None:
@@ -81,12 +86,19 @@ def test_start_seeks(make_data: MakeData) -> None:
 
 def test_position_continues_with_another_batch_size(make_data: MakeData) -> None:
     data = make_data()
-    position = data.position(3, 4)
-    assert position["samples"] == 12
+    steps(data, 3)
+    position = data.position(3)
+    assert position is not None
+    with pytest.raises(ValueError, match="the data is at step 3, not at 4"):
+        data.position(4)
     later = steps(data, 2, start=3, position=position, global_batch_size=2)
-    stream = [i for k in range(6) for i in data.order(4).batch(k)]
-    assert [i for step in later for batch in ids(step) for i in batch] == stream[12:16]
-    assert data.position(5, 2, position)["samples"] == 16
+    order = data.order(4)
+    stream = [i for k in range(6) for pack in order.batch(k) for i in pack.samples]
+    assert sorted(i for step in later for batch in ids(step) for i in batch) == sorted(
+        stream[12:16]
+    )
+    resumed = data.position(5)
+    assert resumed is not None and resumed["cuts"][-1]["packs"] == 16
 
 
 def test_workers_change_nothing_and_leave_global_random_states_alone(make_data: MakeData) -> None:
@@ -99,13 +111,12 @@ def test_workers_change_nothing_and_leave_global_random_states_alone(make_data: 
 
 
 def test_worker_errors_name_the_sample(make_data: MakeData, tmp_path: Any) -> None:
-    from nvmm.data.shards import write_shards
-
     write_shards(tmp_path, "bad", [{"__key__": "k7", "json": b"{"}])
     good = make_data(num_workers=1)
     build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
-    data = Data(64, 1, Dataset(str(tmp_path / "bad-*"), build), tokenizer=good.tokenizer)
-    with pytest.raises(ValueError, match=r"bad-00000\.tar:k7: member json is damaged"):
+    bad = Dataset(str(tmp_path / "bad-*"), build)
+    data = Data(64, 1, bad, on_error="stop", tokenizer=good.tokenizer)
+    with pytest.raises(ValueError, match=r"bad-00000\.tar:k7: member json: damaged JSON"):
         steps(data, 1)
 
 
@@ -124,14 +135,16 @@ def test_validation_is_one_pass_in_order(make_data: MakeData) -> None:
 
 
 def test_packing_and_padding_multiples(make_data: MakeData) -> None:
-    packed = steps(make_data(pack=True), 1, pad_multiple=16)[0][0]
-    assert packed.tokens.shape[0] == 1
-    assert packed.tokens.shape[1] % 16 == 0
-    assert packed.cu_seqlens is not None
+    options = {"micro_batch_size": 1, "pad_multiple": 16, "segment_multiple": 4}
+    for batch in steps(make_data(30, pack=True), 2, **options)[1]:
+        assert batch.tokens.shape[0] == 1
+        assert batch.tokens.shape[1] % 16 == 0
+        assert 64 - 16 < batch.tokens.shape[1] <= 64
+        assert batch.cu_seqlens is not None
+        assert (batch.cu_seqlens % 4 == 0).all()
     padded = steps(make_data(), 1, pad_multiple=16)[0][0]
     assert padded.tokens.shape[0] == 2
     assert padded.tokens.shape[1] % 16 == 0
-    assert packed.num_tokens == padded.num_tokens
 
 
 def test_refusals(make_data: MakeData) -> None:
@@ -147,3 +160,72 @@ def test_refusals(make_data: MakeData) -> None:
         steps(without, 1, split="validation")
     with pytest.raises(ValueError, match=r"data\.num_workers=-1"):
         make_data(num_workers=-1)
+    with pytest.raises(ValueError, match=r"data\.on_error=ignore must be skip or stop"):
+        make_data(on_error="ignore")
+
+
+def test_bad_samples_leave_the_same_hole_on_every_layout(
+    make_data: MakeData, tiny: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Padded and packed, whatever reads them; counted by dataset, logged once."""
+    write_shards(
+        tmp_path,
+        "mixed",
+        [
+            {**vqa(answer="12" * (1 + i % 4)), "__key__": f"k{i}"}
+            | ({"json": b"{"} if i in (2, 5) else {})
+            for i in range(9)
+        ],
+    )
+    train = make_data().train
+    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    entries = [
+        {"name": "bad", "shards": str(tmp_path / "mixed-*"), "weight": 1},
+        {"name": "good", "shards": train.patterns, "weight": 2},
+    ]
+    for pack in (False, True):
+
+        def make(num_workers: int = 0, pack: bool = pack, **options: Any) -> Data:
+            template = Dataset(None, build)
+            return Data(
+                64, num_workers, template, blend=entries, tokenizer=tiny, pack=pack, **options
+            )
+
+        options = {"global_batch_size": 4, "micro_batch_size": 1}
+        caplog.clear()
+        data = make()
+        one = steps(data, 12, **options)
+        whole = [sorted(i for batch in ids(step) for i in batch) for step in one]
+        holes = {-2 - i for step in whole for i in step if i < 0}
+        assert {i % 2**32 for i in holes} == {2, 5} and {i >> 53 for i in holes} == {0}
+        lines = [r.getMessage() for r in caplog.records if "bad sample" in r.getMessage()]
+        assert len(lines) == 2 and all("member json: damaged JSON" in line for line in lines)
+        for number, hole in enumerate(b for step in one for b in step):
+            missing = hole.sample_ids < 0
+            if hole.cu_seqlens is None and bool(missing.any()):
+                assert hole.num_tokens == 0, number
+        ranks = [steps(make(num_workers=r), 12, rank=r, size=2, **options) for r in (0, 1)]
+        for step, mine, other in zip(whole, *ranks, strict=True):
+            assert sorted(i for batch in ids(mine) + ids(other) for i in batch) == step
+        counts = data.count([batch for step in one for batch in step])
+        assert counts["bad/bad"] == sum(i < 0 for step in whole for i in step)
+        assert counts["bad/samples"] + counts["bad/bad"] + counts["good/samples"] == sum(
+            map(len, whole)
+        )
+        assert counts["good/bad"] == 0 and counts["bad/images"] == 0
+        assert counts["good/tiles"] > counts["good/images"] > 0
+        tokens = sum(int(b.lengths.sum()) for step in one for b in step)
+        assert counts["bad/tokens"] + counts["good/tokens"] == tokens - counts["bad/bad"]
+        with pytest.raises(ValueError, match=r"k[25]: member json .*data\.on_error=stop"):
+            steps(make(on_error="stop"), 12, **options)
+
+
+def test_too_many_bad_samples_stop_the_run(make_data: MakeData) -> None:
+    data = make_data(max_bad_fraction=0.01)
+    data.check_bad({"a": {"samples": 90, "bad": 9}, "b": {"samples": 0, "bad": 1}})
+    data.check_bad({"a": {"samples": 9900, "bad": 100}})
+    message = (
+        r"11 of 101 samples are bad, more than data\.max_bad_fraction=0\.01 \(a: 10 of 100, b: 1"
+    )
+    with pytest.raises(ValueError, match=message):
+        data.check_bad({"a": {"samples": 90, "bad": 10}, "b": {"samples": 0, "bad": 1}})

@@ -1,11 +1,10 @@
-"""Indexing, reading and writing shards; the seekable order."""
+"""Reading and writing shards."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import io
-import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from nvmm.data.shards import Dataset, Order, split_name, write_shards
+from nvmm.data.shards import Dataset, write_shards
+from nvmm.data.tar import split_name
 from tests.data.test_instruct import builder
 
 
@@ -165,51 +165,3 @@ def test_written_shards_are_reproducible(tmp_path: Path) -> None:
         b"4",
     ]
     assert write_shards(tmp_path, "none", []) == []
-
-
-def test_order_visits_every_sample_once_an_epoch() -> None:
-    order = Order(num_samples=10, seed=3, global_batch_size=4)
-    stream = [i for k in range(5) for i in order.batch(k)]
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-    assert stream[:10] != list(range(10))
-    assert Order(10, 3, 4).batch(3) == stream[12:16], "seeking equals walking"
-    assert [i for k in range(5) for i in Order(10, 4, 4).batch(k)] != stream
-
-
-def test_order_is_the_same_on_every_machine() -> None:
-    assert Order(8, 1234, 8).batch(0) == [7, 3, 0, 1, 4, 2, 5, 6]
-    assert Order(8, 1234, 8).batch(1) == [0, 5, 6, 4, 2, 1, 7, 3]
-
-
-def test_batch_larger_than_an_epoch() -> None:
-    batch = Order(3, 0, 8).batch(0)
-    assert sorted(batch[:3]) == sorted(batch[3:6]) == [0, 1, 2]
-    assert len(batch) == 8
-
-
-def test_order_continues_with_another_batch_size() -> None:
-    first = Order(10, 3, 4)
-    position = first.position(3)
-    assert position == {"step": 3, "samples": 12, "seed": 3, "num_samples": 10}
-    second = Order(10, 3, 6, position)
-    stream = [i for k in range(10) for i in Order(10, 3, 1).batch(k)] + Order(10, 3, 10).batch(1)
-    assert second.batch(3) == stream[12:18]
-    assert second.position(4) == {"step": 4, "samples": 18, "seed": 3, "num_samples": 10}
-    third = Order(10, 3, 2, second.position(4))
-    assert third.batch(4) == stream[18:20]
-    assert pickle.loads(pickle.dumps(third)).batch(4) == third.batch(4)
-    with pytest.raises(ValueError, match="batch 2 lies before batch 3"):
-        second.batch(2)
-
-
-def test_order_refuses_another_seed_or_size() -> None:
-    position = Order(10, 3, 4).position(1)
-    with pytest.raises(ValueError, match="seed is 4, but the position was saved with seed=3"):
-        Order(10, 4, 4, position)
-    with pytest.raises(ValueError, match=r"num_samples is 11, .* num_samples=10"):
-        Order(11, 3, 4, position)
-    with pytest.raises(ValueError, match=r"data\.seed=-1"):
-        Order(10, -1, 4)
-    with pytest.raises(ValueError, match="global_batch_size=0"):
-        Order(10, 3, 0)

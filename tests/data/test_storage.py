@@ -36,8 +36,7 @@ def test_local_files(tmp_path: Path) -> None:
         str(tmp_path / name) for name in ("b-0.tar", "b-1.tar", "c.tar")
     ]
     assert expand(str(tmp_path / "none-*.tar")) == []
-    with pytest.raises(OSError, match=r"c\.tar: bytes 299999-300001: the file ends at 300000"):
-        read(path, 299_999, 300_001)
+    assert read(path, 299_999, 300_001) == DATA[-1:]
 
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "truncate", "short"])

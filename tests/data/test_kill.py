@@ -1,0 +1,265 @@
+"""Kill -9 at any moment: what a run has trained on is what an uninterrupted run trains on.
+
+A run is killed again and again (in the step, in a loader process, in the save, at a random moment)
+and goes on with another number of ranks and of loader processes. What its metrics.jsonl says in
+the end, step by step, must be what one undisturbed rank says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nvmm.data.chat import ChatTemplate, ImageTags
+from nvmm.data.instruct import InstructBuilder
+from nvmm.data.loader import Data
+from nvmm.data.shards import Dataset, write_shards
+from nvmm.data.tokenizer import Tokenizer
+from nvmm.equivalence import build_trainer
+from nvmm.parallel.setup import Parallel
+from tests import tiny as tiny_config
+from tests.data.conftest import vqa
+from tests.ranks import run_ranks
+
+GLOBAL_BATCH_SIZE = 4
+WINDOW = 24
+BAD = 7
+"""Of every so many samples of the first dataset one has a damaged json."""
+
+
+def write(folder: Path) -> list[dict[str, Any]]:
+    """Text-only shards of three datasets, and a blend of them."""
+    rng = random.Random(0)
+    for name, count in (("a", 60), ("b", 23), ("c", 11)):
+        samples = []
+        for number in range(count):
+            answer = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 24)))
+            members = {**vqa(answer=answer), "__key__": f"{name}{number:03d}"}
+            if name == "a" and number % BAD == 3:
+                members["json"] = b"{"
+            samples.append(members)
+        write_shards(folder, name, samples, samples_per_shard=8)
+    entries = (("a", {"weight": 3}), ("b", {"weight": 2}), ("c", {"weight": 1, "epochs": 2}))
+    return [{"name": n, "shards": f"{folder}/{n}-*.tar", **more} for n, more in entries]
+
+
+def make_data(folder: Path, tokenizer: str, workers: int, pack: bool) -> Data:
+    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    entries = json.loads((folder / "blend.json").read_text())
+    return Data(
+        64,
+        workers,
+        Dataset(None, build),
+        blend=entries,
+        window=WINDOW,
+        max_bad_fraction=0.5,
+        log_samples=True,
+        tokenizer=Tokenizer(tokenizer),
+        seed=5,
+        pack=pack,
+    )
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(trainer: Any, moment: str, steps: int, seconds: float) -> None:
+    """Make this process die: `steps` steps from now, at the given moment of a step."""
+    done = {"steps": 0, "saves": 0}
+    if moment == "anywhere":
+        threading.Thread(target=lambda: (time.sleep(seconds), kill()), daemon=True).start()
+        return
+    train_step, save, publish = trainer.train_step, trainer.save, trainer.checkpoint._publish
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        done["steps"] += 1
+        if moment == "step" and done["steps"] > steps:
+            kill()
+        return train_step(*args, **kwargs)
+
+    def saving(*args: Any) -> Any:
+        done["saves"] += 1
+        return save(*args)
+
+    def publishing(*args: Any) -> None:
+        # the data are written; what makes them a checkpoint is not
+        if moment == "save" and done["saves"] > steps:
+            kill()
+        publish(*args)
+        if moment == "saved" and done["saves"] > steps:
+            kill()
+
+    trainer.train_step, trainer.save = step, saving
+    trainer.checkpoint._publish = publishing
+
+
+class DeadlyDataset(Dataset):
+    """Kills the process that reads its samples (a loader's, where there are any) at the n-th."""
+
+    left = 0
+
+    def members(self, number: int) -> dict[str, Any]:
+        self.left -= 1
+        if self.left < 0:
+            kill()
+        return super().members(number)
+
+
+def fit(
+    rank: int,
+    world_size: int,
+    init: str,
+    folder: Path,
+    tokenizer: str,
+    max_steps: int,
+    workers: int,
+    pack: bool,
+    death: tuple[int, str, int, float] | None,
+) -> list[str]:
+    config = tiny_config.config(tiny_config.language()) | {"parallel": {}}
+    config["optim"] |= {"decay_steps": 100}
+    Parallel().initialize(seed=config["seed"], rank=rank, world_size=world_size, init_method=init)
+    data = make_data(folder, tokenizer, workers, pack)
+    run_dir = folder / "run"
+    run_dir.mkdir(exist_ok=True)
+    trainer = build_trainer(
+        config, data, run_dir, log=rank == 0, max_steps=max_steps,
+        global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1,
+    )  # fmt: skip
+    trainer.checkpoint.save_interval = 2
+    if death is not None and death[0] == rank:
+        _, moment, steps, seconds = death
+        if moment == "loader":
+            for part in data.parts:
+                part.dataset.__class__, part.dataset.left = DeadlyDataset, 3 * steps + 1
+        else:
+            arm(trainer, moment, steps, seconds)
+    trainer.fit()
+    return []
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def prepare(tmp_path: Path, name: str, entries: list[dict[str, Any]]) -> Path:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "blend.json").write_text(json.dumps(entries))
+    return folder
+
+
+def suffer(
+    folder: Path,
+    tokenizer: str,
+    max_steps: int,
+    kills: int,
+    moments: list[str],
+    layouts: list[tuple[int, int]],
+    packing: Callable[[int], bool],
+) -> None:
+    """Start, kill, go on with the next layout; after so many kills go on to the end."""
+    rng = random.Random(1)
+    for attempt in range(kills + 1):
+        world_size, workers = layouts[attempt % len(layouts)]
+        death = None
+        if attempt < kills:
+            moment = moments[attempt % len(moments)]
+            saving = moment in ("save", "saved")
+            rank = 0 if saving else rng.randrange(world_size)
+            death = (rank, moment, rng.randint(0, 0 if saving else 2), rng.uniform(0.0, 1.0))
+        arguments = (folder, tokenizer, max_steps, workers, packing(attempt), death)
+        if death is None:
+            run_ranks(fit, world_size, *arguments, timeout=600)
+            return
+        with pytest.raises(
+            RuntimeError, match=r"died without|killed by|unexpectedly|gloo|onnection"
+        ):
+            run_ranks(fit, world_size, *arguments, timeout=600)
+        end_loaders()
+
+
+def end_loaders() -> None:
+    """Loader processes of killed ranks: here their parent is the tests' server, which lives on."""
+    server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+    for process in server.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [r["step"] for r in found] == [r["step"] for r in expected]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine["sample_ids"] == other["sample_ids"], f"step {mine['step']}"
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), f"step {mine['step']}"
+        assert mine["datasets"] == other["datasets"], f"step {mine['step']}"
+
+
+def assert_consumed_whole_windows(folder: Path, tokenizer: str) -> None:
+    """All windows but the open one hold exactly the blend's samples, whatever packed them."""
+    seen = [i for record in records(folder) for i in record["sample_ids"]]
+    seen = [-2 - i if i < -1 else i for i in seen]
+    assert max(Counter(seen).values()) == 1, "repeated"
+    whole = len(seen) // WINDOW * WINDOW
+    order = make_data(folder, tokenizer, 0, pack=False).order(1)
+    slots = [i for k in range(whole + WINDOW) for pack in order.batch(k) for i in pack.samples]
+    assert set(slots[:whole]) <= set(seen), "lost"
+    assert set(seen) <= set(slots)
+
+
+def prepare_pair(tmp_path: Path, tokenizer: str, steps: int, pack: bool) -> tuple[Path, list[Any]]:
+    """The folder of a run to be killed, and the records of one that was left in peace."""
+    entries = write(tmp_path / "shards")
+    peace = prepare(tmp_path, "peace", entries)
+    run_ranks(fit, 1, peace, tokenizer, steps, 0, pack, None)
+    return prepare(tmp_path, "war", entries), records(peace)
+
+
+def test_four_kills_change_nothing(tmp_path: Path, tiny: Tokenizer) -> None:
+    path, steps = tiny.path, 12
+    war, expected = prepare_pair(tmp_path, path, steps, pack=False)
+    moments = ["step", "save", "loader", "saved"]
+    layouts = [(2, 0), (1, 0), (2, 1), (1, 0)]
+    suffer(war, path, steps, 4, moments, layouts, lambda attempt: False)
+    assert_same_run(records(war), expected)
+    datasets = expected[-1]["datasets"]
+    assert sum(counts["samples"] + counts["bad"] for counts in datasets.values()) == 4 * steps
+    bad = [-2 - i for record in expected for i in record["sample_ids"] if i < -1]
+    assert {i % BAD for i in bad} == {3} and len(bad) == datasets["a"]["bad"] > 0
+
+
+MOMENTS = ["step", "anywhere", "loader", "save", "anywhere", "saved", "anywhere"]
+LAYOUTS = [(2, 0), (1, 3), (4, 0), (1, 0), (2, 3), (4, 1)]
+"""Ranks and loader processes of each; their number and that of the moments have no divisor."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [False, True], ids=["plain", "packed"])
+def test_thirty_kills_change_nothing(tmp_path: Path, tiny: Tokenizer, pack: bool) -> None:
+    path, steps = tiny.path, 120
+    war, expected = prepare_pair(tmp_path, path, steps, pack)
+    suffer(war, path, steps, 30, MOMENTS, LAYOUTS, lambda attempt: pack)
+    assert_same_run(records(war), expected)
+
+
+@pytest.mark.slow
+def test_kills_with_packing_switched_on_and_off(tmp_path: Path, tiny: Tokenizer) -> None:
+    war = prepare(tmp_path, "war", write(tmp_path / "shards"))
+    suffer(war, tiny.path, 60, 12, MOMENTS, LAYOUTS, lambda attempt: attempt % 2 == 1)
+    assert [record["step"] for record in records(war)] == list(range(1, 61))
+    assert_consumed_whole_windows(war, tiny.path)

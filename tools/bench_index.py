@@ -1,0 +1,171 @@
+"""Speed and memory of the index, the order and a resume, by number of samples.
+
+    python tools/bench_index.py --to build/bench_index
+
+Builds an index of real tar shards (small ones, written for it) and reports the rate; then writes
+synthetic indices of 10^4, 10^6 and 10^7 samples and measures, each in a process of its own: seconds
+to open, resident memory, microseconds per sample of planning with and without packing, seconds to
+resume in the middle of an epoch and from a position, and the size of a position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = (10**4, 10**6, 10**7)
+PER_SHARD = 10_000
+BATCH = 128
+
+
+def build_rate(folder: Path, count: int) -> dict[str, Any]:
+    """Index `count` samples of shards with a text and a picture each, by one process and by all."""
+    import io
+
+    from PIL import Image
+
+    from nvmm.data.index import open_index
+    from nvmm.data.shards import write_shards
+
+    buffer = io.BytesIO()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(buffer, "JPEG")
+    record = json.dumps({"question": "What is it?", "answer": "x" * 200}).encode()
+    samples = (
+        {"__key__": f"{i:09d}", "json": record, "jpg": buffer.getvalue()} for i in range(count)
+    )
+    paths = write_shards(folder, "real", samples, samples_per_shard=count // 8)
+    result: dict[str, Any] = {"samples": count, "bytes": sum(p.stat().st_size for p in paths)}
+    for workers in (0, os.cpu_count() or 1):
+        begin = time.perf_counter()
+        index = open_index([str(p) for p in paths], str(folder / f"by{workers}"), workers)
+        result[f"samples_per_second_{workers or 1}_processes"] = round(
+            len(index) / (time.perf_counter() - begin)
+        )
+    return result
+
+
+def write_synthetic(folder: Path, count: int) -> list[str]:
+    """An index of `count` samples whose shards are empty files; returns the shards."""
+    from nvmm.data import index as module
+    from nvmm.data.index import open_index
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [folder / f"s-{i:06d}.tar" for i in range(-(-count // PER_SHARD))]
+    for shard in shards:
+        shard.touch()
+    names = [str(shard) for shard in shards]
+    module.scan = synthetic_scan  # type: ignore[assignment]
+    open_index(names)
+    return names
+
+
+def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
+    """Columns of a shard of PER_SHARD samples with one picture each."""
+    rng = np.random.default_rng(int(Path(shard).stem.rpartition("-")[2]))
+    starts = np.arange(PER_SHARD) * 50_000
+    keys = "".join(f"{i:09d}" for i in range(PER_SHARD)).encode()
+    columns = {
+        "start": starts,
+        "stop": starts + 50_000,
+        "key": np.arange(1, PER_SHARD + 1) * 9,
+        "keys": np.frombuffer(keys, dtype=np.uint8),
+        "text": rng.integers(20, 2000, PER_SHARD),
+        "image": np.arange(1, PER_SHARD + 1),
+        "sizes": rng.integers(200, 2000, 2 * PER_SHARD),
+    }
+    return columns, None
+
+
+class Builder:
+    """Stands for a builder; nothing is built."""
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """What one process sees of an index that lies in `folder`."""
+    from nvmm.data.order import Order, Settings
+    from nvmm.data.parts import Part
+    from nvmm.data.shards import Dataset, builder_digest
+
+    dataset = Dataset(str(folder / "*.tar"), Builder())
+    before = resident()
+    begin = time.perf_counter()
+    count = len(dataset)
+    columns = dataset.index.columns
+    result: dict[str, Any] = {"samples": count, "open_seconds": time.perf_counter() - begin}
+    assert len(columns["start"]) == count
+    result["open_MiB"] = resident() - before
+    digest = builder_digest(dataset.build)
+    path = dataset.index.path / f"lengths-{digest}"
+    if not path.exists():
+        rng = np.random.default_rng(1)
+        lengths = np.clip(rng.lognormal(6, 1, count), 8, 4096).astype("<i4")
+        np.stack([lengths, rng.integers(0, 8, count, dtype="<i4")], axis=1).tofile(path)
+    parts = [Part("one", dataset, Fraction(1), None, count)]
+    for name, settings in (
+        ("plain", Settings(4096)),
+        ("packed", Settings(4096, 4096, 1, {"one": digest})),
+    ):
+        order = Order(parts, 1, settings, BATCH)
+        done = 0
+        begin = time.perf_counter()
+        for k in range(200 if name == "plain" else 60):
+            done += sum(len(pack.samples) for pack in order.batch(k))
+        result[f"{name}_us_per_sample"] = (time.perf_counter() - begin) / done * 1e6
+        position = json.loads(json.dumps(order.position(k + 1)))
+        result[f"{name}_position_bytes"] = len(json.dumps(position))
+        begin = time.perf_counter()
+        Order(parts, 1, settings, BATCH, position).batch(k + 1)
+        result[f"{name}_resume_seconds"] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    Order(parts, 1, Settings(4096), BATCH).batch(10**9)
+    result["seek_to_step_1e9_seconds"] = time.perf_counter() - begin
+    result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return result
+
+
+def resident() -> float:
+    """MiB of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--to", type=Path, default=Path("build/bench_index"))
+    parser.add_argument("--real", type=int, default=20_000, help="samples of the real shards")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure is not None:
+        print(json.dumps(measure(options.measure)))
+        return
+    show(build_rate(options.to / "real", options.real))
+    for count in SIZES:
+        folder = options.to / f"{count:.0e}"
+        write_synthetic(folder, count)
+        command = [sys.executable, __file__, "--measure", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        show(json.loads(done.stdout))
+
+
+def show(result: dict[str, Any]) -> None:
+    """One line a figure."""
+    for name, value in result.items():
+        print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
