@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from nvmm.data.problem import BadSample
@@ -185,7 +185,9 @@ def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BadSample(source, str(error)) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        reason = f"cannot decode image ({error}); allowed are {', '.join(FORMATS)}"
+        # Pillow's own words for this name an address in memory
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        reason = f"cannot decode image ({why}); allowed are {', '.join(FORMATS)}"
         raise BadSample(source, reason) from error
 
 

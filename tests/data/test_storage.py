@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nvmm.data.cache import Cache
+from nvmm.data.shards import Dataset
 from nvmm.data.storage import Storage, expand, read, size
 from tests.data.servers import FaultyServer, serving
 
@@ -141,6 +142,28 @@ def test_processes_share_a_cache(server: FaultyServer, tmp_path: Path) -> None:
     # a block of each process may lie on top
     assert used(tmp_path) <= 160_000 + 4 * 10_000
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_remote_dataset_equals_the_local_one(
+    make_shards: Callable[..., str], tmp_path: Path
+) -> None:
+    local = Dataset(make_shards(10), dict)
+    files = {Path(path).name: Path(path).read_bytes() for path in local.shards}
+    assert sorted(files) == [f"train-{i:05d}.tar" for i in range(3)]
+    options = Storage(str(tmp_path / "cache"), 10**6, 20_000, backoff=0.001)
+    with serving(files) as server:
+        server.faults["train-00001.tar"] = [503, "truncate", "short", 500]
+        pattern = server.url("train-{00000..00002}.tar")
+        remote = Dataset(pattern, dict, index_dir=str(tmp_path / "index"), storage=options)
+        assert len(remote) == 10
+        for _ in range(2):
+            asked = len(server.ranges)
+            for number in (7, 0, 3, 9, 1, 8, 2, 6, 5, 4):
+                ours, theirs = remote.members(number), local.members(number)
+                assert ours.pop("__url__").startswith("http://127.0.0.1")
+                assert Path(theirs.pop("__url__")).name in files
+                assert ours == theirs
+        assert len(server.ranges) == asked, "the second pass must come from the cache"
 
 
 def test_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
