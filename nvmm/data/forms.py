@@ -123,7 +123,9 @@ class Chat:
             return [], []
         answers = answers if isinstance(answers, list) else [answers]
         texts = [
-            record.text("answer", answer.get("answer") if isinstance(answer, dict) else answer)
+            record.checked_text(
+                "answer", answer.get("answer") if isinstance(answer, dict) else answer
+            )
             for answer in answers
         ]
         weights = record.get("weights")
@@ -176,7 +178,7 @@ class MultipleChoice:
     names: ClassVar[tuple[str, ...]] = ("question", "choices", "answer", "hint")
 
     def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
-        choices = [record.text("choice", choice) for choice in record.sequence("choices")]
+        choices = [record.checked_text("choice", choice) for choice in record.sequence("choices")]
         if len(choices) > len(LETTERS):
             raise record.bad(f"{len(choices)} choices; at most {len(LETTERS)} have a letter")
         lines = [f"{LETTERS[number]}. {choice}" for number, choice in enumerate(choices)]
@@ -215,7 +217,7 @@ class Ocr:
     def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         if len(pictures) != 1:
             raise record.bad(f"{len(pictures)} pictures; reading takes one")
-        words = [record.text("word", word) for word in record.sequence("words")]
+        words = [record.checked_text("word", word) for word in record.sequence("words")]
         boxes = record.get("boxes")
         if boxes is not None:
             if not isinstance(boxes, list) or len(boxes) != len(words):

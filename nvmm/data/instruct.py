@@ -150,7 +150,7 @@ class InstructBuilder:
         if tiles:
             counts = torch.tensor([len(cut.tiles) for cut in tiles])
             media["image"] = SampleMedia(
-                values=torch.cat([cut.values for cut in tiles]),
+                values=torch.cat([cut.values for cut in tiles]) if tiles[1:] else tiles[0].values,
                 positions=torch.tensor(rendered.positions),
                 items=torch.repeat_interleave(torch.arange(len(tiles)), counts),
                 tiles=torch.cat([cut.tiles for cut in tiles]),

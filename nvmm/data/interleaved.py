@@ -77,6 +77,7 @@ class Document:
         return parts, [number for numbers in before for number in numbers]
 
     def _plain(self, record: Record, text: Any) -> str:
-        if IMAGE_MARKER in record.text("text", text):
+        plain = record.checked_text("text", text)
+        if IMAGE_MARKER in plain:
             raise record.bad(f"{IMAGE_MARKER} is written in a text")
-        return str(text)
+        return plain

@@ -25,6 +25,8 @@ def check_fields(fields: Fields, names: Sequence[str]) -> None:
         if name not in ("record", "image", *names):
             allowed = ", ".join(("record", "image", *names))
             raise ValueError(f"build.fields.{name} is unknown; use one of {allowed}")
+        if not isinstance(places, str) and name != "image":
+            raise ValueError(f"build.fields.{name}={places} must be one place")
         for place in [places] if isinstance(places, str) else places:
             if place.startswith("."):
                 check_extension(place.rpartition(".")[2])
@@ -56,9 +58,7 @@ class Record:
 
     def get(self, name: str) -> Any:
         """A value, None where the sample has none."""
-        place = self._fields.get(name, name)
-        if not isinstance(place, str):
-            raise ValueError(f"build.fields.{name}={place} must be one place")
+        place = str(self._fields.get(name, name))
         if place.startswith("."):
             return self._decoded(place[1:]) if place[1:] in self._members else None
         value: Any = self._object
@@ -70,11 +70,15 @@ class Record:
             value = value[key]
         return value
 
-    def text(self, name: str, value: Any = None) -> str:
-        """A text that is not empty; `value` is what was got already."""
-        value = self.get(name) if value is None else value
+    def text(self, name: str) -> str:
+        """A text that is not empty."""
+        value = self.get(name)
         if value is None:
             raise self.missing(name)
+        return self.checked_text(name, value)
+
+    def checked_text(self, name: str, value: Any) -> str:
+        """`value` itself, which messages call `name`, if it is a text that is not empty."""
         if not isinstance(value, str):
             raise self.bad(f"{name} must be text, got {value!r}")
         if not value.strip():

@@ -47,6 +47,7 @@ def composed(name: str, folder: Path) -> dict[str, Any]:
         f"data.train.shards={folder / name}-*.tar",
         "data.train.build.tokens_per_tile=4",
         "data.train.build.tile_size=32",
+        "data.train.storage={_target_:nvmm.data.storage.Storage,retries:2}",
         "data.sequence_length=128",
         "data.num_workers=0",
         "trainer.validation_interval=null",

@@ -223,6 +223,7 @@ def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
         ),
         ({"caption": ".pyd"}, r"\.pyd: pickled members are not read"),
         ({"caption": ".mp4"}, r"\.mp4 has no decoder"),
+        ({"caption": [".txt", ".text"]}, r"build\.fields\.caption=.* must be one place"),
         ({"image": "jpg"}, r"build\.fields\.image=jpg must be a member, as \.jpg"),
     ],
 )
@@ -243,6 +244,11 @@ ONE_IMAGE = [{"matched_text_index": 0}]
         (Caption(), {"caption": ["x"]}, r"caption must be text, got \['x'\]"),
         (Caption(), {}, "no caption; its members are json, png"),
         (Chat(), {"question": "", "answer": "x"}, "question is empty"),
+        (
+            Chat(),
+            {"question": "x", "answers": [{}], "answer": "y"},
+            "answer must be text, got None",
+        ),
         (Chat(), {"question": "x", "answers": ["x"], "weights": [1, 2]}, "a list of 1 numbers"),
         (Chat(), {"question": "x", "answers": ["x"], "weights": [-1]}, "numbers from 0 on"),
         (Chat(), {"question": "x", "answers": ["x"], "weights": [0]}, "every answer has weight 0"),
