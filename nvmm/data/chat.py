@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nvmm.data.images import tile_indices
+from nvmm.data.problem import BadSample
 from nvmm.data.tokenizer import Tokenizer
 
 IMAGE_MARKER = "<image>"
 """Stands in a turn's text for one image of the sample."""
+
+DOCUMENT = "document"
+"""Role of a turn that is a whole document: no roles are written and all of its text is trained."""
 
 VARIANTS = ("none", "1d", "2d_grid", "2d_bbox")
 FORMS = ("megatron", "hf")
@@ -94,7 +98,7 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; role is system, user or assistant."""
+    """One message; role is system, user or assistant, or the only turn's DOCUMENT."""
 
     role: str
     text: str
@@ -201,19 +205,20 @@ def render(
 ) -> Rendered:
     """Turns -> tokens and weights; weight 1 on assistant text and its end token, 0 elsewhere.
 
+    A document's text and its end-of-text token have weight 1.
+
     `<image>` in a turn is replaced by the next image's block. Tiles that `attended` names have no
     placeholders: with "all" the block is tags alone, with "regular" the thumbnail's. With
     `generation_prompt` the sequence ends where the next assistant turn's text begins. Raises
-    ValueError naming `source` when markers and images differ in number, or a marker stands in an
+    BadSample naming `source` when markers and images differ in number, or a marker stands in an
     assistant turn.
     """
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers != len(images):
-        raise ValueError(
-            f"{source}: the text has {markers} {IMAGE_MARKER} markers, "
-            f"the sample {len(images)} images"
-        )
-    if template.system is not None and not any(turn.role == "system" for turn in turns):
+        reason = f"the text has {markers} {IMAGE_MARKER} markers, the sample {len(images)} images"
+        raise BadSample(source, reason)
+    has_system = any(turn.role in ("system", DOCUMENT) for turn in turns)
+    if template.system is not None and not has_system:
         turns = [Turn("system", template.system), *turns]
     out = _Writer(tokenizer)
     if template.style == "yi" and tokenizer.bos_id is not None:
@@ -221,13 +226,20 @@ def render(
     has_roles = template.style != "pretraining"
     remaining = iter(images)
     for index, turn in enumerate(turns):
+        if turn.role == DOCUMENT:
+            for number, text in enumerate(turn.text.split(IMAGE_MARKER)):
+                if number:
+                    _write_image(out, next(remaining), tags, tile_size, tokens_per_tile)
+                out.target(tokenizer.encode(text))
+            out.target([tokenizer.eos_id])
+            continue
         if has_roles:
             out.text(f"{template.turn_start}{turn.role}\n")
         elif index:
             out.text("\n")
         if turn.role == "assistant":
             if IMAGE_MARKER in turn.text:
-                raise ValueError(f"{source}: {IMAGE_MARKER} in an assistant turn")
+                raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
             out.target([*tokenizer.encode(turn.text), tokenizer.end_of_turn_id])
             if template.supervise_newline:
                 out.target(tokenizer.encode("\n"))

@@ -1,21 +1,13 @@
-"""Chat and VQA samples: members of a shard -> `Sample`.
+"""Members of a shard -> `Sample`: pictures are tiled, turns rendered, and both made to fit.
 
-The member `json` holds one of
-
-- `{"conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}]}`
-  (LLaVA's form; `messages` with `role` and `content` is read alike), or
-- `{"question": ..., "answer": ...}` or `{"question": ..., "answers": [...]}`,
-
-and the pictures are members `png`, `jpg`, `jpeg` or `webp`, numbered (`0.png`, `1.jpg`, ...) when
-there are several. A sample without pictures is text only.
+What the sample says is a form's business (`nvmm.data.forms`, `nvmm.data.interleaved`), under which
+names it says it, `fields` (`nvmm.data.record`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +17,7 @@ from torch import Tensor
 from nvmm.batch import ATTENDED, IMAGE, Sample, SampleMedia
 from nvmm.data.chat import (
     ATTENDED_CHOICES,
+    DOCUMENT,
     IMAGE_MARKER,
     ChatTemplate,
     ImageLayout,
@@ -34,25 +27,13 @@ from nvmm.data.chat import (
     is_attended,
     render,
 )
-from nvmm.data.images import (
-    MAX_PIXELS,
-    Size,
-    Tiles,
-    choose_grid,
-    decode_image,
-    read_size,
-    tile_image,
-)
+from nvmm.data.decode import Limits
+from nvmm.data.forms import Chat, Example, Form
+from nvmm.data.images import MAX_PIXELS, Picture, Tiles, choose_grid, tile_image
+from nvmm.data.problem import BadSample
+from nvmm.data.record import Fields, Record, check_fields
 from nvmm.data.tokenizer import Tokenizer
 
-ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """Tile limits tried one after another until a sample fits (Megatron-LM's ladder)."""
 
@@ -67,6 +48,8 @@ class InstructBuilder:
     attended: which tiles stay outside the sequence for cross-attention to read: none (NVLM-D),
         regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
         tags stand in the text: NVLM-X).
+    form: what a sample says; null: Chat().
+    fields: our names of fields and members -> the data set's.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
         its end; media are never cut. Attended tiles cost no places: text goes first.
     """
@@ -82,6 +65,8 @@ class InstructBuilder:
         use_thumbnail: bool = True,
         max_pixels: int = MAX_PIXELS,
         attended: str = "none",
+        form: Form | None = None,
+        fields: Fields | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -109,8 +94,11 @@ class InstructBuilder:
         self.min_tiles = min_tiles
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
-        self.max_pixels = max_pixels
+        self.limits = Limits(max_pixels=max_pixels)
         self.attended = attended
+        self.form = form or Chat()
+        self.fields = fields or {}
+        check_fields(self.fields, self.form.names)
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
 
@@ -118,7 +106,7 @@ class InstructBuilder:
         """One training example.
 
         members: extension -> bytes, and `__url__`, `__key__` (shard and key, as webdataset has).
-        Raises ValueError naming both for damaged members, a wrong number of image markers, a
+        Raises BadSample naming both for damaged members, a wrong number of image markers, a
         placeholder written in the text, no supervised token, and media that cannot fit.
         """
         return self._build(members, prompt=False)
@@ -127,35 +115,34 @@ class InstructBuilder:
         """The sample up to where its last assistant turn begins; nothing is supervised."""
         return self._build(members, prompt=True)
 
-    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens and tiles of the training example, from text and the headers of the pictures."""
-        source = _source(members)
-        sizes = [
-            read_size(members[name], source=f"{source}.{name}", max_pixels=self.max_pixels)
-            for name in _picture_names(members, source)
-        ]
-        turns = self._turns(_record(members, source), len(sizes), source)
-        rendered, _ = self._fit(turns, sizes, source, prompt=False)
-        return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
-
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """The accepted answers to `prompt(members)`; empty where the sample brings none."""
-        source = _source(members)
-        record = _record(members, source)
-        if "question" in record:
-            return _answers(record, source)
-        turns = self._turns(record, 0, source)
-        return [turns[-1].text] if turns[-1].role == "assistant" else []
+        return self._example(members, Record.sizes)[1].accepted
+
+    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens and tiles of the training example, from text and the headers of the pictures."""
+        source, example = self._example(members, Record.sizes)
+        rendered, _ = self._fit(example.turns, example.pictures, source, prompt=False)
+        return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
+
+    def _example(
+        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[Picture]]
+    ) -> tuple[str, Example]:
+        """Source and example; `read` gives the pictures, or their sizes."""
+        record = Record(members, self.fields, self.limits)
+        example = self.form(record, read(record))
+        if example.turns[0].role == DOCUMENT:
+            example = self._cut(example, record.source)
+        return record.source, example
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
-        source = _source(members)
-        pictures = self._pictures(members, source)
-        turns = self._turns(_record(members, source), len(pictures), source)
+        source, example = self._example(members, Record.pictures)
+        turns = example.turns
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
-        rendered, limit = self._fit(turns, pictures, source, prompt)
+        rendered, limit = self._fit(turns, example.pictures, source, prompt)
         if not prompt and not any(rendered.weights):
-            raise ValueError(f"{source}: no supervised token; a sample needs an assistant turn")
+            raise BadSample(source, "no supervised token; a sample needs an assistant turn")
         tiles = [
             tile_image(
                 picture,
@@ -164,15 +151,17 @@ class InstructBuilder:
                 tile_size=self.tile_size,
                 use_thumbnail=self.use_thumbnail,
             )
-            for picture in pictures
+            for picture in example.pictures
+            if isinstance(picture, Image.Image)
         ]
         placeholder = self.tokenizer.image_id
         found = rendered.tokens.count(placeholder)
         expected = self.tokens_per_tile * len(rendered.positions)
         if found != expected:
-            raise ValueError(
-                f"{source}: {found} placeholders {self.tokenizer.image_token}, but the tiles need "
-                f"{expected}; the text must not contain the placeholder itself"
+            raise BadSample(
+                source,
+                f"{found} placeholders {self.tokenizer.image_token}, but the tiles need "
+                f"{expected}; the text must not contain the placeholder itself",
             )
         weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
         return Sample(
@@ -221,137 +210,78 @@ class InstructBuilder:
         return media
 
     def _fit(
-        self,
-        turns: Sequence[Turn],
-        pictures: Sequence[Image.Image | Size],
-        source: str,
-        prompt: bool,
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], source: str, prompt: bool
     ) -> tuple[Rendered, int]:
         """Render with as many tiles as fit; returns the rendering and the tile limit used."""
         ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
         for limit in ladder if pictures else ladder[:1]:
-            layouts = [
-                ImageLayout.of(
-                    choose_grid(
-                        picture.width,
-                        picture.height,
-                        min_tiles=min(self.min_tiles, limit),
-                        max_tiles=limit,
-                        tile_size=self.tile_size,
-                    ),
-                    use_thumbnail=self.use_thumbnail,
-                )
-                for picture in pictures
-            ]
-            rendered = render(
-                turns,
-                layouts,
-                tokenizer=self.tokenizer,
-                template=self.template,
-                tags=self.tags,
-                tile_size=self.tile_size,
-                tokens_per_tile=self.tokens_per_tile,
-                attended=self.attended,
-                generation_prompt=prompt,
-                source=source,
-            )
+            rendered = self._render(turns, pictures, limit, source, prompt)
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
             if self.attended != "none" and not prompt and self._may_be_cut(rendered):
                 break  # fewer tiles would save next to nothing
         needed, length = len(rendered.tokens), self.sequence_length
         if prompt or not self._may_be_cut(rendered):
-            raise ValueError(
-                f"{source}: needs {needed} tokens with one tile an image, and cutting text at "
+            raise BadSample(
+                source,
+                f"needs {needed} tokens with one tile an image, and cutting text at "
                 f"data.sequence_length={length} would cut "
-                f"{'the prompt' if prompt else 'an image or every answer'}"
+                f"{'the prompt' if prompt else 'an image or every answer'}",
             )
-        cut = dataclasses.replace(
-            rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length]
-        )
+        cut = replace(rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length])
         return cut, limit
 
     def _may_be_cut(self, rendered: Rendered) -> bool:
         """Whether all media and some answer stand within the sequence length."""
-        ends = [start + self.tokens_per_tile for start in rendered.positions[-1:]]
-        ends += [tile.stop for tile in rendered.attended]
         length = self.sequence_length
-        return max(ends, default=0) <= length and any(rendered.weights[:length])
+        return max(self._ends(rendered), default=0) <= length and any(rendered.weights[:length])
 
-    def _pictures(self, members: Mapping[str, Any], source: str) -> list[Image.Image]:
-        return [
-            decode_image(members[name], source=f"{source}.{name}", max_pixels=self.max_pixels)
-            for name in _picture_names(members, source)
+    def _ends(self, rendered: Rendered) -> list[int]:
+        """Where the places of every tile in the sequence, or its tag's, end."""
+        placed = [start + self.tokens_per_tile for start in rendered.positions]
+        return placed + [tile.stop for tile in rendered.attended]
+
+    def _render(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture],
+        limit: int,
+        source: str,
+        prompt: bool = False,
+    ) -> Rendered:
+        """The turns with at most `limit` tiles a picture, whatever their length."""
+        layouts = [
+            ImageLayout.of(
+                choose_grid(
+                    picture.width,
+                    picture.height,
+                    min_tiles=min(self.min_tiles, limit),
+                    max_tiles=limit,
+                    tile_size=self.tile_size,
+                ),
+                use_thumbnail=self.use_thumbnail,
+            )
+            for picture in pictures
         ]
+        return render(
+            turns,
+            layouts,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            tags=self.tags,
+            tile_size=self.tile_size,
+            tokens_per_tile=self.tokens_per_tile,
+            attended=self.attended,
+            generation_prompt=prompt,
+            source=source,
+        )
 
-    def _turns(self, record: dict[str, Any], num_images: int, source: str) -> list[Turn]:
-        if "question" in record:
-            question = _text(record["question"], "question", source)
-            if IMAGE_MARKER not in question:
-                question = f"{IMAGE_MARKER}\n" * num_images + question
-            answers = _answers(record, source)
-            turns = [Turn("user", question)]
-            if answers:
-                turns.append(Turn("assistant", Counter(answers).most_common(1)[0][0]))
-            return turns
-        messages = record.get("conversations", record.get("messages"))
-        if not isinstance(messages, list) or not messages:
-            raise ValueError(f"{source}: json needs conversations, messages or question")
-        turns = []
-        for message in messages:
-            if not isinstance(message, dict):
-                raise ValueError(f"{source}: a turn must be an object, got {message!r}")
-            name = message.get("from", message.get("role"))
-            if name not in ROLES:
-                raise ValueError(
-                    f"{source}: role {name!r} is unknown; use one of {', '.join(ROLES)}"
-                )
-            text = _text(message.get("value", message.get("content")), "turn", source)
-            turns.append(Turn(ROLES[name], text))
-        return turns
-
-
-def _source(members: Mapping[str, Any]) -> str:
-    return f"{members.get('__url__', '')}:{members.get('__key__', '')}"
-
-
-def _picture_names(members: Mapping[str, Any], source: str) -> list[str]:
-    """Members that are pictures, in the order of their numbers."""
-    found: list[tuple[int, str]] = []
-    for extension in members:
-        number, _, kind = extension.rpartition(".")
-        if kind in EXTENSIONS and (not number or number.isdecimal()):
-            found.append((int(number) if number else -1, extension))
-    found.sort()
-    numbers = [number for number, _ in found]
-    if len(set(numbers)) != len(numbers):
-        names = ", ".join(extension for _, extension in found)
-        raise ValueError(f"{source}: order of pictures {names} is ambiguous; number them")
-    return [name for _, name in found]
-
-
-def _record(members: Mapping[str, Any], source: str) -> dict[str, Any]:
-    if "json" not in members:
-        raise ValueError(f"{source}: no member json, only {', '.join(sorted(members))}")
-    try:
-        record = json.loads(members["json"])
-    except ValueError as error:
-        raise ValueError(f"{source}: member json is damaged ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{source}: member json must be an object, got {type(record).__name__}")
-    return record
-
-
-def _text(value: Any, name: str, source: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{source}: {name} must be text, got {value!r}")
-    return value
-
-
-def _answers(record: Mapping[str, Any], source: str) -> list[str]:
-    answers = record.get("answers", record.get("answer"))
-    if answers is None:
-        return []
-    if not isinstance(answers, list):
-        answers = [answers]
-    return [_text(answer, "answer", source) for answer in answers]
+    def _cut(self, example: Example, source: str) -> Example:
+        """A document without what follows the last picture that fits at one tile each."""
+        document, pictures = example.turns[0], example.pictures
+        if not pictures:
+            return example
+        rendered = self._render([document], pictures, 1, source)
+        kept = sum(end <= self.sequence_length for end in self._ends(rendered))
+        text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: kept + 1])
+        return replace(example, turns=[Turn(DOCUMENT, text)], pictures=pictures[:kept])

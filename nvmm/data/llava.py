@@ -1,13 +1,13 @@
-"""LLaVA-style JSON with a folder of pictures -> samples for `write_shards`."""
+"""JSON records with folders of files, as LLaVA's -> samples for `write_shards`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.instruct import EXTENSIONS
+from nvmm.data.decode import DECODERS, PICTURES
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -26,26 +26,44 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def samples(records: list[dict[str, Any]], images: str | Path) -> Iterator[dict[str, Any]]:
-    """One sample a record: `json` as it was, and the bytes of its `image` (a name or a list).
+def samples(
+    records: list[dict[str, Any]], files: str | Path | Mapping[str, str | Path]
+) -> Iterator[dict[str, Any]]:
+    """One sample a record: `json` as it was, and the bytes of the files that it names.
 
-    Names are relative to `images`; one that leads out of that folder is refused.
+    files: key of a record, which holds a name or a list -> the folder that names are relative to;
+        a folder alone stands for the key `image`. Names that lead out of their folder are refused,
+        and so are extensions without a decoder. The only picture is the member jpg (or png, ...),
+        several are 0.jpg, 1.jpg, ...; other files are `key.extension`.
     """
-    root = Path(images).resolve()
+    roots = files if isinstance(files, Mapping) else {"image": files}
     for number, record in enumerate(records):
-        name = f"record {number} (id {record.get('id')})"
-        listed = record.get("image", [])
-        files = [listed] if isinstance(listed, str) else list(listed)
+        where = f"record {number} (id {record.get('id')})"
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
         sample: dict[str, Any] = {"__key__": f"{number:09d}", "json": text.encode("utf-8")}
-        for place, file in enumerate(files):
-            path = (root / file).resolve()
-            if not path.is_relative_to(root):
-                raise ValueError(f"{name}: image {file} lies outside {root}")
+        pictures: list[Path] = []
+        for key, root in roots.items():
+            listed = record.get(key) or []
+            for place, name in enumerate([listed] if isinstance(listed, str) else listed):
+                path = _file(Path(root).resolve(), name, f"{where}: {key} {name}")
+                kind = path.suffix[1:].lower()
+                if kind in PICTURES:
+                    pictures.append(path)
+                else:
+                    sample[f"{key.lower()}{place or ''}.{kind}"] = path.read_bytes()
+        for place, path in enumerate(pictures):
             kind = path.suffix[1:].lower()
-            if kind not in EXTENSIONS:
-                raise ValueError(f"{name}: image {file} must be one of {', '.join(EXTENSIONS)}")
-            if not path.is_file():
-                raise ValueError(f"{name}: image {file} is not a file in {root}")
-            sample[kind if len(files) == 1 else f"{place}.{kind}"] = path.read_bytes()
+            sample[kind if len(pictures) == 1 else f"{place}.{kind}"] = path.read_bytes()
         yield sample
+
+
+def _file(root: Path, name: str, where: str) -> Path:
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{where} lies outside {root}")
+    kinds = DECODERS.keys() - {"json"}
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{where} must be one of {', '.join(k for k in DECODERS if k in kinds)}")
+    if not path.is_file():
+        raise ValueError(f"{where} is not a file in {root}")
+    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property
@@ -209,13 +210,16 @@ class Data:
             yield from (steps[k] for k in numbers)
             return
         # forkserver: a fork of a process that has run threaded torch ops hangs in the child.
+        # It imports torch and the builders once, for all its workers.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["nvmm.data.loader", "nvmm.data.instruct"])
         # generator: without one DataLoader draws its seed from torch's global state.
         yield from DataLoader(
             steps,  # type: ignore[arg-type]
             batch_size=None,
             sampler=numbers,
             num_workers=self.num_workers,
-            multiprocessing_context="forkserver",
+            multiprocessing_context=context,
             generator=torch.Generator().manual_seed(0),
         )
 

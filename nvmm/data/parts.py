@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nvmm.data.blend import Source
 from nvmm.data.shards import Dataset
 
-DATASET_KEYS = ("shards", "build", "local_window", "index_dir")
+DATASET_KEYS = ("shards", "build", "local_window", "index_dir", "storage")
 
 
 @dataclass(frozen=True)

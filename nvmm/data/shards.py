@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvmm.batch import Sample
-from nvmm.data import storage
 from nvmm.data.index import Index, open_index
 from nvmm.data.permutation import LocalPermutation, Permutation
 from nvmm.data.problem import BadSample
+from nvmm.data.storage import Storage, expand, read
 from nvmm.data.tar import parse
 
 
@@ -36,6 +36,7 @@ class Dataset:
     local_window: None: an epoch is a shuffle of all samples. A number: shards are shuffled, then
         samples within as many places, which keeps the reads of a while in a few shards.
     index_dir: folder for the index of shards that are remote or read-only; None: beside them.
+    storage: how remote shards are read; None: its defaults, without a cache.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Dataset:
         build: Callable[..., Any],
         local_window: int | None = None,
         index_dir: str | None = None,
+        storage: Storage | None = None,
     ) -> None:
         patterns = [shards] if isinstance(shards, str) else [str(p) for p in shards or ()]
         if shards is not None and not patterns:
@@ -54,6 +56,7 @@ class Dataset:
         self.build = build
         self.local_window = local_window
         self.index_dir = index_dir
+        self.storage = storage or Storage()
         self.skip_damage = False
 
     def bind(self, *, skip_damage: bool = False, **options: Any) -> Dataset:
@@ -71,7 +74,7 @@ class Dataset:
         """The shards, in order."""
         urls: list[str] = []
         for pattern in self.patterns:
-            found = storage.expand(pattern)
+            found = expand(pattern, self.storage)
             if not found:
                 raise ValueError(f"shards: pattern {pattern} matches no file")
             urls += found
@@ -107,7 +110,8 @@ class Dataset:
             raise IndexError(f"sample {number} of {len(self)}")
         columns = self.index.columns
         shard = self.shards[columns["shard"][number]]
-        data = storage.read(shard, int(columns["start"][number]), int(columns["stop"][number]))
+        start, stop = int(columns["start"][number]), int(columns["stop"][number])
+        data = read(shard, start, stop, self.storage)
         members = parse(data, shard)
         key = self.index.key(number)
         if members.get("__key__") != key:
@@ -202,6 +206,8 @@ def write_shards(
 
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
+    if Path(name).name != name:
+        raise ValueError(f"name={name} must be a file name, without folders")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []

@@ -148,13 +148,19 @@ def test_refuses_a_placeholder_in_the_text(tiny: Tokenizer) -> None:
         (chat(("human", "<image>Hi"), ("gpt", "Ho")), "1 <image> markers, the sample 0 images"),
         (chat(("human", "Hi"), ("gpt", "Ho"), png=picture(8, 8)), "0 <image> markers"),
         (chat(("narrator", "Hi")), "role 'narrator' is unknown"),
-        (vqa() | {"json": b"{"}, "member json is damaged"),
+        (vqa() | {"json": b"{"}, "member json: damaged JSON"),
         (vqa() | {"json": b"[1]"}, "member json must be an object, got list"),
-        (vqa() | {"json": b'{"caption": "x"}'}, "needs conversations, messages or question"),
+        (
+            vqa() | {"json": b'{"caption": "x"}'},
+            "no conversations, messages or question; its members are json",
+        ),
         (vqa(answer=7), "answer must be text, got 7"),
-        ({"__key__": "k0", "__url__": "s.tar", "txt": b""}, "no member json"),
+        ({"__key__": "k0", "__url__": "s.tar", "txt": b""}, "no conversations, .* members are txt"),
         (vqa(png=picture(8, 8), jpg=picture(8, 8, kind="jpg")), "jpg, png is ambiguous"),
-        (vqa(png=b"broken"), r"\.png: cannot decode"),
+        (vqa(png=b"broken"), "member png: cannot decode"),
+        (vqa(answer=" "), "answer is empty"),
+        (chat(("human", "Hi"), ("gpt", "")), "an assistant turn is empty"),
+        (vqa(left_png=picture(8, 8)), r"picture left\.png has no number"),
     ],
 )
 def test_refusals_name_shard_and_sample(

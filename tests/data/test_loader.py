@@ -116,7 +116,7 @@ def test_worker_errors_name_the_sample(make_data: MakeData, tmp_path: Any) -> No
     build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
     bad = Dataset(str(tmp_path / "bad-*"), build)
     data = Data(64, 1, bad, on_error="stop", tokenizer=good.tokenizer)
-    with pytest.raises(ValueError, match=r"bad-00000\.tar:k7: member json is damaged"):
+    with pytest.raises(ValueError, match=r"bad-00000\.tar:k7: member json: damaged JSON"):
         steps(data, 1)
 
 
@@ -197,7 +197,7 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
         holes = {-2 - i for step in whole for i in step if i < 0}
         assert {i % 2**32 for i in holes} == {2, 5} and {i >> 53 for i in holes} == {0}
         lines = [r.getMessage() for r in caplog.records if "bad sample" in r.getMessage()]
-        assert len(lines) == 2 and all("member json is damaged" in line for line in lines)
+        assert len(lines) == 2 and all("member json: damaged JSON" in line for line in lines)
         for number, hole in enumerate(b for step in one for b in step):
             missing = hole.sample_ids < 0
             if hole.cu_seqlens is None and bool(missing.any()):
