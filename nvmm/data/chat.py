@@ -229,7 +229,7 @@ def render(
         if turn.role == DOCUMENT:
             for number, text in enumerate(turn.text.split(IMAGE_MARKER)):
                 if number:
-                    _write_image(out, next(remaining), tags, tile_size, tokens_per_tile)
+                    _write_image(out, next(remaining), tags, tile_size, tokens_per_tile, attended)
                 out.target(tokenizer.encode(text))
             out.target([tokenizer.eos_id])
             continue
