@@ -271,9 +271,15 @@ def norm_under_mcore_s_name() -> None:
 
 def unmask_padding_rows() -> None:
     """Rows of the vocabulary that no token has take part in the softmax."""
-    from nvmm.models.language import LanguageModel
+    from nvmm.models import language
 
-    LanguageModel._mask_padding_rows = lambda self, logits: logits  # type: ignore[method-assign]
+    right = language.fused_loss
+
+    def fused_loss(layer: Any, hidden: Any, labels: Any, vocab_size: int, weight: Any) -> Any:
+        return right(layer, hidden, labels, layer.output_size, weight)
+
+    language.fused_loss = fused_loss
+    language.LanguageModel._mask_padding_rows = lambda self, logits: logits  # type: ignore[method-assign]
 
 
 def mark_encoder_as_split() -> None:
