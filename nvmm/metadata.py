@@ -74,15 +74,19 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"{self.path} refers to an external object {pid!r}: refused")
 
 
-def read_metadata(directory: Path) -> Any:
+def read_metadata(directory: Path, *, foreign: bool = False) -> Any:
     """Screen a checkpoint directory; return torch's Metadata of it.
+
+    foreign: of a training program that stores pickled bytes beside the tensors, in entries and in
+    common.pt. They are neither refused nor read; torch must not load such a directory whole.
 
     Raises ValueError naming the file and what is wrong in it: a class outside the allow-list in
     `.metadata` or `common.pt`, an entry of pickled bytes, a data file outside the directory, or a
     format other than megatron-core's torch_dist.
     """
     _check_format(directory / "metadata.json")
-    _screen_common(directory / "common.pt")
+    if not foreign:
+        _screen_common(directory / "common.pt")
     path = directory / ".metadata"
     metadata = _load(path, _INDEX_CLASSES)
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -90,7 +94,7 @@ def read_metadata(directory: Path) -> Any:
     if type(metadata) is not Metadata:
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not torch's Metadata")
     for name, entry in metadata.state_dict_metadata.items():
-        if type(entry) is not TensorStorageMetadata:
+        if type(entry) is not TensorStorageMetadata and not foreign:
             raise ValueError(
                 f"{path}: entry {name} is a {type(entry).__name__}, not a tensor; torch would"
                 " unpickle its bytes: refused"

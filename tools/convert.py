@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 def import_(options: argparse.Namespace) -> int:
     """Hugging Face folders -> a checkpoint of ours."""
     from nvmm.conversion.importing import check_given, derive, import_folders
-    from nvmm.conversion.sides import DTYPES, open_folder
+    from nvmm.conversion.sides import DTYPES, open_checkpoint, open_folder
 
     folders = {}
     for text in options.sources:
@@ -62,6 +62,8 @@ def import_(options: argparse.Namespace) -> int:
     )
     for name in initialised:
         print(f"initialised from seed {options.seed}: {name}")
+    for name in open_checkpoint(Path(options.to).expanduser()).state["dropped"]:
+        print(f"left out: {name}")
     print(options.to)
     return 0
 
@@ -196,7 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="our checkpoint -> a Hugging Face folder")
     command.set_defaults(run=export)
     _common(command, "checkpoint or run directory", workers=False)
-    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d")
+    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "siglip")
+    formats += ("whisper", "nvlm_d")
     command.add_argument("--format", required=True, choices=formats)
     command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
     command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")

@@ -65,9 +65,11 @@ def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any
     """The config.json that this model, or this part of it, was imported from."""
     sources = saved.state.get("sources") or {}
     found = sources.get(part or "") or {}
-    if found.get("format") == format_name:
-        return found["config"]
-    return None
+    if found.get("format") != format_name:
+        return None
+    config: dict[str, Any] = found["config"]
+    # Of a whole CLIP or SigLIP only the tower was taken.
+    return config.get("vision_config", config) if format_name in ("clip", "siglip") else config
 
 
 def _set_vocabulary(

@@ -13,8 +13,8 @@ from nvmm.conversion.sides import PARTS, Folder, Named, write_state, write_weigh
 from nvmm.convert import nvlm_d
 from nvmm.convert.checkpoint import publish
 from nvmm.convert.config import mismatches
-from nvmm.convert.families import copy_tokenizer, read_config
-from nvmm.convert.table import Cast, Merged, Source, compare_shapes
+from nvmm.convert.families import copy_tokenizer
+from nvmm.convert.table import Cast, Merged, compare_shapes
 from nvmm.data.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
 
@@ -84,11 +84,10 @@ def import_folders(
 
     Raises ValueError listing every key that does not fit, before anything is written.
     """
-    converted: list[Source] = [
-        Named(folder.to_ours(model[part] if part else model), f"{part}." if part else "")
-        for part, folder in folders.items()
-    ]
-    given = Merged(converted)
+    converted = {
+        part: folder.to_ours(model[part] if part else model) for part, folder in folders.items()
+    }
+    given = Merged([Named(ours, f"{part}." if part else "") for part, ours in converted.items()])
     wanted = parameters(constructor)
     missing = {
         name: tensor
@@ -116,7 +115,7 @@ def import_folders(
         part: {
             "folder": str(folder.path),
             "format": folder.format,
-            "config": read_config(folder.path),
+            "config": folder.published(),
         }
         for part, folder in folders.items()
     }
@@ -133,6 +132,7 @@ def import_folders(
                 "tokenizer_digest": digest,
                 "sources": sources,
                 "initialised": sorted(missing),
+                "dropped": [name for ours in converted.values() for name in ours.dropped],
             },
         )
     return sorted(missing)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nvmm.conversion.sides import Folder, Saved, open_checkpoint, open_folder
+from nvmm.convert import megatron
 from nvmm.convert.table import Source, read
 
 _CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
@@ -18,8 +19,8 @@ _CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
 
 
 def open_side(path: Path) -> Folder | Saved:
-    """A Hugging Face folder, or a checkpoint of ours."""
-    if (path / "config.json").is_file():
+    """A Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
+    if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
 

@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from nvmm.convert import internvit, llama, mistral, nemotron, nvlm_d, qwen2
+from nvmm.convert import (
+    clip,
+    internvit,
+    llama,
+    llava_next,
+    megatron,
+    mistral,
+    nemotron,
+    nvlm_d,
+    qwen2,
+    siglip,
+    whisper,
+)
 
 FORMATS: dict[str, ModuleType] = {
     "qwen2": qwen2,
@@ -20,7 +32,13 @@ FORMATS: dict[str, ModuleType] = {
     "mistral": mistral,
     "nemotron": nemotron,
     "internvit": internvit,
+    "clip": clip,
+    "siglip": siglip,
+    "whisper": whisper,
     "nvlm_d": nvlm_d,
+    "llava_next": llava_next,
+    megatron.LEGACY: megatron,
+    megatron.DISTRIBUTED: megatron,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -28,7 +46,13 @@ _MODEL_TYPES = {
     "mistral": "mistral",
     "nemotron": "nemotron",
     "intern_vit_6b": "internvit",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "whisper": "whisper",
     "NVLM_D": "nvlm_d",
+    "llava_next": "llava_next",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
