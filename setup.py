@@ -19,6 +19,7 @@ setup(
     package_dir={"nvmm.configs": "configs"},
     package_data={"nvmm.configs": ["**/*.yaml"]},
     install_requires=[
+        "fsspec",
         "hydra-core>=1.3,<1.4",
         "megatron-core==0.16.1",
         "numpy",

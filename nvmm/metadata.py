@@ -126,12 +126,12 @@ def _check_format(path: Path) -> None:
 def _screen_common(path: Path) -> None:
     """common.pt is a zip of torch.save; a checkpoint of tensors has only plain values in it."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             if [name.rpartition("/")[2] for name in pickles] != ["data.pkl"]:
                 raise ValueError(f"{path} must hold one data.pkl, has {pickles}: refused")
-            with archive.open(pickles[0]) as stream:
-                _Unpickler(stream, path, _COMMON_CLASSES).load()
+            with archive.open(pickles[0]) as content:
+                _Unpickler(content, path, _COMMON_CLASSES).load()
     except (zipfile.BadZipFile, OSError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is not a readable torch archive: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from nvmm.conversion.sides import PARTS, Folder, Named, write_state, write_weights
 from nvmm.convert import nvlm_d
-from nvmm.convert.checkpoint import publish
 from nvmm.convert.config import mismatches
 from nvmm.convert.families import copy_tokenizer
+from nvmm.convert.files import publish
 from nvmm.convert.table import Cast, Merged, compare_shapes
 from nvmm.data.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
@@ -124,7 +125,7 @@ def import_folders(
         write_weights(temporary, cast, "import", workers)
         digest = None
         if words is not None and copy_tokenizer(words.path, temporary / "tokenizer"):
-            saved, digest = _with_tokenizer(saved, temporary / "tokenizer", to / "tokenizer")
+            saved, digest = _with_tokenizer(saved, words.path, to / "tokenizer")
         write_state(
             temporary,
             {
@@ -139,9 +140,18 @@ def import_folders(
 
 
 def _with_tokenizer(
-    saved: Mapping[str, Any], here: Path, final: Path
+    saved: Mapping[str, Any], source: Path, final: Path
 ) -> tuple[dict[str, Any], str]:
     """The saved config with its tokenizer, and a sample builder if that has ChatML's tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        copy_tokenizer(source, here)
+        return _with_local_tokenizer(saved, here, final)
+
+
+def _with_local_tokenizer(
+    saved: Mapping[str, Any], here: Path, final: Path
+) -> tuple[dict[str, Any], str]:
     given = dict(saved["tokenizer"] or {"_target_": "nvmm.data.tokenizer.Tokenizer"})
     options = {k: v for k, v in given.items() if k not in ("_target_", "path")}
     if not options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.checkpoint import find, read_state
+from nvmm.checkpoint import find
 from nvmm.convert import megatron
 from nvmm.convert.checkpoint import DistributedSource, write_distributed
 from nvmm.convert.families import FORMATS, detect, read_config
+from nvmm.convert.files import flush, is_local
 from nvmm.convert.huggingface import SafetensorsSource
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Source, ToOurs
@@ -107,12 +107,15 @@ class Saved:
 
 def open_checkpoint(name: Path) -> Saved:
     """Read a checkpoint's screened index; no tensor is loaded. Optimizer state is left out."""
-    path = find(name)
+    path = find(name) if is_local(name) else name
+    if not (path / "state.json").is_file():
+        raise ValueError(f"{name} is no complete checkpoint: it has no state.json")
     metadata = read_metadata(path)
     names = [
         n for n in metadata.state_dict_metadata if n != "rng" and not n.startswith("optimizer.")
     ]
-    return Saved(path, read_state(path), DistributedSource(path, metadata, names))
+    state = json.loads((path / "state.json").read_text())["state"]
+    return Saved(path, state, DistributedSource(path, metadata, names))
 
 
 class Part:
@@ -159,5 +162,4 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     record = {"step": 0, "layout": layout, "optimizer": None, "state": state, "number": 1}
     with (folder / "state.json").open("w") as stream:
         json.dump(record, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush(stream)

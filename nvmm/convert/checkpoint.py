@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from nvmm.convert.files import flush
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Source
 
@@ -44,31 +43,6 @@ _FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-@contextmanager
-def publish(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that gets its name when the block ends well.
-
-    Raises ValueError when `final` exists already. What an earlier crash left is removed.
-    """
-    if final.exists():
-        raise ValueError(f"{final} exists already; name another folder or remove it")
-    temporary = final.with_name(f".tmp_{final.name}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    temporary.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class DistributedSource:
@@ -182,16 +156,17 @@ def write_distributed(
         storage_meta=StorageMeta(),
     )
     checksums = {name: c for writer in writers for name, c in writer.checksums.items()}
-    torch.save({}, folder / "common.pt")
+    common = io.BytesIO()
+    torch.save({}, common)
     for name, content in (
+        ("common.pt", common.getvalue()),
         ("metadata.json", json.dumps(_FORMAT).encode()),
         ("weights.json", json.dumps(dict(sorted(checksums.items())), indent=1).encode()),
         (".metadata", pickle.dumps(metadata)),
     ):
         with (folder / name).open("wb") as stream:
             stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+            flush(stream)
     return checksums
 
 
@@ -241,8 +216,7 @@ class _Writer:
                 if self.stop.is_set():
                     return
                 self._write(stream, name)
-            stream.flush()
-            os.fsync(stream.fileno())
+            flush(stream)
 
     def _write(self, stream: io.BufferedWriter, name: str) -> None:
         spec = self.source.spec[name]

@@ -40,6 +40,8 @@ _VISION_DEFAULTS = {
     "qk_norm": None,
     "layer_scale": None,
     "drop_class_token": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
 }
 _AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500}
 _CONNECTOR_DEFAULTS = {

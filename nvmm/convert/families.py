@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -98,7 +97,7 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
         return False
     target.mkdir(exist_ok=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        (target / name).write_bytes((source / name).read_bytes())
     return True
 
 
@@ -111,18 +110,24 @@ def exported_config(
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], tokenizer: Path | None, card: str
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: Path | None,
+    card: str,
+    processor: Mapping[str, Any] | None = None,
 ) -> None:
-    """Everything of a Hugging Face folder but its weights."""
-    _write_json(folder / "config.json", config)
+    """Everything of a Hugging Face folder but its weights; config.json, which makes it, last."""
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     generation = folder / "generation_config.json"
-    if not generation.exists():
-        inner = config.get("llm_config", config)
+    inner = config.get("llm_config", config)
+    if not generation.exists() and "num_key_value_heads" in inner:
         ids = {k: inner[k] for k in ("bos_token_id", "eos_token_id") if inner.get(k) is not None}
         _write_json(generation, ids)
+    if processor is not None and not (folder / "preprocessor_config.json").exists():
+        _write_json(folder / "preprocessor_config.json", processor)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_json(folder / "config.json", config)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nvmm.convert.config import GELU, SILU, SQUARED_RELU, integral, only, padded, transformer
+from nvmm.convert.files import is_local
 from nvmm.convert.mapping import Rename, Row
 
 LEGACY, DISTRIBUTED = "megatron_legacy", "megatron_distributed"
@@ -71,7 +72,11 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """
     try:
         with _allowed():
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if mmap:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with path.open("rb") as stream:
+                    content = torch.load(stream, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()
         detail = next((line for line in reason if "GLOBAL" in line), reason[0])
@@ -203,6 +208,8 @@ class LegacySource:
     """
 
     def __init__(self, folder: Path) -> None:
+        if not is_local(folder):
+            raise ValueError(f"{folder}: copy it to a local disk first, its files are mapped")
         found: dict[tuple[int, int], Path] = {}
         for entry in folder.glob("mp_rank_*"):
             if match := _RANK.fullmatch(entry.name):

@@ -80,6 +80,12 @@ def test_towers_come_back_bit_equal(kind: str, tmp_path: Path) -> None:
         for part, value in (("weight", 1.0), ("bias", 0.0)):
             original[f"post_layernorm.{part}"] = torch.full((60,), value)
     assert_equal(back, original)
+    preprocessor = json.loads((tmp_path / "back" / "preprocessor_config.json").read_text())
+    if kind == "whisper":
+        assert preprocessor["feature_size"] == 7
+    else:
+        assert preprocessor["image_mean"] == model["image_mean"]
+        assert preprocessor["size"] == {"height": 16, "width": 16}
     again, info = type(reference).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(reference_features(kind, again.eval(), model), expected)
