@@ -51,7 +51,8 @@ bench: venv ## times of the commands and steps
 	$(BIN)/python tools/bench_entry.py
 
 bench-convert: venv ## speed and memory of conversions (writes 10 GB to build/)
-	$(BIN)/python tools/bench_convert.py --to build/bench_convert
+	-$(BIN)/python -m pip install -q --no-deps --target build/mbridge mbridge einops
+	PYTHONPATH=$(CURDIR)/build/mbridge $(BIN)/python tools/bench_convert.py --to build/bench_convert
 
 bench-kernels: venv kernels ## time and memory of the kernels against eager, fused and compiled PyTorch
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_kernels.py

@@ -74,15 +74,19 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"{self.path} refers to an external object {pid!r}: refused")
 
 
-def read_metadata(directory: Path) -> Any:
+def read_metadata(directory: Path, *, foreign: bool = False) -> Any:
     """Screen a checkpoint directory; return torch's Metadata of it.
+
+    foreign: of a training program that stores pickled bytes beside the tensors, in entries and in
+    common.pt. They are neither refused nor read; torch must not load such a directory whole.
 
     Raises ValueError naming the file and what is wrong in it: a class outside the allow-list in
     `.metadata` or `common.pt`, an entry of pickled bytes, a data file outside the directory, or a
     format other than megatron-core's torch_dist.
     """
     _check_format(directory / "metadata.json")
-    _screen_common(directory / "common.pt")
+    if not foreign:
+        _screen_common(directory / "common.pt")
     path = directory / ".metadata"
     metadata = _load(path, _INDEX_CLASSES)
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -90,7 +94,7 @@ def read_metadata(directory: Path) -> Any:
     if type(metadata) is not Metadata:
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not torch's Metadata")
     for name, entry in metadata.state_dict_metadata.items():
-        if type(entry) is not TensorStorageMetadata:
+        if type(entry) is not TensorStorageMetadata and not foreign:
             raise ValueError(
                 f"{path}: entry {name} is a {type(entry).__name__}, not a tensor; torch would"
                 " unpickle its bytes: refused"
@@ -122,12 +126,12 @@ def _check_format(path: Path) -> None:
 def _screen_common(path: Path) -> None:
     """common.pt is a zip of torch.save; a checkpoint of tensors has only plain values in it."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             if [name.rpartition("/")[2] for name in pickles] != ["data.pkl"]:
                 raise ValueError(f"{path} must hold one data.pkl, has {pickles}: refused")
-            with archive.open(pickles[0]) as stream:
-                _Unpickler(stream, path, _COMMON_CLASSES).load()
+            with archive.open(pickles[0]) as content:
+                _Unpickler(content, path, _COMMON_CLASSES).load()
     except (zipfile.BadZipFile, OSError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is not a readable torch archive: {error}") from error
 

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "convert": {"convert"},
     "conversion": {
         "base",
+        "batch",
         "checkpoint",
         "conversion",
         "convert",

@@ -4,13 +4,18 @@ python tools/bench_convert.py --to /scratch/bench --gigabytes 2.5
 
 Writes a random Qwen2-like model there, converts it in a process of its own each time, and removes
 it. Peak memory is the process's largest resident set; the interpreter with torch and megatron.core
-alone is measured too.
+alone is measured too. Speeds are those of the tensors' way from files to files, which each program
+prints itself, without the imports. "flushed" is the copy and then fsync, which ours do as well.
+mbridge (on PYTHONPATH; `make bench-convert` puts it there) loads and saves on two gloo ranks, or
+what stops it is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -35,13 +40,40 @@ finally:
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
 _COPY = """
-import sys
+import os, sys, time
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 source, target = map(Path, sys.argv[1:])
 target.mkdir()
+size, start = 0, time.monotonic()
 for path in sorted(source.glob("*.safetensors")):
     save_file(load_file(path), target / path.name)
+    size += path.stat().st_size
+copied = time.monotonic() - start
+for path in target.iterdir():
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+flushed = time.monotonic() - start
+speeds = f"{size / copied / 1e9:.2f} GB/s, flushed {size / flushed / 1e9:.2f} GB/s"
+print("safetensors copy []", speeds, file=sys.stderr)
+"""
+_MBRIDGE = """
+import sys, time
+from nvmm.parallel.setup import Parallel, prepare_backend
+if __name__ == "__main__":
+    prepare_backend()
+    import torch.distributed as dist
+    from mbridge import AutoBridge
+    dist.init_process_group("gloo")
+    parallel = Parallel(pipeline_model_parallel_size=2)
+    parallel.initialize(seed=0, rank=dist.get_rank(), world_size=2)
+    bridge = AutoBridge.from_pretrained(sys.argv[1])
+    model = bridge.get_model(wrap_with_ddp=False)
+    start = time.monotonic()
+    bridge.load_weights(model, sys.argv[1])
+    middle = time.monotonic()
+    bridge.save_weights(model, sys.argv[2])
+    print("mbridge", middle - start, time.monotonic() - middle)
 """
 _BASE = "import torch, megatron.core.models.gpt, nvmm.conversion.importing"
 _LAYER_BYTES = 154_000_000
@@ -99,9 +131,29 @@ def _bench(folder: Path, gigabytes: float, workers: int) -> None:
             sys.exit(f"{name} failed:\n{done.stderr}")
         lines = done.stderr.strip().splitlines()
         peak = int(lines[-1].split()[1]) * 1024
-        speed = "" if name == "imports alone" else f", {total / 1e9 / seconds:.2f} GB/s in all"
-        own = next((f" ({line})" for line in lines if line.startswith(name + " [")), "")
-        print(f"{name}: {seconds:.1f} s, peak {peak / 1e6:.0f} MB{speed}{own}", flush=True)
+        own = next((line for line in lines if line.startswith(name + " [")), "")
+        speed = f", {own.partition(']')[2].rpartition('GB, ')[2].strip()}" if own else ""
+        print(f"{name}: {seconds:.1f} s, peak {peak / 1e6:.0f} MB{speed}", flush=True)
+    _mbridge(folder, there, total)
+
+
+def _mbridge(folder: Path, there: str, total: int) -> None:
+    if importlib.util.find_spec("mbridge") is None:
+        print("mbridge: not installed")
+        return
+    script = folder / "mbridge_run.py"
+    script.write_text(_MBRIDGE)
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*ranks, str(script), there, str(folder / "mbridge")], capture_output=True, text=True
+    )
+    times = next((line for line in done.stdout.splitlines() if line.startswith("mbridge ")), None)
+    if times is None:
+        found = re.findall(r"^(?:\[rank0\]: )?(\w*Error: .*)$", done.stderr, re.MULTILINE)
+        print(f"mbridge: stops with {found[0] if found else done.stderr[-500:]}")
+        return
+    load, save = (total / 1e9 / float(text) for text in times.split()[1:])
+    print(f"mbridge on two ranks: load {load:.2f} GB/s, save {save:.2f} GB/s")
 
 
 def _make(folder: Path, gigabytes: float) -> tuple[int, int]:

@@ -11,6 +11,8 @@ python tools/convert.py reshard --from CKPT --to CKPT --dtype bf16
 python tools/convert.py merge --from LORA_RUN --to CKPT
 python tools/convert.py adapter export --from LORA_RUN --to PEFT_DIR --format qwen2 --part language
 python tools/convert.py adapter import --from PEFT_DIR --base CKPT --to CKPT --format qwen2
+
+Sources and targets may be URLs of any fsspec file system.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from nvmm.convert.files import at
 
 BAD_INPUT = 2
 """Exit code of a refused conversion: starting again cannot help."""
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 def import_(options: argparse.Namespace) -> int:
     """Hugging Face folders -> a checkpoint of ours."""
     from nvmm.conversion.importing import check_given, derive, import_folders
-    from nvmm.conversion.sides import DTYPES, open_folder
+    from nvmm.conversion.sides import DTYPES, open_checkpoint, open_folder
 
     folders = {}
     for text in options.sources:
@@ -48,7 +52,7 @@ def import_(options: argparse.Namespace) -> int:
         part, name = (part, name) if equals and part in ("language", "vision") else ("", text)
         if part in folders:
             raise ValueError(f"--from {text}: that part has a source already")
-        folders[part] = open_folder(Path(name).expanduser())
+        folders[part] = open_folder(at(name))
     config = _composed(options.overrides) if options.overrides else {}
     if config:
         check_given(folders, config["model"])
@@ -57,7 +61,7 @@ def import_(options: argparse.Namespace) -> int:
         folders,
         model,
         _constructor(model),
-        Path(options.to).expanduser(),
+        at(options.to),
         config={name: config[name] for name in ("tokenizer", "data") if config.get(name)},
         dtype=DTYPES.get(options.dtype),
         seed=options.seed,
@@ -65,6 +69,8 @@ def import_(options: argparse.Namespace) -> int:
     )
     for name in initialised:
         print(f"initialised from seed {options.seed}: {name}")
+    for name in open_checkpoint(at(options.to)).state["dropped"]:
+        print(f"left out: {name}")
     print(options.to)
     return 0
 
@@ -76,8 +82,8 @@ def export(options: argparse.Namespace) -> int:
 
     [source] = options.sources
     export(
-        open_checkpoint(Path(source).expanduser()),
-        Path(options.to).expanduser(),
+        open_checkpoint(at(source)),
+        at(options.to),
         options.format,
         part=options.part,
         dtype=DTYPES.get(options.dtype),
@@ -96,8 +102,8 @@ def rewrite(options: argparse.Namespace) -> int:
     if (options.command == "average") != (len(options.sources) > 1):
         raise ValueError("reshard takes one --from, average several")
     rewrite(
-        [open_checkpoint(Path(source).expanduser()) for source in options.sources],
-        Path(options.to).expanduser(),
+        [open_checkpoint(at(source)) for source in options.sources],
+        at(options.to),
         dtype=DTYPES.get(options.dtype),
         workers=options.workers,
     )
@@ -146,7 +152,7 @@ def inspect(options: argparse.Namespace) -> int:
     """Names, shapes, dtypes, config and layout; no tensor is loaded."""
     from nvmm.conversion.verify import inspect, open_side
 
-    about = inspect(open_side(Path(options.path).expanduser()))
+    about = inspect(open_side(at(options.path)))
     if options.json:
         print(json.dumps(about, indent=1))
         return 0
@@ -162,9 +168,10 @@ def verify(options: argparse.Namespace) -> int:
     """Tensors through the mapping, then logits; the report lies beside b's weights."""
     import torch
 
-    from nvmm.conversion.verify import compare_logits, compare_tensors, logits, open_side
+    from nvmm.conversion.logits import logits
+    from nvmm.conversion.verify import compare_logits, compare_tensors, open_side
 
-    a, b = (open_side(Path(name).expanduser()) for name in (options.a, options.b))
+    a, b = (open_side(at(name)) for name in (options.a, options.b))
     report: dict[str, Any] = {"a": str(a.path), "b": str(b.path), **compare_tensors(a, b)}
     same = report["equal"] == report["tensors"] and not report["only_in_a"] + report["only_in_b"]
     if options.logits:
@@ -173,8 +180,8 @@ def verify(options: argparse.Namespace) -> int:
         else:
             generator = torch.Generator().manual_seed(options.seed)
             tokens = torch.randint(0, options.max_token, (2, 32), generator=generator)
-        outputs = [logits(side, tokens, _trusted_constructor) for side in (a, b)]
-        report["logits"] = "not compared: not a language model with a class in Transformers"
+        outputs = [logits(side, tokens, _trusted_constructor, options.seed) for side in (a, b)]
+        report["logits"] = "not compared: an encoder alone"
         if outputs[0] is not None and outputs[1] is not None:
             report["logits"] = compare_logits(outputs[0], outputs[1])
             same = same and report["logits"]["max_difference"] <= options.tolerance
@@ -279,7 +286,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _format(command: argparse.ArgumentParser) -> None:
-    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d")
+    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "siglip")
+    formats += ("whisper", "nvlm_d")
     command.add_argument("--format", required=True, choices=formats)
     command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from nvmm.conversion.sides import Part, Saved, write_state, write_weights
-from nvmm.convert.checkpoint import publish
 from nvmm.convert.families import FORMATS, copy_tokenizer, exported_config, write_folder
+from nvmm.convert.files import at, publish
 from nvmm.convert.huggingface import write_safetensors
 from nvmm.convert.mapping import Row
+from nvmm.convert.processor import processor
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Average, Cast, Source, ToTheirs
 
@@ -48,7 +49,7 @@ def export(
     converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
     tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
-    folder = Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
+    folder = at(tokenizer) if tokenizer and at(tokenizer).is_dir() else None
     with publish(to) as temporary:
         progress = Progress(sum(t.nbytes for t in converted.spec.values()), "export")
         write_safetensors(temporary, converted, max_shard_bytes=max_shard_bytes, progress=progress)
@@ -58,6 +59,7 @@ def export(
             exported_config(config, original, stored),
             None if part == "vision" else folder,
             _card(saved, format_name, part, converted),
+            processor(model, format_name),
         )
 
 
@@ -80,9 +82,11 @@ def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any
     """The config.json that this model, or this part of it, was imported from."""
     sources = saved.state.get("sources") or {}
     found = sources.get(part or "") or {}
-    if found.get("format") == format_name:
-        return found["config"]
-    return None
+    if found.get("format") != format_name:
+        return None
+    config: dict[str, Any] = found["config"]
+    # Of a whole CLIP or SigLIP only the tower was taken.
+    return config.get("vision_config", config) if format_name in ("clip", "siglip") else config
 
 
 def _set_vocabulary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from nvmm.conversion.sides import PARTS, Folder, Named, write_state, write_weights
 from nvmm.convert import nvlm_d
-from nvmm.convert.checkpoint import publish
 from nvmm.convert.config import mismatches
-from nvmm.convert.families import copy_tokenizer, read_config
-from nvmm.convert.table import Cast, Merged, Source, compare_shapes
+from nvmm.convert.families import copy_tokenizer
+from nvmm.convert.files import publish
+from nvmm.convert.table import Cast, Merged, compare_shapes
 from nvmm.data.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
 
@@ -85,11 +86,10 @@ def import_folders(
 
     Raises ValueError listing every key that does not fit, before anything is written.
     """
-    converted: list[Source] = [
-        Named(folder.to_ours(model[part] if part else model), f"{part}." if part else "")
-        for part, folder in folders.items()
-    ]
-    given = Merged(converted)
+    converted = {
+        part: folder.to_ours(model[part] if part else model) for part, folder in folders.items()
+    }
+    given = Merged([Named(ours, f"{part}." if part else "") for part, ours in converted.items()])
     wanted = parameters(constructor)
     missing = {
         name: tensor
@@ -117,7 +117,7 @@ def import_folders(
         part: {
             "folder": str(folder.path),
             "format": folder.format,
-            "config": read_config(folder.path),
+            "config": folder.published(),
         }
         for part, folder in folders.items()
     }
@@ -126,7 +126,7 @@ def import_folders(
         write_weights(temporary, cast, "import", workers)
         digest = None
         if words is not None and copy_tokenizer(words.path, temporary / "tokenizer"):
-            saved, digest = _with_tokenizer(saved, temporary / "tokenizer", to / "tokenizer")
+            saved, digest = _with_tokenizer(saved, words.path, to / "tokenizer")
         write_state(
             temporary,
             {
@@ -134,15 +134,25 @@ def import_folders(
                 "tokenizer_digest": digest,
                 "sources": sources,
                 "initialised": sorted(missing),
+                "dropped": [name for ours in converted.values() for name in ours.dropped],
             },
         )
     return sorted(missing)
 
 
 def _with_tokenizer(
-    saved: Mapping[str, Any], here: Path, final: Path
+    saved: Mapping[str, Any], source: Path, final: Path
 ) -> tuple[dict[str, Any], str]:
     """The saved config with its tokenizer, and a sample builder if that has ChatML's tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        copy_tokenizer(source, here)
+        return _with_local_tokenizer(saved, here, final)
+
+
+def _with_local_tokenizer(
+    saved: Mapping[str, Any], here: Path, final: Path
+) -> tuple[dict[str, Any], str]:
     given = dict(saved["tokenizer"] or {"_target_": "nvmm.data.tokenizer.Tokenizer"})
     options = {k: v for k, v in given.items() if k not in ("_target_", "path")}
     if not options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.checkpoint import find, read_state
+from nvmm.checkpoint import find
+from nvmm.convert import megatron
 from nvmm.convert.checkpoint import DistributedSource, write_distributed
 from nvmm.convert.families import FORMATS, detect, read_config
+from nvmm.convert.files import flush, is_local
 from nvmm.convert.huggingface import SafetensorsSource
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Source, ToOurs
@@ -26,12 +27,17 @@ PARTS = ("language", "vision")
 
 @dataclass(frozen=True)
 class Folder:
-    """A Hugging Face folder: its format, config.json with what shapes add to it, and tensors."""
+    """A foreign model: its format, config with what shapes add to it, and tensors."""
 
     path: Path
     format: str
     config: dict[str, Any]
-    source: SafetensorsSource
+    source: Source
+
+    def published(self) -> dict[str, Any]:
+        """config.json as it is written; of Megatron-LM its arguments."""
+        is_folder = (self.path / "config.json").is_file()
+        return read_config(self.path) if is_folder else self.config
 
     def model(self) -> dict[str, Any]:
         """Our model config of it."""
@@ -51,14 +57,25 @@ class Folder:
 
 
 def open_folder(path: Path, format_name: str | None = None) -> Folder:
-    """Read a folder's config.json and headers; no tensor is loaded."""
+    """Read a folder's config.json and headers, or Megatron-LM's; no tensor is loaded."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
+    if (found := megatron.locate(path)) is not None:
+        return _open_megatron(*found)
     config = read_config(path)
     format_name = format_name or detect(config, path)
     source = SafetensorsSource(path)
     config = FORMATS[format_name].complete(config, source.spec)
     return Folder(path, format_name, config, source)
+
+
+def _open_megatron(path: Path, format_name: str) -> Folder:
+    if format_name == megatron.LEGACY:
+        legacy = megatron.LegacySource(path)
+        return Folder(path, format_name, legacy.args, legacy)
+    args = megatron.arguments(megatron.load(path / "common.pt"), path / "common.pt")
+    index = megatron.unstacked(read_metadata(path, foreign=True), args["num_layers"])
+    return Folder(path, format_name, args, DistributedSource(path, index))
 
 
 @dataclass(frozen=True)
@@ -95,12 +112,15 @@ class Saved:
 
 def open_checkpoint(name: Path) -> Saved:
     """Read a checkpoint's screened index; no tensor is loaded. Optimizer state is left out."""
-    path = find(name)
+    path = find(name) if is_local(name) else name
+    if not (path / "state.json").is_file():
+        raise ValueError(f"{name} is no complete checkpoint: it has no state.json")
     metadata = read_metadata(path)
     names = [
         n for n in metadata.state_dict_metadata if n != "rng" and not n.startswith("optimizer.")
     ]
-    return Saved(path, read_state(path), DistributedSource(path, metadata, names))
+    state = json.loads((path / "state.json").read_text())["state"]
+    return Saved(path, state, DistributedSource(path, metadata, names))
 
 
 class Part:
@@ -147,5 +167,4 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     record = {"step": 0, "layout": layout, "optimizer": None, "state": state, "number": 1}
     with (folder / "state.json").open("w") as stream:
         json.dump(record, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush(stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,13 @@ import torch
 from torch import Tensor
 
 from nvmm.conversion.sides import Folder, Saved, open_checkpoint, open_folder
+from nvmm.convert import megatron
 from nvmm.convert.table import Source, read
-
-_CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
-"""Formats of language models that Transformers has a class for."""
 
 
 def open_side(path: Path) -> Folder | Saved:
-    """A Hugging Face folder, or a checkpoint of ours."""
-    if (path / "config.json").is_file():
+    """A Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
+    if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
 
@@ -65,67 +62,6 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
         "kl": float((p.exp() * (p - q)).sum(-1).mean()),
         "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
     }
-
-
-def logits(
-    side: Folder | Saved, tokens: Tensor, constructor: Callable[[Any], Any]
-) -> Tensor | None:
-    """fp32 logits of a language model; None where neither we nor Transformers run it on text.
-
-    A folder's are Transformers' own, from the class it has for the format; a checkpoint's are
-    ours. constructor: makes the model's partial of a checkpoint's (trusted) model config.
-    """
-    if isinstance(side, Folder):
-        return _transformers_logits(side, tokens) if side.format in _CLASSES else None
-    return _our_logits(side, tokens, constructor) if "language" not in side.model else None
-
-
-def _transformers_logits(folder: Folder, tokens: Tensor) -> Tensor:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options: Any = {"local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(folder.path, **options)
-    config.dtype = "float32"
-    # Not from_pretrained: with our CPU layer installed it leaves RoPE's frequencies unset.
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float().eval()
-    state = {name: read(folder.source, name).float() for name in folder.source.spec}
-    result = model.load_state_dict(state, strict=False)
-    untied = [n for n in result.missing_keys if n != "lm_head.weight"]
-    if untied or (result.missing_keys and not config.tie_word_embeddings):
-        raise ValueError(f"{folder.path} lacks {', '.join(result.missing_keys)}")
-    with torch.no_grad():
-        return model(tokens).logits
-
-
-def _our_logits(saved: Saved, tokens: Tensor, constructor: Callable[[Any], Any]) -> Tensor:
-    from nvmm.batch import IGNORE_INDEX, Batch
-    from nvmm.checkpoint import load_weights
-    from nvmm.parallel.setup import Parallel, Precision, prepare_backend, shutdown
-
-    prepare_backend()
-    from megatron.core import parallel_state
-
-    alone = not parallel_state.model_parallel_is_initialized()
-    if alone:
-        Parallel().initialize(seed=0, rank=0, world_size=1)
-    try:
-        [chunk] = Parallel().chunks(Precision())
-        model = constructor(saved.model)(chunk=chunk).eval()
-        load_weights(saved.path, [model])
-        count, length = tokens.shape
-        batch = Batch(
-            tokens=tokens,
-            labels=torch.full_like(tokens, IGNORE_INDEX),
-            loss_mask=torch.zeros(tokens.shape),
-            position_ids=torch.arange(length).expand_as(tokens),
-            lengths=torch.full((count,), length, dtype=torch.int32),
-            sample_ids=torch.arange(count),
-        )
-        with torch.no_grad():
-            return model(batch, output="logits")
-    finally:
-        if alone:
-            shutdown()
 
 
 def inspect(side: Folder | Saved) -> dict[str, Any]:

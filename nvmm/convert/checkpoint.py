@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,42 +30,19 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from nvmm.convert.files import flush
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Source
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHECKSUM = 4_194_304  # elements summed at a time
+_ROW = 4096  # of them in one int32
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-@contextmanager
-def publish(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that gets its name when the block ends well.
-
-    Raises ValueError when `final` exists already. What an earlier crash left is removed.
-    """
-    if final.exists():
-        raise ValueError(f"{final} exists already; name another folder or remove it")
-    temporary = final.with_name(f".tmp_{final.name}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    temporary.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class DistributedSource:
@@ -140,12 +115,15 @@ class DistributedSource:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path}: {name} cannot be read: {error}") from error
         spec = self.spec[name]
-        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (
-            chunk.sizes,
-            spec.dtype,
+        # A layer of a stacked tensor is stored with a leading axis of 1.
+        shapes = (chunk.sizes, torch.Size([1, *chunk.sizes]))
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.shape not in shapes
+            or tensor.dtype != spec.dtype
         ):
             raise ValueError(f"{path}: {name} is not the tensor that the index describes")
-        return tensor.detach()
+        return tensor.detach().view(chunk.sizes)
 
 
 def write_distributed(
@@ -163,7 +141,7 @@ def write_distributed(
         shares[share].append(name)
         filled[share] += spec.nbytes
     writers = [_Writer(folder, f"__0_{i}.distcp", source, progress) for i in range(workers)]
-    with ThreadPoolExecutor(workers) as pool:
+    with _without_crc(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(w.run, names) for w, names in zip(writers, shares, strict=True)]
         for future in futures:
             try:
@@ -178,17 +156,45 @@ def write_distributed(
         storage_meta=StorageMeta(),
     )
     checksums = {name: c for writer in writers for name, c in writer.checksums.items()}
-    torch.save({}, folder / "common.pt")
+    common = io.BytesIO()
+    torch.save({}, common)
     for name, content in (
+        ("common.pt", common.getvalue()),
         ("metadata.json", json.dumps(_FORMAT).encode()),
         ("weights.json", json.dumps(dict(sorted(checksums.items())), indent=1).encode()),
         (".metadata", pickle.dumps(metadata)),
     ):
         with (folder / name).open("wb") as stream:
             stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
+            flush(stream)
     return checksums
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch.save without the CRC-32 of each tensor: it takes longer than writing, and weights.json
+    has a checksum of each."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def checksum(tensor: Tensor) -> int:
+    """Sum of a contiguous tensor's bits as signed integers of its element size."""
+    bits = tensor.view(_INTEGERS[tensor.element_size()]).flatten()
+    total = 0
+    for part in bits.split(_CHECKSUM):
+        whole = len(part) // _ROW * _ROW
+        if part.dtype == torch.int16:
+            # Summing int16 as int64 converts each element on its own; a row's sum fits in int32.
+            rows = part[:whole].view(-1, _ROW).sum(1, dtype=torch.int32)
+            total += int(rows.sum(dtype=torch.int64)) + int(part[whole:].sum(dtype=torch.int64))
+        else:
+            total += int(part.to(torch.int64).sum())
+    return total
 
 
 class _Writer:
@@ -210,12 +216,11 @@ class _Writer:
                 if self.stop.is_set():
                     return
                 self._write(stream, name)
-            stream.flush()
-            os.fsync(stream.fileno())
+            flush(stream)
 
     def _write(self, stream: io.BufferedWriter, name: str) -> None:
         spec = self.source.spec[name]
-        chunks, row, checksum = [], 0, 0
+        chunks, row, total = [], 0, 0
         for given in self.source.blocks(name):
             # torch.save writes a tensor's whole storage: a view of a larger one is copied.
             compact = given.is_contiguous() and given.untyped_storage().nbytes() == given.nbytes
@@ -226,9 +231,7 @@ class _Writer:
             place = _StorageInfo(self.path.name, begin, stream.tell() - begin)
             self.places[MetadataIndex(name, offsets)] = place
             chunks.append(ChunkStorageMetadata(offsets, block.shape))
-            bits = block.view(_INTEGERS[block.element_size()]).flatten()
-            # sum() makes int64 of all it is given.
-            checksum += sum(int(part.sum(dtype=torch.int64)) for part in bits.split(_CHECKSUM))
+            total += checksum(block)
             row += block.shape[0] if block.dim() else 1
             if self.progress is not None:
                 self.progress.add(block.nbytes)
@@ -240,5 +243,5 @@ class _Writer:
         self.checksums[name] = {
             "dtype": str(spec.dtype).removeprefix("torch."),
             "shape": list(spec.shape),
-            "checksum": checksum % 2**64,
+            "checksum": total % 2**64,
         }

@@ -40,7 +40,10 @@ _VISION_DEFAULTS = {
     "qk_norm": None,
     "layer_scale": None,
     "drop_class_token": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
 }
+_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500}
 _CONNECTOR_DEFAULTS = {
     "downsample": 2,
     "hidden_size": None,
@@ -115,11 +118,14 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
         "num_query_groups": given.get("num_query_groups") or heads,
         "kv_channels": given.get("kv_channels") or given["hidden_size"] // heads,
     }
-    is_vision = "patch_size" in model
-    if not is_vision:
-        # mcore gives QKV a bias where either says so; the encoder asks add_qkv_bias alone.
+    defaults: Mapping[str, Any] = _LANGUAGE_DEFAULTS
+    if "patch_size" in model:
+        defaults = _VISION_DEFAULTS
+    elif "num_mel_bins" in model:
+        defaults = _AUDIO_DEFAULTS
+    else:
+        # mcore gives QKV a bias where either says so; the encoders ask add_qkv_bias alone.
         filled["add_qkv_bias"] = filled["add_qkv_bias"] or filled["add_bias_linear"]
-    defaults = _VISION_DEFAULTS if is_vision else _LANGUAGE_DEFAULTS
     return {**defaults, **model, "transformer": filled}
 
 

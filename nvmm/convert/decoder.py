@@ -67,7 +67,7 @@ def to_language(
 def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
     """The fields that all families' config.json have."""
     model = whole(model)
-    if "patch_size" in model or "language" in model:
+    if "vocab_size" not in model:
         raise ValueError(f"--format {family} is a language model; name its part with --part")
     config = model["transformer"]
     hf: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,19 @@ from typing import Any
 
 import torch
 
-from nvmm.convert import internvit, llama, mistral, nemotron, nvlm_d, qwen2
+from nvmm.convert import (
+    clip,
+    internvit,
+    llama,
+    llava_next,
+    megatron,
+    mistral,
+    nemotron,
+    nvlm_d,
+    qwen2,
+    siglip,
+    whisper,
+)
 
 FORMATS: dict[str, ModuleType] = {
     "qwen2": qwen2,
@@ -20,7 +31,13 @@ FORMATS: dict[str, ModuleType] = {
     "mistral": mistral,
     "nemotron": nemotron,
     "internvit": internvit,
+    "clip": clip,
+    "siglip": siglip,
+    "whisper": whisper,
     "nvlm_d": nvlm_d,
+    "llava_next": llava_next,
+    megatron.LEGACY: megatron,
+    megatron.DISTRIBUTED: megatron,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -28,7 +45,13 @@ _MODEL_TYPES = {
     "mistral": "mistral",
     "nemotron": "nemotron",
     "intern_vit_6b": "internvit",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "whisper": "whisper",
     "NVLM_D": "nvlm_d",
+    "llava_next": "llava_next",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -74,7 +97,7 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
         return False
     target.mkdir(exist_ok=True)
     for name in names:
-        shutil.copyfile(source / name, target / name)
+        (target / name).write_bytes((source / name).read_bytes())
     return True
 
 
@@ -87,18 +110,24 @@ def exported_config(
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], tokenizer: Path | None, card: str
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: Path | None,
+    card: str,
+    processor: Mapping[str, Any] | None = None,
 ) -> None:
-    """Everything of a Hugging Face folder but its weights."""
-    _write_json(folder / "config.json", config)
+    """Everything of a Hugging Face folder but its weights; config.json, which makes it, last."""
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     generation = folder / "generation_config.json"
-    if not generation.exists():
-        inner = config.get("llm_config", config)
+    inner = config.get("llm_config", config)
+    if not generation.exists() and "num_key_value_heads" in inner:
         ids = {k: inner[k] for k in ("bos_token_id", "eos_token_id") if inner.get(k) is not None}
         _write_json(generation, ids)
+    if processor is not None and not (folder / "preprocessor_config.json").exists():
+        _write_json(folder / "preprocessor_config.json", processor)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_json(folder / "config.json", config)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

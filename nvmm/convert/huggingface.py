@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvmm.convert.files import flush
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Source
 
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # the format's own
+_PIECE = 67_108_864  # bytes read at a time: a remote file keeps a copy of them
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -75,7 +77,7 @@ class SafetensorsSource:
             stream.seek(place.offset)
             view = memoryview(_bytes(out))
             while view:
-                count = stream.readinto(view)
+                count = stream.readinto(view[:_PIECE])  # type: ignore[attr-defined]
                 if not count:
                     raise ValueError(f"{place.path} ends within {name}")
                 view = view[count:]
@@ -216,8 +218,7 @@ def _write_file(
                 raise ValueError(f"{name}: read {written} bytes of {source.spec[name].nbytes}")
             if progress is not None:
                 progress.add(written)
-        stream.flush()
-        os.fsync(stream.fileno())
+        flush(stream)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -88,6 +88,29 @@ class QKV:
 
 
 @dataclass(frozen=True)
+class KeylessBias:
+    """Biases of q and v of [heads * d] each (Whisper) <-> q, k, v head by head.
+
+    In an encoder without rotary positions a key bias adds the same to all scores of a query, which
+    the softmax takes away again: k's is zero in ours and left out of theirs.
+    """
+
+    num_heads: int
+    head_dim: int
+
+    def to_ours(self, theirs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """theirs: q, v."""
+        q, v = theirs[0], theirs[1]
+        mapping = QKV(self.num_heads, self.num_heads, self.head_dim)
+        yield from mapping.to_ours([q, torch.zeros_like(q), v])
+
+    def to_theirs(self, ours: Tensor) -> list[Tensor]:
+        """q, v."""
+        q, _, v = QKV(self.num_heads, self.num_heads, self.head_dim).to_theirs(ours)
+        return [q, v]
+
+
+@dataclass(frozen=True)
 class FusedQKV:
     """One tensor of all q, all k, all v (InternViT) <-> q, k, v head by head.
 
@@ -194,6 +217,17 @@ class Tied(Drop):
     """
 
     source: str
+
+
+@dataclass(frozen=True)
+class Unused(Drop):
+    """A tensor of theirs that does not act on what our model computes: written as a constant.
+
+    It may be there; what it holds is left out on import.
+    """
+
+    shape: tuple[int, ...]
+    value: float
 
 
 @dataclass(frozen=True)

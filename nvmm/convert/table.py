@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nvmm.convert.mapping import Row, Tied
+from nvmm.convert.mapping import Row, Tied, Unused
 
 
 class Source(Protocol):
@@ -106,8 +106,10 @@ class ToTheirs:
     """
 
     def __init__(self, source: Source, rows: Sequence[Row]) -> None:
+        unused = {row.theirs[0]: row.mapping for row in rows if isinstance(row.mapping, Unused)}
         rows = [row for row in rows if row.ours is not None]
         self.source = source
+        self.unused = unused
         self.places = {name: (row, i) for row in rows for i, name in enumerate(row.theirs)}
         self._last: tuple[str | None, list[Tensor]] = (None, [])
         ours = [row.ours for row in rows if row.ours is not None]
@@ -129,9 +131,16 @@ class ToTheirs:
                 continue
             self.spec |= dict(zip(row.theirs, parts, strict=True))
         _refuse(problems)
+        dtype = next(iter(self.spec.values())).dtype
+        for name, mapping in unused.items():
+            self.spec[name] = torch.empty(mapping.shape, dtype=dtype, device="meta")
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """One tensor of theirs."""
+        if name in self.unused:
+            mapping = self.unused[name]
+            yield torch.full(mapping.shape, mapping.value, dtype=self.spec[name].dtype)
+            return
         row, index = self.places[name]
         assert row.ours is not None
         if self._last[0] != row.ours:

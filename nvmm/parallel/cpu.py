@@ -17,6 +17,7 @@ import logging
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 _FACTORIES = (
@@ -103,6 +104,9 @@ def install() -> None:
     # Imported before anything is replaced: its import compiles functions and lists torch's own.
     from megatron.core.tensor_parallel import random as mcore_random
 
+    # `with torch.device(...)` looks a factory up in a set made at its first use. It must be of
+    # torch's own, not of the wrappers, which it never meets. from_pretrained relies on it.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]

@@ -184,3 +184,83 @@ def nvlm_d(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     save(folder, config, tensors)
     return config, tensors
+
+
+_ENCODER = {
+    "hidden_size": 60,
+    "intermediate_size": 92,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_TEXT = {
+    "hidden_size": 60,
+    "intermediate_size": 44,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+}
+_WHISPER = {
+    "d_model": 60,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 5,
+    "encoder_ffn_dim": 92,
+    "decoder_layers": 1,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "num_mel_bins": 7,
+    "max_source_positions": 11,
+    "max_target_positions": 10,
+    "vocab_size": 60,
+    "pad_token_id": 1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 3,
+}
+
+
+def tower(name: str, folder: Path) -> Any:
+    """Save CLIP, SigLIP or Whisper (`_whole`: with its other half); returns Transformers' model."""
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    kind, _, whole = name.partition("_")
+    if kind == "whisper":
+        config = transformers.WhisperConfig(**_WHISPER)
+        model = (transformers.WhisperForConditionalGeneration if whole else WhisperEncoder)(config)
+        encoder = model.model.encoder if whole else model
+        positions = encoder.embed_positions.weight.clone()
+        oracle.randomize(model)
+        encoder.embed_positions.weight.data.copy_(positions)
+    else:
+        title = {"clip": "CLIP", "siglip": "Siglip"}[kind]
+        if whole:
+            config = getattr(transformers, f"{title}Config")(
+                vision_config=_ENCODER, text_config=_TEXT
+            )
+            model = getattr(transformers, f"{title}Model")(config)
+        else:
+            more = {"vision_use_head": False} if kind == "siglip" else {}
+            config = getattr(transformers, f"{title}VisionConfig")(**_ENCODER, **more)
+            model = getattr(transformers, f"{title}VisionModel")(config)
+        oracle.randomize(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def llava_next(folder: Path) -> Any:
+    """Save a LLaVA-NeXT of a tiny CLIP and a tiny Mistral; returns Transformers' model."""
+    import transformers
+
+    text = _SHAPE | {"model_type": "mistral", "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+    config = transformers.LlavaNextConfig(
+        vision_config=_ENCODER | {"model_type": "clip_vision_model"},
+        text_config=text | {"sliding_window": None},
+        image_token_index=VOCABULARY - 1,
+        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+    )
+    model = transformers.LlavaNextForConditionalGeneration(config)
+    oracle.randomize(model, std=0.1)
+    model.save_pretrained(folder)
+    return model

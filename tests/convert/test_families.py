@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +100,78 @@ def test_language_models_come_back_bit_equal(name: str, tmp_path: Path) -> None:
         assert torch.equal(back(TOKENS).logits, theirs)
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [
-        ("qwen2", {"tensor_model_parallel_size": 2}),
-        ("qwen2", {"pipeline_model_parallel_size": 2}),
-        ("nemotron", {"tensor_model_parallel_size": 2}),
-        ("llama3", {"tensor_model_parallel_size": 2}),
-        ("mistral", {"tensor_model_parallel_size": 2}),
-    ],
-)
-def test_imports_load_at_other_layouts(name: str, layout: dict[str, int], tmp_path: Path) -> None:
-    reference = families.language(name, tmp_path / "theirs")
-    model = imported(tmp_path / "theirs", tmp_path / "ours", workers=2)
-    with torch.no_grad():
-        theirs = reference(TOKENS).logits
-    outputs = run_ranks(logits, 2, layout, model, tmp_path / "ours")
-    torch.testing.assert_close(outputs[-1], theirs, atol=1e-4, rtol=0)
+LAYOUTS = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
+FAMILIES = ("qwen2", "qwen2_tied", "llama2", "llama3", "mistral", "nemotron")
+
+
+def imported_logits(
+    rank: int, world: int, init: str, layout: dict[str, int], imports: list[tuple[Any, Path]]
+) -> list[Tensor | None]:
+    """`logits` of several imports in one world."""
+    outputs = []
+    for number, (model, path) in enumerate(imports):
+        outputs.append(logits(rank, world, init if number == 0 else None, layout, model, path))
+    return outputs
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_imports_load_at_other_layouts(layout: str, tmp_path: Path) -> None:
+    expected, imports = [], []
+    for name in FAMILIES:
+        reference = families.language(name, tmp_path / name / "theirs")
+        path = tmp_path / name / "ours"
+        imports.append((imported(tmp_path / name / "theirs", path, workers=2), path))
+        with torch.no_grad():
+            expected.append(reference(TOKENS).logits)
+    last = run_ranks(imported_logits, 2, LAYOUTS[layout], imports)[-1]
+    for name, ours, theirs in zip(FAMILIES, last, expected, strict=True):
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+_GENERATE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    out = model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    print(*out[0, -8:].tolist())
+"""
+
+
+@pytest.mark.usefixtures("world")
+def test_exports_generate_as_we_do_in_a_process_without_nvmm(tmp_path: Path) -> None:
+    """Greedy tokens of every family: from_pretrained and generate against nvmm.decoding's."""
+    from nvmm.batch import Sample
+    from nvmm.decoding import generate
+
+    prompt = Sample(TOKENS[0], torch.zeros(len(TOKENS[0])), {}, 0)
+    ours, folders = [], []
+    for name in FAMILIES:
+        families.language(name, tmp_path / name / "theirs")
+        path = tmp_path / name / "ours"
+        model = imported(tmp_path / name / "theirs", path)
+        [chunk] = Parallel().chunks(Precision())
+        module = instantiate(model, _convert_="all")(chunk=chunk).eval()
+        assert load_weights(path, [module]) == []
+        [tokens] = generate([module], [prompt], max_new_tokens=8, stop_ids=[], pad_id=0)
+        ours.append(list(tokens))
+        kind = json.loads((tmp_path / name / "theirs" / "config.json").read_text())["model_type"]
+        folders.append(tmp_path / name / "back")
+        exported(path, folders[-1], kind)
+    script = _GENERATE.replace("PROMPT", str(TOKENS[0].tolist()))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    assert not done.returncode, done.stderr
+    theirs = [[int(word) for word in line.split()] for line in done.stdout.splitlines()]
+    assert dict(zip(FAMILIES, theirs, strict=True)) == dict(zip(FAMILIES, ours, strict=True))
 
 
 @pytest.mark.usefixtures("world")

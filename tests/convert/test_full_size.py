@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from nvmm.config import config_dir
+from nvmm.conversion.importing import parameters
 from nvmm.convert import nvlm_d
+from nvmm.convert.config import mismatches
+from nvmm.convert.families import FORMATS
 from nvmm.convert.table import ToOurs, ToTheirs
 from tests.models.parameter_names import golden_path
 
@@ -109,3 +113,72 @@ def test_every_key_has_its_place(model: str, rows: int) -> None:
     theirs, back = converted(model, rows)
     assert back == golden(model)
     assert len(theirs) > len(back)
+
+
+# model -> format, parameters, and fields of the published config.json
+PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "qwen2_72b": (
+        "qwen2",
+        72_706_203_648,
+        {"vocab_size": 152064, "num_key_value_heads": 8, "rope_theta": 1e6, "hidden_size": 8192},
+    ),
+    "yi_34b": (
+        "yi",
+        34_388_917_248,
+        {"vocab_size": 64000, "num_attention_heads": 56, "rope_theta": 5e6, "rms_norm_eps": 1e-5},
+    ),
+    "mistral_7b": (
+        "mistral",
+        7_241_732_096,
+        {"vocab_size": 32000, "intermediate_size": 14336, "rope_theta": 1e4, "rms_norm_eps": 1e-5},
+    ),
+    "nemotron4_15b": (
+        "nemotron",
+        12_483_047_424 + 3_145_728_000,
+        {"hidden_size": 6144, "partial_rotary_factor": 0.5, "norm_eps": 1e-5},
+    ),
+    "nemotron4_340b": (
+        "nemotron",
+        331_592_011_776 + 9_437_184_000,
+        {"hidden_size": 18432, "intermediate_size": 73728, "num_hidden_layers": 96},
+    ),
+    "internvit_6b": (
+        "internvit",
+        5_536_496_000,
+        {"hidden_size": 3200, "qk_normalization": True, "qkv_bias": False},
+    ),
+}
+
+
+def transformers_shapes(kind: str, hf: dict[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of Transformers' own model of a config, built without its bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**hf)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: list(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("model", sorted(PUBLISHED))
+def test_backbones_have_the_published_size_and_keys(model: str) -> None:
+    """The graph on the meta device, its parameters counted; every key to Transformers' and back."""
+    kind, count, fields = PUBLISHED[model]
+    ours = config_of(model)
+    family = FORMATS[kind]
+    hf = family.from_model(ours)
+    if "vocab_size" in fields:
+        hf["vocab_size"] = fields["vocab_size"]
+    assert {key: hf[key] for key in fields} == fields
+    assert mismatches(family.to_model(hf), ours, "config.json", model) == []
+    shapes = {
+        name: list(spec.shape)
+        for name, spec in parameters(instantiate(ours, _convert_="all")).items()
+    }
+    assert sum(math.prod(shape) for shape in shapes.values()) == count
+    there = ToTheirs(Names(shapes), family.table(ours, hf))
+    theirs = {name: list(spec.shape) for name, spec in there.spec.items()}
+    back = ToOurs(Names(theirs), family.table(ours, family.complete(hf, there.spec)))
+    assert {name: list(spec.shape) for name, spec in back.spec.items()} == shapes
+    if kind != "internvit":
+        assert theirs == transformers_shapes(kind, hf)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nvmm.checkpoint import Checkpoint, find, require_resumable
 from nvmm.conversion import importing, sides
-from nvmm.convert.checkpoint import DistributedSource, publish, write_distributed
+from nvmm.convert.checkpoint import DistributedSource, write_distributed
+from nvmm.convert.files import publish
 from nvmm.convert.huggingface import INDEX, SafetensorsSource, write_safetensors
 from nvmm.convert.table import read
 from nvmm.metadata import read_metadata

@@ -102,6 +102,27 @@ def test_verify_finds_them_equal_and_different(
     assert report["logits"]["max_difference"] > 1e-3 and report["logits"]["kl"] > 0
 
 
+def test_verify_shows_a_composite_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NVLM-D: the export sees pictures as the checkpoint does, until its projector differs."""
+    families.nvlm_d(tmp_path / "theirs")
+    ours, back = str(tmp_path / "ours"), tmp_path / "back"
+    assert main(["import", "--from", str(tmp_path / "theirs"), "--to", ours]) == 0
+    assert main(["export", "--from", ours, "--to", str(back), "--format", "nvlm_d"]) == 0
+    capsys.readouterr()
+    assert main(["verify", "--a", ours, "--b", str(back)]) == 0
+    assert json.loads(capsys.readouterr().out)["logits"]["max_difference"] == 0.0
+    tensors = load_file(back / "model.safetensors")
+    tensors["mlp1.3.weight"] *= 1.5
+    save_file(tensors, back / "model.safetensors")
+    assert main(["verify", "--a", ours, "--b", str(back)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["different"]) == ["connector.linear_fc2.weight"]
+    assert report["logits"]["max_difference"] > 1e-3
+    assert report == json.loads((back / "verify.json").read_text())
+
+
 def test_inspect_reads_no_tensor(
     theirs: tuple[Path, Any], ours: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from nvmm.parallel.setup import prepare_backend
@@ -25,6 +28,20 @@ def test_factories_keep_other_devices_and_values() -> None:
     assert torch.zeros(1).to("meta").device.type == "meta"
     assert torch.full((2,), 3.0).tolist() == [3.0, 3.0]
     assert torch.zeros(1).to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_device_context_is_obeyed_in_a_fresh_process() -> None:
+    """Transformers' from_pretrained builds in one; without it RoPE's frequencies stay unset."""
+    script = """
+import torch
+from nvmm.parallel.setup import prepare_backend
+prepare_backend()
+with torch.device("meta"):
+    made = [torch.empty(2), torch.arange(3), torch.tensor([1]), torch.nn.Linear(2, 3).weight]
+assert {tensor.device.type for tensor in made} == {"meta"}
+assert torch.empty(2).device.type == "cpu"
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
 
 
 def test_tensor_type_is_what_megatron_compares() -> None:

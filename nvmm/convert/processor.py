@@ -1,0 +1,44 @@
+"""preprocessor_config.json: how pictures or sound become an encoder's input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvmm.convert.config import whole
+
+_BICUBIC = 3
+_SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames a position
+
+
+def processor(model: Mapping[str, Any], format_name: str) -> dict[str, Any] | None:
+    """The content for a model's encoder; None for a model without one."""
+    if "num_mel_bins" in model:
+        positions = whole(model)["max_source_positions"]
+        return {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": model["num_mel_bins"],
+            "sampling_rate": _SAMPLING_RATE,
+            "hop_length": _HOP,
+            "n_fft": 400,
+            "chunk_length": positions * 2 * _HOP // _SAMPLING_RATE,
+        }
+    vision = model if "patch_size" in model else model.get("vision")
+    if vision is None:
+        return None
+    full = whole(vision)
+    side = full["image_size"]
+    kind = "SiglipImageProcessor" if format_name == "siglip" else "CLIPImageProcessor"
+    return {
+        "image_processor_type": kind,
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": _BICUBIC,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(full["image_mean"]),
+        "image_std": list(full["image_std"]),
+    }

@@ -1,0 +1,70 @@
+"""Folders behind URLs are converted as local ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from safetensors.torch import load, load_file
+
+from nvmm.conversion.sides import open_checkpoint
+from nvmm.convert.files import at, publish
+from nvmm.data.tokenizer import train_byte_level_bpe
+from tests.convert import families
+from tools.convert import main
+
+
+@pytest.fixture
+def store() -> Iterator[fsspec.AbstractFileSystem]:
+    files = fsspec.filesystem("memory")
+    yield files
+    if files.exists("/nvmm"):
+        files.rm("/nvmm", recursive=True)
+
+
+@pytest.mark.usefixtures("world")
+def test_from_url_to_url_and_back(store: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    families.language("qwen2", tmp_path / "theirs")
+    special = ["<|endoftext|>", "<|im_end|>"]
+    train_byte_level_bpe(
+        tmp_path / "theirs",
+        ["What is it?"],
+        vocab_size=300,
+        special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    store.put(str(tmp_path / "theirs"), "/nvmm/theirs", recursive=True)
+    ours, back = "memory://nvmm/ours", "memory://nvmm/back"
+    assert main(["import", "--from", "memory://nvmm/theirs", "--to", ours, "--workers", "2"]) == 0
+    assert store.exists("/nvmm/ours/tokenizer/tokenizer.json")
+    assert main(["export", "--from", ours, "--to", back, "--format", "qwen2"]) == 0
+    found = load(store.cat_file("/nvmm/back/model.safetensors"))
+    original = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert found.keys() == original.keys()
+    assert all(torch.equal(found[name], value) for name, value in original.items())
+    assert store.exists("/nvmm/back/tokenizer.json") and store.exists("/nvmm/back/config.json")
+    # A copy on this machine is the checkpoint that a local import writes.
+    assert main(["reshard", "--from", ours, "--to", f"file://{tmp_path}/local"]) == 0
+    local = str(tmp_path / "local")
+    assert main(["verify", "--a", str(tmp_path / "theirs"), "--b", local]) == 0
+    assert main(["verify", "--a", ours, "--b", local, "--no-logits"]) == 0
+    assert main(["import", "--from", "memory://nvmm/theirs", "--to", ours]) == 2
+
+
+def test_what_fails_behind_a_url_leaves_nothing(store: fsspec.AbstractFileSystem) -> None:
+    with pytest.raises(OSError, match="full"), publish(at("memory://nvmm/out")) as folder:
+        (folder / "weights").write_bytes(b"1")
+        raise OSError("disk full")
+    assert not store.exists("/nvmm/out")
+    store.pipe_file("/nvmm/half/__0_0.distcp", b"1")
+    with pytest.raises(ValueError, match=r"half is no complete checkpoint"):
+        open_checkpoint(at("memory://nvmm/half"))
+
+
+def test_an_unknown_scheme_is_named() -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        at("nowhere://folder/x")

@@ -1,0 +1,228 @@
+"""Megatron-LM's checkpoints, written here in its layout: merged, renumbered, read without trust."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from nvmm.conversion import sides
+from nvmm.conversion.importing import derive
+from nvmm.conversion.verify import compare_tensors, open_side
+from tests.convert import families
+from tests.convert.test_families import imported, logits
+from tests.convert.test_hostile import Payload
+from tests.ranks import run_ranks
+
+_ROWS = 640  # what Megatron-LM pads 509 to with TP 2 and a multiple of 320
+
+
+def args(**changes: Any) -> argparse.Namespace:
+    """What Megatron-LM would have been given to train the tiny Qwen2."""
+    values = {
+        "num_layers": 2,
+        "hidden_size": 60,
+        "num_attention_heads": 6,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 10,
+        "ffn_hidden_size": 92,
+        "normalization": "RMSNorm",
+        "norm_epsilon": 1e-6,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "position_embedding_type": "rope",
+        "rotary_base": 10000,
+        "max_position_embeddings": 128,
+        "padded_vocab_size": _ROWS,
+        "vocab_size": families.VOCABULARY,
+        "untie_embeddings_and_output_weights": True,
+        "params_dtype": torch.bfloat16,
+        "exit_signal": signal.SIGTERM,
+    }
+    return argparse.Namespace(**values | changes)
+
+
+def sliced(name: str, value: Tensor, tensor: int) -> list[Tensor]:
+    """What each tensor-parallel rank of Megatron-LM holds of a whole tensor."""
+    if "word_embeddings" in name or name == "output_layer.weight":
+        padding = value.new_full((_ROWS - families.VOCABULARY, value.shape[1]), 9.0)
+        return list(torch.cat([value[: families.VOCABULARY], padding]).chunk(tensor))
+    if "linear_fc1.weight" in name:
+        gate, up = (half.chunk(tensor) for half in value.chunk(2))
+        return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+    if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
+        return list(value.chunk(tensor))
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return list(value.chunk(tensor, dim=1))
+    return [value] * tensor
+
+
+def write_legacy(
+    folder: Path, weights: dict[str, Tensor], tensor: int, pipeline: int, fused: bool
+) -> Path:
+    """weights under our names -> <folder>/iter_0000007/mp_rank_XX_YYY/model_optim_rng.pt."""
+    folder.mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    per_stage = 2 // pipeline
+    for p in range(pipeline):
+        states: list[dict[str, Any]] = [{} for _ in range(tensor)]
+        for name, value in weights.items():
+            stage = pipeline - 1 if name.startswith(("output", "decoder.final")) else 0
+            if name.startswith("decoder.layers."):
+                layer, _, rest = name.removeprefix("decoder.layers.").partition(".")
+                stage = int(layer) // per_stage
+                if not fused:
+                    rest = rest.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+                    rest = rest.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+                local = f"decoder.layers.{int(layer) % per_stage}.{rest}"
+            else:
+                local = name
+            if stage == p:
+                for state, part in zip(states, sliced(name, value, tensor), strict=True):
+                    state[local] = part.clone()
+        for t, state in enumerate(states):
+            rank = f"mp_rank_{t:02d}_{p:03d}" if pipeline > 1 else f"mp_rank_{t:02d}"
+            path = folder / "iter_0000007" / rank / "model_optim_rng.pt"
+            path.parent.mkdir(parents=True)
+            state["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+            generator = {"np_rng_state": ("MT19937", numpy.arange(3, dtype=numpy.uint32), 3)}
+            content = {"args": args(), "iteration": 7, "model": state, "rng_state": [generator]}
+            torch.save(content, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """The tiny Qwen2 as a checkpoint of ours, and its weights."""
+    from nvmm.convert.table import read
+    from nvmm.parallel.setup import Parallel, shutdown
+
+    folder = tmp_path_factory.mktemp("qwen2")
+    families.language("qwen2", folder / "theirs")
+    Parallel().initialize(seed=1, rank=0, world_size=1)
+    imported(folder / "theirs", folder / "ours")
+    shutdown()
+    source = sides.open_checkpoint(folder / "ours").source
+    return folder / "ours", {name: read(source, name) for name in source.spec}
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "fused"), [(1, 1, True), (2, 1, False), (2, 2, True)], ids=str
+)
+def test_legacy_ranks_are_put_together(
+    ours: tuple[Path, dict[str, Tensor]], tmp_path: Path, tensor: int, pipeline: int, fused: bool
+) -> None:
+    path = write_legacy(tmp_path / "legacy", ours[1], tensor, pipeline, fused)
+    report = compare_tensors(sides.open_checkpoint(ours[0]), open_side(path))
+    assert report["equal"] == report["tensors"] == len(ours[1]) == 17
+    assert not report["only_in_a"] + report["only_in_b"]
+
+
+@pytest.mark.usefixtures("world")
+def test_an_imported_legacy_model_answers_like_the_original(
+    ours: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    path = write_legacy(tmp_path / "legacy", ours[1], 2, 2, True)
+    model = imported(path, tmp_path / "again")
+    assert model == derive({"": sides.open_folder(path)})
+    assert (model["vocab_size"], model["padded_vocab_size"]) == (509, 512)
+    first = logits(0, 1, None, {}, sides.open_checkpoint(ours[0]).model, ours[0])
+    assert torch.equal(first, logits(0, 1, None, {}, model, tmp_path / "again"))
+
+
+def write_distributed(
+    rank: int, world: int, init: str, layout: dict[str, Any], path: Path, stacked: bool
+) -> dict[str, Tensor]:
+    """Save a GPT model as Megatron-LM does; this rank's parameters by local name."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    from nvmm.parallel.parameters import build_chunks
+    from nvmm.parallel.setup import Parallel, Precision
+    from tests.training import language_model
+
+    parallel = Parallel(**layout)
+    parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
+    [chunk] = build_chunks(language_model(), parallel, Precision(), seed=3)
+    metadata = None if stacked else {"non_homogeneous_layers": True}
+    state = {
+        "args": args(
+            num_layers=4,
+            hidden_size=32,
+            num_attention_heads=4,
+            kv_channels=8,
+            ffn_hidden_size=48,
+            padded_vocab_size=64,
+            vocab_size=61,
+            norm_epsilon=1e-5,
+        ),
+        "iteration": 3,
+        "model": chunk.sharded_state_dict(metadata=metadata),
+    }
+    if rank == 0:
+        path.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, str(path), TorchDistSaveShardedStrategy("torch_dist", 1))
+    return {name: value.detach().clone() for name, value in chunk.named_parameters()}
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_mcores_own_gpt_checkpoints_are_read(stacked: bool, tmp_path: Path) -> None:
+    run_ranks(write_distributed, 2, {"tensor_model_parallel_size": 2}, tmp_path / "dist", stacked)
+    [whole] = run_ranks(write_distributed, 1, {}, tmp_path / "one", stacked)
+    from nvmm.convert.table import read
+
+    folder = sides.open_folder(tmp_path / "dist")
+    found = folder.to_ours(folder.model())
+    renamed = {
+        name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
+            "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+        ): value
+        for name, value in whole.items()
+    }
+    assert found.spec.keys() == renamed.keys()
+    for name, value in renamed.items():
+        tensor = read(found, name)
+        if "word_embeddings" in name or name == "output_layer.weight":
+            # Rows that pad the vocabulary of 61 are zeros in ours.
+            assert tensor.shape == (128, 32) and not tensor[61:].any()
+            tensor, value = tensor[:61], value[:61]
+        assert torch.equal(tensor, value), name
+
+
+def test_a_hostile_rank_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"args": args(), "model": {}, "extra": Payload()}, path)
+    with pytest.raises(ValueError, match=r"model_optim_rng\.pt: refused, nothing of it was run"):
+        sides.open_folder(tmp_path / "iter_0000001")
+    assert not Path("/tmp/nvmm_convert_payload").exists()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model_optim_rng\.pt: refused"):
+        sides.open_folder(tmp_path / "iter_0000001")
+
+
+def test_legacy_checkpoints_we_cannot_read(
+    ours: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    path = write_legacy(tmp_path / "legacy", ours[1], 2, 1, True)
+    second = path / "iter_0000007" / "mp_rank_01" / "model_optim_rng.pt"
+    content = torch.load(second, weights_only=False)
+    content["model"]["decoder.final_layernorm.weight"] += 1
+    torch.save(content, second)
+    with pytest.raises(ValueError, match=r"ranks hold different decoder\.final_layernorm\.weight"):
+        compare_tensors(sides.open_checkpoint(ours[0]), open_side(path))
+    second.parent.rename(second.parent.with_name("mp_rank_02"))
+    with pytest.raises(ValueError, match="lacks the files of pipeline rank 0, tensor rank 1"):
+        open_side(path)
+    (path / "latest_checkpointed_iteration.txt").write_text("../../etc")
+    with pytest.raises(ValueError, match="no iteration"):
+        open_side(path)
