@@ -16,7 +16,7 @@ from nvmm.conversion.exporting import layout
 from nvmm.conversion.importing import on_meta
 from nvmm.conversion.sides import Saved, open_checkpoint, write_state, write_weights
 from nvmm.convert import peft
-from nvmm.convert.checkpoint import publish
+from nvmm.convert.files import publish
 from nvmm.convert.peft import Factors
 from nvmm.convert.table import Cast, Source, read
 from nvmm.modules.lora import FACTORS, Lora, linears, stacked

@@ -59,7 +59,7 @@ def export(
             exported_config(config, original, stored),
             None if part == "vision" else folder,
             _card(saved, format_name, part, converted),
-            processor(model, format_name),
+            processor(_model(saved, part), format_name),
         )
 
 
@@ -67,15 +67,18 @@ def layout(
     saved: Saved, format_name: str, part: str | None, vocab_size: int | None = None
 ) -> tuple[dict[str, Any], list[Row]]:
     """config.json of a checkpoint's model, or part of it, in a format, and the format's table."""
-    model = saved.model
-    if part is not None:
-        if not isinstance(model.get(part), Mapping):
-            raise ValueError(f"--part {part}: the model of {saved.path} has no {part}")
-        model = model[part]
-    family = FORMATS[format_name]
+    model, family = _model(saved, part), FORMATS[format_name]
     config = family.from_model(model)
     _set_vocabulary(config, model, _original(saved, format_name, part), vocab_size)
     return config, family.table(model, config)
+
+
+def _model(saved: Saved, part: str | None) -> Mapping[str, Any]:
+    if part is None:
+        return saved.model
+    if not isinstance(saved.model.get(part), Mapping):
+        raise ValueError(f"--part {part}: the model of {saved.path} has no {part}")
+    return saved.model[part]
 
 
 def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any] | None:
