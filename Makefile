@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart check test test-slow golden bench bench-convert bench-packing clean
+.PHONY: help venv quickstart check test test-slow golden compare-nvlm ablate-tiles bench \
+	bench-convert bench-packing clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -39,6 +40,16 @@ test-slow: venv ## the slow tests
 
 golden: venv ## write the golden losses and names anew (look at the diff)
 	$(BIN)/python -m pytest -m "not gpu" -k golden --golden
+
+SEEDS ?= 3
+
+compare-nvlm: venv ## NVLM-D, X and H in small, side by side (SEEDS=1: one seed)
+	$(BIN)/python tools/compare_nvlm.py --seeds $(SEEDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_nvlm.py
+
+ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1; REGIME=images ARMS=none,1d,2d_grid,2d_bbox)
+	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(REGIME),--regime $(REGIME)) \
+		$(if $(ARMS),--arms $(ARMS))
 
 bench: venv ## times of the commands and steps
 	$(BIN)/python tools/bench_entry.py

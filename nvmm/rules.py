@@ -58,6 +58,9 @@ _CHOICES = {
     "optim.schedule": ("cosine", "linear", "constant"),
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),
     "trainer.on_nonfinite": ("stop", "skip"),
+    "data.train.build.tags.variant": ("none", "1d", "2d_grid", "2d_bbox"),
+    "data.train.build.tags.form": ("megatron", "hf"),
+    "data.train.build.template.style": ("chatml", "yi", "pretraining"),
 }
 
 
