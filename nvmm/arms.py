@@ -28,6 +28,8 @@ import yaml
 
 _POLL_SECONDS = 0.5
 _SHOWN_LINES = 15
+# Where nvmm.report looks for it.
+_SCORES = Path("evaluation/heldout/last")
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ def train(folder: Path, *overrides: str) -> Command:
 
 
 def evaluate(folder: Path, *overrides: str) -> Command:
-    """`nvmm.evaluate` of the newest checkpoint of the run in `folder`."""
-    output = folder / "evaluation"
+    """`nvmm.evaluate` of the newest checkpoint of the run in `folder`, on held-out questions."""
+    output = folder / _SCORES
     arguments = ("-W", "ignore", "-m", "nvmm.evaluate", f"checkpoint={folder}", f"output={output}")
-    return Command(output, (*arguments, *overrides))
+    return Command(output, (*arguments, "benchmark=heldout", *overrides))
 
 
 def run(arms: Sequence[Arm], jobs: int) -> None:
@@ -91,7 +93,7 @@ def measure(folder: Path) -> dict[str, float]:
     and `peak_memory_bytes` are those of the training process, start-up included.
     """
     summary = json.loads((folder / "summary.json").read_text())
-    scores = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    scores = json.loads((folder / _SCORES / "metrics.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = lines[len(lines) // 10 :]
     attempts = _read(folder)["attempts"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvmm import arms
+from nvmm.data import digits
 
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
 
@@ -124,7 +125,7 @@ def test_spread_and_table() -> None:
 
 def fake_run(folder: Path, max_steps: int, steps: int) -> None:
     """The files of a run of `steps` steps of 4 samples."""
-    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation/heldout/last").mkdir(parents=True)
     (folder / "config.yaml").write_text(f"trainer:\n  max_steps: {max_steps}\n")
     summary = {"steps": steps, "samples_seen": 4 * steps, "num_parameters": 9}
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -135,7 +136,7 @@ def fake_run(folder: Path, max_steps: int, steps: int) -> None:
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = {"score": 0.5, "num_samples": 2, "kinds": {"read": {"score": 0.25, "num_samples": 1}}}
-    (folder / "evaluation" / "metrics.json").write_text(json.dumps(scores))
+    (folder / "evaluation/heldout/last/metrics.json").write_text(json.dumps(scores))
     attempts = [
         {"seconds": 3.0, "cpu_seconds": 2.0, "peak_memory_bytes": 7},
         {"seconds": 1.0, "cpu_seconds": 1.0, "peak_memory_bytes": 5},
@@ -176,8 +177,8 @@ def test_commands_of_a_stage(tmp_path: Path) -> None:
         "seed=3",
         f"run.dir={tmp_path / 'a'}",
     )
-    score = arms.evaluate(tmp_path / "a", "benchmark=heldout")
-    assert score.folder == tmp_path / "a" / "evaluation"
+    score = arms.evaluate(tmp_path / "a", "batch_size=2")
+    assert score.folder == tmp_path / "a" / "evaluation/heldout/last"
     assert f"checkpoint={tmp_path / 'a'}" in score.arguments
     assert f"output={score.folder}" in score.arguments
 
@@ -189,3 +190,42 @@ def test_saved_results_name_their_settings(tmp_path: Path) -> None:
     assert saved["settings"] == {"steps": 5}
     assert saved["machine"]["cpu_cores"] == os.cpu_count()
     assert saved["date"][:2] == "20"
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    """Every attempt is stopped by its time limit after one step; the third ends the training."""
+    data = tmp_path / "data"
+    digits.build(data, digits.Amounts(text=2, single=2, strings=16, validation=2, test=4))
+    run = tmp_path / "run"
+    training = arms.train(
+        run,
+        "experiment=nvlm_d/quickstart",
+        "parallel=single",
+        "init_from=null",
+        f"tokenizer.path={data / 'tokenizer'}",
+        f"data.train.shards=[{data}/strings/train-*.tar]",
+        "data.validation=null",
+        "optim.warmup_steps=0",
+        "trainer.validation_interval=null",
+        "trainer.max_steps=3",
+        "trainer.global_batch_size=4",
+        "trainer.micro_batch_size=4",
+        "trainer.max_minutes=0",
+    )
+    scoring = arms.evaluate(
+        run,
+        f"benchmark.shards={data}/strings/test-*.tar",
+        "max_new_tokens=2",
+    )
+    arm = arms.Arm("nvlm_d", 1, (training, scoring))
+    for step in (1, 2):
+        with pytest.raises(RuntimeError, match=f"(?s)told to stop.*stopped at step {step} of 3"):
+            arms.run([arm], jobs=1)
+    arms.run([arm], jobs=1)
+    numbers = arms.measure(run)
+    assert [numbers["steps"], numbers["samples"], numbers["questions"]] == [3, 12, 4]
+    assert 0 <= numbers["exact_match"] <= 1
+    assert numbers["cpu_seconds"] > 3
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]

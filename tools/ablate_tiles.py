@@ -150,7 +150,6 @@ def arm(name: str, seed: int, regime: Regime, folder: Path, steps: int) -> arms.
             ),
             arms.evaluate(
                 run,
-                "benchmark=heldout",
                 f"benchmark.shards={regime.strings}/strings/test-*.tar",
                 "batch_size=64",
                 "max_new_tokens=10",

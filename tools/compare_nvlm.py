@@ -70,7 +70,6 @@ def arm(system: str, seed: int, folder: Path, steps: int) -> arms.Arm:
             ),
             arms.evaluate(
                 run / "strings",
-                "benchmark=heldout",
                 f"benchmark.shards={DATA}/strings/test-*.tar",
                 "batch_size=64",
                 "max_new_tokens=10",
@@ -105,20 +104,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=800, help="of the last stage")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--to", type=Path, default=Path("runs/compare_nvlm"), help="its folder")
     options = parser.parse_args()
+    systems = options.systems.split(",")
+    if not set(systems) <= set(SYSTEMS):
+        parser.error(f"--systems {options.systems}: use {','.join(SYSTEMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     digits.build(DATA)
     seeds = range(SEED, SEED + options.seeds)
-    planned = [arm(name, seed, options.to, options.steps) for name in SYSTEMS for seed in seeds]
+    planned = [arm(name, seed, options.to, options.steps) for name in systems for seed in seeds]
     arms.run(planned, options.jobs)
     found = {
         name: [arms.measure(options.to / f"seed{seed}" / name / "strings") for seed in seeds]
-        for name in SYSTEMS
+        for name in systems
     }
     arms.save(options.to / "results.json", found, steps=options.steps)
     print(report(found))
