@@ -18,7 +18,7 @@ from pathlib import Path
 from nvmm import arms
 from nvmm.data import digits
 
-DATA = Path("data/quickstart")
+DATA = Path("data/quickstart")  # of the experiments
 SYSTEMS = ("d", "x", "h")
 BASE = (
     "parallel=single",
@@ -34,38 +34,19 @@ QUESTIONS = 1000
 def arm(system: str, seed: int, folder: Path, steps: int) -> arms.Arm:
     """Three stages and the evaluation of one system."""
     run = folder / f"seed{seed}" / system
-    text, single = f"{DATA}/text/train-*.tar", f"{DATA}/single/train-*.tar"
     experiment = f"experiment=nvlm_{system}/quickstart"
-    before = ("optim.schedule=constant", "trainer.global_batch_size=64")
-    base = (experiment, *BASE, f"seed={seed}")
+    base = (*BASE, f"seed={seed}")
     return arms.Arm(
         f"nvlm_{system}",
         seed,
         (
-            arms.train(
-                run / "text",
-                *base,
-                *before,
-                "trainer.micro_batch_size=64",
-                "trainer.max_steps=200",
-                "optim.freeze=[vision.*,connector.*]",
-                f"data.train.shards=[{text}]",
-                "init_from=null",
-            ),
-            arms.train(
-                run / "align",
-                *base,
-                *before,
-                "trainer.micro_batch_size=64",
-                "trainer.max_steps=400",
-                f"data.train.shards=[{text},{single}]",
-                f"init_from={run / 'text'}",
-            ),
+            arms.train(run / "text", f"{experiment}_text", *base),
+            arms.train(run / "align", f"{experiment}_align", *base, f"init_from={run / 'text'}"),
             arms.train(
                 run / "strings",
+                experiment,
                 *base,
                 f"trainer.max_steps={steps}",
-                f"data.train.shards=[{DATA}/strings/train-*.tar]",
                 f"init_from={run / 'align'}",
             ),
             arms.evaluate(
