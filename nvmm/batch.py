@@ -15,18 +15,27 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a position that takes no part in the loss."""
+IMAGE = "image"
+"""Kind of media whose features stand at placeholders of the sequence."""
+ATTENDED = "attended"
+"""Kind of media that cross-attention reads, outside the sequence (NVLM sections 3.3 and 3.4)."""
 
 
 @dataclass(frozen=True)
 class SampleMedia:
-    """The media of one kind (e.g. "image") in one sample, in order of appearance.
+    """The media of one kind (IMAGE or ATTENDED) in one sample, in order of appearance.
 
     values: uint8 [n, 3, height, width], one row per tile.
-    positions: int64 [n], index in the sample's tokens of each tile's first placeholder.
+    positions: int64 [n], index in the sample's tokens of each tile's first placeholder; of attended
+        media, of the first token of the tile's tag (of what follows, where the text has no tag).
     items: int64 [n], which image of the sample the tile belongs to (0-based).
     tiles: int64 [n], place of the tile in its image: 1..k row-major, 0 for the thumbnail.
-    placeholder_id: token id that stands for one media feature.
-    tokens_per_item: number of consecutive placeholders each tile occupies.
+    placeholder_id: token id that stands for one media feature; -1 for attended media.
+    tokens_per_item: features of each tile: consecutive placeholders, or keys.
+    ends: attended media alone: int64 [n], one past the tag's last token; those tokens see this tile
+        and no other. Text from an image's last end on sees the whole image.
+    tag_ids: attended media alone: int64 [n, t], tokens whose embeddings are keys in front of the
+        tile's features, -1 where a tag is shorter (NVLM-H; t is 0 in NVLM-X).
     """
 
     values: Tensor
@@ -35,6 +44,8 @@ class SampleMedia:
     tiles: Tensor
     placeholder_id: int
     tokens_per_item: int
+    ends: Tensor | None = None
+    tag_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,13 +67,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Media:
-    """The media of one kind in one micro-batch.
+    """The media of one kind in one micro-batch, sample by sample, image by image.
 
-    values: uint8 [n, 3, height, width].
-    rows: int64 [n], the row of `Batch.tokens` that holds the placeholders.
-    positions: int64 [n], the column of the first placeholder.
+    values: uint8 [n, 3, height, width]; empty on later pipeline stages, which know of attended
+        media all but the pixels (and of placed media nothing).
+    rows: int64 [n], the row of `Batch.tokens` that holds the placeholders or the tags.
+    positions, ends: as in SampleMedia, as columns of that row.
     samples: int64 [n], index into `Batch.sample_ids`.
-    items, tiles, placeholder_id, tokens_per_item: as in SampleMedia.
+    items, tiles, placeholder_id, tokens_per_item, tag_ids: as in SampleMedia.
     """
 
     values: Tensor
@@ -73,6 +85,14 @@ class Media:
     tiles: Tensor
     placeholder_id: int
     tokens_per_item: int
+    ends: Tensor | None = None
+    tag_ids: Tensor | None = None
+
+    @property
+    def num_keys(self) -> int:
+        """Of attended media: rows that cross-attention reads, features and tags."""
+        tags = 0 if self.tag_ids is None else int((self.tag_ids >= 0).sum())
+        return self.positions.numel() * self.tokens_per_item + tags
 
 
 @dataclass(frozen=True)

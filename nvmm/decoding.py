@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
@@ -59,15 +60,23 @@ def _merge_media(samples: Sequence[Sample], kind: str, padding: Tensor) -> Media
     rows_of_items = torch.cat(
         [torch.full_like(part.positions, row) for row, part in zip(rows, parts, strict=True)]
     )
+    moved = padding[rows_of_items]
+    ends = [part.ends for part in parts if part.ends is not None]
+    tags = [part.tag_ids for part in parts if part.tag_ids is not None]
+    width = max((ids.shape[1] for ids in tags), default=0)
     return Media(
         values=torch.cat([part.values for part in parts]),
         rows=rows_of_items,
-        positions=torch.cat([part.positions for part in parts]) + padding[rows_of_items],
+        positions=torch.cat([part.positions for part in parts]) + moved,
         samples=rows_of_items.clone(),
         items=torch.cat([part.items for part in parts]),
         tiles=torch.cat([part.tiles for part in parts]),
         placeholder_id=parts[0].placeholder_id,
         tokens_per_item=parts[0].tokens_per_item,
+        ends=torch.cat(ends) + moved if ends else None,
+        tag_ids=torch.cat([F.pad(t, (0, width - t.shape[1]), value=-1) for t in tags])
+        if tags
+        else None,
     )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.batch import IGNORE_INDEX, Batch, Media
+from nvmm.batch import ATTENDED, IGNORE_INDEX, IMAGE, Batch, Media
 from nvmm.miniature import ONE_RANK, Layout, shrink
 from nvmm.parallel import context_parallel
 from nvmm.parallel.ranks import run_ranks
@@ -240,6 +240,8 @@ def synthetic_steps(
 ) -> list[list[Batch]]:
     """Micro-batches with images unevenly spread, some without any; ragged rows; an odd vocabulary.
 
+    `config["attended"]` says which tiles have no placeholders but are for cross-attention.
+
     Every second micro-batch of odd steps has no image at all, so with two data-parallel ranks one
     sees none in the whole step; of even steps the last micro-batch has none. With `merged` the
     same rows form one micro-batch a step (no gradient accumulation). Rows and packed segments are
@@ -253,7 +255,17 @@ def synthetic_steps(
         for index in range(num_micro_batches):
             bare = index % 2 == 1 if step % 2 == 0 else index == num_micro_batches - 1
             model = None if bare or "vision" not in config["model"] else config["model"]
-            groups.append([_row(generator, model, 1 - i * (index % 2 == 0)) for i in range(2)])
+            groups.append(
+                [
+                    _row(
+                        generator,
+                        model,
+                        1 - i * (index % 2 == 0),
+                        config.get("attended", "none"),
+                    )
+                    for i in range(2)
+                ]
+            )
         if merged:
             groups = [[row for group in groups for row in group]]
         steps.append(
@@ -264,29 +276,43 @@ def synthetic_steps(
 
 @dataclass(frozen=True)
 class _Row:
-    """tokens [n + 1]; starts of its tiles' placeholders; tiles uint8 [k, 3, size, size]."""
+    """tokens [n + 1]; tiles uint8 [k, 3, size, size]; starts of the placeholders of the first of
+    them; the others are attended, their tags columns [start, stop) of the text or `tags`."""
 
     tokens: Tensor
     starts: list[int]
     tiles: Tensor
     tokens_per_tile: int
+    attended: list[tuple[int, int]]
+    tags: Tensor
 
 
-def _row(generator: torch.Generator, model: dict[str, Any] | None, least_tiles: int) -> _Row:
+def _row(
+    generator: torch.Generator,
+    model: dict[str, Any] | None,
+    least_tiles: int,
+    attended: str = "none",
+) -> _Row:
     count, size, per_tile = 0, 0, 0
     if model is not None:
         size = model["vision"]["image_size"]
         grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 1)
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
-    length = int(torch.randint(9, 14, (), generator=generator)) + count * (per_tile + 1)
+    # Like NVLM-D's, -H's or -X's rows: all tiles, the first one or none in the sequence.
+    placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]
+    length = int(torch.randint(9, 14, (), generator=generator)) + placed * (per_tile + 1)
     tokens = torch.randint(0, PLACEHOLDER, (length + 1,), generator=generator)
-    starts = [2 + i * (per_tile + 1) for i in range(count)]
+    starts = [2 + i * (per_tile + 1) for i in range(placed)]
     for start in starts:
         tokens[start : start + per_tile] = PLACEHOLDER
     shape = (count, 3, size, size)
     tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    return _Row(tokens, starts, tiles, per_tile)
+    in_text = attended == "all"
+    spans = [(1 + 2 * i, 3 + 2 * i) if in_text else (1, 1) for i in range(count - placed)]
+    tags = torch.randint(0, PLACEHOLDER, (len(spans), 0 if in_text else 2), generator=generator)
+    tags[1::2, 1:] = -1  # tags of two lengths
+    return _Row(tokens, starts, tiles, per_tile, spans, tags)
 
 
 def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) -> Batch:
@@ -300,6 +326,7 @@ def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) 
     labels = torch.full(shape, IGNORE_INDEX)
     position_ids = torch.arange(width).repeat(shape[0], 1)
     where: list[tuple[int, int, int, int]] = []
+    outside: list[tuple[int, int, int, int, int]] = []
     bounds = [0]
     for index, row in enumerate(rows):
         line, start = (0, bounds[-1]) if packed else (index, 0)
@@ -312,6 +339,10 @@ def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) 
         if packed:
             position_ids[line, start : start + padded[index]] = torch.arange(padded[index])
         where += [(line, start + s, index, tile) for tile, s in enumerate(row.starts)]
+        outside += [
+            (line, start + first, start + stop, index, tile)
+            for tile, (first, stop) in enumerate(row.attended)
+        ]
         bounds.append(start + padded[index])
     if packed and bounds[-1] < width:
         position_ids[0, bounds[-1] :] = torch.arange(width - bounds[-1])
@@ -321,8 +352,8 @@ def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) 
     if where:
         lines, positions, samples, tiles = torch.tensor(where).unbind(1)
         with_tiles = [row for row in rows if row.starts]
-        media["image"] = Media(
-            values=torch.cat([row.tiles for row in with_tiles]),
+        media[IMAGE] = Media(
+            values=torch.cat([row.tiles[: len(row.starts)] for row in with_tiles]),
             rows=lines,
             positions=positions,
             samples=samples,
@@ -331,6 +362,8 @@ def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) 
             placeholder_id=PLACEHOLDER,
             tokens_per_item=with_tiles[0].tokens_per_tile,
         )
+    if outside:
+        media[ATTENDED] = _attended(rows, torch.tensor(outside))
     return Batch(
         tokens=tokens,
         labels=labels,
@@ -340,6 +373,24 @@ def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) 
         sample_ids=torch.arange(first_id, first_id + len(rows)),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32) if packed else None,
         media=media,
+    )
+
+
+def _attended(rows: list[_Row], outside: Tensor) -> Media:
+    """Tiles for cross-attention, two an image; outside: [n, (row, start, stop, sample, tile)]."""
+    lines, positions, ends, samples, tiles = outside.unbind(1)
+    with_tiles = [row for row in rows if row.attended]
+    return Media(
+        values=torch.cat([row.tiles[len(row.starts) :] for row in with_tiles]),
+        rows=lines,
+        positions=positions,
+        samples=samples,
+        items=tiles // 2,
+        tiles=tiles % 2 + 1,
+        placeholder_id=-1,
+        tokens_per_item=with_tiles[0].tokens_per_tile,
+        ends=ends,
+        tag_ids=torch.cat([row.tags for row in with_tiles]),
     )
 
 

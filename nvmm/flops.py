@@ -8,7 +8,7 @@ attention square.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nvmm.batch import Batch
@@ -16,7 +16,7 @@ from nvmm.batch import Batch
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-PARTS = ("language", "vision", "connector")
+PARTS = ("language", "vision", "connector", "cross_attention")
 # Times the forward cost. A trained part computes both gradients; a frozen one behind which
 # something trains computes only the gradient of its input. Attention has no weights of its own.
 _LINEAR_COST = {"trained": 3, "passed": 2, "frozen": 1}
@@ -110,6 +110,36 @@ def connector_flops(
     return 2.0 * weights * num_tokens * _LINEAR_COST[training]
 
 
+def cross_attention_flops(
+    *,
+    num_blocks: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    num_query_groups: int,
+    kv_channels: int,
+    ffn_hidden_size: int | None,
+    gated_linear_unit: bool,
+    num_queries: int,
+    num_keys: int,
+    num_pairs: int,
+    training: str = "trained",
+) -> float:
+    """Matrix-multiply FLOPs of cross-attention blocks over one micro-batch with media.
+
+    Args:
+        num_queries: positions of the decoder; num_keys: media features and tags that are read.
+        num_pairs: (query, key) pairs in which the query sees the key.
+        ffn_hidden_size: of the blocks' own feed-forward part; None for none.
+    """
+    query, key_value = num_attention_heads * kv_channels, 2 * num_query_groups * kv_channels
+    mlp = hidden_size * (ffn_hidden_size or 0) * (3 if gated_linear_unit else 2)
+    linear = hidden_size * ((2 * query + mlp // hidden_size) * num_queries + key_value * num_keys)
+    attention = 4.0 * query * num_pairs
+    return num_blocks * (
+        2.0 * linear * _LINEAR_COST[training] + attention * _ATTENTION_COST[training]
+    )
+
+
 def flops_per_step(
     language: TransformerConfig,
     vision: TransformerConfig | None = None,
@@ -124,6 +154,7 @@ def flops_per_step(
     connector_hidden_size: int | None = None,
     trained: Collection[str] = PARTS,
     causal_attention_factor: float = 0.5,
+    cross_attention: Mapping[str, int | None] | None = None,
 ) -> dict[str, float]:
     """Model FLOPs of one micro-batch, forward and backward, over the whole model (all stages).
 
@@ -134,10 +165,12 @@ def flops_per_step(
         num_tiles: tiles that pass the encoder.
         image_size, patch_size, class_token: the encoder's input, as in its YAML.
         downsample, connector_hidden_size: as in the connector's YAML.
-        trained: which of "language", "vision", "connector" have trainable parameters; none for
-            a forward pass alone.
+        trained: which of PARTS have trainable parameters; none for a forward pass alone.
+        cross_attention: sizes and counts of `cross_attention_flops`, but those that the decoder
+            gives; None for none.
 
-    Returns: {"language": ..., "vision": ...}; the connector counts as vision.
+    Returns: {"language": ..., "vision": ...}; the connector counts as vision, cross-attention as
+    language.
     """
     if unknown := set(trained) - set(PARTS):
         raise ValueError(f"trained={sorted(unknown)} must be among {', '.join(PARTS)}")
@@ -145,7 +178,8 @@ def flops_per_step(
     modes = {
         "vision": _mode("vision" in trained, False),
         "connector": _mode("connector" in trained, "vision" in trained),
-        "language": _mode("language" in trained, behind),
+        "language": _mode("language" in trained, behind or "cross_attention" in trained),
+        "cross_attention": _mode("cross_attention" in trained, behind or "language" in trained),
     }
     flops = {
         "language": language_flops(
@@ -157,6 +191,14 @@ def flops_per_step(
         ),
         "vision": 0.0,
     }
+    if cross_attention is not None:
+        flops["language"] += cross_attention_flops(
+            **cross_attention,  # type: ignore[arg-type]
+            hidden_size=language.hidden_size,
+            gated_linear_unit=language.gated_linear_unit,
+            num_queries=sum(segment_lengths),
+            training=modes["cross_attention"],
+        )
     if vision is not None and num_tiles:
         tokens = (image_size // patch_size // downsample) ** 2 * num_tiles
         flops["vision"] = vision_flops(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from PIL import Image
@@ -54,7 +54,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile: its image in the sample, its place (0: thumbnail), tag, placeholders, pixels."""
+    """One tile: its image in the sample, its place (0: thumbnail), tag, placeholders, pixels.
+
+    keys: of a tile that cross-attention reads, how many; start .. stop is then its tag's place.
+    """
 
     image: int
     place: int
@@ -62,6 +65,7 @@ class Tile:
     start: int
     stop: int
     picture: Tensor
+    keys: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,29 @@ def _tiles(
     tiles: list[Tile] = []
     for media in batch.media.values():
         for index in (media.samples == sample).nonzero().flatten().tolist():
+            if media.ends is not None:
+                tiles.append(_attended_tile(batch, tokenizer, media, index))
+                continue
             tile = _tile(batch, tokenizer, media, index, first, image_start)
             first = tile.stop
             tiles.append(tile)
     return tiles
+
+
+def _attended_tile(batch: Batch, tokenizer: Tokenizer, media: Media, index: int) -> Tile:
+    assert media.ends is not None and media.tag_ids is not None
+    start, stop = int(media.positions[index]), int(media.ends[index])
+    own = [i for i in media.tag_ids[index].tolist() if i >= 0]
+    ids = batch.tokens[int(media.rows[index]), start:stop].tolist() or own
+    return Tile(
+        image=int(media.items[index]),
+        place=int(media.tiles[index]),
+        tag=tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
+        start=start,
+        stop=stop,
+        picture=media.values[index],
+        keys=media.tokens_per_item + len(own),
+    )
 
 
 def _tile(
@@ -149,6 +172,7 @@ def _tile(
 def _stretches(
     batch: Batch, tokenizer: Tokenizer, row: int, start: int, stop: int, tiles: Sequence[Tile]
 ) -> Iterator[Stretch]:
+    tiles = [replace(t, stop=t.start) if t.keys else t for t in tiles]
     kinds: list[tuple[str, int]] = []
     for column in range(start, stop):
         tile = next((i for i, t in enumerate(tiles) if t.start <= column < t.stop), -1)
@@ -238,7 +262,7 @@ def _tile_name(tile: Tile) -> str:
 def _shown(stretch: Stretch, segment: Segment, color: bool) -> str:
     text = stretch.text
     if stretch.kind == "media":
-        tile = next(tile for tile in segment.tiles if tile.start == stretch.start)
+        tile = next(t for t in segment.tiles if t.start == stretch.start and not t.keys)
         text = f"{{{_tile_name(tile)}: {stretch.stop - stretch.start} placeholders}}"
     if color:
         return f"{_COLORS[stretch.kind]}{text}{_RESET}"
@@ -247,11 +271,19 @@ def _shown(stretch: Stretch, segment: Segment, color: bool) -> str:
 
 def _tile_lines(segment: Segment) -> list[str]:
     return [
-        f"  {_tile_name(tile):20} tag {tile.tag or 'none':26} columns {tile.start}..{tile.stop - 1}"
+        f"  {_tile_name(tile):20} tag {tile.tag or 'none':26} {_where(tile)}"
         f"  {tile.picture.shape[-1]} x {tile.picture.shape[-2]} pixels, mean"
         f" {tile.picture.float().mean():.1f}"
         for tile in segment.tiles
     ]
+
+
+def _where(tile: Tile) -> str:
+    if not tile.keys:
+        return f"columns {tile.start}..{tile.stop - 1}"
+    if tile.start == tile.stop:
+        return f"{tile.keys} keys from column {tile.start} on"
+    return f"{tile.keys} keys, tag at columns {tile.start}..{tile.stop - 1}"
 
 
 def _table(segment: Segment, every: bool) -> list[str]:
@@ -293,8 +325,8 @@ def _html(segment: Segment) -> str:
     )
     pictures = "".join(
         f'<figure><img alt="{_tile_name(tile)}" src="data:image/png;base64,{_png(tile.picture)}">'
-        f"<figcaption>{_tile_name(tile)}<br>{escape(tile.tag or 'no tag')}<br>columns"
-        f" {tile.start}..{tile.stop - 1}</figcaption></figure>"
+        f"<figcaption>{_tile_name(tile)}<br>{escape(tile.tag or 'no tag')}<br>"
+        f"{_where(tile)}</figcaption></figure>"
         for tile in segment.tiles
     )
     rows = "".join(

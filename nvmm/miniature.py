@@ -73,6 +73,8 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     small = {kind: _reduced(kind, sizes) for kind in sizes}
     kept = ("model", "objective", "optim", "backend", "seed")
     shrunk = copy.deepcopy({key: config[key] for key in kept})
+    if "cross_attention" in shrunk["model"]:
+        shrunk["attended"] = _attended(config)
     language = shrunk["model"].get("language", shrunk["model"])
     full_layers = language["transformer"]["num_layers"]
     num_layers, stages = _layers(parallel, full_layers, sizes, small)
@@ -197,6 +199,34 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     if connector.get("hidden_size") is not None:
         connector["hidden_size"] = 96
     connector["init_method_std"] = 0.1
+    if "cross_attention" in model:
+        _shrink_cross_attention(model["cross_attention"], num_layers, small)
+
+
+def _attended(config: Mapping[str, Any]) -> str:
+    """Which tiles the data leave to cross-attention; a shrunk config says it itself."""
+    if "attended" in config:
+        return str(config["attended"])
+    build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
+    return str(build.get("attended") or "none")
+
+
+def _shrink_cross_attention(block: dict[str, Any], num_layers: int, small: int) -> None:
+    """A block in every second layer, or in each as before; gates that let a gradient through."""
+    every = 1 if block.get("interval", 1) == 1 else min(2, num_layers)
+    block |= {"interval": every, "initial_gate": 0.5}
+    if block.get("offset") is not None:
+        block["offset"] = min(block["offset"], every - 1)
+    if block.get("kv_channels") is not None:
+        block["kv_channels"] = 8
+    if block.get("ffn_hidden_size") is not None:
+        block["ffn_hidden_size"] = 96
+    heads = block.get("num_attention_heads")
+    if heads is not None:
+        groups = block.get("num_query_groups") or heads
+        block["num_attention_heads"] = small * min(heads // groups, 2)
+        if block.get("num_query_groups") is not None:
+            block["num_query_groups"] = small
 
 
 def _heads(transformer: Mapping[str, Any], full: int, small: int) -> tuple[int, int]:

@@ -389,16 +389,66 @@ def _vision(view: View) -> Iterator[Problem]:
             yield Problem(f"{build}.min_tiles", least, f"must be at most max_tiles={most}")
         thumbnail = most > 1 and view.get(f"{build}.use_thumbnail") is not False
         tiles = most + thumbnail
-        # A tag has at least one token, and one target must follow the image.
+        attended = view.get(f"{build}.attended")
+        placed = {"all": 0, "regular": 1}.get(attended, tiles)
         tagged = view.get(f"{build}.tags.variant") != "none"
-        needed = tiles * (per_tile + tagged) + 1
+        # A tag has at least one token, and one target must follow the image.
+        needed = placed * per_tile + (placed or tiles) * tagged + 1
         if length is not None and length < needed:
             yield Problem(
                 "data.sequence_length",
                 length,
-                f"must hold an image of {tiles} tiles ({build}.max_tiles={most})"
+                f"must hold an image of {tiles} tiles ({build}.max_tiles={most}), {placed} of them"
                 f" x {per_tile} tokens, their tags and text: at least {needed}, or fewer tiles",
             )
+
+
+def _attended(view: View) -> Iterator[Problem]:
+    """The data leave tiles to cross-attention exactly where the model has it."""
+    if view.get("model.vision") is None:
+        return
+    attends = view.get("model.cross_attention") is not None
+    for split in ("train", "validation"):
+        build = view.get(f"data.{split}.build")
+        if not isinstance(build, Mapping) or "tokens_per_tile" not in build:
+            continue
+        key, value = f"data.{split}.build.attended", build.get("attended") or "none"
+        if attends and value == "none":
+            yield Problem(key, value, "must be all (NVLM-X) or regular (NVLM-H) with this model")
+        if not attends and value != "none":
+            yield Problem(key, value, "must be none: the model has no model.cross_attention")
+    if attends and view.size("pipeline") > 1:
+        key = "parallel.variable_seq_lengths"
+        if view.get(key) is False:
+            yield Problem(key, False, "must be true: what a stage sends depends on the tiles")
+
+
+def _cross_attention(view: View) -> Iterator[Problem]:
+    prefix, language = "model.cross_attention", f"{view.language}.transformer"
+    if view.get(prefix) is None:
+        return
+    heads = view.integer(f"{prefix}.num_attention_heads")
+    groups = view.integer(f"{prefix}.num_query_groups", heads)
+    key = f"{prefix}.num_query_groups"
+    if groups is None:
+        key = f"{language}.num_query_groups"
+        groups = view.integer(key, view.integer(f"{language}.num_attention_heads"))
+    heads = heads or view.integer(f"{language}.num_attention_heads")
+    tensor = view.size("tensor")
+    if groups and groups % tensor:
+        yield Problem(
+            key,
+            groups,
+            f"must be divisible by parallel.tensor_model_parallel_size={tensor} with"
+            " cross-attention",
+        )
+    if groups and heads and heads % groups:
+        yield Problem(key, groups, f"must divide the {heads} heads of cross-attention")
+    interval, layers = view.integer(f"{prefix}.interval", 1), view.integer(f"{language}.num_layers")
+    if interval and layers and not 1 <= interval <= layers:
+        yield Problem(
+            f"{prefix}.interval", interval, f"must be in 1..{layers}, the decoder's layers"
+        )
 
 
 def _profile(view: View) -> Iterator[Problem]:
@@ -428,6 +478,8 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _backend,
     _schedule,
     _vision,
+    _attended,
+    _cross_attention,
     _profile,
 )
 

@@ -155,6 +155,8 @@ class Trainer:
                 begin = time.monotonic()
                 micro_batches = next(batches)
                 waited = time.monotonic() - begin
+                if step == first:
+                    self._say_payload(micro_batches)
                 result = self.train_step(step, micro_batches, check=step == first)
                 step += 1
                 profiler.step()
@@ -353,12 +355,11 @@ class Trainer:
             counts["tokens"] += sum(lengths)
             counts["places"] += batch.tokens.numel()
             counts["samples"] += batch.sample_ids.numel()
-            tiles = 0
-            for media in batch.media.values():
-                tiles += media.values.shape[0]
-                counts["images"] += torch.stack([media.samples, media.items]).unique(dim=1).shape[1]
-            counts["tiles"] += tiles
-            for part, flops in self.chunks[0].flops(lengths, tiles).items():
+            images = [torch.stack([m.samples, m.items]) for m in batch.media.values()]
+            if images:  # the thumbnail of an image may go another way than its tiles
+                counts["images"] += torch.cat(images, dim=1).unique(dim=1).shape[1]
+            counts["tiles"] += sum(media.values.shape[0] for media in batch.media.values())
+            for part, flops in self.chunks[0].flops(batch).items():
                 counts[part] += flops
         return counts
 
@@ -504,6 +505,17 @@ class Trainer:
             "skipped_steps": self.counters["skipped_steps"],
             "first_step": first,
         }
+
+    def _say_payload(self, batches: list[Batch]) -> None:
+        """What a model packs behind the hidden states between pipeline stages, if it does."""
+        size_of = getattr(self.chunks[0], "payload_bytes", None)
+        if size_of is None or self.parallel.pipeline_model_parallel_size == 1:
+            return
+        hidden, media = max(map(size_of, batches), key=sum)
+        self._say(
+            f"the first step's largest micro-batch sends {hidden + media} bytes over each stage"
+            f" boundary and back: {hidden} of hidden states, {media} of media"
+        )
 
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:

@@ -38,7 +38,8 @@ LAYOUTS = {
     ),
     "sharded_pp2": Layout("TP2xPP2, sharded encoder", 4, TP2 | PP2 | {"encoder": "sharded"}),
 }
-COMMON = [name for name in LAYOUTS if not name.startswith("sharded")]
+LAYOUTS["tp2_sp_pp2"] = Layout("TP2+SPxPP2", 4, TP2 | PP2 | {"sequence_parallel": True})
+COMMON = [name for name in LAYOUTS if not name.startswith(("sharded", "tp2_sp_pp2"))]
 CP2 = {"context_parallel_size": 2}
 LAYOUTS |= {
     "cp2": Layout("CP2", 2, CP2),
@@ -57,6 +58,18 @@ LAYOUTS |= {
     "cp2_sharded": Layout("CP2xTP2, sharded encoder", 4, CP2 | TP2 | {"encoder": "sharded"}),
 }
 FROZEN_LANGUAGE = ["vision.*", "language.*"]
+# Flamingo's kind with every option that has parameters of its own.
+XATTN_DENSE = {
+    "interval": 1,
+    "placement": "before",
+    "num_attention_heads": 2,
+    "kv_channels": 24,
+    "gate": "channel",
+    "ffn_hidden_size": 48,
+    "qk_norm": True,
+    "kv_norm": True,
+    "bias": True,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "language": tiny.config(tiny.language()),
     "language_tied": tiny.config(
@@ -71,6 +84,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "language_packed": tiny.config(tiny.language()),
     "nvlm_d_packed": tiny.config(tiny.multimodal()),
     "nvlm_d_frozen_vision_packed": tiny.config(tiny.multimodal(), freeze=["vision.*"]),
+    "nvlm_x": tiny.config(tiny.cross_attending(), attended="all"),
+    "nvlm_x_packed": tiny.config(tiny.cross_attending(), attended="all"),
+    "nvlm_x_frozen_vision": tiny.config(
+        tiny.cross_attending(), attended="all", freeze=["vision.*"]
+    ),
+    "nvlm_x_frozen_language": tiny.config(
+        tiny.cross_attending(), attended="all", freeze=FROZEN_LANGUAGE, learning_rate=5e-4
+    ),
+    "nvlm_h": tiny.config(tiny.cross_attending(), attended="regular"),
+    "nvlm_h_packed": tiny.config(tiny.cross_attending(), attended="regular"),
+    "nvlm_h_frozen_vision": tiny.config(
+        tiny.cross_attending(), attended="regular", freeze=["vision.*"]
+    ),
+    "nvlm_h_frozen_language": tiny.config(
+        tiny.cross_attending(), attended="regular", freeze=FROZEN_LANGUAGE, learning_rate=5e-4
+    ),
+    "xattn_dense": tiny.config(tiny.cross_attending(**XATTN_DENSE), attended="all"),
 }
 ROWS = [
     *itertools.product(["language", "nvlm_d", "nvlm_d_frozen_vision", "nvlm_d_connector"], COMMON),
@@ -83,6 +113,11 @@ ROWS = [
     *itertools.product(["language_packed"], ["tp2_pp2", "cp2_tp2"]),
     *itertools.product(["nvlm_d"], ["cp2_tp2", "cp2_dp2", "cp2_overlap"]),
     *itertools.product(["nvlm_d_frozen_vision_packed"], ["pp2", "cp2", "cp2_tp2"]),
+    *itertools.product(["nvlm_x"], ["tp2_sp", "pp2_vp2", "dp2_overlap"]),
+    *itertools.product(["nvlm_h"], ["tp2_pp2", "pp2_uneven", "recompute"]),
+    *itertools.product(["nvlm_x_frozen_language"], ["pp2", "tp2_recompute"]),
+    *itertools.product(["nvlm_h_packed"], ["cp2_tp2_sp", "tp2_sp"]),
+    *itertools.product(["xattn_dense"], ["tp2_sp_pp2"]),
 ]
 MATRIX = ["tp2", "tp2_sp", "pp2", "pp2_vp2", "cp2", "cp2_tp2", "dp2", "tp2_pp2"]
 CONTEXT = ["cp2_tp2_sp", "cp2_dp2", "cp2_pp2", "cp2_overlap", "cp2_recompute"]
@@ -95,6 +130,15 @@ SLOW_ROWS = [
             ["nvlm_d", "nvlm_d_packed"], ["cp2_sharded", "cp2_selective", "cp2_pp2_vp2"]
         ),
         *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
+        *itertools.product(
+            [f"nvlm_{kind}{rest}" for kind in "xh" for rest in ("", "_packed", "_frozen_vision")],
+            [*COMMON, "tp2_sp_pp2", *CONTEXT, "cp2", "cp2_tp2", "cp2_pp2_vp2"],
+        ),
+        *itertools.product(
+            ["nvlm_x_frozen_language", "nvlm_h_frozen_language"], [*COMMON, "cp2_tp2_sp"]
+        ),
+        *itertools.product(["nvlm_x", "nvlm_h"], ["sharded", "sharded_sp", "sharded_pp2"]),
+        *itertools.product(["xattn_dense"], [*COMMON, "cp2_tp2_sp"]),
     ]
     if row not in ROWS
 ]

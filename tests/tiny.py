@@ -83,9 +83,23 @@ def multimodal(**changes: Any) -> dict[str, Any]:
     }
 
 
-def config(model: dict[str, Any], **optim: Any) -> dict[str, Any]:
-    """A shrunk experiment over one of the models above."""
-    return {
+def cross_attending(**changes: Any) -> dict[str, Any]:
+    """NVLM-X or -H in small: a block in every second layer, gates that let gradients through."""
+    block = {
+        "_target_": "nvmm.modules.cross_attention.CrossAttention",
+        "interval": 2,
+        "initial_gate": 0.5,
+    }
+    return multimodal() | {
+        "_target_": "nvmm.models.cross_attending.CrossAttendingModel",
+        "cross_attention": block | changes,
+    }
+
+
+def config(model: dict[str, Any], *, attended: str | None = None, **optim: Any) -> dict[str, Any]:
+    """A shrunk experiment over one of the models above; attended: as the data builder's."""
+    own = {} if attended is None else {"attended": attended}
+    return own | {
         "model": copy.deepcopy(model),
         "objective": {"_target_": "nvmm.objectives.next_token.NextToken"},
         "optim": {

@@ -18,6 +18,8 @@ IMAGE_MARKER = "<image>"
 VARIANTS = ("none", "1d", "2d_grid", "2d_bbox")
 FORMS = ("megatron", "hf")
 STYLES = ("chatml", "yi", "pretraining")
+ATTENDED_CHOICES = ("none", "regular", "all")
+"""Which tiles cross-attention reads instead of the decoder: NVLM-D, -H (all but thumbnails), -X."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,25 @@ class ImageLayout:
         return ImageLayout(grid, tile_indices(grid, use_thumbnail=use_thumbnail))
 
 
+@dataclass(frozen=True)
+class AttendedTile:
+    """A tile outside the sequence: its tag's tokens start .. stop - 1 of the text, or its `tag_ids`
+    in front of its keys."""
+
+    start: int
+    stop: int
+    tag_ids: Sequence[int] = ()
+
+
 @dataclass
 class Rendered:
-    """Tokens, the weight of each token as a target, and the first placeholder of every tile."""
+    """Tokens, the weight of each token as a target, the first placeholder of every tile in the
+    sequence, and the tiles outside of it, both in order."""
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
+    attended: list[AttendedTile] = field(default_factory=list)
 
 
 def _require(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -161,6 +175,16 @@ class _Writer:
         self.out.positions.append(len(self.out.tokens))
         self.ids([self.tokenizer.image_id] * num_tokens, 0.0)
 
+    def attended(self, tag: str, in_text: bool) -> None:
+        """A tile outside the sequence; its tag stands in the text or in front of its keys."""
+        self.flush()
+        start = len(self.out.tokens)
+        if in_text:
+            self.text(tag)
+            self.flush()
+        ids = [] if in_text or not tag else self.tokenizer.encode(tag)
+        self.out.attended.append(AttendedTile(start, len(self.out.tokens), ids))
+
 
 def render(
     turns: Sequence[Turn],
@@ -171,14 +195,17 @@ def render(
     tags: ImageTags,
     tile_size: int,
     tokens_per_tile: int,
+    attended: str = "none",
     generation_prompt: bool = False,
     source: str = "",
 ) -> Rendered:
     """Turns -> tokens and weights; weight 1 on assistant text and its end token, 0 elsewhere.
 
-    `<image>` in a turn is replaced by the next image's block. With `generation_prompt` the
-    sequence ends where the next assistant turn's text begins. Raises ValueError naming `source`
-    when markers and images differ in number, or a marker stands in an assistant turn.
+    `<image>` in a turn is replaced by the next image's block. Tiles that `attended` names have no
+    placeholders: with "all" the block is tags alone, with "regular" the thumbnail's. With
+    `generation_prompt` the sequence ends where the next assistant turn's text begins. Raises
+    ValueError naming `source` when markers and images differ in number, or a marker stands in an
+    assistant turn.
     """
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers != len(images):
@@ -210,7 +237,7 @@ def render(
         before, *rest = turn.text.split(IMAGE_MARKER)
         out.text(before)
         for after in rest:
-            _write_image(out, next(remaining), tags, tile_size, tokens_per_tile)
+            _write_image(out, next(remaining), tags, tile_size, tokens_per_tile, attended)
             out.text(after)
         if has_roles:
             out.text(f"{tokenizer.end_of_turn}\n")
@@ -220,11 +247,24 @@ def render(
     return out.out
 
 
+def is_attended(tile: int, attended: str) -> bool:
+    """Whether cross-attention reads this tile of an image (0: the thumbnail)."""
+    return attended == "all" or (attended == "regular" and tile != 0)
+
+
 def _write_image(
-    out: _Writer, image: ImageLayout, tags: ImageTags, tile_size: int, tokens_per_tile: int
+    out: _Writer,
+    image: ImageLayout,
+    tags: ImageTags,
+    tile_size: int,
+    tokens_per_tile: int,
+    attended: str,
 ) -> None:
     out.text(tags.image_start)
     for tile in image.tiles:
         tag = tags.tag(tile, image.grid, tile_size)
-        out.tile(tag, tokens_per_tile, alone=tags.form == "megatron")
+        if is_attended(tile, attended):
+            out.attended(tag, in_text=attended == "all")
+        else:
+            out.tile(tag, tokens_per_tile, alone=tags.form == "megatron")
     out.text(tags.image_end)

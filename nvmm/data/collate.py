@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nvmm.batch import IGNORE_INDEX, Batch, Media, Sample
+from nvmm.batch import IGNORE_INDEX, Batch, Media, Sample, SampleMedia
 
 
 def collate(
@@ -142,5 +143,17 @@ def _media(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> dict
             tiles=torch.cat([media.tiles for _, media, _, _ in having]),
             placeholder_id=placeholder_id,
             tokens_per_item=tokens_per_item,
+            **_attended([(media, start) for _, media, _, start in having]),
         )
+    return merged
+
+
+def _attended(parts: Sequence[tuple[SampleMedia, int]]) -> dict[str, Tensor]:
+    """`ends` and `tag_ids` of attended media, samples moved by their starts."""
+    ends = [media.ends + start for media, start in parts if media.ends is not None]
+    tags = [media.tag_ids for media, _ in parts if media.tag_ids is not None]
+    merged = {"ends": torch.cat(ends)} if ends else {}
+    if tags:
+        width = max(ids.shape[1] for ids in tags)
+        merged["tag_ids"] = torch.cat([F.pad(t, (0, width - t.shape[1]), value=-1) for t in tags])
     return merged

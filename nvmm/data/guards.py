@@ -5,6 +5,8 @@ The label shift has its own guard in `nvmm.data.collate`, where it happens.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from nvmm.batch import Sample, SampleMedia
 
 
@@ -12,7 +14,8 @@ def check_sample(sample: Sample) -> None:
     """Raise ValueError, naming shard, key and number, for a sample that would train wrongly.
 
     That is one without a supervised token, with another number of placeholders than its media have
-    features, with a media span cut by the sample's end, or with text inside a span.
+    features, with a media span cut by the sample's end, or with text inside a span; of attended
+    media, one whose tags lie outside the sample.
     """
     where = f"{sample.source} (sample {sample.sample_id})"
     size = len(sample.tokens)
@@ -26,7 +29,20 @@ def check_sample(sample: Sample) -> None:
             f"{where}: no supervised token; its answer is empty, cut off or not an assistant turn"
         )
     for kind, media in sample.media.items():
+        if media.ends is not None:
+            _check_attended(size, media, media.ends, where)
+            continue
         _check_media(sample, kind, media, where)
+
+
+def _check_attended(size: int, media: SampleMedia, ends: Tensor, where: str) -> None:
+    inside = (media.positions >= 0) & (media.positions <= ends) & (ends <= size)
+    if len({len(media.values), len(media.positions), len(ends)}) > 1 or not bool(inside.all()):
+        tags = list(zip(media.positions.tolist(), ends.tolist(), strict=False))
+        raise ValueError(
+            f"{where}: tags of {len(media.values)} attended tiles at {tags}; each must lie within"
+            f" the sample's {size} tokens"
+        )
 
 
 def _check_media(sample: Sample, kind: str, media: SampleMedia, where: str) -> None:

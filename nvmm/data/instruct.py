@@ -12,6 +12,7 @@ there are several. A sample without pictures is text only.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,18 +20,21 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from nvmm.batch import Sample, SampleMedia
+from nvmm.batch import ATTENDED, IMAGE, Sample, SampleMedia
 from nvmm.data.chat import (
+    ATTENDED_CHOICES,
     IMAGE_MARKER,
     ChatTemplate,
     ImageLayout,
     ImageTags,
     Rendered,
     Turn,
+    is_attended,
     render,
 )
-from nvmm.data.images import MAX_PIXELS, choose_grid, decode_image, tile_image
+from nvmm.data.images import MAX_PIXELS, Tiles, choose_grid, decode_image, tile_image
 from nvmm.data.tokenizer import Tokenizer
 
 ROLES = {
@@ -52,6 +56,9 @@ class InstructBuilder:
     tokens_per_tile: placeholders a tile occupies, after the model's downsampling.
     min_tiles, max_tiles: limits of the grid; the thumbnail comes on top. 1 and 1: a plain resize.
     max_pixels: larger pictures are refused before they are decompressed.
+    attended: which tiles stay outside the sequence for cross-attention to read: none (NVLM-D),
+        regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
+        tags stand in the text: NVLM-X).
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
         its end; media are never cut.
     """
@@ -66,6 +73,7 @@ class InstructBuilder:
         max_tiles: int = 6,
         use_thumbnail: bool = True,
         max_pixels: int = MAX_PIXELS,
+        attended: str = "none",
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -76,6 +84,15 @@ class InstructBuilder:
             )
         if not 1 <= min_tiles <= max_tiles:
             raise ValueError(f"min_tiles={min_tiles}, max_tiles={max_tiles}: need 1 <= min <= max")
+        if attended not in ATTENDED_CHOICES:
+            raise ValueError(
+                f"attended={attended} is unknown; use one of {', '.join(ATTENDED_CHOICES)}"
+            )
+        if attended != "none" and tags.form != "megatron":
+            raise ValueError(
+                f"tags.form={tags.form} with attended={attended}: a tag that is tokenised together"
+                " with its neighbours has no tokens of its own; use megatron"
+            )
         template.check(tokenizer)
         self.template = template
         self.tags = tags
@@ -85,6 +102,7 @@ class InstructBuilder:
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
         self.max_pixels = max_pixels
+        self.attended = attended
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
 
@@ -131,31 +149,57 @@ class InstructBuilder:
         ]
         placeholder = self.tokenizer.image_id
         found = rendered.tokens.count(placeholder)
-        expected = self.tokens_per_tile * sum(len(cut.tiles) for cut in tiles)
+        expected = self.tokens_per_tile * len(rendered.positions)
         if found != expected:
             raise ValueError(
                 f"{source}: {found} placeholders {self.tokenizer.image_token}, but the tiles need "
                 f"{expected}; the text must not contain the placeholder itself"
             )
-        media = {}
-        if tiles:
-            counts = torch.tensor([len(cut.tiles) for cut in tiles])
-            media["image"] = SampleMedia(
-                values=torch.cat([cut.values for cut in tiles]),
-                positions=torch.tensor(rendered.positions),
-                items=torch.repeat_interleave(torch.arange(len(tiles)), counts),
-                tiles=torch.cat([cut.tiles for cut in tiles]),
-                placeholder_id=placeholder,
-                tokens_per_item=self.tokens_per_tile,
-            )
         weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
         return Sample(
             tokens=torch.tensor(rendered.tokens),
             loss_mask=torch.tensor(weights),
-            media=media,
+            media=self._media(tiles, rendered),
             sample_id=0,
             source=source,
         )
+
+    def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[str, SampleMedia]:
+        """The tiles by the way they take: placed in the sequence, or attended."""
+        if not images:
+            return {}
+        values = torch.cat([cut.values for cut in images])
+        tiles = torch.cat([cut.tiles for cut in images])
+        counts = torch.tensor([len(cut.tiles) for cut in images])
+        items = torch.repeat_interleave(torch.arange(len(images)), counts)
+        outside = torch.tensor([is_attended(tile, self.attended) for tile in tiles.tolist()])
+
+        def chosen(which: Tensor, **fields: Any) -> SampleMedia:
+            return SampleMedia(
+                values=values[which],
+                items=items[which],
+                tiles=tiles[which],
+                tokens_per_item=self.tokens_per_tile,
+                **fields,
+            )
+
+        media = {}
+        if not outside.all():
+            media[IMAGE] = chosen(
+                ~outside,
+                positions=torch.tensor(rendered.positions),
+                placeholder_id=self.tokenizer.image_id,
+            )
+        if outside.any():
+            tags = [torch.tensor(tile.tag_ids, dtype=torch.int64) for tile in rendered.attended]
+            media[ATTENDED] = chosen(
+                outside,
+                positions=torch.tensor([tile.start for tile in rendered.attended]),
+                placeholder_id=-1,
+                ends=torch.tensor([tile.stop for tile in rendered.attended]),
+                tag_ids=torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-1),
+            )
+        return media
 
     def _fit(
         self, turns: Sequence[Turn], pictures: Sequence[Image.Image], source: str, prompt: bool
@@ -184,20 +228,24 @@ class InstructBuilder:
                 tags=self.tags,
                 tile_size=self.tile_size,
                 tokens_per_tile=self.tokens_per_tile,
+                attended=self.attended,
                 generation_prompt=prompt,
                 source=source,
             )
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
         needed, length = len(rendered.tokens), self.sequence_length
-        end_of_media = rendered.positions[-1] + self.tokens_per_tile if rendered.positions else 0
+        ends = [start + self.tokens_per_tile for start in rendered.positions[-1:]]
+        end_of_media = max([*ends, *(tile.stop for tile in rendered.attended)], default=0)
         if prompt or end_of_media > length or not any(rendered.weights[:length]):
             raise ValueError(
                 f"{source}: needs {needed} tokens with one tile an image, and cutting text at "
                 f"data.sequence_length={length} would cut "
                 f"{'the prompt' if prompt else 'an image or every answer'}"
             )
-        cut = Rendered(rendered.tokens[:length], rendered.weights[:length], rendered.positions)
+        cut = dataclasses.replace(
+            rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length]
+        )
         return cut, limit
 
     def _pictures(self, members: Mapping[str, Any], source: str) -> list[Image.Image]:

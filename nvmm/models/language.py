@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from nvmm.batch import Batch
-from nvmm.flops import flops_per_step
+from nvmm.flops import flops_per_step, segment_lengths
+from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk
@@ -32,6 +33,7 @@ class LanguageModel(GPTModel):
         seq_len_interpolation_factor: linear RoPE interpolation.
         share_embeddings_and_output_weights: tied input and output embeddings.
         max_sequence_length: longest sequence.
+        cross_attention: layers that read media beside the sequence; None for none.
         chunk: which part of the model this rank builds.
     """
 
@@ -48,6 +50,7 @@ class LanguageModel(GPTModel):
         share_embeddings_and_output_weights: bool = False,
         max_sequence_length: int = 4096,
         *,
+        cross_attention: CrossAttention | None = None,
         chunk: Chunk,
     ) -> None:
         if padded_vocab_size < vocab_size:
@@ -57,11 +60,11 @@ class LanguageModel(GPTModel):
             )
         config = chunk.transformer_config(transformer)
         backend = backend_provider(chunk.backend)
+        layer = layer_spec(config, backend)
+        layers = cross_attention.layers(layer, backend) if cross_attention is not None else layer
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(
-                config, backend, layer_spec(config, backend), chunk.vp_stage
-            ),
+            transformer_layer_spec=block_spec(config, backend, layers, chunk.vp_stage),
             vocab_size=padded_vocab_size,
             max_sequence_length=max_sequence_length,
             pre_process=chunk.pre_process,
@@ -88,6 +91,8 @@ class LanguageModel(GPTModel):
         *,
         output: str = "loss",
         hidden: Tensor | None = None,
+        context: Tensor | None = None,
+        context_spans: Tensor | None = None,
         key_spans: Tensor | None = None,
         inference_context: BaseInferenceContext | None = None,
     ) -> Tensor:
@@ -99,6 +104,8 @@ class LanguageModel(GPTModel):
                 over TP, without padding rows, [b, s, vocab_size]) or "hidden" ([s, b, h]). Under
                 context parallelism s is that of `context_parallel.share(batch)`.
             hidden: input embeddings [s, b, h] instead of those of `batch.tokens` (media merged).
+            context, context_spans: media that cross-attention reads and which of them each position
+                sees, as `GatedCrossAttention` takes them (this rank's positions).
             key_spans: int32 [b, 2], the valid keys (first, last + 1) of each row; None when all
                 are valid, which right-padded causal rows always are.
             inference_context: mcore's KV cache; "logits" are then those of the last position.
@@ -117,6 +124,8 @@ class LanguageModel(GPTModel):
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=key_spans,
+            context=context,
+            context_mask=context_spans,
             inference_context=inference_context,
             rotary_pos_emb=self.rotary_pos_emb(rotary_length, packed_seq=packed is not None),
             packed_seq_params=packed,
@@ -136,10 +145,12 @@ class LanguageModel(GPTModel):
             return logits[..., : self.unpadded_vocab_size].transpose(0, 1).contiguous()
         return self.compute_language_model_loss(batch.labels, self._mask_padding_rows(logits))
 
-    def flops(self, segment_lengths: Sequence[int], num_tiles: int = 0) -> dict[str, float]:
+    def flops(self, batch: Batch) -> dict[str, float]:
         """Model FLOPs of a micro-batch's forward and backward, {"language", "vision"}."""
         return flops_per_step(
-            self.config, vocab_size=self.unpadded_vocab_size, segment_lengths=segment_lengths
+            self.config,
+            vocab_size=self.unpadded_vocab_size,
+            segment_lengths=segment_lengths(batch),
         )
 
     def _enter(self, hidden: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from nvmm.batch import Batch
-from nvmm.flops import flops_per_step
+from nvmm.batch import ATTENDED, IMAGE, Batch, Media
+from nvmm.flops import flops_per_step, segment_lengths
 from nvmm.models.language import LanguageModel
 from nvmm.modules.connector import MLPConnector
 from nvmm.modules.merge import merge
@@ -68,11 +68,14 @@ class MultimodalModel(MegatronModule):
         """The language model's transformer block."""
         return self.language.decoder
 
-    def flops(self, segment_lengths: Sequence[int], num_tiles: int = 0) -> dict[str, float]:
+    def flops(self, batch: Batch) -> dict[str, float]:
         """Model FLOPs of a micro-batch's forward and backward, {"language", "vision"}.
 
         Of the whole model, whatever the layout; known to the first stage's first chunk.
         """
+        return flops_per_step(**self._flops_arguments(batch))
+
+    def _flops_arguments(self, batch: Batch) -> dict[str, Any]:
         assert self.vision is not None and self.connector is not None
         vision = copy.copy(self.vision.config)
         vision.num_attention_heads = vision.num_query_groups = self.vision.num_attention_heads
@@ -81,19 +84,19 @@ class MultimodalModel(MegatronModule):
             "vision": self.vision,
             "connector": self.connector,
         }
-        return flops_per_step(
-            self.config,
-            vision,
-            vocab_size=self.language.unpadded_vocab_size,
-            segment_lengths=segment_lengths,
-            num_tiles=num_tiles,
-            image_size=self.vision.image_size,
-            patch_size=self.vision.patch_size,
-            class_token=self.vision.class_token is not None,
-            downsample=self.connector.downsample,
-            connector_hidden_size=self.connector.hidden_size,
-            trained=[name for name, part in parts.items() if _is_trained(part)],
-        )
+        return {
+            "language": self.config,
+            "vision": vision,
+            "vocab_size": self.language.unpadded_vocab_size,
+            "segment_lengths": segment_lengths(batch),
+            "num_tiles": sum(media.values.shape[0] for media in batch.media.values()),
+            "image_size": self.vision.image_size,
+            "patch_size": self.vision.patch_size,
+            "class_token": self.vision.class_token is not None,
+            "downsample": self.connector.downsample,
+            "connector_hidden_size": self.connector.hidden_size,
+            "trained": [name for name, part in parts.items() if _is_trained(part)],
+        }
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Receive the previous stage's hidden states [s, b, h]."""
@@ -127,19 +130,25 @@ class MultimodalModel(MegatronModule):
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings [s, b, h] with the media at their placeholders; first stage only."""
-        assert self.vision is not None and self.connector is not None
-        media = batch.media.get("image")
+        if ATTENDED in batch.media:
+            raise ValueError(
+                "the data leave tiles to cross-attention, and model._target_ has none: set"
+                " data.train.build.attended=none, or use CrossAttendingModel"
+            )
+        media = batch.media.get(IMAGE)
         if media is None or media.values.shape[0] == 0:
             return self._without_media(self.language.embed(batch.tokens))
-        # 1. words: [b, s] -> [s, b, h]; the placeholder's id may lie outside the vocabulary
+        return merge(self._words(batch, media), self._encode(media.values), media, batch)
+
+    def _words(self, batch: Batch, media: Media) -> Tensor:
+        """Embeddings [s, b, h]; the placeholder's id may lie outside the vocabulary."""
         words = batch.tokens.masked_fill(batch.tokens == media.placeholder_id, 0)
-        hidden = self.language.embed(words)
-        # 2. encoder: uint8 [n, 3, height, width] -> [n, rows * columns, channels]
-        features = self.vision(media.values)
-        # 3. shuffle and project: -> [n, tokens_per_item, h]
-        projected = self.connector(features, self.vision.grid(media.values))
-        # 4. into the sequence: [s, b, h]
-        return merge(hidden, projected, media, batch)
+        return self.language.embed(words)
+
+    def _encode(self, tiles: Tensor) -> Tensor:
+        """uint8 [n, 3, height, width] -> encoded, shuffled and projected, [n, tokens, h]."""
+        assert self.vision is not None and self.connector is not None
+        return self.connector(self.vision(tiles), self.vision.grid(tiles))
 
     def _without_media(self, hidden: Tensor) -> Tensor:
         """`hidden`, tied to the idle parameters where mcore waits for a gradient of each.

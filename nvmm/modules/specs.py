@@ -6,6 +6,8 @@ parameter names are those of mcore's checkpoints and do not depend on the backen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -23,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
+    get_transformer_layer_offset,
 )
 
 from nvmm.modules.attention import CoreAttention
@@ -161,11 +164,20 @@ def layer_spec(
 def block_spec(
     config: TransformerConfig,
     backend: BackendSpecProvider,
-    layer: ModuleSpec,
+    layer: ModuleSpec | Callable[[int], ModuleSpec],
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and its final norm."""
+    """The layers of one model chunk and its final norm.
+
+    layer: the spec of every layer, or a function from a layer's index, from 0, to its spec.
+    """
+    count = get_num_layers_to_build(config, vp_stage)
+    if isinstance(layer, ModuleSpec):
+        layers = [layer] * count
+    else:
+        first = get_transformer_layer_offset(config, vp_stage)
+        layers = [layer(first + index) for index in range(count)]
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=layers,
         layer_norm=backend.layer_norm(config.normalization == "RMSNorm"),
     )

@@ -1,7 +1,8 @@
 """Give a step's micro-batches from the one reading rank to its model-parallel group.
 
 One rank of each model-parallel group (tensor parallel 0 of the first stage) reads data. Text goes
-to every rank of the group; media values go to the first pipeline stage only.
+to every rank of the group; media go to the first pipeline stage only, but every stage learns where
+the attended ones stand, all but their pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvmm.batch import Batch, Media
+from nvmm.batch import ATTENDED, Batch, Media
 
 _ALIGNMENT = 16
 
@@ -64,7 +65,7 @@ def broadcast_batches(
 
 
 _TEXT = ("tokens", "labels", "loss_mask", "position_ids", "lengths", "sample_ids", "cu_seqlens")
-_MEDIA = ("values", "rows", "positions", "samples", "items", "tiles")
+_PLACES = ("rows", "positions", "samples", "items", "tiles", "ends", "tag_ids")
 
 
 def _describe(batch: Batch, text: list[Tensor], media: list[Tensor]) -> dict[str, Any]:
@@ -72,28 +73,26 @@ def _describe(batch: Batch, text: list[Tensor], media: list[Tensor]) -> dict[str
     present = [name for name in _TEXT if getattr(batch, name) is not None]
     text.extend(getattr(batch, name) for name in present)
     text.extend(batch.extras.values())
-    for item in batch.media.values():
-        media.extend(getattr(item, name) for name in _MEDIA)
-    return {
-        "text": present,
-        "extras": list(batch.extras),
-        "media": [
-            [kind, item.placeholder_id, item.tokens_per_item] for kind, item in batch.media.items()
-        ],
-    }
+    kinds = []
+    for kind, item in batch.media.items():
+        places = [name for name in _PLACES if getattr(item, name) is not None]
+        media.append(item.values)
+        (text if kind == ATTENDED else media).extend(getattr(item, name) for name in places)
+        numbers = {"placeholder_id": item.placeholder_id, "tokens_per_item": item.tokens_per_item}
+        kinds.append([kind, numbers, places, list(item.values.shape[1:])])
+    return {"text": present, "extras": list(batch.extras), "media": kinds}
 
 
 def _rebuild(item: dict[str, Any], text: Any, media: Any | None) -> Batch:
     fields = {name: next(text) for name in item["text"]}
     extras = {name: next(text) for name in item["extras"]}
-    kinds = {}
-    if media is not None:
-        for kind, placeholder_id, tokens_per_item in item["media"]:
-            kinds[kind] = Media(
-                **{name: next(media) for name in _MEDIA},
-                placeholder_id=placeholder_id,
-                tokens_per_item=tokens_per_item,
-            )
+    kinds, tokens = {}, fields["tokens"]
+    for kind, numbers, places, shape in item["media"]:
+        if media is None and kind != ATTENDED:
+            continue
+        values = tokens.new_empty(0, *shape, dtype=torch.uint8) if media is None else next(media)
+        source = text if kind == ATTENDED else media
+        kinds[kind] = Media(values=values, **{name: next(source) for name in places}, **numbers)
     return Batch(**fields, extras=extras, media=kinds)
 
 

@@ -65,7 +65,7 @@ def shard(hidden: Tensor, batch: Batch) -> Tensor:
     gradient reduction takes, is the whole gradient.
     """
     index = _own(batch)
-    return hidden if index is None else hidden.index_select(0, index)
+    return hidden if index is None else hidden.index_select(0, index.to(hidden.device))
 
 
 def _own(batch: Batch) -> Tensor | None:

@@ -18,14 +18,17 @@ from nvmm.config import config_dir
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-def build(model: str) -> torch.nn.Module:
-    """The model of configs/model/MODEL.yaml on the meta device; needs a world of one rank."""
+def build(model: str, *, meta: bool = True) -> Any:
+    """The model of configs/model/MODEL.yaml on the meta device; needs a world of one rank.
+
+    meta=False: on the CPU, uninitialised, fp32.
+    """
     from nvmm.parallel.setup import Chunk, Parallel, Precision
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose(f"model/{model}")["model"], resolve=True)
-    chunk = Chunk(Parallel(), Precision("bf16"), meta=True)
-    with torch.device("meta"):
+    chunk = Chunk(Parallel(), Precision("bf16" if meta else "fp32"), meta=meta)
+    with torch.device("meta" if meta else "cpu"):
         return instantiate(config, _convert_="all")(chunk=chunk)
 
 

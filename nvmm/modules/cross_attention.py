@@ -1,0 +1,328 @@
+"""Gated cross-attention from the decoder to media: NVLM-X, NVLM-H, Flamingo's XATTN-Dense.
+
+y = x + tanh(a) * XAttn(norm(x), keys), and where the block has a feed-forward part of its own
+z = y + tanh(f) * FFN(norm(y)), with a and f 0 at the start: the language model is untouched
+(Flamingo, arXiv:2204.14198, section 2.2; NVLM 1.0 section 3.3 names no details beyond it). Keys
+have no positions and no causal mask; who sees what is `nvmm.modules.spans`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn import Parameter
+
+from nvmm.modules.spans import TEXT_SEES, span_attention
+from nvmm.parallel.setup import default_device
+
+PLACEMENTS = ("inside", "before")
+GATES = ("scalar", "channel")
+
+
+@dataclass(frozen=True)
+class CrossAttention:
+    """Where a decoder cross-attends to media, and what the blocks are.
+
+    Args:
+        interval: one block for every `interval` layers of the decoder.
+        offset: which layer of each group has it, from 0; None for the last one (Flamingo's rule).
+        placement: "inside" a layer, between self-attention and FFN (NVLM's figure 3), or "before"
+            the layer, as a block of its own (Flamingo).
+        num_attention_heads, num_query_groups, kv_channels: heads, key-value heads and their width;
+            None for the decoder's.
+        gate: one number for the whole branch ("scalar") or one for every "channel".
+        initial_gate: before the tanh.
+        ffn_hidden_size: width of the block's own gated feed-forward part; None for none.
+        qk_norm: normalise queries and keys head by head.
+        kv_norm: normalise the media features first.
+        bias: biases of all the block's linears.
+        text_sees: what ordinary text sees of its own sample, see `nvmm.modules.spans.query_spans`.
+    """
+
+    interval: int = 1
+    offset: int | None = None
+    placement: str = "inside"
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    gate: str = "scalar"
+    initial_gate: float = 0.0
+    ffn_hidden_size: int | None = None
+    qk_norm: bool = False
+    kv_norm: bool = False
+    bias: bool = False
+    text_sees: str = "preceding"
+
+    def __post_init__(self) -> None:
+        choices = {"placement": PLACEMENTS, "gate": GATES, "text_sees": TEXT_SEES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.cross_attention.{name}={getattr(self, name)} must be one of"
+                    f" {', '.join(allowed)}"
+                )
+        if self.interval < 1 or not 0 <= (self.offset or 0) < self.interval:
+            raise ValueError(
+                f"model.cross_attention.interval={self.interval} must be at least 1, and"
+                f" offset={self.offset} null or in [0, interval)"
+            )
+
+    def is_at(self, layer: int) -> bool:
+        """Whether the decoder's layer of this index, from 0, has a block."""
+        offset = self.interval - 1 if self.offset is None else self.offset
+        return layer % self.interval == offset
+
+    def sizes(self, config: TransformerConfig) -> tuple[int, int, int]:
+        """Heads, key-value heads and their width in a decoder of this config."""
+        heads = self.num_attention_heads or config.num_attention_heads
+        if self.num_query_groups is not None:
+            groups = self.num_query_groups
+        elif self.num_attention_heads is None:
+            groups = config.num_query_groups or heads
+        else:
+            groups = heads
+        width = self.kv_channels or config.kv_channels
+        assert width is not None  # TransformerConfig derives it where it is not given
+        return heads, groups, width
+
+    def layers(
+        self, plain: ModuleSpec, backend: BackendSpecProvider
+    ) -> Callable[[int], ModuleSpec]:
+        """Index of a layer -> its spec: `plain`, or `plain` with a block."""
+        block = ModuleSpec(module=GatedCrossAttention, params={"options": self, "backend": backend})
+        attending = copy.deepcopy(plain)
+        if self.placement == "inside":
+            attending.submodules.cross_attention = block
+        else:
+            attending.module = BlockFirstLayer
+            attending.params = attending.params | {"block": block}
+        return lambda layer: attending if self.is_at(layer) else plain
+
+
+class BlockFirstLayer(TransformerLayer):
+    """A transformer layer with a cross-attention block in front of it.
+
+    Args:
+        block: spec of the cross-attention block.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, block: ModuleSpec, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self.cross_attention_block = build_module(
+            block,
+            config=config,
+            layer_number=self.layer_number,
+            pg_collection=self.pg_collection,
+        )
+
+    def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden_states = self.cross_attention_block(
+            hidden_states,
+            attention_mask=kwargs.get("context_mask"),
+            key_value_states=kwargs.get("context"),
+            inference_context=kwargs.get("inference_context"),
+        )
+        return super()._forward_attention(hidden_states, *args, **kwargs)
+
+
+class GatedCrossAttention(MegatronModule):
+    """One block: tensor-parallel heads, its own norms and gates, residual adds included.
+
+    Args:
+        config: the decoder's; its normalisation, activation, dropout and initialisation hold here.
+        layer_number: of the decoder's layer, from 1.
+        options: the block's form.
+        backend: gives linears and norms.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        options: CrossAttention,
+        backend: BackendSpecProvider,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp"])
+        self.tp_group = pg_collection.tp
+        self.layer_number = layer_number
+        heads, groups, width = options.sizes(config)
+        _check_heads(heads, groups, self.tp_group.size())
+        self.num_groups = groups // self.tp_group.size()
+        self.head_size = width
+
+        norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
+        eps, hidden = config.layernorm_epsilon, config.hidden_size
+        self.input_norm = norm(config, hidden, eps)
+        self.kv_norm = norm(config, hidden, eps) if options.kv_norm else None
+        linear: dict[str, Any] = {
+            "config": config,
+            "bias": options.bias,
+            "skip_bias_add": False,
+            "is_expert": False,
+            "tp_group": self.tp_group,
+        }
+        column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+        entering = linear | {"init_method": config.init_method, "gather_output": False}
+        self.linear_q = column(hidden, heads * width, **entering)
+        self.linear_kv = column(hidden, 2 * groups * width, **entering)
+        self.q_norm = self.k_norm = None
+        if options.qk_norm:
+            # Not q_layernorm: mcore sums over TP whatever has that name, by another part's flag.
+            head_norm = backend.layer_norm(config.normalization == "RMSNorm", for_qk=True)
+            self.q_norm = _each_rank_s_heads(head_norm(config, width, eps))
+            self.k_norm = _each_rank_s_heads(head_norm(config, width, eps))
+        self.linear_proj = row(
+            heads * width,
+            hidden,
+            **linear,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+        )
+        self.gate = self._gate(options)
+        self.ffn = self.ffn_norm = None
+        if options.ffn_hidden_size is not None:
+            own = copy.copy(config)
+            own.add_bias_linear = options.bias
+            linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
+            self.ffn_norm = norm(config, hidden, eps)
+            self.ffn = MLP(
+                own,
+                linears,
+                ffn_hidden_size=options.ffn_hidden_size,
+                tp_group=self.tp_group,
+            )
+            self.ffn_gate = self._gate(options)
+
+    def _gate(self, options: CrossAttention) -> Parameter:
+        size = 1 if options.gate == "scalar" else self.config.hidden_size
+        gate = Parameter(
+            torch.full(
+                (size,),
+                options.initial_gate,
+                dtype=self.config.params_dtype,
+                device=default_device(self.config),
+            )
+        )
+        gate.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        return gate
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+    ) -> Tensor:
+        """Hidden states with what their positions see of the media added.
+
+        Args:
+            hidden_states: [s, b, h], [s / tp, b, h] under sequence parallelism.
+            attention_mask: spans, int32 [s, b, 2] on the host; None when there are no media.
+            key_value_states: media [m, b, h], key n at (n // b, n % b), split over TP along m like
+                the hidden states; None without media, and in decoding after the prompt.
+            inference_context: mcore's KV cache; it keeps the prompt's keys and values.
+
+        Returns: like `hidden_states`; rows that see nothing come back as they were.
+        """
+        keys = self._keys(key_value_states, inference_context)
+        seen = None if attention_mask is None else attention_mask[..., 0] < attention_mask[..., 1]
+        if keys is None or attention_mask is None or seen is None or not bool(seen.any()):
+            return self._idle(hidden_states)
+        query, _ = self.linear_q(self.input_norm(hidden_states))
+        query = query.unflatten(-1, (-1, self.head_size))
+        if self.q_norm is not None:
+            query = self.q_norm(query)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        with self._dropout_generator(dropout):
+            attended = span_attention(query, *keys, attention_mask, dropout=dropout)
+        attended, _ = self.linear_proj(attended)
+        blind = self._own(~seen)[..., None].to(attended.device)
+        hidden = self._add(hidden_states, attended, self.gate, blind)
+        if self.ffn is None:
+            return hidden
+        out, bias = self.ffn(self.ffn_norm(hidden))  # type: ignore[misc]
+        return self._add(hidden, out if bias is None else out + bias, self.ffn_gate, blind)
+
+    def _add(self, hidden: Tensor, branch: Tensor, gate: Tensor, blind: Tensor) -> Tensor:
+        branch = torch.tanh(gate) * branch.masked_fill(blind, 0.0)
+        return hidden + torch.nn.functional.dropout(
+            branch, self.config.hidden_dropout, self.training
+        )
+
+    def _keys(self, media: Tensor | None, inference_context: Any) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [n, groups / tp, d], from the cache after the prompt."""
+        memory = None if inference_context is None else inference_context.key_value_memory_dict
+        name = f"cross_attention.{self.layer_number}"
+        if media is None:
+            return None if memory is None else memory.get(name)
+        if self.kv_norm is not None:
+            media = self.kv_norm(media)
+        both, _ = self.linear_kv(media)
+        both = both.flatten(0, 1).unflatten(-1, (self.num_groups, 2, self.head_size))
+        key, value = both.unbind(-2)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
+        if memory is not None:
+            memory[name] = (key, value)
+        return key, value
+
+    def _idle(self, hidden: Tensor) -> Tensor:
+        """`hidden`, tied to the block's parameters at weight 0.
+
+        Overlapped gradient reduction waits for a gradient of each in every last micro-batch, and
+        the trainer's check of the first step asks for one of each parameter of a called module.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return hidden
+        trained = [p.sum() for p in self.parameters() if p.requires_grad]
+        return hidden + 0 * torch.stack(trained).sum() if trained else hidden
+
+    def _own(self, positions: Tensor) -> Tensor:
+        """This rank's part of [s, b] under sequence parallelism."""
+        if not self.config.sequence_parallel:
+            return positions
+        return positions.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[None]:
+        """Ranks hold different heads and need different masks, as in CoreAttention."""
+        if dropout > 0 and not self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+def _each_rank_s_heads(norm: Any) -> Any:
+    """Mark a norm of heads: every TP rank's gradient is that of its own heads and is summed."""
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = False
+        parameter.sum_gradients_over_tensor_parallel = True
+    return norm
+
+
+def _check_heads(heads: int, groups: int, tensor_parallel_size: int) -> None:
+    if heads % groups:
+        raise ValueError(
+            f"model.cross_attention.num_attention_heads={heads} must be a multiple of"
+            f" num_query_groups={groups}"
+        )
+    if groups % tensor_parallel_size:
+        raise ValueError(
+            f"model.cross_attention.num_query_groups={groups} must be a multiple of"
+            f" parallel.tensor_model_parallel_size={tensor_parallel_size}"
+        )

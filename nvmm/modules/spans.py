@@ -1,0 +1,130 @@
+"""Which keys of attended media each position of the decoder sees, and attention over such spans.
+
+A span is (first key, last key + 1): two numbers a position instead of a mask of all pairs. They
+live on the host, where they decide which keys a block of queries reads without waiting for the
+device. Keys of a micro-batch form one list, tile by tile: the tag's embeddings where the keys hold
+them, then the features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvmm.batch import Batch, Media
+
+TEXT_SEES = ("preceding", "last", "nothing")
+_QUERY_BLOCK = 512
+
+
+def key_bounds(media: Media) -> list[int]:
+    """First key of every tile of attended media, and the number of keys: n + 1 numbers."""
+    lengths = torch.full((media.positions.numel(),), media.tokens_per_item)
+    if media.tag_ids is not None:
+        lengths = lengths + (media.tag_ids >= 0).sum(1).cpu()
+    return [0, *lengths.cumsum(0).tolist()]
+
+
+def query_spans(
+    media: Media, batch: Batch, text_sees: str = "preceding", num_following: int = 0
+) -> Tensor:
+    """int32 [s + num_following, b, 2] on the host: the keys each position sees; equal ends: none.
+
+    Tokens of a tile's tag see that tile alone. Other text sees nothing before the first image of
+    its own sample and then, from an image's last tag on, what `text_sees` says: all images so far
+    ("preceding"), the one before it ("last"), or none. Packed neighbours see nothing of each other.
+
+    num_following: positions after the row's end to add, as decoding appends them to padded rows.
+    Raises ValueError when the tiles are not in the order of their samples and images.
+    """
+    if text_sees not in TEXT_SEES:
+        raise ValueError(
+            f"model.cross_attention.text_sees={text_sees} must be one of {', '.join(TEXT_SEES)}"
+        )
+    b, s = batch.tokens.shape
+    spans = torch.zeros(s + num_following, b, 2, dtype=torch.int32)
+    bounds = key_bounds(media)
+    stops = [s + num_following] * b
+    if batch.cu_seqlens is not None:
+        stops = batch.cu_seqlens[1:].tolist()
+    sample_first, previous = 0, (-1, -1)
+    for sample, item, tiles in _images(media):
+        if (sample, item) <= previous:
+            raise ValueError(f"attended tiles are not in order: {previous}, then {(sample, item)}")
+        low, high = bounds[tiles[0][0]], bounds[tiles[-1][0] + 1]
+        if sample != previous[0]:
+            sample_first = low
+        previous = (sample, item)
+        row, end = tiles[0][1], max(tile[3] for tile in tiles)
+        if text_sees != "nothing":
+            first = sample_first if text_sees == "preceding" else low
+            spans[end : stops[sample], row] = torch.tensor([first, high], dtype=torch.int32)
+        for number, _, start, stop in tiles:
+            own = torch.tensor(bounds[number : number + 2], dtype=torch.int32)
+            spans[start:stop, row] = own
+    return spans
+
+
+def _images(media: Media) -> Iterator[tuple[int, int, list[tuple[int, int, int, int]]]]:
+    """(sample, image, its tiles as (number, row, first and last + 1 column of the tag))."""
+    assert media.ends is not None
+    fields = (media.samples, media.items, media.rows, media.positions, media.ends)
+    rows = enumerate(torch.stack(fields, dim=1).tolist())
+    for (sample, item), tiles in itertools.groupby(rows, key=lambda row: tuple(row[1][:2])):
+        yield sample, item, [(number, *values[2:]) for number, values in tiles]
+
+
+def span_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T) v over each query's own span of keys; a query that sees none gives 0.
+
+    Works on blocks of queries: a block reads the keys between its first and last one, and needs a
+    mask of that size only where its queries differ in what they see.
+
+    Args:
+        query: [s, b, heads, d].
+        key, value: [n, groups, d], the keys of all rows.
+        spans: int32 [s, b, 2] on the host.
+        scale: of the products; None for 1 / sqrt(d).
+
+    Returns: [s, b, heads * d].
+    """
+    blocks = zip(query.split(_QUERY_BLOCK), spans.split(_QUERY_BLOCK), strict=True)
+    return torch.cat([_block(q, key, value, block, scale, dropout) for q, block in blocks])
+
+
+def _block(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, scale: float | None, dropout: float
+) -> Tensor:
+    first, last = spans.unbind(-1)
+    seen = first < last
+    low = torch.where(seen, first, key.shape[0]).amin(0)
+    width = int((torch.where(seen, last, 0).amax(0) - low).max())
+    if width <= 0:
+        return query.new_zeros(*query.shape[:2], query[0, 0].numel())
+    columns = low[:, None] + torch.arange(width)
+    mask = None
+    if not bool((seen & (first == low) & (last == low + width)).all()):
+        # [s, b, width] -> [b, 1, s, width]; a query that sees nothing must see something, for now
+        inside = (columns >= first[..., None]) & (columns < last[..., None]) | ~seen[..., None]
+        mask = inside.transpose(0, 1).unsqueeze(1).to(query.device)
+    index = columns.clamp(max=key.shape[0] - 1).to(query.device)
+    repeat = query.shape[2] // key.shape[1]
+    k, v = (x[index].transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3), k, v, attn_mask=mask, dropout_p=dropout, scale=scale
+    )
+    out = out.permute(2, 0, 1, 3).flatten(2)
+    if mask is None:
+        return out
+    return out.masked_fill(~seen[..., None].to(out.device), 0.0)
