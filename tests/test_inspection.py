@@ -80,6 +80,32 @@ def test_tiles_have_their_tags_and_spans(data: Data) -> None:
     assert inspect(data, 9)[1][0].tiles == []
 
 
+@pytest.mark.parametrize("attended", ["all", "regular"])
+def test_tiles_of_cross_attention(quickstart: Path, attended: str) -> None:
+    build = partial(
+        InstructBuilder,
+        ChatTemplate(),
+        ImageTags(),
+        tokens_per_tile=4,
+        tile_size=32,
+        attended=attended,
+    )
+    shards = [str(quickstart / "strings" / "train-*.tar")]
+    own = Data(64, 0, Dataset(shards, build), tokenizer=Tokenizer(str(quickstart / "tokenizer")))
+    number = next(n for n in range(8) if len(own.train[n].media["attended"].tiles) > 1)
+    batch, (segment,) = inspect(own, number)
+    tiles = {tile.place: tile for tile in segment.tiles}
+    tag_size = len(own.tokenizer.encode("<tile_1>"))
+    assert tiles[1].tag == "<tile_1>"
+    assert tiles[1].keys == 4 + (0 if attended == "all" else tag_size)
+    assert tiles[1].stop - tiles[1].start == (tag_size if attended == "all" else 0)
+    assert tiles[0].keys == (4 if attended == "all" else 0)
+    plain = to_text(batch, [segment], color=False)
+    assert f"{tiles[1].keys} keys" in plain
+    assert ("{image 0 thumbnail: 4 placeholders}" in plain) == (attended == "regular")
+    assert "image 0 tile 1" in to_html(batch, [segment], "tiles")
+
+
 def test_text_shows_mask_shift_and_borders(data: Data) -> None:
     batch, found = inspect(data, 0, 9, packed=True)
     plain = to_text(batch, found, color=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +48,8 @@ MODELS = {
     "language": tiny.config(tiny.language()),
     "tied": tiny.config(tiny.language(share_embeddings_and_output_weights=True)),
     "frozen_embedding": tiny.config(tiny.language(), freeze=["embedding.*"]),
+    "nvlm_x": tiny.config(tiny.cross_attending(qk_norm=True), attended="all"),
+    "nvlm_h": tiny.config(tiny.cross_attending(), attended="regular"),
 }
 
 
@@ -175,13 +177,58 @@ def slice_after_merge() -> None:
     tensor_parallel.scatter_to_sequence_parallel_region = cut
 
 
+def keep_the_payload_s_gradient() -> None:
+    """A stage uses the media it received, and sends nothing back for them."""
+    from nvmm.parallel import payload
+
+    right = payload.unpack
+
+    def wrong(packed: Any, rows: Any) -> Any:
+        hidden, tensors = right(packed, rows)
+        return hidden, {name: tensor.detach() for name, tensor in tensors.items()}
+
+    payload.unpack = wrong
+
+
+def forget_head_norms() -> None:
+    """A norm of heads keeps the gradient of its own rank's heads."""
+    from nvmm.modules import cross_attention
+
+    cross_attention._each_rank_s_heads = lambda norm: norm
+
+
+def forget_sharded_gates() -> None:
+    """A gate keeps the gradient of its own rank's part of the sequence."""
+    from nvmm.modules.cross_attention import GatedCrossAttention
+
+    build = GatedCrossAttention.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.gate.sequence_parallel = False
+
+    GatedCrossAttention.__init__ = init  # type: ignore[method-assign]
+
+
+def show_tags_everything() -> None:
+    """A tile's tag sees all tiles so far."""
+    from nvmm.models import cross_attending
+
+    right = cross_attending.query_spans
+
+    def wrong(media: Any, *args: Any, **kwargs: Any) -> Any:
+        return right(replace(media, ends=media.positions), *args, **kwargs)
+
+    cross_attending.query_spans = wrong
+
+
 def even_rows() -> None:
     """Rows of one length: pipeline stages need not exchange shapes."""
     from nvmm import equivalence
 
-    def row(generator: Any, model: Any, least_tiles: int) -> Any:
+    def row(generator: Any, *args: Any) -> Any:
         tokens = torch.randint(0, 500, (13,), generator=generator)
-        return equivalence._Row(tokens, [], torch.zeros(0, 3, 1, 1), 0)
+        return equivalence._Row(tokens, [], torch.zeros(0, 3, 1, 1), 0, [], torch.zeros(0, 0))
 
     equivalence._row = row
 
@@ -313,6 +360,8 @@ class Mutant:
 
 VISION = "gradient of vision.conv1.weight"
 OUTPUT = "gradient of language.output_layer.weight"
+EMBEDDING = "gradient of language.embedding.word_embeddings.weight"
+BLOCK = "cross_attention.layers."
 LOSS, NORM, REPLICAS = "losses at step 1", "grad_norms at step 1", "replicas differ"
 Q_NORM = "vision.decoder.layers.0.self_attention.q_layernorm.weight"
 MUTANTS = [
@@ -384,6 +433,22 @@ MUTANTS = [
         [LOSS, OUTPUT, "tokens"],
     ),
     Mutant(deal_in_order, "packed", CP2, [LOSS, VISION], ["tokens"]),
+    Mutant(
+        keep_the_payload_s_gradient,
+        "nvlm_h",
+        PP2,
+        ["gradient of connector.linear_fc1.weight", VISION, EMBEDDING],
+        [LOSS, OUTPUT, f"gradient of {BLOCK}"],
+    ),
+    Mutant(
+        forget_head_norms,
+        "nvlm_x",
+        TP2,
+        [f"gradient of {BLOCK}1.q_norm.weight", f"gradient of {BLOCK}3.k_norm.weight"],
+        [LOSS, OUTPUT, VISION],
+    ),
+    Mutant(forget_sharded_gates, "nvlm_x", TP2_SP, [f"gradient of {BLOCK}1.gate"], [LOSS, OUTPUT]),
+    Mutant(show_tags_everything, "nvlm_x", ONE_RANK, [LOSS, OUTPUT, VISION], ["tokens"]),
     Mutant(seed_by_rank, "nvlm_d", PP2, [LOSS, NORM], ["tokens"]),
     Mutant(deal_to_the_first_rank, "nvlm_d", DP2, ["tokens at step 1", LOSS], []),
 ]

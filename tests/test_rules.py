@@ -229,3 +229,49 @@ def test_nearest() -> None:
     assert nearest("learnin_rate", ["learning_rate", "eps"]) == "learning_rate"
     assert nearest("rate", ["learning_rate", "eps"]) == "learning_rate"
     assert nearest("zzz", ["learning_rate", "eps"]) is None
+
+
+ATTENDED = "data__train__build__attended"
+
+
+def attending(attended: str = "all", **changes: Any) -> dict[str, Any]:
+    """GOOD as NVLM-X."""
+    config = copy.deepcopy(changed(**changes))
+    config["data"]["train"]["build"]["attended"] = attended
+    config["model"]["cross_attention"] = {"interval": 2}
+    return config
+
+
+def test_tiles_go_to_cross_attention_where_the_model_has_it() -> None:
+    for attended in ("all", "regular"):
+        assert violations(attending(attended)) == []
+    (problem,) = violations(attending("none"))
+    assert str(problem).startswith("data.train.build.attended=none must be all (NVLM-X)")
+    (problem,) = violations(changed(**{ATTENDED: "all"}))
+    assert "must be none: the model has no model.cross_attention" in str(problem)
+
+
+def test_attended_tiles_take_no_room_in_the_sequence() -> None:
+    short = {"data__sequence_length": 256}
+    assert any("must hold an image" in str(p) for p in violations(changed(**short)))
+    assert violations(attending("all", **short)) == []
+    problems = violations(attending("regular", **short))
+    assert any("7 tiles (data.train.build.max_tiles=6), 1 of them" in str(p) for p in problems)
+
+
+def test_cross_attention_s_heads_and_layers() -> None:
+    config = attending(**{TP: 8, f"{T}num_attention_heads": 8, f"{T}num_query_groups": 2})
+    (problem,) = violations(config)
+    assert str(problem).startswith(f"{LM}.transformer.num_query_groups=2 must be divisible by")
+    config["model"]["cross_attention"] |= {"num_query_groups": 8, "interval": 500}
+    (problem,) = violations(config)
+    assert problem.key == "model.cross_attention.interval"
+    config["model"]["cross_attention"] = {"num_attention_heads": 12, "num_query_groups": 8}
+    (problem,) = violations(config)
+    assert "must divide the 12 heads of cross-attention" in str(problem)
+
+
+def test_a_pipeline_with_cross_attention_exchanges_lengths() -> None:
+    config = attending()
+    config["parallel"]["variable_seq_lengths"] = False
+    assert [p.key for p in violations(config)] == ["parallel.variable_seq_lengths"]

@@ -200,6 +200,7 @@ class GatedCrossAttention(MegatronModule):
         if options.ffn_hidden_size is not None:
             own = copy.copy(config)
             own.add_bias_linear = options.bias
+            own.ffn_hidden_size = options.ffn_hidden_size
             linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
             self.ffn_norm = norm(config, hidden, eps)
             self.ffn = MLP(

@@ -91,7 +91,7 @@ def _rebuild(item: dict[str, Any], text: Any, media: Any | None) -> Batch:
         if media is None and kind != ATTENDED:
             continue
         values = tokens.new_empty(0, *shape, dtype=torch.uint8) if media is None else next(media)
-        source = text if kind == ATTENDED else media
+        source: Any = text if kind == ATTENDED else media
         kinds[kind] = Media(values=values, **{name: next(source) for name in places}, **numbers)
     return Batch(**fields, extras=extras, media=kinds)
 

@@ -264,11 +264,12 @@ def test_a_frozen_encoder_keeps_no_activations() -> None:
 
 
 def test_flops_count_the_real_heads_and_what_trains(model: Any) -> None:
-    counts = model.flops([20, 10], num_tiles=3)
+    batch = with_tiles(batch_of(rows_of(20, 16)), [0, 0, 1], [2, 8, 3])
+    counts = model.flops(batch)
     assert counts["language"] > 0 and counts["vision"] > 0
-    assert model.flops([20, 10], num_tiles=0)["vision"] == 0
+    assert model.flops(batch.replace(media={}))["vision"] == 0
     model.vision.requires_grad_(False)
-    frozen = model.flops([20, 10], num_tiles=3)
+    frozen = model.flops(batch)
     model.vision.requires_grad_(True)
     assert frozen["language"] == counts["language"] and frozen["vision"] < counts["vision"]
 
