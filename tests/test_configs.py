@@ -1,5 +1,6 @@
 """Every experiment composes, and its config passes every check once the user's paths are given."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ EXPERIMENTS = sorted(
 )
 
 
+@functools.lru_cache
 def composed(experiment: str):
     """The config of an experiment, and the keys that it leaves to the user."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):

@@ -38,8 +38,9 @@ LAYOUTS = {
     ),
     "sharded_pp2": Layout("TP2xPP2, sharded encoder", 4, TP2 | PP2 | {"encoder": "sharded"}),
 }
+LAYOUTS["pp4"] = Layout("PP4", 4, {"pipeline_model_parallel_size": 4})
 LAYOUTS["tp2_sp_pp2"] = Layout("TP2+SPxPP2", 4, TP2 | PP2 | {"sequence_parallel": True})
-COMMON = [name for name in LAYOUTS if not name.startswith(("sharded", "tp2_sp_pp2"))]
+COMMON = [name for name in LAYOUTS if not name.startswith(("sharded", "tp2_sp_pp2", "pp4"))]
 CP2 = {"context_parallel_size": 2}
 LAYOUTS |= {
     "cp2": Layout("CP2", 2, CP2),
@@ -114,10 +115,10 @@ ROWS = [
     *itertools.product(["nvlm_d"], ["cp2_tp2", "cp2_dp2", "cp2_overlap"]),
     *itertools.product(["nvlm_d_frozen_vision_packed"], ["pp2", "cp2", "cp2_tp2"]),
     *itertools.product(["nvlm_x"], ["tp2_sp", "pp2_vp2", "dp2_overlap"]),
-    *itertools.product(["nvlm_h"], ["tp2_pp2", "pp2_uneven", "recompute"]),
-    *itertools.product(["nvlm_x_frozen_language"], ["pp2", "tp2_recompute"]),
-    *itertools.product(["nvlm_h_packed"], ["cp2_tp2_sp", "tp2_sp"]),
-    *itertools.product(["xattn_dense"], ["tp2_sp_pp2"]),
+    *itertools.product(["nvlm_h"], ["pp4", "recompute"]),
+    ("nvlm_x_frozen_language", "pp2"),
+    ("nvlm_h_packed", "cp2_tp2_sp"),
+    ("xattn_dense", "tp2_sp_pp2"),
 ]
 MATRIX = ["tp2", "tp2_sp", "pp2", "pp2_vp2", "cp2", "cp2_tp2", "dp2", "tp2_pp2"]
 CONTEXT = ["cp2_tp2_sp", "cp2_dp2", "cp2_pp2", "cp2_overlap", "cp2_recompute"]
@@ -132,7 +133,7 @@ SLOW_ROWS = [
         *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
         *itertools.product(
             [f"nvlm_{kind}{rest}" for kind in "xh" for rest in ("", "_packed", "_frozen_vision")],
-            [*COMMON, "tp2_sp_pp2", *CONTEXT, "cp2", "cp2_tp2", "cp2_pp2_vp2"],
+            [*COMMON, "pp4", "tp2_sp_pp2", *CONTEXT, "cp2", "cp2_tp2", "cp2_pp2_vp2"],
         ),
         *itertools.product(
             ["nvlm_x_frozen_language", "nvlm_h_frozen_language"], [*COMMON, "cp2_tp2_sp"]

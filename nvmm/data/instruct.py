@@ -60,7 +60,7 @@ class InstructBuilder:
         regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
         tags stand in the text: NVLM-X).
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
-        its end; media are never cut.
+        its end; media are never cut. Attended tiles cost no places: text goes first.
     """
 
     def __init__(
@@ -234,10 +234,10 @@ class InstructBuilder:
             )
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
+            if self.attended != "none" and not prompt and self._may_be_cut(rendered):
+                break  # fewer tiles would save next to nothing
         needed, length = len(rendered.tokens), self.sequence_length
-        ends = [start + self.tokens_per_tile for start in rendered.positions[-1:]]
-        end_of_media = max([*ends, *(tile.stop for tile in rendered.attended)], default=0)
-        if prompt or end_of_media > length or not any(rendered.weights[:length]):
+        if prompt or not self._may_be_cut(rendered):
             raise ValueError(
                 f"{source}: needs {needed} tokens with one tile an image, and cutting text at "
                 f"data.sequence_length={length} would cut "
@@ -247,6 +247,13 @@ class InstructBuilder:
             rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length]
         )
         return cut, limit
+
+    def _may_be_cut(self, rendered: Rendered) -> bool:
+        """Whether all media and some answer stand within the sequence length."""
+        ends = [start + self.tokens_per_tile for start in rendered.positions[-1:]]
+        ends += [tile.stop for tile in rendered.attended]
+        length = self.sequence_length
+        return max(ends, default=0) <= length and any(rendered.weights[:length])
 
     def _pictures(self, members: Mapping[str, Any], source: str) -> list[Image.Image]:
         found: list[tuple[int, str]] = []

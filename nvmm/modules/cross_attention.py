@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -250,16 +251,23 @@ class GatedCrossAttention(MegatronModule):
         query = query.unflatten(-1, (-1, self.head_size))
         if self.q_norm is not None:
             query = self.q_norm(query)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        with self._dropout_generator(dropout):
-            attended = span_attention(query, *keys, attention_mask, dropout=dropout)
-        attended, _ = self.linear_proj(attended)
+        attended, _ = self.linear_proj(self._attend(query, *keys, attention_mask))
         blind = self._own(~seen)[..., None].to(attended.device)
         hidden = self._add(hidden_states, attended, self.gate, blind)
         if self.ffn is None:
             return hidden
         out, bias = self.ffn(self.ffn_norm(hidden))  # type: ignore[misc]
         return self._add(hidden, out if bias is None else out + bias, self.ffn_gate, blind)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor) -> Tensor:
+        """Attention over spans, computed again in backward with selective recompute."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = functools.partial(span_attention, spans=spans, dropout=dropout)
+        with self._dropout_generator(dropout):
+            if self.training and self.config.recompute_granularity == "selective":
+                out: Tensor = tensor_parallel.checkpoint(attend, False, query, key, value)
+                return out
+            return attend(query, key, value)
 
     def _add(self, hidden: Tensor, branch: Tensor, gate: Tensor, blind: Tensor) -> Tensor:
         branch = torch.tanh(gate) * branch.masked_fill(blind, 0.0)
