@@ -27,6 +27,9 @@ def stages(system: str) -> list[dict]:
 @pytest.mark.parametrize("system", ("x", "h"))
 def test_systems_see_the_same_samples(system: str) -> None:
     for theirs, ours in zip(stages("d"), stages(system), strict=True):
+        theirs["optim"].pop("freeze")
+        frozen = ours["optim"].pop("freeze")
+        assert not any(pattern.startswith("language") for pattern in frozen)
         for key in ("trainer", "seed", "tokenizer", "precision", "parallel", "optim"):
             assert ours[key] == theirs[key], key
         assert ours["data"]["train"]["shards"] == theirs["data"]["train"]["shards"]
