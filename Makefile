@@ -47,9 +47,9 @@ compare-nvlm: venv ## NVLM-D, X and H in small, side by side (SEEDS=1: one seed)
 	$(BIN)/python tools/compare_nvlm.py --seeds $(SEEDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_nvlm.py
 
-ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1; REGIME=images ARMS=none,1d,2d_grid,2d_bbox)
-	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(REGIME),--regime $(REGIME)) \
-		$(if $(ARMS),--arms $(ARMS))
+ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1 SYSTEM=x REGIME=images ARMS=none,2d_grid)
+	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(SYSTEM),--system $(SYSTEM)) \
+		$(if $(REGIME),--regime $(REGIME)) $(if $(ARMS),--arms $(ARMS))
 
 bench: venv ## times of the commands and steps
 	$(BIN)/python tools/bench_entry.py

@@ -16,9 +16,9 @@ from nvmm.data.tokenizer import Tokenizer
 from tools import ablate_tiles
 
 
-def configs(name: str, regime: str) -> list[dict]:
+def configs(name: str, regime: str, system: str = "d") -> list[dict]:
     """The composed configs of an arm's three stages."""
-    made = ablate_tiles.arm(name, 5, ablate_tiles.REGIMES[regime], Path("runs/x"), 100)
+    made = ablate_tiles.arm(name, 5, ablate_tiles.REGIMES[regime], Path("runs/x"), 100, system)
     found = []
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         for command in made.commands[:3]:
@@ -45,6 +45,15 @@ def test_arms_compose_and_differ_in_the_last_stage_alone(regime: str) -> None:
     tags = "1d" if regime == "tagged" else "none"
     assert stages["none"][1]["data"]["train"]["build"]["tags"]["variant"] == tags
     assert all(stage["seed"] == 5 for stage in stages["none"])
+
+
+@pytest.mark.parametrize(("system", "attended"), [("x", "all"), ("h", "regular")])
+def test_arms_of_the_attending_systems(system: str, attended: str) -> None:
+    for name in ("none", "1d"):
+        last = configs(name, "strings", system)[2]
+        assert last["data"]["train"]["build"]["attended"] == attended
+        assert last["data"]["train"]["build"]["tags"]["variant"] == name
+        assert last["model"]["language"]["vocab_size"] == 334
 
 
 def test_regimes_read_the_data_that_they_build(

@@ -1,8 +1,8 @@
 """NVLM's ablation of tiles and tags in small: python tools/ablate_tiles.py [--regime strings]
 
-Every arm trains the quickstart's NVLM-D from one start a seed (the quickstart's two first stages)
-on the same samples in the same order and answers the same held-out questions. Arms differ in how
-an image becomes tokens:
+Every arm trains the quickstart's NVLM-D (or X, H: --system) from one start a seed, the quickstart's
+two first stages, on the same samples in the same order, and answers the same held-out questions.
+Arms differ in how an image becomes tokens:
 
   low_res  one tile of the whole image
   none     tiles and thumbnail without tags
@@ -110,8 +110,11 @@ REGIMES = {
 }
 
 
-def arm(name: str, seed: int, regime: Regime, folder: Path, steps: int) -> arms.Arm:
+def arm(
+    name: str, seed: int, regime: Regime, folder: Path, steps: int, system: str = "d"
+) -> arms.Arm:
     """The start of `seed`, which arms share, then the stage and the evaluation of one arm."""
+    experiment = f"experiment=nvlm_{system}/quickstart"
     base = (*BASE, f"seed={seed}")
     text, single = f"{regime.text}/text/train-*.tar", f"{DATA}/quickstart/single/train-*.tar"
     untagged = f"data.train.build.tags.variant={regime.tags}"
@@ -123,14 +126,14 @@ def arm(name: str, seed: int, regime: Regime, folder: Path, steps: int) -> arms.
         (
             arms.train(
                 start / "text",
-                "experiment=nvlm_d/quickstart_text",
+                f"{experiment}_text",
                 *base,
                 f"data.train.shards=[{text}]",
                 "trainer.micro_batch_size=64",
             ),
             arms.train(
                 start / "align",
-                "experiment=nvlm_d/quickstart_align",
+                f"{experiment}_align",
                 *base,
                 untagged,
                 f"data.train.shards=[{text},{single}]",
@@ -139,7 +142,7 @@ def arm(name: str, seed: int, regime: Regime, folder: Path, steps: int) -> arms.
             ),
             arms.train(
                 run,
-                "experiment=nvlm_d/quickstart",
+                experiment,
                 *base,
                 *ARMS[name],
                 f"data.train.shards=[{regime.strings}/strings/train-*.tar]",
@@ -199,6 +202,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--regime", default="strings", choices=REGIMES)
+    parser.add_argument("--system", default="d", choices=("d", "x", "h"))
     parser.add_argument("--arms", default="low_res,none,1d", help=f"of {','.join(ARMS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=800, help="of the last stage")
@@ -213,13 +217,20 @@ def main() -> None:
     regime = REGIMES[options.regime]
     regime.build_data()
     folder = Path(options.to) / options.regime
+    if options.system != "d":
+        folder = folder.with_name(f"{options.regime}_{options.system}")
     seeds = range(SEED, SEED + options.seeds)
-    planned = [arm(name, seed, regime, folder, options.steps) for name in names for seed in seeds]
+    planned = [
+        arm(name, seed, regime, folder, options.steps, options.system)
+        for name in names
+        for seed in seeds
+    ]
     arms.run(planned, options.jobs)
     found = {
         name: [arms.measure(folder / f"seed{seed}" / name) for seed in seeds] for name in names
     }
-    arms.save(folder / "results.json", found, regime=options.regime, steps=options.steps)
+    settings = {key: getattr(options, key) for key in ("system", "regime", "steps")}
+    arms.save(folder / "results.json", found, **settings)
     print(report(found))
 
 
