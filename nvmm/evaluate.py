@@ -345,14 +345,21 @@ def _pictures(
     restored: Restored, dataset: Any, predictions: Sequence[Prediction]
 ) -> dict[int, dict[str, Any]]:
     """Pictures and tiles of the first few samples that have any, for the report."""
+    import torch
+
+    from nvmm.batch import ATTENDED, IMAGE
     from nvmm.report import MAX_PICTURES, picture_fields
 
     fields = {}
     for prediction in predictions[:MAX_PICTURES]:
         members = dataset.members(prediction.sample_id)
-        media = restored.builder.prompt(members).media.get("image")
-        if media is not None:
-            fields[prediction.sample_id] = picture_fields(members, media)
+        # Tiles may be in the sequence or outside of it; a thumbnail comes after its tiles.
+        media = restored.builder.prompt(members).media
+        parts = [media[kind] for kind in (ATTENDED, IMAGE) if kind in media]
+        if parts:
+            names = ("values", "items", "tiles")
+            whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+            fields[prediction.sample_id] = picture_fields(members, replace(parts[0], **whole))
     return fields
 
 
