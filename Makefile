@@ -7,8 +7,8 @@ KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kernels quickstart check test test-slow golden bench bench-convert bench-kernels \
-	bench-gpu bench-packing bench-index bench-data clean
+.PHONY: help venv kernels quickstart check test test-slow golden compare-nvlm ablate-tiles bench \
+	bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -46,6 +46,16 @@ test-slow: venv kernels ## the slow tests
 
 golden: venv kernels ## write the golden losses and names anew (look at the diff)
 	$(BIN)/python -m pytest -m "not gpu" -k golden --golden
+
+SEEDS ?= 3
+
+compare-nvlm: venv ## NVLM-D, X and H in small, side by side (SEEDS=1: one seed)
+	$(BIN)/python tools/compare_nvlm.py --seeds $(SEEDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_nvlm.py
+
+ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1 SYSTEM=x REGIME=images ARMS=none,2d_grid)
+	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(SYSTEM),--system $(SYSTEM)) \
+		$(if $(REGIME),--regime $(REGIME)) $(if $(ARMS),--arms $(ARMS))
 
 bench: venv ## times of the commands and steps
 	$(BIN)/python tools/bench_entry.py

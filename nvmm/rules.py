@@ -68,6 +68,9 @@ _CHOICES = {
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),
     "trainer.on_nonfinite": ("stop", "skip"),
     "data.on_error": ("skip", "stop"),
+    "data.train.build.tags.variant": ("none", "1d", "2d_grid", "2d_bbox"),
+    "data.train.build.tags.form": ("megatron", "hf"),
+    "data.train.build.template.style": ("chatml", "yi", "pretraining"),
 }
 
 

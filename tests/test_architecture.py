@@ -44,6 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "metadata": set(),
     "inspection": {"batch", "data", "report_style"},
     "miniature": set(),
+    "arms": {"metrics"},
     "charts": set(),
     "report_style": set(),
     "resume": set(),

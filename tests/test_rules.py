@@ -121,6 +121,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "recompute_granularity=full",
     ),
     ({"parallel__encoder": "split"}, "parallel.encoder=split", "replicated, sharded"),
+    (
+        {"data__train__build__tags": {"variant": "3d"}},
+        "data.train.build.tags.variant=3d",
+        "none, 1d, 2d_grid, 2d_bbox",
+    ),
     ({"precision__dtype": "fp16"}, "precision.dtype=fp16", "one of fp32, bf16"),
     ({"model__language__padded_vocab_size": 508}, f"{LM}.padded_vocab_size=508", "at least"),
     ({"trainer__global_batch_size": 3}, "trainer.global_batch_size=3", "micro_batch_size=2"),

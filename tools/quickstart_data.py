@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nvmm.data import digits
+from nvmm.data.chat import VARIANTS
 
 
 def progress(name: str, samples: Iterator[Any], total: int) -> Iterator[Any]:
@@ -34,9 +35,12 @@ def main() -> None:
     parser.add_argument("--to", default="data/quickstart", help="folder to write")
     for field in dataclasses.fields(digits.Amounts):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    parser.add_argument("--tags", default="1d", choices=VARIANTS, help="of the tiles in text")
+    parser.add_argument("--max-images", type=int, default=1, help="of a sample")
     options = vars(parser.parse_args())
     folder = options.pop("to")
-    made = digits.build(folder, digits.Amounts(**options), progress)
+    form = digits.Form(options.pop("tags"), options.pop("max_images"))
+    made = digits.build(folder, digits.Amounts(**options), progress, form)
     print(f"{folder}: {'written' if made else 'already complete'}")
 
 

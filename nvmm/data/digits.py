@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nvmm.data.chat import IMAGE_MARKER, ImageTags
 from nvmm.data.shards import write_shards
 from nvmm.data.tokenizer import train_byte_level_bpe
 
@@ -37,6 +38,7 @@ SPECIAL_TOKENS = (
 )
 KINDS = ("read", "digit", "count")
 SAMPLES_PER_SHARD = 2000
+TILE_SIZE = 32
 FORMAT = 1
 """Raised when the data made from the same arguments change."""
 
@@ -51,6 +53,24 @@ class Amounts:
     validation: int = 400
     test: int = 1_000
     seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the samples of `text` and `strings` look like; the default is the quickstart's.
+
+    tags: how `text` announces its tiles (`nvmm.data.chat.ImageTags.variant`).
+    max_images: with more than 1 the number of a sample's images varies from 1 on, and a question
+        names the image that it is about. In training each image is asked about, in random order.
+    """
+
+    tags: str = "1d"
+    max_images: int = 1
+
+    def __post_init__(self) -> None:
+        ImageTags(self.tags)
+        if self.max_images < 1:
+            raise ValueError(f"max_images={self.max_images} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -132,8 +152,40 @@ def choose_kind(rng: random.Random) -> str:
     return rng.choices(KINDS, weights=(80, 12, 8))[0]
 
 
-def text_sample(rng: random.Random) -> dict[str, object]:
+def ask_in_turn(strings: list[list[int]], rng: random.Random) -> list[tuple[str, str, str]]:
+    """(question, answer, kind) about every image of a sample, in random order."""
+    turns = []
+    for place in rng.sample(range(len(strings)), len(strings)):
+        kind = choose_kind(rng)
+        question, answer = ask(strings[place], kind, rng)
+        turns.append((f"Image {place + 1}: {question}", answer, kind))
+    return turns
+
+
+def conversation(images: str, turns: list[tuple[str, str, str]]) -> dict[str, object]:
+    """LLaVA's form of a sample, with `images` before the first question."""
+    messages = []
+    for question, answer, _ in turns:
+        messages.append({"from": "human", "value": f"{images}{question}"})
+        messages.append({"from": "gpt", "value": answer})
+        images = ""
+    return {"conversations": messages}
+
+
+def text_sample(rng: random.Random, form: Form = Form()) -> dict[str, object]:
     """The task as text: in each tile's 2x2 slots stand digits instead of picture features."""
+    tags = ImageTags(form.tags)
+    if form.max_images == 1:
+        labels, block = text_image(rng, tags)
+        kind = choose_kind(rng)
+        return conversation(f"{block}\n", [(*ask(labels, kind, rng), kind)])
+    images = [text_image(rng, tags) for _ in range(rng.randint(1, form.max_images))]
+    turns = ask_in_turn([labels for labels, _ in images], rng)
+    return conversation("".join(f"{block}\n" for _, block in images), turns)
+
+
+def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
+    """The digits of a string, and text in the place of its tiled picture."""
     count = rng.randint(1, MAX_DIGITS)
     labels = [rng.randrange(10) for _ in range(count)]
     if rng.random() < 0.3:
@@ -143,7 +195,7 @@ def text_sample(rng: random.Random) -> dict[str, object]:
     halves = [BLANK] * (2 * tiles)
     for label, place in zip(labels, sorted(rng.sample(range(2 * tiles), count)), strict=True):
         halves[place] = str(label)
-    text = "<Image>"
+    text = tags.image_start
     for tile in range(tiles):
         left, right = halves[2 * tile], halves[2 * tile + 1]
         # a digit may fill its tile, or show in the upper or lower slot only
@@ -155,45 +207,69 @@ def text_sample(rng: random.Random) -> dict[str, object]:
         for slot, value in ((rng.choice((0, 2)), left), (rng.choice((1, 3)), right)):
             if rng.random() >= 0.5 and value != BLANK:
                 slots[slot] = BLANK
-        tag = "<tile_global_thumbnail>" if tiles == 1 else f"<tile_{tile + 1}>"
-        text += tag + "".join(slots)
+        number = 0 if tiles == 1 else tile + 1
+        text += tags.tag(number, (tiles, 1), TILE_SIZE) + "".join(slots)
     if tiles > 1:
-        text += "<tile_global_thumbnail>" + BLANK * 4
-    question, answer = ask(labels, choose_kind(rng), rng)
-    human = {"from": "human", "value": f"{text}</Image>\n{question}"}
-    return {"conversations": [human, {"from": "gpt", "value": answer}]}
+        text += tags.tag(0, (tiles, 1), TILE_SIZE) + BLANK * 4
+    return labels, text + tags.image_end
+
+
+def draw_image(
+    digits: Digits, rng: random.Random, *, count: int, augment: bool
+) -> tuple[list[int], bytes]:
+    """The digits of a string, and its picture as PNG bytes."""
+    chosen = [rng.randrange(len(digits.labels)) for _ in range(count)]
+    buffer = io.BytesIO()
+    draw_string(digits, chosen, rng, augment).save(buffer, "PNG", compress_level=1)
+    return [digits.labels[number] for number in chosen], buffer.getvalue()
 
 
 def image_sample(
     digits: Digits, rng: random.Random, *, count: int, kind: str, augment: bool
 ) -> tuple[dict[str, object], bytes]:
     """A picture as PNG bytes, and its question."""
-    chosen = [rng.randrange(len(digits.labels)) for _ in range(count)]
-    labels = [digits.labels[number] for number in chosen]
-    buffer = io.BytesIO()
-    draw_string(digits, chosen, rng, augment).save(buffer, "PNG", compress_level=1)
+    labels, picture = draw_image(digits, rng, count=count, augment=augment)
     question, answer = ask(labels, kind, rng)
-    return {"question": question, "answer": answer, "kind": kind}, buffer.getvalue()
+    return {"question": question, "answer": answer, "kind": kind}, picture
+
+
+def images_sample(
+    digits: Digits, rng: random.Random, *, counts: list[int], train: bool
+) -> tuple[dict[str, object], list[bytes]]:
+    """Several pictures; a question about each of them in training, about one elsewhere."""
+    images = [draw_image(digits, rng, count=count, augment=train) for count in counts]
+    pictures = [picture for _, picture in images]
+    turns = ask_in_turn([labels for labels, _ in images], rng)
+    if train:
+        return conversation(f"{IMAGE_MARKER}\n" * len(images), turns), pictures
+    question, answer, kind = turns[0]
+    return {"question": question, "answer": answer, "kind": kind}, pictures
 
 
 def _samples(
-    part: str, split: str, amount: int, digits: Digits, seed: int
+    part: str, split: str, amount: int, digits: Digits, seed: int, form: Form
 ) -> Iterator[dict[str, bytes | str]]:
     rng = random.Random(f"{seed}/{part}/{split}")
     for number in range(amount):
         members: dict[str, bytes | str] = {"__key__": f"{number:06d}"}
         if part == "text":
-            record = text_sample(rng)
+            record = text_sample(rng, form)
+        elif part == "strings" and form.max_images > 1:
+            counts = [_count(rng) for _ in range(rng.randint(1, form.max_images))]
+            record, pictures = images_sample(digits, rng, counts=counts, train=split == "train")
+            members |= {f"{place}.png": picture for place, picture in enumerate(pictures)}
         else:
-            count = 1
-            if part == "strings" and rng.random() >= 0.05:
-                count = rng.randint(2, MAX_DIGITS)
+            count = _count(rng) if part == "strings" else 1
             kind = "read" if part == "single" else choose_kind(rng)
             record, members["png"] = image_sample(
                 digits, rng, count=count, kind=kind, augment=split == "train"
             )
         members["json"] = json.dumps(record, separators=(",", ":")).encode("utf-8")
         yield members
+
+
+def _count(rng: random.Random) -> int:
+    return rng.randint(2, MAX_DIGITS) if rng.random() >= 0.05 else 1
 
 
 def train_tokenizer(folder: str | Path, seed: int = 1234) -> Path:
@@ -217,15 +293,16 @@ def build(
     folder: str | Path,
     amounts: Amounts = Amounts(),
     progress: Callable[[str, Iterator[dict[str, bytes | str]], int], Iterator] | None = None,
+    form: Form = Form(),
 ) -> bool:
     """Write the data set, its card and its tokenizer; False if it was there already.
 
     folder/{text,single,strings}/{train,validation,test}-*.tar, folder/tokenizer, folder/README.md.
-    The same amounts give the same bytes. `progress(name, samples, total)` may watch the samples.
+    The same arguments give the same bytes. `progress(name, samples, total)` may watch the samples.
     """
     folder = Path(folder)
     stamp = folder / "complete.json"
-    wanted = {"format": FORMAT, **asdict(amounts)}
+    wanted = {"format": FORMAT, **asdict(amounts), **asdict(form)}
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return False
     stamp.unlink(missing_ok=True)
@@ -233,12 +310,12 @@ def build(
     for part, split, amount in _parts(amounts):
         for old in (folder / part).glob(f"{split}-*.tar"):
             old.unlink()
-        stream = _samples(part, split, amount, splits[split], amounts.seed)
+        stream = _samples(part, split, amount, splits[split], amounts.seed, form)
         if progress is not None:
             stream = progress(f"{part}/{split}", stream, amount)
         write_shards(folder / part, split, stream, samples_per_shard=SAMPLES_PER_SHARD)
     train_tokenizer(folder / "tokenizer")
-    (folder / "README.md").write_text(_card(amounts, splits), encoding="utf-8")
+    (folder / "README.md").write_text(_card(amounts, splits, form), encoding="utf-8")
     stamp.write_text(json.dumps(wanted, indent=2) + "\n")
     return True
 
@@ -253,10 +330,10 @@ def _parts(amounts: Amounts) -> list[tuple[str, str, int]]:
     ]
 
 
-def _card(amounts: Amounts, splits: dict[str, Digits]) -> str:
+def _card(amounts: Amounts, splits: dict[str, Digits], form: Form) -> str:
     rows = "\n".join(f"| {part}/{split} | {n} |" for part, split, n in _parts(amounts))
     pictures = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
-    return _CARD.format(rows=rows, pictures=pictures, seed=amounts.seed)
+    return _CARD.format(rows=rows, pictures=pictures, seed=amounts.seed, **asdict(form))
 
 
 _CARD = """# Handwritten digit strings
@@ -276,8 +353,9 @@ picture: {pictures}. No picture is in two splits; writers are not told apart, so
   there?" (8 %). Answers follow from the labels.
 - Training pictures only: each digit is rotated up to 0.22 rad, sheared, scaled, shifted and
   dimmed. Validation and test digits are shown as they are.
-- `text`: the same task without pictures. Digits stand as text in the four slots of tagged tiles.
-  It stands in for the language pretraining of a real system, in this task's own format.
+- `text`: the same task without pictures. Digits stand as text in the four slots of each tile (tags:
+  {tags}). It stands in for the language pretraining of a real system, in this task's own format.
+- Pictures in a sample of `text` and `strings`: at most {max_images}.
 
 ## Parts
 | part | samples |
@@ -289,6 +367,7 @@ picture: {pictures}. No picture is in two splits; writers are not told apart, so
 
 ## Format
 Webdataset tar shards. A sample is `KEY.json`, either `question`, `answer` and `kind`, or
-`conversations`, and, but for `text`, `KEY.png` (8-bit grey). `tokenizer/` is a byte-level BPE in
+`conversations`, and, but for `text`, `KEY.png` (8-bit grey; `KEY.0.png`, `KEY.1.png`, ... where a
+sample may have several). `tokenizer/` is a byte-level BPE in
 the Hugging Face format, where every digit and tile tag is one token.
 """

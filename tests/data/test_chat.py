@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
+from nvmm.config import config_dir
 from nvmm.data.chat import ChatTemplate, ImageLayout, ImageTags, Rendered, Turn, render
 from nvmm.data.tokenizer import Tokenizer
 
@@ -99,6 +101,37 @@ def test_hf_form_fuses_the_first_tag_with_the_image_start(qwen: Tokenizer) -> No
 def test_tag_variants(variant: str, expected: list[str]) -> None:
     tags = ImageTags(variant=variant, thumbnail_tag="<t>")
     assert [tags.tag(tile, (3, 2), 448) for tile in (1, 2, 3, 4, 5, 6, 0)] == expected
+
+
+def test_tags_of_two_dimensions_are_text_to_qwen(qwen: Tokenizer) -> None:
+    out = draw(qwen, QUESTION, [(2, 1)], tags=ImageTags(variant="2d_grid"))
+    first, second, thumbnail = out.positions
+    assert out.tokens[5:first] == [27, 21094, 3212, 15, 4178, 15, 29]  # <tile_x0_y0>
+    assert out.tokens[first + 2 : second] == [27, 21094, 3212, 16, 4178, 15, 29]
+    assert out.tokens[second + 2 : thumbnail] == THUMBNAIL
+
+    out = draw(qwen, QUESTION, [(2, 1)], tags=ImageTags(variant="2d_bbox"))
+    first, second, _ = out.positions
+    # <box>(0,0),(448,448)</box>, then <box>(448,0),(896,448)</box>: a token a digit
+    corners = [2235, 15, 11, 15, 23547, 19, 19, 23, 11, 19, 19, 23, 12533]
+    assert out.tokens[5:first] == [27, 2011, *corners, 2011, 29]
+    corners = [2235, 19, 19, 23, 11, 15, 23547, 23, 24, 21, 11, 19, 19, 23, 12533]
+    assert out.tokens[first + 2 : second] == [27, 2011, *corners, 2011, 29]
+
+
+def test_tags_of_the_small_tokenizer(tiny: Tokenizer) -> None:
+    """The quickstart's 1-D tags are tokens; 2-D tags are where `quickstart_tags` adds them."""
+    config = yaml.safe_load((config_dir() / "tokenizer" / "quickstart_tags.yaml").read_text())
+    tagged = Tokenizer(tiny.path, extra_tokens=config["extra_tokens"])
+    grids = [(c, r) for c in range(1, 7) for r in range(1, 7) if 1 < c * r <= 6]
+    for grid in grids:
+        for tile in range(1, grid[0] * grid[1] + 1):
+            for variant in ("1d", "2d_grid"):
+                assert len(tagged.encode(ImageTags(variant).tag(tile, grid, 32))) == 1
+    assert len(tiny.encode("<tile_x0_y0>")) == 12
+    ids = tagged.encode("<box>(32,0),(64,32)</box>")
+    assert [ids[0], ids[-1]] == [tagged.token_id("<box>"), tagged.token_id("</box>")]
+    assert ids[1:-1] == tiny.encode("(32,0),(64,32)")
 
 
 def test_no_tags_leave_only_placeholders_between_the_image_tags(qwen: Tokenizer) -> None:

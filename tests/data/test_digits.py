@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from nvmm.data import digits
-from nvmm.data.chat import ChatTemplate, ImageTags
+from nvmm.data.chat import VARIANTS, ChatTemplate, ImageTags
 from nvmm.data.images import choose_grid
 from nvmm.data.instruct import InstructBuilder
 from nvmm.data.loader import Data
@@ -171,3 +172,52 @@ def test_every_sample_builds_within_the_configured_length(folder: Path) -> None:
         bound = Data(10_000, 0, dataset, tokenizer=tokenizer).train
         longest = max(len(bound[i].tokens) for i in range(len(bound)))
         assert longest <= 64, part
+
+
+@pytest.mark.parametrize("tags", VARIANTS)
+def test_text_announces_tiles_as_its_form_says(tags: str) -> None:
+    drawn = [digits.text_sample(random.Random(n), digits.Form(tags)) for n in range(40)]
+    plain = [digits.text_sample(random.Random(n), digits.Form("none")) for n in range(40)]
+    marks = {
+        "none": "",
+        "1d": "<tile_2>",
+        "2d_grid": "<tile_x1_y0>",
+        "2d_bbox": "<box>(32,0),(64,32)",
+    }
+    found = [sample["conversations"][0]["value"] for sample in drawn]  # type: ignore[index]
+    assert any(marks[tags] in text for text in found)
+    for text, sample in zip(found, plain, strict=True):
+        without = re.sub(r"<tile_\w+>|<box>.*?</box>", "", text)
+        assert without == sample["conversations"][0]["value"]  # type: ignore[index]
+
+
+def test_several_images_are_asked_about_by_number() -> None:
+    split, rng = digits.load_splits()["test"], random.Random(3)
+    record, pictures = digits.images_sample(split, rng, counts=[2, 3, 1], train=True)
+    turns = record["conversations"]
+    assert len(pictures) == 3
+    assert turns[0]["value"].startswith("<image>\n" * 3 + "Image ")  # type: ignore[index]
+    asked = re.findall(r"Image (\d):", json.dumps(turns))
+    assert sorted(asked) == ["1", "2", "3"]
+    lengths = {"1": 2, "2": 3, "3": 1}
+    for human, gpt in zip(turns[::2], turns[1::2], strict=True):  # type: ignore[index]
+        image = re.search(r"Image (\d): ", human["value"])
+        if human["value"].endswith("Read the number."):
+            assert len(gpt["value"]) == lengths[image[1]]
+        assert gpt["value"].isdigit()
+    record, _ = digits.images_sample(split, rng, counts=[2, 3], train=False)
+    assert record.keys() == {"question", "answer", "kind"}
+    assert re.match(r"Image [12]: ", str(record["question"]))
+
+
+def test_forms_are_checked_and_kept_with_the_data(tmp_path: Path) -> None:
+    few = digits.Amounts(text=2, single=0, strings=4, validation=0, test=1)
+    assert digits.build(tmp_path, few)
+    assert digits.build(tmp_path, few, form=digits.Form(max_images=2))
+    assert not digits.build(tmp_path, few, form=digits.Form(max_images=2))
+    names = set(Dataset(str(tmp_path / "strings/train-*.tar"), build=dict).members(0))
+    assert "0.png" in names and "png" not in names
+    with pytest.raises(ValueError, match=r"tags\.variant=3d is unknown"):
+        digits.Form("3d")
+    with pytest.raises(ValueError, match="max_images=0 must be at least 1"):
+        digits.Form(max_images=0)

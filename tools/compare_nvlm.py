@@ -1,0 +1,112 @@
+"""NVLM-D, X and H in small, side by side: python tools/compare_nvlm.py
+
+Each system trains the quickstart's three stages (the task as text, single digits, strings) on the
+same samples in the same order, for the same steps, and answers the same held-out questions. The
+stages of all systems take the same overrides. Steps whose tiles dominate: tools/bench_nvlm.py.
+
+An interrupted call goes on with the same command; what is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from nvmm import arms
+from nvmm.data import digits
+
+DATA = Path("data/quickstart")  # of the experiments
+SYSTEMS = ("d", "x", "h")
+BASE = (
+    "parallel=single",
+    "data.validation=null",
+    "trainer.validation_interval=null",
+    "checkpoint.save_interval=200",
+    "checkpoint.keep_last=1",
+)
+SEED = 1234
+QUESTIONS = 1000
+
+
+def arm(system: str, seed: int, folder: Path, steps: int) -> arms.Arm:
+    """Three stages and the evaluation of one system."""
+    run = folder / f"seed{seed}" / system
+    experiment = f"experiment=nvlm_{system}/quickstart"
+    base = (*BASE, f"seed={seed}")
+    return arms.Arm(
+        f"nvlm_{system}",
+        seed,
+        (
+            arms.train(run / "text", f"{experiment}_text", *base),
+            arms.train(run / "align", f"{experiment}_align", *base, f"init_from={run / 'text'}"),
+            arms.train(
+                run / "strings",
+                experiment,
+                *base,
+                f"trainer.max_steps={steps}",
+                f"init_from={run / 'align'}",
+            ),
+            arms.evaluate(
+                run / "strings",
+                f"benchmark.shards={DATA}/strings/test-*.tar",
+                "batch_size=64",
+                "max_new_tokens=10",
+                f"num_samples={QUESTIONS}",
+            ),
+        ),
+    )
+
+
+def report(found: dict[str, list[dict[str, float]]]) -> str:
+    """Means and sample standard deviations over seeds."""
+    columns = {
+        "all": ("exact_match", 3, 1.0),
+        **{kind: (f"exact_match_{kind}", 3, 1.0) for kind in digits.KINDS},
+        "samples/s": ("samples_per_second", 0, 1.0),
+        "CPU-s": ("cpu_seconds", 0, 1.0),
+        "decoder length": ("tokens_per_sample", 1, 1.0),
+        "peak MB": ("peak_memory_bytes", 0, 1e-6),
+        "parameters": ("num_parameters", 0, 1.0),
+    }
+    rows = []
+    for system, seeds in found.items():
+        cells = [
+            arms.spread([factor * seed[key] for seed in seeds], places)
+            for key, places, factor in columns.values()
+        ]
+        rows.append([f"NVLM-{system.upper()}", str(len(seeds)), *cells])
+    return arms.table(("system", "seeds", *columns), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=800, help="of the last stage")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
+    parser.add_argument("--to", type=Path, default=Path("runs/compare_nvlm"), help="its folder")
+    options = parser.parse_args()
+    systems = options.systems.split(",")
+    if not set(systems) <= set(SYSTEMS):
+        parser.error(f"--systems {options.systems}: use {','.join(SYSTEMS)}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    digits.build(DATA)
+    seeds = range(SEED, SEED + options.seeds)
+    planned = [arm(name, seed, options.to, options.steps) for name in systems for seed in seeds]
+    arms.run(planned, options.jobs)
+    found = {
+        name: [arms.measure(options.to / f"seed{seed}" / name / "strings") for seed in seeds]
+        for name in systems
+    }
+    arms.save(options.to / "results.json", found, steps=options.steps)
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
