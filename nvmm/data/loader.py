@@ -272,6 +272,8 @@ def _media_counts(batch: Batch) -> dict[str, np.ndarray]:
     images, tiles = np.zeros(count), np.zeros(count)
     for media in batch.media.values():
         tiles += np.bincount(media.samples.cpu().numpy(), minlength=count)
-        items = torch.stack([media.samples, media.items]).unique(dim=1)[0]
-        images += np.bincount(items.cpu().numpy(), minlength=count)
+    items = [torch.stack([media.samples, media.items]) for media in batch.media.values()]
+    if items:  # an image whose tiles are media of two kinds is one
+        samples = torch.cat(items, dim=1).unique(dim=1)[0]
+        images += np.bincount(samples.cpu().numpy(), minlength=count)
     return {"images": images, "tiles": tiles}
