@@ -112,12 +112,12 @@ def _bench(folder: Path, gigabytes: float, workers: int) -> None:
     total, largest = _make(folder / "theirs", gigabytes)
     print(f"{total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB")
     tool = str(Path(__file__).with_name("convert.py"))
-    for name, script in (("base", _BASE), ("copy", _COPY)):
+    for name, script in (("run_base", _BASE), ("run_copy", _COPY)):
         (folder / f"{name}.py").write_text(script)
     there, here = str(folder / "theirs"), str(folder / "ours")
     runs = {
-        "imports alone": [str(folder / "base.py")],
-        "safetensors copy": [str(folder / "copy.py"), there, str(folder / "copied")],
+        "imports alone": [str(folder / "run_base.py")],
+        "safetensors copy": [str(folder / "run_copy.py"), there, str(folder / "copied")],
         "import": [tool, "import", "--from", there, "--to", here, "--workers", str(workers)],
         "export": [tool, "export", "--from", here, "--to", f"{here}_hf", "--format", "qwen2"],
     }
@@ -141,7 +141,7 @@ def _mbridge(folder: Path, there: str, total: int) -> None:
     if importlib.util.find_spec("mbridge") is None:
         print("mbridge: not installed")
         return
-    script = folder / "mbridge_run.py"
+    script = folder / "run_mbridge.py"
     script.write_text(_MBRIDGE)
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

@@ -23,7 +23,7 @@ from nvmm.convert.table import Source
 
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # the format's own
-_PIECE = 67_108_864  # bytes read at a time: a remote file keeps a copy of them
+_PIECE = 16_777_216  # bytes read at a time: few enough to stay in a cache, and malloc's own
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -70,18 +70,22 @@ class SafetensorsSource:
                 self._places[name] = _Place(path, start + first)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor, read from its file."""
+        """The tensor, read from its file some rows at a time."""
         spec, place = self.spec[name], self._places[name]
-        out = torch.empty(spec.shape, dtype=spec.dtype)
+        rows = spec.shape[0] if spec.dim() else 1
+        step = max(1, _PIECE * rows // max(spec.nbytes, 1))
         with place.path.open("rb", buffering=0) as stream:
             stream.seek(place.offset)
-            view = memoryview(_bytes(out))
-            while view:
-                count = stream.readinto(view[:_PIECE])  # type: ignore[attr-defined]
-                if not count:
-                    raise ValueError(f"{place.path} ends within {name}")
-                view = view[count:]
-        yield out
+            for first in range(0, max(rows, 1), step):
+                shape = [min(step, rows - first), *spec.shape[1:]] if spec.dim() else []
+                out = torch.empty(shape, dtype=spec.dtype)
+                view = memoryview(_bytes(out))
+                while view:
+                    count = stream.readinto(view)  # type: ignore[attr-defined]
+                    if not count:
+                        raise ValueError(f"{place.path} ends within {name}")
+                    view = view[count:]
+                yield out
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[torch.dtype, list[int], int]], int]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nvmm.convert.mapping import Row, Tied, Unused
+from nvmm.convert.mapping import GatedMLP, PadVocabulary, Rename, Row, Tied, Unused
 
 
 class Source(Protocol):
@@ -27,8 +27,16 @@ class Source(Protocol):
 
 def read(source: Source, name: str) -> Tensor:
     """One whole tensor of a source."""
-    blocks = list(source.blocks(name))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    spec = source.spec[name]
+    out, row = torch.empty(0), 0
+    for block in source.blocks(name):
+        if block.shape == spec.shape:
+            return block
+        if row == 0:
+            out = torch.empty(spec.shape, dtype=block.dtype)
+        out[row : row + len(block)] = block
+        row += len(block)
+    return out
 
 
 class _Lazy(Sequence[Tensor]):
@@ -83,6 +91,16 @@ class ToOurs:
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Read what our tensor is made of, as far as the mapping asks for it at a time."""
         row = self.rows[name]
+        if isinstance(row.mapping, PadVocabulary):
+            yield from self.source.blocks(row.theirs[0])
+            rows, *rest = self.spec[name].shape
+            if missing := rows - row.mapping.their_rows:
+                yield torch.zeros(missing, *rest, dtype=self.spec[name].dtype)
+            return
+        if type(row.mapping) in (Rename, GatedMLP):
+            for key in row.theirs:
+                yield from self.source.blocks(key)
+            return
         try:
             yield from row.mapping.to_ours(_Lazy(row.theirs, lambda key: read(self.source, key)))
         except ValueError as error:
@@ -143,6 +161,14 @@ class ToTheirs:
             return
         row, index = self.places[name]
         assert row.ours is not None
+        if type(row.mapping) in (Rename, PadVocabulary):
+            missing = self.spec[name].shape[0] if self.spec[name].dim() else 1
+            for block in self.source.blocks(row.ours):
+                yield block[:missing] if block.dim() else block
+                missing -= len(block) if block.dim() else 1
+                if missing <= 0:
+                    return
+            return
         if self._last[0] != row.ours:
             self._last = (None, [])
             self._last = (row.ours, row.mapping.to_theirs(read(self.source, row.ours)))

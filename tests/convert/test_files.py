@@ -39,7 +39,7 @@ def test_from_url_to_url_and_back(store: fsspec.AbstractFileSystem, tmp_path: Pa
     )
     store.put(str(tmp_path / "theirs"), "/nvmm/theirs", recursive=True)
     ours, back = "memory://nvmm/ours", "memory://nvmm/back"
-    assert main(["import", "--from", "memory://nvmm/theirs", "--to", ours, "--workers", "2"]) == 0
+    assert main(["import", "--from", "memory://nvmm/theirs", "--to", ours]) == 0
     assert store.exists("/nvmm/ours/tokenizer/tokenizer.json")
     assert main(["export", "--from", ours, "--to", back, "--format", "qwen2"]) == 0
     found = load(store.cat_file("/nvmm/back/model.safetensors"))
