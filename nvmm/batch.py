@@ -16,6 +16,9 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """Label of a position that takes no part in the loss."""
 
+QUERY, POSITIVE, NEGATIVE = range(3)
+"""What a text of a retrieval sample is (`extras["role"]`)."""
+
 
 @dataclass(frozen=True)
 class SampleMedia:
@@ -45,6 +48,9 @@ class Sample:
     loss_mask: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
     media: kind -> SampleMedia.
     sample_id: index of the sample in its dataset; `source` names shard and key for messages.
+    segments: tokens of each text, for a sample of several (a query and its documents); () is one.
+        Each becomes a row, or a segment of a packed row, of its own.
+    extras: tensors [texts, ...] owned by one objective, for a sample of several texts.
     """
 
     tokens: Tensor
@@ -52,6 +58,8 @@ class Sample:
     media: dict[str, SampleMedia]
     sample_id: int
     source: str = ""
+    segments: tuple[int, ...] = ()
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,8 @@ class Media:
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch.
+
+    A sample of several texts takes as many rows (or segments), in order.
 
     tokens: int64 [b, s].
     labels: int64 [b, s]; labels[:, t] is the token after t, IGNORE_INDEX where unsupervised.

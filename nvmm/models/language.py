@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from nvmm.batch import Batch
@@ -32,6 +33,7 @@ class LanguageModel(GPTModel):
         seq_len_interpolation_factor: linear RoPE interpolation.
         share_embeddings_and_output_weights: tied input and output embeddings.
         max_sequence_length: longest sequence.
+        causal: False lets every token attend to its whole row or segment (embedders).
         chunk: which part of the model this rank builds.
     """
 
@@ -47,6 +49,7 @@ class LanguageModel(GPTModel):
         seq_len_interpolation_factor: float | None = None,
         share_embeddings_and_output_weights: bool = False,
         max_sequence_length: int = 4096,
+        causal: bool = True,
         *,
         chunk: Chunk,
     ) -> None:
@@ -57,10 +60,11 @@ class LanguageModel(GPTModel):
             )
         config = chunk.transformer_config(transformer)
         backend = backend_provider(chunk.backend)
+        mask = AttnMaskType.causal if causal else AttnMaskType.padding
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                config, backend, layer_spec(config, backend), chunk.vp_stage
+                config, backend, layer_spec(config, backend, mask), chunk.vp_stage
             ),
             vocab_size=padded_vocab_size,
             max_sequence_length=max_sequence_length,
@@ -105,7 +109,7 @@ class LanguageModel(GPTModel):
 
         Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
         """
-        packed = _packed_seq_params(batch)
+        packed = packed_seq_params(batch)
         if hidden is not None:
             hidden = context_parallel.shard(hidden, batch)
         batch = context_parallel.share(batch)
@@ -171,7 +175,7 @@ class LanguageModel(GPTModel):
         )
 
 
-def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
     return PackedSeqParams(
