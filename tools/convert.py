@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="our checkpoint -> a Hugging Face folder")
     command.set_defaults(run=export)
     _common(command, "checkpoint or run directory", workers=False)
-    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d")
+    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "nvlm_d", "nv_embed")
     command.add_argument("--format", required=True, choices=formats)
     command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
     command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nvmm.convert import internvit, llama, mistral, nemotron, nvlm_d, qwen2
+from nvmm.convert import internvit, llama, mistral, nemotron, nv_embed, nvlm_d, qwen2
 
 FORMATS: dict[str, ModuleType] = {
     "qwen2": qwen2,
@@ -21,6 +21,7 @@ FORMATS: dict[str, ModuleType] = {
     "nemotron": nemotron,
     "internvit": internvit,
     "nvlm_d": nvlm_d,
+    "nv_embed": nv_embed,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -29,6 +30,7 @@ _MODEL_TYPES = {
     "nemotron": "nemotron",
     "intern_vit_6b": "internvit",
     "NVLM_D": "nvlm_d",
+    "nvembed": "nv_embed",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
