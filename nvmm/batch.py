@@ -20,6 +20,9 @@ IMAGE = "image"
 ATTENDED = "attended"
 """Kind of media that cross-attention reads, outside the sequence (NVLM sections 3.3 and 3.4)."""
 
+QUERY, POSITIVE, NEGATIVE = range(3)
+"""What a text of a retrieval sample is (`extras["role"]`)."""
+
 
 @dataclass(frozen=True)
 class SampleMedia:
@@ -57,6 +60,9 @@ class Sample:
     media: kind -> SampleMedia.
     sample_id: (dataset, epoch, number) as one number (`nvmm.data.ids`), negative where there is no
         sample. `source` names shard and key for messages.
+    segments: tokens of each text, for a sample of several (a query and its documents); () is one.
+        Each becomes a row, or a segment of a packed row, of its own.
+    extras: tensors [texts, ...] owned by one objective, for a sample of several texts.
     """
 
     tokens: Tensor
@@ -64,6 +70,8 @@ class Sample:
     media: dict[str, SampleMedia]
     sample_id: int
     source: str = ""
+    segments: tuple[int, ...] = ()
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Media:
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch.
+
+    A sample of several texts takes as many rows (or segments), in order.
 
     tokens: int64 [b, s].
     labels: int64 [b, s]; labels[:, t] is the token after t, IGNORE_INDEX where unsupervised.

@@ -188,6 +188,21 @@ def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float
     return [(float(total), int(count)) for total, count in table.tolist()]
 
 
+def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
+    """Vectors [texts, h] of an embedder for the texts of all batches, fp32.
+
+    Every rank of a model-parallel group calls it alike and gets the result.
+    """
+    _check_layout(model)
+    outputs = _forward(model, batches, "embedding")
+    count = sum(int((batch.lengths > 0).sum()) for batch in batches)
+    config: Any = model[0].config
+    device = batches[0].tokens.device
+    found = torch.cat(outputs) if outputs else torch.empty(count, config.hidden_size, device=device)
+    _broadcast_from_last_stage(found)
+    return found
+
+
 def deal(num_samples: int, rank: int, size: int) -> range:
     """Indices of the samples that data-parallel rank `rank` of `size` evaluates."""
     return range(rank, num_samples, size)

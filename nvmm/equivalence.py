@@ -255,8 +255,11 @@ def synthetic_steps(
     sees none in the whole step; of even steps the last micro-batch has none. With `merged` the
     same rows form one micro-batch a step (no gradient accumulation). Rows and packed segments are
     padded as `config["parallel"]` needs; the tokens are the same at any layout.
+
+    For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
     """
     parallel = Parallel(**config.get("parallel", {}))
+    texts = 3 if "pooling" in config["model"] else 1
     generator = torch.Generator().manual_seed(11)
     steps = []
     for step in range(num_steps):
@@ -272,7 +275,7 @@ def synthetic_steps(
                         1 - i * (index % 2 == 0),
                         config.get("attended", "none"),
                     )
-                    for i in range(2)
+                    for i in range(2 * texts)
                 ]
             )
         if merged:
@@ -280,7 +283,30 @@ def synthetic_steps(
         steps.append(
             [_collate(rows, 100 * step + 10 * i, packed, parallel) for i, rows in enumerate(groups)]
         )
+    if texts > 1:
+        return [[_as_retrieval(batch) for batch in step] for step in steps]
     return steps
+
+
+def _as_retrieval(batch: Batch) -> Batch:
+    """Every three rows as a query, its positive and a hard negative; some masked, some alike."""
+    lengths = batch.lengths[batch.lengths > 0].long()
+    role = torch.arange(len(lengths)) % 3
+    starts = batch.cu_seqlens[: len(role)].long() if batch.cu_seqlens is not None else 0
+    rows = 0 if batch.cu_seqlens is not None else torch.arange(len(role))
+    first = batch.tokens[rows, starts]
+    return batch.replace(
+        sample_ids=batch.sample_ids[::3],
+        extras={
+            "role": role,
+            "pool_from": torch.where(role == 0, 3, 0),
+            # Some documents are alike, also across micro-batches: false negatives.
+            "document_id": first % 17,
+            "text_hash": first,
+            "in_batch": first % 5 != 0,
+            "teacher": lengths.float() / 10,
+        },
+    )
 
 
 @dataclass(frozen=True)

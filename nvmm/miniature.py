@@ -191,6 +191,8 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     language |= _VOCAB | {"max_sequence_length": 256}
     heads, groups = _heads(language["transformer"], full, small)
     _shrink_transformer(language["transformer"], num_layers, heads, groups)
+    if "pooling" in model:
+        _shrink_pooling(model["pooling"], max(4, small))
     if "vision" not in model:
         return
     vision, connector = model["vision"], model["connector"]
@@ -230,6 +232,13 @@ def _shrink_cross_attention(block: dict[str, Any], num_layers: int, small: int) 
         block["num_attention_heads"] = small * min(heads // groups, 2)
         if block.get("num_query_groups") is not None:
             block["num_query_groups"] = small
+
+
+def _shrink_pooling(pooling: dict[str, Any], heads: int) -> None:
+    small = {"num_latents": 6, "num_heads": heads, "head_dim": 16, "ffn_hidden_size": 96}
+    pooling |= {key: value for key, value in small.items() if key in pooling}
+    if "init_method_std" in pooling:
+        pooling["init_method_std"] = 0.1
 
 
 def _heads(transformer: Mapping[str, Any], full: int, small: int) -> tuple[int, int]:

@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "rules": {"problems"},
     "config": {"problems", "rules", "signatures"},
     "decoding": PARALLEL,
+    "embedding": {"data", "decoding", *PARALLEL},
     "evaluation": {"evaluation", "batch", "decoding"},
     "jobs": {"jobs", "batch", "data", "decoding", "parallel", "checkpoint"},
     "trainer": {

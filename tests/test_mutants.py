@@ -115,14 +115,14 @@ def move_segment_borders() -> None:
     """Inner borders of packed segments lie one token late."""
     from nvmm.models import language
 
-    right = language._packed_seq_params
+    right = language.packed_seq_params
 
     def wrong(batch: Any) -> Any:
         ends = batch.cu_seqlens.clone()
         ends[1:-1] += 1
         return right(batch.replace(cu_seqlens=ends))
 
-    language._packed_seq_params = wrong
+    language.packed_seq_params = wrong
 
 
 def forget_sequence_parallel() -> None:

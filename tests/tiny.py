@@ -83,6 +83,34 @@ def multimodal(**changes: Any) -> dict[str, Any]:
     }
 
 
+def embedder(pooling: str = "LatentAttention", **changes: Any) -> dict[str, Any]:
+    """NV-Embed in small: the decoder above without its causal mask, and a pooling."""
+    sizes: dict[str, dict[str, Any]] = {
+        "LatentAttention": {"num_latents": 6, "num_heads": 4, "head_dim": 24},
+        "SelfAttention": {"num_heads": 4},
+    }
+    model = language()
+    return {
+        **model,
+        "_target_": "nvmm.models.embedder.EmbeddingModel",
+        "pooling": {
+            "_target_": f"nvmm.modules.pooling.{pooling}",
+            "_partial_": True,
+            **sizes.get(pooling, {}),
+            **({"init_method_std": 0.1, "ffn_hidden_size": 80} if pooling in sizes else {}),
+        },
+        **changes,
+    }
+
+
+def contrastive(model: dict[str, Any], objective: dict[str, Any], **optim: Any) -> dict[str, Any]:
+    """`config` with the contrastive objective; its temperature keeps rounding small."""
+    target = "nvmm.objectives.contrastive.Contrastive"
+    return config(model, **optim) | {
+        "objective": {"_target_": target, "temperature": 0.2, **objective}
+    }
+
+
 def lora(targets: list[str], **changes: Any) -> dict[str, Any]:
     """Adapters of rank 3 at the linears that the patterns name."""
     return {

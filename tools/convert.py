@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _format(command: argparse.ArgumentParser) -> None:
     formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "siglip")
-    formats += ("whisper", "nvlm_d")
+    formats += ("whisper", "nvlm_d", "nv_embed")
     command.add_argument("--format", required=True, choices=formats)
     command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nvmm.conversion.embedder import write_embedder
 from nvmm.conversion.sides import Part, Saved, write_state, write_weights
 from nvmm.convert.families import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.files import at, publish
@@ -61,6 +62,8 @@ def export(
             _card(saved, format_name, part, converted),
             processor(_model(saved, part), format_name),
         )
+        if format_name == "nv_embed":
+            write_embedder(temporary, saved.state["config"], config["hidden_size"])
 
 
 def layout(
@@ -99,7 +102,7 @@ def _set_vocabulary(
     given: int | None,
 ) -> None:
     """Choose the rows of the exported vocabulary: padding of ours is removed, theirs is kept."""
-    inner = config.get("llm_config", config)
+    inner = config.get("llm_config") or config.get("text_config") or config
     if "vocab_size" not in inner:
         return
     language = model.get("language", model)

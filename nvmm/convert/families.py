@@ -18,6 +18,7 @@ from nvmm.convert import (
     megatron,
     mistral,
     nemotron,
+    nv_embed,
     nvlm_d,
     qwen2,
     siglip,
@@ -38,6 +39,7 @@ FORMATS: dict[str, ModuleType] = {
     "llava_next": llava_next,
     megatron.LEGACY: megatron,
     megatron.DISTRIBUTED: megatron,
+    "nv_embed": nv_embed,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -52,6 +54,7 @@ _MODEL_TYPES = {
     "whisper": "whisper",
     "NVLM_D": "nvlm_d",
     "llava_next": "llava_next",
+    "nvembed": "nv_embed",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",

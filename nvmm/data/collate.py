@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,22 @@ def collate(
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
+    if any(sample.segments for sample in samples):
+        texts = [text for sample in samples for text in _texts(sample)]
+        batch = collate(
+            texts,
+            pad_id=pad_id,
+            pad_multiple=pad_multiple,
+            segment_multiple=segment_multiple,
+            packed=packed,
+        )
+        return batch.replace(
+            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+            extras={
+                name: torch.cat([sample.extras[name] for sample in samples])
+                for name in samples[0].extras
+            },
+        )
     if pad_multiple < 1 or segment_multiple < 1 or pad_multiple % segment_multiple:
         raise ValueError(
             f"pad_multiple={pad_multiple} must be a multiple of"
@@ -77,6 +94,20 @@ def collate(
     )
     check_shift(batch, [f"{sample.source} (sample {sample.sample_id})" for sample in samples])
     return batch
+
+
+def _texts(sample: Sample) -> list[Sample]:
+    """A sample of several texts as samples of one."""
+    if sample.media:
+        raise ValueError(f"{sample.source}: a sample of several texts cannot have media yet")
+    return [
+        dataclasses.replace(sample, tokens=tokens, loss_mask=loss_mask, segments=(), extras={})
+        for tokens, loss_mask in zip(
+            sample.tokens.split(list(sample.segments)),
+            sample.loss_mask.split(list(sample.segments)),
+            strict=True,
+        )
+    ]
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -10,6 +10,7 @@ from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from nvmm.batch import Batch
@@ -35,6 +36,7 @@ class LanguageModel(GPTModel):
         seq_len_interpolation_factor: linear RoPE interpolation.
         share_embeddings_and_output_weights: tied input and output embeddings.
         max_sequence_length: longest sequence.
+        causal: False lets every token attend to its whole row or segment (embedders).
         cross_attention: layers that read media beside the sequence; None for none.
         chunk: which part of the model this rank builds.
     """
@@ -51,6 +53,7 @@ class LanguageModel(GPTModel):
         seq_len_interpolation_factor: float | None = None,
         share_embeddings_and_output_weights: bool = False,
         max_sequence_length: int = 4096,
+        causal: bool = True,
         *,
         cross_attention: CrossAttention | None = None,
         chunk: Chunk,
@@ -62,7 +65,8 @@ class LanguageModel(GPTModel):
             )
         config = chunk.transformer_config(transformer)
         backend = backend_provider(chunk.backend)
-        layer = layer_spec(config, backend)
+        mask = AttnMaskType.causal if causal else AttnMaskType.padding
+        layer = layer_spec(config, backend, mask)
         layers = cross_attention.layers(layer, backend) if cross_attention is not None else layer
         super().__init__(
             config=config,
@@ -114,7 +118,7 @@ class LanguageModel(GPTModel):
 
         Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
         """
-        packed = _packed_seq_params(batch)
+        packed = packed_seq_params(batch)
         if hidden is not None:
             hidden = context_parallel.shard(hidden, batch)
         batch = context_parallel.share(batch)
@@ -191,7 +195,7 @@ class LanguageModel(GPTModel):
         )
 
 
-def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:
+def packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
     return PackedSeqParams(

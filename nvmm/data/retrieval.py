@@ -1,0 +1,166 @@
+"""Contrastive samples: a query, its positive and hard negatives as texts of one `Sample`.
+
+The member `json` holds
+
+- `query`, `positive`, `negatives` (a list, in order of preference);
+- optionally `instruction` (the task's, put before the query), `symmetric` (true: before the
+  documents too, as NV-Embed does for similarity tasks), `in_batch_negatives` (else the builder's),
+  `positive_id` and `negative_ids` (else a document is known by its text), `scores` (another model's
+  for positive and negatives).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample
+from nvmm.data.tokenizer import Tokenizer
+
+TEMPLATE = "Instruct: {instruction}\nQuery: "
+"""NV-Embed's; a text without an instruction has nothing before it."""
+
+MASKINGS = ("sentence_transformers", "nv_embed", "mm_embed", "none")
+
+
+class RetrievalBuilder:
+    """Builds samples of 2 + num_negatives texts, each [BOS] instruction text EOS.
+
+    num_negatives: hard negatives of a sample; a record with more gives some of them, drawn by its
+        key, one with fewer gives those.
+    in_batch_negatives: whether other samples' documents are negatives where a record does not say.
+    instruction: where a record brings none; None: no instruction.
+    masking: which of an instruction's tokens are not pooled (all are attended to):
+        "sentence_transformers": BOS and the whole prefix, as that library does;
+        "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
+        "mm_embed": BOS, the instruction's line and one token more;
+        "none": every token is pooled. Texts without an instruction are pooled whole.
+    sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS.
+    """
+
+    def __init__(
+        self,
+        num_negatives: int,
+        in_batch_negatives: bool,
+        instruction: str | None = None,
+        masking: str = "sentence_transformers",
+        *,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+    ) -> None:
+        if masking not in MASKINGS:
+            raise ValueError(f"masking={masking} must be one of {', '.join(MASKINGS)}")
+        if num_negatives < 0:
+            raise ValueError(f"num_negatives={num_negatives} must be at least 0")
+        self.num_negatives = num_negatives
+        self.in_batch_negatives = in_batch_negatives
+        self.instruction = instruction
+        self.masking = masking
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+
+    def __call__(self, members: Mapping[str, Any]) -> Sample:
+        """One training sample. Raises ValueError naming shard and key for a record that lacks a
+        field, has an empty text, or more or fewer ids or scores than documents."""
+        source, record = _source(members), _record(members)
+        documents = [record["positive"], *record["negatives"]]
+        ids = [record.get("positive_id"), *record.get("negative_ids", [None] * len(documents[1:]))]
+        scores = record.get("scores") or [float("nan")] * len(documents)
+        if not len(documents) == len(ids) == len(scores):
+            raise ValueError(
+                f"{source}: {len(documents)} documents, {len(ids)} ids, {len(scores)} scores"
+            )
+        chosen = [0, *self._choose(len(documents) - 1, source)]
+        texts = [record["query"], *(documents[i] for i in chosen)]
+        roles = [QUERY, POSITIVE] + [NEGATIVE] * (len(chosen) - 1)
+        instruction = record.get("instruction", self.instruction)
+        both = instruction if record.get("symmetric") else None
+        encoded = [self.encode(text, both if i else instruction) for i, text in enumerate(texts)]
+        in_batch = bool(record.get("in_batch_negatives", self.in_batch_negatives))
+        names = [record["query"], *(ids[i] or documents[i] for i in chosen)]
+        return _sample(
+            encoded,
+            source,
+            {
+                "role": torch.tensor(roles),
+                "document_id": torch.tensor([_hash(str(name)) for name in names]),
+                "text_hash": torch.tensor([_hash(text) for text in texts]),
+                "in_batch": torch.full((len(texts),), in_batch),
+                "teacher": torch.tensor([float("nan"), *(float(scores[i]) for i in chosen)]),
+            },
+        )
+
+    def prompt(self, members: Mapping[str, Any]) -> Sample:
+        """The sample's query alone."""
+        record = _record(members)
+        return self.text(record["query"], record.get("instruction", self.instruction))
+
+    def text(self, text: str, instruction: str | None = None) -> Sample:
+        """One text to embed, after an instruction where it is given."""
+        return _sample([self.encode(text, instruction)], "", {})
+
+    def encode(self, text: str, instruction: str | None) -> tuple[list[int], int]:
+        """Token ids with BOS (where the tokenizer has one) and EOS, and the first pooled place."""
+        prefix = TEMPLATE.format(instruction=instruction) if instruction else ""
+        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        ids = [*begin, *self.tokenizer.encode(prefix + text)][: self.sequence_length - 1]
+        ids.append(self.tokenizer.eos_id)
+        start = 0
+        if instruction and self.masking != "none":
+            start = len(self.tokenizer.encode(prefix))
+            if self.masking == "sentence_transformers":
+                start += len(begin)
+            elif self.masking == "mm_embed":
+                line = prefix.removesuffix("\nQuery: ")
+                start = len(begin) + len(self.tokenizer.encode(line)) + 1
+        return ids, min(start, len(ids) - 1)
+
+    def _choose(self, available: int, source: str) -> list[int]:
+        """Places of the chosen negatives among the documents."""
+        places = list(range(1, available + 1))
+        if available > self.num_negatives:
+            places = sorted(random.Random(source).sample(places, self.num_negatives))
+        return places
+
+
+def _sample(
+    encoded: Sequence[tuple[list[int], int]], source: str, extras: dict[str, torch.Tensor]
+) -> Sample:
+    tokens = torch.tensor([token for ids, _ in encoded for token in ids])
+    return Sample(
+        tokens=tokens,
+        loss_mask=torch.ones(len(tokens)),
+        media={},
+        sample_id=0,
+        source=source,
+        segments=tuple(len(ids) for ids, _ in encoded),
+        extras=extras | {"pool_from": torch.tensor([start for _, start in encoded])},
+    )
+
+
+def _source(members: Mapping[str, Any]) -> str:
+    return f"{members.get('__url__', '')}:{members.get('__key__', '')}"
+
+
+def _record(members: Mapping[str, Any]) -> dict[str, Any]:
+    source = _source(members)
+    try:
+        record = json.loads(members["json"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source}: no readable member json ({error!r})") from error
+    texts = [record.get("query"), record.get("positive"), *record.get("negatives", [None])]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(
+            f"{source}: query, positive and negatives must be texts that are not empty"
+        )
+    return record
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

@@ -1,0 +1,52 @@
+"""Retrieval on a folder in BEIR's layout: encode, rank all documents by dot product, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
+
+Encode = Callable[[Sequence[str], str | None], Tensor]
+"""(texts, instruction or None) -> unit vectors [texts, h]."""
+
+METRICS = {"ndcg": ndcg, "mrr": reciprocal_rank, "recall": recall, "hit_rate": hit_rate}
+_QUERIES = 256
+
+
+def evaluate(
+    encode: Encode,
+    corpus: Mapping[str, str],
+    queries: Mapping[str, str],
+    qrels: Mapping[str, Mapping[str, int]],
+    *,
+    instruction: str | None = None,
+    cutoffs: Sequence[int] = (1, 5, 10, 100),
+) -> dict[str, float]:
+    """Means over the queries that have a relevant document: {"ndcg_at_10": ..., ...}.
+
+    corpus, queries: id -> text; qrels: query id -> document id -> relevance above 0.
+    instruction: put before queries, not before documents.
+
+    Raises ValueError when the qrels name a query or document that is not there.
+    """
+    asked = [query for query in qrels if qrels[query]]
+    unknown = [query for query in asked if query not in queries]
+    unknown += [document for query in asked for document in qrels[query] if document not in corpus]
+    if unknown or not asked:
+        raise ValueError(f"qrels name {len(unknown)} unknown ids ({unknown[:5]}) of {len(asked)}")
+    ids = list(corpus)
+    documents = encode(list(corpus.values()), None)
+    totals = dict.fromkeys((f"{name}_at_{k}" for name in METRICS for k in cutoffs), 0.0)
+    for start in range(0, len(asked), _QUERIES):
+        part = asked[start : start + _QUERIES]
+        scores = encode([queries[query] for query in part], instruction) @ documents.t()
+        best = torch.topk(scores, min(max(cutoffs), len(ids)), dim=1).indices.tolist()
+        for query, row in zip(part, best, strict=True):
+            ranking = [ids[i] for i in row]
+            for name, metric in METRICS.items():
+                for k in cutoffs:
+                    totals[f"{name}_at_{k}"] += metric(ranking, qrels[query], k)
+    return {name: total / len(asked) for name, total in totals.items()}

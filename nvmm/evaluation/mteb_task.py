@@ -1,0 +1,100 @@
+"""mteb 2 offline: an embedder behind its encoder interface, a BEIR folder as its task.
+
+Needs the `embed` extra. mteb downloads nothing here: data and model are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvmm.evaluation.beir import Encode
+
+
+def evaluate(
+    encode: Encode,
+    corpus: Mapping[str, str],
+    queries: Mapping[str, str],
+    qrels: Mapping[str, Mapping[str, int]],
+    *,
+    name: str = "Custom",
+    instruction: str | None = None,
+) -> dict[str, float]:
+    """mteb's scores of a retrieval task; arguments as in `nvmm.evaluation.beir.evaluate`."""
+    import mteb
+
+    results = mteb.evaluate(
+        _encoder(encode),
+        _task(corpus, queries, qrels, name, instruction),
+        cache=None,
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": 256},
+    )
+    return dict(results.task_results[0].scores["test"][0])
+
+
+def _encoder(encode: Encode) -> Any:
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ModelMeta
+    from mteb.types import PromptType
+
+    class Model(AbsEncoder):
+        """Instructions of queries go to `encode`, which knows their template and masking."""
+
+        mteb_model_meta = ModelMeta.create_empty({"name": "nvmm/checkpoint", "revision": "local"})
+
+        def encode(
+            self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **options: Any
+        ) -> Any:
+            """Vectors of all batches of `inputs`, [n, h]."""
+            texts = [text for batch in inputs for text in batch["text"]]
+            prompt = (task_metadata.prompt or {}).get("query")
+            query = prompt_type == PromptType.query
+            return encode(texts, prompt if query else None).numpy()
+
+    return Model()
+
+
+def _task(
+    corpus: Mapping[str, str],
+    queries: Mapping[str, str],
+    qrels: Mapping[str, Mapping[str, int]],
+    name: str,
+    instruction: str | None,
+) -> Any:
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    def rows(texts: Mapping[str, str]) -> Any:
+        return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+
+    class Task(AbsTaskRetrieval):
+        """The given texts as one subset of one split."""
+
+        metadata = TaskMetadata(
+            name=name,
+            description="texts given to nvmm",
+            type="Retrieval",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+            dataset={"path": "local/local", "revision": "local"},
+            prompt={"query": instruction} if instruction else None,
+        )
+
+        def load_data(self, **options: Any) -> None:
+            """No download."""
+            split = {
+                "queries": rows({query: queries[query] for query in qrels}),
+                "corpus": rows(corpus),
+                "relevant_docs": {query: dict(known) for query, known in qrels.items()},
+                "top_ranked": None,
+            }
+            self.dataset = {"default": {"test": split}}
+            self.data_loaded = True
+
+    return Task()

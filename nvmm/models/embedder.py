@@ -1,0 +1,111 @@
+"""A decoder that gives one unit vector a text instead of logits: NV-Embed (arXiv:2405.17428)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from torch import Tensor
+
+from nvmm.batch import Batch
+from nvmm.flops import flops_per_step
+from nvmm.models.language import LanguageModel, packed_seq_params
+from nvmm.parallel.setup import Chunk
+
+
+class EmbeddingModel(LanguageModel):
+    """LanguageModel without an output layer, and a pooling over its final hidden states.
+
+    Global names are LanguageModel's, so that a converted or trained decoder's checkpoint is its
+    `init_from`; the pooling's begin with `pooling.`.
+
+    Args:
+        transformer, vocab_size, padded_vocab_size, rotary_base, max_sequence_length: see
+            LanguageModel.
+        pooling: partial of a class of `nvmm.modules.pooling`; hidden_size and chunk are added.
+        causal: keep the decoder's causal mask; False (NV-Embed) lets a token see its whole text.
+        chunk: which part of the model this rank builds.
+    """
+
+    def __init__(
+        self,
+        transformer: Callable[..., Any],
+        vocab_size: int,
+        padded_vocab_size: int,
+        pooling: Callable[..., Any],
+        rotary_base: float = 10000,
+        max_sequence_length: int = 4096,
+        causal: bool = False,
+        *,
+        chunk: Chunk,
+    ) -> None:
+        size = chunk.parallel.context_parallel_size
+        if size > 1:
+            raise ValueError(f"parallel.context_parallel_size={size} must be 1 for an embedder")
+        super().__init__(
+            transformer,
+            vocab_size,
+            padded_vocab_size,
+            rotary_base=rotary_base,
+            max_sequence_length=max_sequence_length,
+            causal=causal,
+            chunk=chunk,
+        )
+        self.is_causal = causal
+        if self.post_process:
+            del self.output_layer
+            self.pooling = pooling(hidden_size=self.config.hidden_size, chunk=chunk)
+
+    def forward(self, batch: Batch, *, output: str = "embedding", **options: Any) -> Tensor:
+        """Run this chunk.
+
+        batch: one text a row or packed segment; `extras["pool_from"]` as `pooling.pool_mask` says.
+        output: what the last stage returns: "embedding" (fp32 [texts, h], each of length 1) or
+            "hidden" ([s, b, h]).
+
+        Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
+        """
+        spans = None if batch.cu_seqlens is not None else key_spans(batch)
+        if not self.is_causal:
+            options["key_spans"] = spans
+        hidden = super().forward(batch, output="hidden", **options)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # The pooling's input gradient is whole on every rank: backward takes a part of it.
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False
+            )
+        if output == "hidden":
+            return hidden
+        pooled = self.pooling(hidden, batch, spans, packed_seq_params(batch))
+        return F.normalize(pooled.float(), dim=-1)
+
+    def flops(self, segment_lengths: Sequence[int], num_tiles: int = 0) -> dict[str, float]:
+        """Model FLOPs of a micro-batch's forward and backward, without the pooling's."""
+        return flops_per_step(
+            self.config,
+            vocab_size=0,
+            segment_lengths=segment_lengths,
+            causal_attention_factor=0.5 if self.is_causal else 1.0,
+        )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """mcore's for any module: the one for language models asks for an output layer."""
+        return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def key_spans(batch: Batch) -> Tensor | None:
+    """int32 [b, 2], first and last + 1 valid key of rows padded on the right; None if all are."""
+    if bool((batch.lengths == batch.tokens.shape[1]).all()):
+        return None
+    return torch.stack([torch.zeros_like(batch.lengths), batch.lengths], dim=1).int()

@@ -1,0 +1,149 @@
+"""Golden samples of queries and documents; conventions of instruction masking; data layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nvmm.batch import NEGATIVE, POSITIVE, QUERY
+from nvmm.data import retrieval_sets
+from nvmm.data.collate import collate
+from nvmm.data.guards import check_sample
+from nvmm.data.retrieval import MASKINGS, RetrievalBuilder
+from nvmm.data.tokenizer import Tokenizer, train_byte_level_bpe
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = train_byte_level_bpe(
+        tmp_path_factory.mktemp("tokenizer"),
+        ["Instruct: find it\nQuery: a small bird sings"] * 20,
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    return Tokenizer(str(folder), image_token="<s>", end_of_turn="</s>")
+
+
+def builder(tokenizer: Tokenizer, **options: Any) -> RetrievalBuilder:
+    options = {"num_negatives": 2, "in_batch_negatives": True, "sequence_length": 64} | options
+    return RetrievalBuilder(**options, tokenizer=tokenizer)
+
+
+def member(key: str = "0", **record: Any) -> dict[str, Any]:
+    return {"__key__": key, "__url__": "a.tar", "json": json.dumps(record).encode()}
+
+
+RECORD = {"query": "bird", "positive": "sings", "negatives": ["a", "small", "it"]}
+
+
+def test_texts_of_a_sample_become_rows_with_their_roles(tokenizer: Tokenizer) -> None:
+    build = builder(tokenizer)
+    first = build(member(**RECORD, positive_id="d1", negative_ids=["d2", "d3", "d4"]))
+    second = build(member(**RECORD | {"negatives": ["a"]}))
+    check_sample(first)
+    for sample in (first, second):
+        for text in sample.tokens.split(list(sample.segments)):
+            assert text[0] == tokenizer.bos_id and text[-1] == tokenizer.eos_id
+    batch = collate([first, second], pad_id=0)
+    assert batch.tokens.shape[0] == 7
+    assert batch.sample_ids.tolist() == [0, 0]
+    roles = [QUERY, POSITIVE, NEGATIVE, NEGATIVE, QUERY, POSITIVE, NEGATIVE]
+    assert batch.extras["role"].tolist() == roles
+    ids, hashes = batch.extras["document_id"], batch.extras["text_hash"]
+    assert hashes[1] == hashes[5] and ids[1] != ids[5], "the second knows its text alone"
+    assert batch.extras["teacher"].isnan().all()
+    packed = collate([first, second], pad_id=0, packed=True)
+    assert packed.lengths.tolist() == batch.lengths.tolist()
+    for number, length in enumerate(batch.lengths.tolist()):
+        start = int(packed.cu_seqlens[number])
+        assert torch.equal(packed.tokens[0, start : start + length], batch.tokens[number, :length])
+
+
+def test_masking_conventions(tokenizer: Tokenizer) -> None:
+    prefix = tokenizer.encode("Instruct: find it\nQuery: ")
+    line = tokenizer.encode("Instruct: find it")
+    expected = {
+        "sentence_transformers": 1 + len(prefix),
+        "nv_embed": len(prefix),
+        "mm_embed": 1 + len(line) + 1,
+        "none": 0,
+    }
+    assert set(expected) == set(MASKINGS)
+    for masking, start in expected.items():
+        ids, found = builder(tokenizer, masking=masking).encode("bird sings", "find it")
+        assert found == start
+        # The prefix alone ends with a token for its space; before a word they are one token.
+        pooled = {"sentence_transformers": " sings", "nv_embed": " bird sings"}
+        if masking in pooled:
+            assert tokenizer.decode(ids[found:-1]) == pooled[masking]
+        assert builder(tokenizer, masking=masking).encode("bird", None)[1] == 0
+    with pytest.raises(ValueError, match="masking=other must be one of"):
+        builder(tokenizer, masking="other")
+
+
+def test_a_long_text_keeps_its_end_token_and_something_to_pool(tokenizer: Tokenizer) -> None:
+    ids, start = builder(tokenizer, sequence_length=8).encode("a small bird sings " * 9, "find it")
+    assert len(ids) == 8 and ids[-1] == tokenizer.eos_id and start == 7
+
+
+def test_choices_of_a_record(tokenizer: Tokenizer) -> None:
+    build = builder(tokenizer, instruction="find it")
+    sample = build(member(**RECORD, symmetric=True, in_batch_negatives=False, scores=[4, 3, 2, 1]))
+    assert (sample.extras["pool_from"] > 0).all()
+    assert not sample.extras["in_batch"].any()
+    teacher = sample.extras["teacher"].tolist()
+    assert teacher[1] == 4.0 and sorted(teacher[2:], reverse=True) == teacher[2:]
+    plain = build(member(**RECORD))
+    assert (plain.extras["pool_from"] > 0).tolist() == [True, False, False, False]
+    chosen = {tuple(build(member(str(k), **RECORD)).extras["text_hash"].tolist()) for k in range(9)}
+    assert len(chosen) > 1, "which negatives depends on the key"
+
+
+@pytest.mark.parametrize(
+    "record", [{"query": "bird"}, RECORD | {"query": " "}, RECORD | {"scores": [1.0]}]
+)
+def test_broken_records_are_named(record: dict[str, Any], tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"a\.tar:0"):
+        builder(tokenizer)(member(**record))
+
+
+def test_beir_layout(tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    corpus = [{"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "text": "two"}]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "ask"}))
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t2\nq\td2\t0\n")
+    found = list(retrieval_sets.beir(tmp_path, "test", {"q": ["d1", "d2"]}))
+    assert found == [
+        {
+            "query": "ask",
+            "positive": "T one",
+            "positive_id": "d1",
+            "negatives": ["two"],
+            "negative_ids": ["d2"],
+        }
+    ]
+
+
+def test_triplets_and_classes() -> None:
+    rows = [{"anchor": "q", "positive": "p", "negative": "n", "negative_2": "m"}]
+    assert list(retrieval_sets.triplets(rows)) == [
+        {"query": "q", "positive": "p", "negatives": ["n", "m"]}
+    ]
+    texts, labels = ["a", "b", "c", "d", "e"], [0, 0, 1, 1, 2]
+    found = list(retrieval_sets.classes(texts, labels, num_negatives=2, instruction="sort"))
+    assert [record["query"] for record in found] == ["a", "b", "c", "d"]
+    of = dict(zip(texts, labels, strict=True))
+    for record in found:
+        assert (
+            of[record["positive"]] == of[record["query"]] and record["positive"] != record["query"]
+        )
+        assert all(of[text] != of[record["query"]] for text in record["negatives"])
+        assert record["in_batch_negatives"] is False

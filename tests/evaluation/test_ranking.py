@@ -1,0 +1,73 @@
+"""Ranking metrics by hand, and the runner over a toy corpus; mteb agrees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvmm.evaluation import beir, mteb_task
+from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
+
+RANKING = ["a", "b", "c", "d"]
+
+
+def test_metrics_by_hand() -> None:
+    relevant = {"b": 2, "d": 1, "z": 1}
+    ideal = 2 + 1 / math.log2(3) + 1 / math.log2(4)
+    found = 2 / math.log2(3) + 1 / math.log2(5)
+    assert ndcg(RANKING, relevant, 10) == pytest.approx(found / ideal)
+    assert ndcg(RANKING, relevant, 1) == 0
+    assert ndcg(["b"], {"b": 3}, 1) == 1
+    assert reciprocal_rank(RANKING, relevant, 10) == 0.5
+    assert reciprocal_rank(RANKING, relevant, 1) == 0
+    assert recall(RANKING, relevant, 4) == pytest.approx(2 / 3)
+    assert recall(RANKING, relevant, 2) == pytest.approx(1 / 3)
+    assert hit_rate(RANKING, relevant, 2) == 1
+    assert hit_rate(RANKING, relevant, 1) == 0
+
+
+CORPUS = {f"d{i}": f"document {i} of the bird" for i in range(12)}
+QUERIES = {f"q{i}": f"ask for {i}" for i in range(5)}
+QRELS = {f"q{i}": {f"d{i}": 2, f"d{(3 * i + 1) % 12}": 1} for i in range(5)}
+
+
+def encode(texts: Sequence[str], instruction: str | None) -> Tensor:
+    """Random unit vectors that depend on text and instruction, a little alike by number."""
+    rows = []
+    for text in texts:
+        seed = sum(map(ord, text + (instruction or "")))
+        row = torch.randn(16, generator=torch.Generator().manual_seed(seed))
+        number = next(int(word) for word in text.split() if word.isdigit())
+        row[number] += 2.0
+        rows.append(row)
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+
+def test_the_runner_ranks_all_documents() -> None:
+    scores = beir.evaluate(encode, CORPUS, QUERIES, QRELS, instruction="find", cutoffs=(1, 10))
+    similarity = encode(list(QUERIES.values()), "find") @ encode(list(CORPUS.values()), None).t()
+    first = [list(CORPUS)[i] for i in similarity.argmax(1).tolist()]
+    hits = [doc in QRELS[query] for doc, query in zip(first, QUERIES, strict=True)]
+    assert scores["hit_rate_at_1"] == sum(hits) / 5
+    assert 0 < scores["ndcg_at_10"] < 1
+    other = beir.evaluate(encode, CORPUS, QUERIES, QRELS, cutoffs=(10,))
+    assert other["ndcg_at_10"] != scores["ndcg_at_10"], "the instruction reaches queries"
+    with pytest.raises(ValueError, match="qrels name 1 unknown ids"):
+        beir.evaluate(encode, CORPUS, QUERIES, {"q0": {"lost": 1}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction", [None, "find"])
+def test_mteb_gives_the_same_scores(instruction: str | None) -> None:
+    ours = beir.evaluate(
+        encode, CORPUS, QUERIES, QRELS, instruction=instruction, cutoffs=(1, 5, 10)
+    )
+    theirs = mteb_task.evaluate(encode, CORPUS, QUERIES, QRELS, instruction=instruction)
+    for k in (1, 5, 10):
+        for name in ("ndcg", "recall", "hit_rate", "mrr"):
+            key = f"{name}_at_{k}"
+            assert theirs[key] == pytest.approx(ours[key], abs=2e-5), key
