@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from nvmm.batch import Batch, Sample
+from nvmm.batch import QUERY, Batch, Sample
 from nvmm.data import ids, parts
 from nvmm.data.order import Order, Settings
 from nvmm.data.parts import Part
@@ -240,7 +240,7 @@ class Data:
             samples = batch.sample_ids.cpu().numpy()
             values = {
                 "samples": samples >= 0,
-                "tokens": np.where(samples >= 0, batch.lengths[: len(samples)].cpu().numpy(), 0),
+                "tokens": np.where(samples >= 0, _sample_lengths(batch), 0),
                 "bad": samples < ids.FILLING,
                 **_media_counts(batch),
             }
@@ -268,6 +268,15 @@ class Data:
                 f" data.max_bad_fraction={self.max_bad_fraction} ({listed}); the log has each"
                 " one's shard, key and reason"
             )
+
+
+def _sample_lengths(batch: Batch) -> np.ndarray:
+    """Tokens of each sample of a micro-batch, over all its texts."""
+    count = batch.sample_ids.numel()
+    role = batch.extras.get("role")
+    owners = torch.arange(count) if role is None else (role == QUERY).cumsum(0) - 1
+    lengths = batch.lengths[: len(owners)].cpu().numpy()
+    return np.bincount(owners.cpu().numpy(), weights=lengths, minlength=count)
 
 
 def _media_counts(batch: Batch) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,6 +104,18 @@ class RetrievalBuilder:
     def text(self, text: str, instruction: str | None = None) -> Sample:
         """One text to embed, after an instruction where it is given."""
         return _sample([self.encode(text, instruction)], "", {})
+
+    def blank(self, sample_id: int) -> Sample:
+        """What stands for a missing sample; its negative id keeps it out of the loss."""
+        unknown = {name: torch.tensor([0]) for name in ("document_id", "text_hash")}
+        extras = {
+            "role": torch.tensor([QUERY]),
+            **unknown,
+            "in_batch": torch.tensor([False]),
+            "teacher": torch.tensor([float("nan")]),
+        }
+        sample = _sample([([self.tokenizer.eos_id], 0)], "blank", extras)
+        return replace(sample, sample_id=sample_id, loss_mask=torch.zeros(1))
 
     def encode(self, text: str, instruction: str | None) -> tuple[list[int], int]:
         """Token ids with BOS (where the tokenizer has one) and EOS, and the first pooled place."""

@@ -102,6 +102,9 @@ class Steps:
             except ValueError as error:
                 problems.append((sample_id, str(error)))
                 sample_id = int(ids.hole(np.array(sample_id)))
+        blank = getattr(next(iter(self.datasets.values())).build, "blank", None)
+        if blank is not None:  # a builder whose samples are not one text
+            return blank(sample_id)
         return Sample(torch.tensor([self.pad_id]), torch.zeros(1), {}, sample_id, "blank")
 
     def _built(self, sample_id: int) -> Sample:

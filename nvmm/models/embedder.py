@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 
 from nvmm.batch import Batch
-from nvmm.flops import flops_per_step
+from nvmm.flops import flops_per_step, segment_lengths
 from nvmm.models.language import LanguageModel, packed_seq_params
 from nvmm.parallel.setup import Chunk
 
@@ -85,12 +85,12 @@ class EmbeddingModel(LanguageModel):
         pooled = self.pooling(hidden, batch, spans, packed_seq_params(batch))
         return F.normalize(pooled.float(), dim=-1)
 
-    def flops(self, segment_lengths: Sequence[int], num_tiles: int = 0) -> dict[str, float]:
+    def flops(self, batch: Batch) -> dict[str, float]:
         """Model FLOPs of a micro-batch's forward and backward, without the pooling's."""
         return flops_per_step(
             self.config,
             vocab_size=0,
-            segment_lengths=segment_lengths,
+            segment_lengths=segment_lengths(batch),
             causal_attention_factor=0.5 if self.is_causal else 1.0,
         )
 

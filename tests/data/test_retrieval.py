@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from nvmm.batch import NEGATIVE, POSITIVE, QUERY
 from nvmm.data import retrieval_sets
 from nvmm.data.collate import collate
 from nvmm.data.guards import check_sample
+from nvmm.data.loader import Data
 from nvmm.data.retrieval import MASKINGS, RetrievalBuilder
+from nvmm.data.shards import Dataset, write_shards
 from nvmm.data.tokenizer import Tokenizer, train_byte_level_bpe
+from nvmm.objectives.contrastive import Contrastive
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,26 @@ def test_choices_of_a_record(tokenizer: Tokenizer) -> None:
 def test_broken_records_are_named(record: dict[str, Any], tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"a\.tar:0"):
         builder(tokenizer)(member(**record))
+
+
+def test_a_broken_record_leaves_a_hole_that_no_query_sees(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    records = [RECORD, RECORD | {"positive": 3}, RECORD]
+    write_shards(tmp_path, "t", [{**member(str(i), **r)} for i, r in enumerate(records)])
+    build = partial(RetrievalBuilder, num_negatives=2, in_batch_negatives=True)
+    data = Data(64, 0, Dataset(str(tmp_path / "t-*"), build), tokenizer=tokenizer)
+    [batch] = next(data.batches(split="train", global_batch_size=3, micro_batch_size=3))
+    assert sorted(batch.sample_ids >= 0) == [False, True, True]
+    assert (batch.extras["role"] == QUERY).sum() == 3 and len(batch.tokens) == 9
+    counts = data.count([batch])
+    texts = batch.lengths.sum() - 1  # but for the hole's one token
+    assert (counts["train/samples"], counts["train/bad"]) == (2, 1)
+    assert counts["train/tokens"] == texts
+    embeddings = torch.nn.functional.normalize(torch.randn(9, 6), dim=-1)
+    found = Contrastive(cross_rank_negatives=False).per_query(embeddings, [batch])
+    # Two hard negatives, and the other sample's two: its positive answers this query too.
+    assert found[:, 2].tolist() == [4, 4]
 
 
 def test_beir_layout(tmp_path: Path) -> None:
