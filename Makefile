@@ -49,7 +49,7 @@ bench-convert: venv ## speed and memory of conversions (writes 10 GB to build/)
 bench-packing: venv ## tokens/s of padded, packed and planned rows, and of Transformers' collator
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_packing.py
 
-bench-index: venv ## speed and memory of the index and the order up to 10^7 samples (2 GB in build/)
+bench-index: venv ## speed and memory of the index and the order up to 10^7 samples (1 GB in build/)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_index.py --to build/bench_index
 
 bench-data: venv ## samples/s, memory and restore against megatron-energon and webdataset (300 MB in build/)

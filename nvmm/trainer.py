@@ -156,6 +156,7 @@ class Trainer:
         step = first
         batches = self._batches("train", first)
         self._catch_signals()
+        stalled = 0.0
         with self._profiler() as profiler:
             while step < self.max_steps:
                 begin = time.monotonic()
@@ -164,13 +165,14 @@ class Trainer:
                 result = self.train_step(step, micro_batches, check=step == first)
                 step += 1
                 profiler.step()
-                stalled = self._save_if_due(step)
                 seconds = {
-                    "step_seconds": time.monotonic() - begin,
+                    "step_seconds": time.monotonic() - begin + stalled,
                     "data_wait_seconds": waited,
                     "checkpoint_stall_seconds": stalled,
                 }
+                # Before the save: what a checkpoint has is in the log, whatever kills the run.
                 self._log_step(step, seconds, result)
+                stalled = self._save_if_due(step)
                 if self.validation_interval and step % self.validation_interval == 0:
                     self.validate(step)
                 if self._must_stop():
@@ -441,7 +443,7 @@ class Trainer:
         return shlex.join(words) if size == 1 else f"{launcher} {shlex.join(words[3:])}"
 
     def _save_if_due(self, step: int) -> float:
-        """Save when the interval says so; seconds the loop waited for it."""
+        """Save when the interval says so; seconds the loop waited, logged with the next step."""
         begin = time.monotonic()
         self.checkpoint.finalize()
         interval = self.checkpoint.save_interval

@@ -155,7 +155,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data__blend": None}, "data.train.shards=null", "or give data.blend"),
     ({"data__blend": []}, "data.blend=[]", "a list of datasets"),
     ({"data__blend": ["a"]}, "data.blend[0]=a", "must be a mapping"),
-    ({"data__blend": [{"shards": "a", "wieght": 1}]}, "data.blend[0].wieght=1", "weight"),
+    ({"data__blend": [{"shards": "a", "part": 1}]}, "data.blend[0].part=1", "weight"),
     ({"data__blend": [{"name": "a"}]}, "data.blend[0].shards=null", "or give a nested blend"),
     (
         {"data__blend": [{"blend": [{"shards": "a", "samples": 0}]}]},

@@ -55,10 +55,11 @@ def build_rate(folder: Path, count: int) -> dict[str, Any]:
     return result
 
 
-def write_synthetic(folder: Path, count: int) -> list[str]:
-    """An index of `count` samples whose shards are empty files; returns the shards."""
+def write_synthetic(folder: Path, count: int) -> None:
+    """An index of `count` samples, token counts with it, whose shards are empty files."""
     from nvmm.data import index as module
     from nvmm.data.index import open_index
+    from nvmm.data.shards import builder_digest
 
     folder.mkdir(parents=True, exist_ok=True)
     shards = [folder / f"s-{i:06d}.tar" for i in range(-(-count // PER_SHARD))]
@@ -66,8 +67,11 @@ def write_synthetic(folder: Path, count: int) -> list[str]:
         shard.touch()
     names = [str(shard) for shard in shards]
     module.scan = synthetic_scan  # type: ignore[assignment]
-    open_index(names)
-    return names
+    index = open_index(names)
+    rng = np.random.default_rng(1)
+    tokens = np.clip(rng.lognormal(6, 1, len(index)), 8, 4096).astype("<i4")
+    tiles = rng.integers(0, 8, len(index), dtype="<i4")
+    np.stack([tokens, tiles], axis=1).tofile(index.path / f"lengths-{builder_digest(Builder())}")
 
 
 def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
@@ -106,11 +110,6 @@ def measure(folder: Path) -> dict[str, Any]:
     assert len(columns["start"]) == count
     result["open_MiB"] = resident() - before
     digest = builder_digest(dataset.build)
-    path = dataset.index.path / f"lengths-{digest}"
-    if not path.exists():
-        rng = np.random.default_rng(1)
-        lengths = np.clip(rng.lognormal(6, 1, count), 8, 4096).astype("<i4")
-        np.stack([lengths, rng.integers(0, 8, count, dtype="<i4")], axis=1).tofile(path)
     parts = [Part("one", dataset, Fraction(1), None, count)]
     for name, settings in (
         ("plain", Settings(4096)),
@@ -128,8 +127,8 @@ def measure(folder: Path) -> dict[str, Any]:
         Order(parts, 1, settings, BATCH, position).batch(k + 1)
         result[f"{name}_resume_seconds"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    Order(parts, 1, Settings(4096), BATCH).batch(10**9)
-    result["seek_to_step_1e9_seconds"] = time.perf_counter() - begin
+    Order(parts, 1, Settings(4096), BATCH).batch(1000 * count // BATCH)
+    result["plain_seek_1000_epochs_seconds"] = time.perf_counter() - begin
     result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
 
@@ -145,7 +144,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--to", type=Path, default=Path("build/bench_index"))
-    parser.add_argument("--real", type=int, default=20_000, help="samples of the real shards")
+    parser.add_argument("--real", type=int, default=80_000, help="samples of the real shards")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:

@@ -105,13 +105,13 @@ class Index:
         A token for 4 bytes of text, and for 784 pixels (InternViT's patches, 2 x 2 as one).
         """
         ends, sizes = self.columns["image"], self.columns["sizes"].reshape(-1, 2)
-        found = self.columns["text"][numbers].astype(np.int64) // 4 + 1
-        for place, number in enumerate(numbers.tolist()):
-            start, end = (int(ends[number - 1]) if number else 0), int(ends[number])
-            if end > start:
-                area = sizes[start:end].astype(np.int64).prod(axis=1)
-                found[place] += int(area.sum()) // 784
-        return found
+        starts = np.where(numbers > 0, ends[np.maximum(numbers - 1, 0)], 0)
+        counts = ends[numbers] - starts
+        sample = np.repeat(np.arange(len(numbers)), counts)
+        picture = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
+        pixels = np.zeros(len(numbers), dtype=np.int64)
+        np.add.at(pixels, sample, sizes[picture].astype(np.int64).prod(axis=1))
+        return self.columns["text"][numbers].astype(np.int64) // 4 + 1 + pixels // 784
 
     def lengths(self, digest: str) -> NDArray[np.int32] | None:
         """int32 [n, 2] tokens and tiles of every sample for one builder; None if never counted."""
@@ -125,21 +125,29 @@ class Index:
 
         A sample for which `measure` raises ValueError gets -1, -1.
         """
-        path = self.path / f"lengths-{digest}"
+        found = self.lengths(digest)
+        if found is not None:
+            return found
+        if not os.access(self.path, os.W_OK):
+            raise ValueError(
+                f"{self.path} cannot be written, and the token counts are not in it; name a folder"
+                " for the index with data.train.index_dir"
+            )
         with _locked(self.path / "lock"):
-            if not path.exists():
-                step = max(1, min(1000, len(self) // max(1, 4 * workers)))
-                spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
-                workers = workers if len(self) > _FEW_SAMPLES else 0
-                partial_path = path.with_name(f"{path.name}.partial")
-                with open(partial_path, "wb") as file:
-                    found = _mapped(partial(_measured, measure), spans, workers)
-                    for rows in _shown(found, len(spans), f"counting tokens ({len(self)} samples)"):
-                        file.write(rows.tobytes())
-                os.replace(partial_path, path)
-        found_rows = self.lengths(digest)
-        assert found_rows is not None
-        return found_rows
+            if self.lengths(digest) is None:
+                self._count(f"lengths-{digest}", partial(_measured, measure), workers)
+        return _open(self.path / f"lengths-{digest}", "<i4").reshape(-1, 2)
+
+    def _count(
+        self, name: str, measured: Callable[[tuple[int, int]], NDArray[np.int32]], workers: int
+    ) -> None:
+        step = max(1, min(1000, len(self) // max(1, 4 * workers)))
+        spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
+        found = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
+        with open(self.path / f"{name}.partial", "wb") as file:
+            for rows in _shown(found, len(spans), f"counting tokens ({len(self)} samples)"):
+                file.write(rows.tobytes())
+        os.replace(self.path / f"{name}.partial", self.path / name)
 
 
 def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 0) -> Index:

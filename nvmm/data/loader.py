@@ -16,13 +16,10 @@ from torch.utils.data import DataLoader
 
 from nvmm.batch import Batch, Sample
 from nvmm.data import ids, parts
-from nvmm.data.collate import collate
-from nvmm.data.guards import check_sample
 from nvmm.data.order import Order, Settings
-from nvmm.data.pack import Pack, deal
 from nvmm.data.parts import Part
-from nvmm.data.problem import BadSample
 from nvmm.data.shards import Dataset, builder_digest
+from nvmm.data.steps import Numbers, OnePass, Step, Steps
 from nvmm.data.tokenizer import Tokenizer
 
 log = logging.getLogger("nvmm")
@@ -174,19 +171,19 @@ class Data:
                 f"trainer.global_batch_size={global_batch_size} must be a multiple of "
                 f"trainer.micro_batch_size={micro_batch_size} x data-parallel size {size}"
             )
-        order: Order | _OnePass
+        order: Order | OnePass
         if split == "train":
             order = self.order(global_batch_size, position, segment_multiple)
             numbered = {order.ordinals[part.name]: part.dataset for part in self.parts}
             self._numbered = {number: name for name, number in order.ordinals.items()}
             stop = None
         else:
-            order, numbered = _OnePass(len(dataset), global_batch_size), {0: dataset}
+            order, numbered = OnePass(len(dataset), global_batch_size), {0: dataset}
             stop = self.num_batches(split, global_batch_size)
         damage = [line for one in numbered.values() for line in one.index.damage]
         for line in [*getattr(order, "changes", ()), *damage] if rank == 0 else ():
             log.info(f"data: {line}")
-        steps = _Steps(
+        steps = Steps(
             datasets=numbered,
             order=order,
             micro_batch_size=micro_batch_size,
@@ -198,9 +195,9 @@ class Data:
             packed=self.pack,
             planned=self.pack and split == "train",
         )
-        return self._iterate(steps, _Numbers(start, stop))
+        return self._iterate(steps, Numbers(start, stop))
 
-    def _iterate(self, steps: _Steps, numbers: _Numbers) -> Iterator[list[Batch]]:
+    def _iterate(self, steps: Steps, numbers: Numbers) -> Iterator[list[Batch]]:
         for step in self._steps(steps, numbers):
             for sample_id, problem in step.problems:
                 self._report(sample_id, problem)
@@ -208,7 +205,7 @@ class Data:
                 self._position = step.position
             yield step.batches
 
-    def _steps(self, steps: _Steps, numbers: _Numbers) -> Iterator[_Step]:
+    def _steps(self, steps: Steps, numbers: Numbers) -> Iterator[Step]:
         if self.num_workers == 0:
             yield from (steps[k] for k in numbers)
             return
@@ -282,100 +279,3 @@ def _media_counts(batch: Batch) -> dict[str, np.ndarray]:
         items = torch.stack([media.samples, media.items]).unique(dim=1)[0]
         images += np.bincount(items.cpu().numpy(), minlength=count)
     return {"images": images, "tiles": tiles}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbers:
-    """Step numbers from `start`; endless without `stop`."""
-
-    start: int
-    stop: int | None
-
-    def __iter__(self) -> Iterator[int]:
-        k = self.start
-        while self.stop is None or k < self.stop:
-            yield k
-            k += 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _OnePass:
-    """Each sample once, in order; FILLING fills the last global batch."""
-
-    num_samples: int
-    global_batch_size: int
-
-    def batch(self, k: int) -> list[Pack]:
-        first = k * self.global_batch_size
-        numbers = range(first, first + self.global_batch_size)
-        return [Pack((n if n < self.num_samples else ids.FILLING,), 0, 0) for n in numbers]
-
-    def position(self, k: int) -> None:
-        """A pass over held-out data has no place to go on from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """One rank's part of a step; problems: id and reason of its bad samples; position: after it."""
-
-    batches: list[Batch]
-    problems: list[tuple[int, str]]
-    position: dict[str, Any] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """Step number -> the micro-batches of one rank."""
-
-    datasets: Mapping[int, Dataset]
-    order: Any
-    micro_batch_size: int
-    rank: int
-    size: int
-    pad_id: int
-    pad_multiple: int
-    segment_multiple: int
-    packed: bool
-    planned: bool
-
-    def __getitem__(self, k: int) -> _Step:
-        packs: list[Pack] = self.order.batch(k)
-        costs = [pack.cost for pack in packs]
-        dealt = deal(costs, self.micro_batch_size, self.size, padded=not self.packed)
-        problems: list[tuple[int, str]] = []
-        batches = [
-            collate(
-                [self._sample(i, problems) for pack in chosen for i in packs[pack].samples],
-                pad_id=self.pad_id,
-                pad_multiple=self.pad_multiple,
-                segment_multiple=self.segment_multiple,
-                packed=self.packed,
-            )
-            for chosen in dealt[self.rank]
-        ]
-        return _Step(batches, problems, self.order.position(k + 1))
-
-    def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
-        """The sample; one token that is not supervised in the place of a bad one."""
-        if sample_id != ids.FILLING:
-            try:
-                return self._built(sample_id)
-            except ValueError as error:
-                problems.append((sample_id, str(error)))
-                sample_id = int(ids.hole(np.array(sample_id)))
-        return Sample(torch.tensor([self.pad_id]), torch.zeros(1), {}, sample_id, "blank")
-
-    def _built(self, sample_id: int) -> Sample:
-        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
-        dataset = self.datasets[ordinal]
-        sample = dataclasses.replace(dataset[number], sample_id=sample_id)
-        check_sample(sample)
-        if self.planned:
-            expected, tokens = int(dataset.lengths[number, 0]), len(sample.tokens)
-            if tokens != expected or tokens > self.order.settings.capacity:
-                raise BadSample(
-                    sample.source,
-                    f"has {tokens} tokens; its index says {expected}, and a row takes"
-                    f" {self.order.settings.capacity}",
-                )
-        return sample

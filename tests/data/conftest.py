@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -19,6 +20,10 @@ from tokenizers import Tokenizer as Backend
 from nvmm.data.digits import train_tokenizer
 from nvmm.data.shards import write_shards
 from nvmm.data.tokenizer import Tokenizer
+
+# The same examples in every run.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.load_profile("same")
 
 # Qwen2.5's splitter and its first added tokens (ids from 151643 on).
 QWEN_PATTERN = (

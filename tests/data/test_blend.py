@@ -26,7 +26,7 @@ def blend(weights: list[Any], **options: Any) -> Blend:
     )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(weights=WEIGHTS)
 def test_every_prefix_holds_each_dataset_within_one_sample_of_its_share(weights: list[int]) -> None:
     count = 3000
@@ -39,7 +39,7 @@ def test_every_prefix_holds_each_dataset_within_one_sample_of_its_share(weights:
         assert np.array_equal(mine, np.arange(len(mine))), "each dataset is taken in its order"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     weights=WEIGHTS,
     first=st.integers(0, 10**12),
@@ -55,7 +55,7 @@ def test_seeking_equals_walking(weights: list[int], first: int, count: int, cons
     assert sum(after) == first + count + consumed * len(weights)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     sizes=st.lists(
         st.tuples(st.integers(1, 50), st.integers(1, 9), st.integers(1, 3)), min_size=1, max_size=6

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from nvmm.data.shards import Dataset, builder_digest, write_shards
 from nvmm.data.tokenizer import Tokenizer
 from tests.data.conftest import chat, picture, vqa
 from tests.data.test_instruct import builder
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def shards_of(folder: Path, samples: list[dict[str, Any]], per_shard: int = 2) -> list[str]:
@@ -61,6 +65,11 @@ def test_columns(tmp_path: Path) -> None:
     assert [part.tolist() for part in index.shard_sizes()] == [[0, 2, 4], [2, 2, 1]]
     rough = index.estimates(np.arange(5))
     assert rough[4] > rough[0] > rough[1] > 0
+    pixels = {0: 100 * 32, 1: 0, 2: 64 * 48 + 20 * 90, 3: 96 * 32, 4: 180 * 32}
+    for number in (4, 2, 0, 1, 3):
+        text = len(MIXED[number]["json"])
+        assert index.estimates(np.array([number]))[0] == text // 4 + 1 + pixels[number] // 784
+    assert index.estimates(np.array([3, 0, 3])).tolist() == rough[[3, 0, 3]].tolist()
     assert isinstance(index.columns["start"], np.memmap)
     assert len(pickle.dumps(index)) < 1000, "workers map the same pages"
 
@@ -209,3 +218,21 @@ def test_json_alone_says_what_was_indexed(tmp_path: Path) -> None:
     assert facts["num_samples"] == 5 and facts["samples_per_shard"] == [2, 2, 1]
     assert facts["shards"] == ["s-00000.tar", "s-00001.tar", "s-00002.tar"]
     assert facts["damage"] == []
+
+
+def test_the_command_indexes_and_counts(make_shards: Callable[..., str], tiny: Tokenizer) -> None:
+    pattern = make_shards(9)
+    command = [sys.executable, "tools/shard.py", "index"]
+    config = ["experiment=nvlm_d/quickstart", f"tokenizer.path={tiny.path}"]
+    blend = f"data.blend=[{{name: a, shards: '{pattern}'}}]"
+    for arguments, expected in (
+        ([pattern], f"9 samples in 3 shards: {Path(pattern).parent}/.nvmm-index/"),
+        (["--config", *config, "data.train.shards=null", blend], "a: 9 samples, 0 bad, "),
+    ):
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(expected), done.stdout
+    [index] = (Path(pattern).parent / ".nvmm-index").glob("*/index.json")
+    assert len(list(index.parent.glob("lengths-*"))) == 1

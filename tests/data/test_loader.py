@@ -186,10 +186,8 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
     for pack in (False, True):
 
         def make(num_workers: int = 0, pack: bool = pack, **options: Any) -> Data:
-            template = Dataset(None, build)
-            return Data(
-                64, num_workers, template, blend=entries, tokenizer=tiny, pack=pack, **options
-            )
+            options = {"blend": entries, "window": 30, "tokenizer": tiny, "pack": pack} | options
+            return Data(64, num_workers, Dataset(None, build), **options)
 
         options = {"global_batch_size": 4, "micro_batch_size": 1}
         caplog.clear()

@@ -122,7 +122,7 @@ def test_global_batches_are_cuts_of_one_list(setting: Settings) -> None:
         assert [pack.samples[0] for pack in packs[:256]] == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(k=st.integers(0, 10**7), packed=st.booleans(), size=st.integers(1, 40))
 def test_seeking_equals_walking(k: int, packed: bool, size: int) -> None:
     parts = [part("a", 10**9, 3), part("b", 10**6, 1)]
@@ -144,7 +144,7 @@ def test_seeking_equals_walking(k: int, packed: bool, size: int) -> None:
 SETTINGS = {"plain": PLAIN, "packed": PACKED, "longer": LONGER, "wider": Settings(100)}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     legs=st.lists(
         st.tuples(st.sampled_from(sorted(SETTINGS)), st.integers(1, 12), st.integers(1, 9)),
@@ -271,7 +271,7 @@ def test_ids_are_one_number_for_dataset_epoch_and_number() -> None:
             ids.join(*values)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     size=st.sampled_from([1, 2, 4]),
     micro=st.integers(1, 4),

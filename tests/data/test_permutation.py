@@ -12,14 +12,14 @@ from nvmm.data.permutation import LocalPermutation, Permutation
 KEYS = st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 2**21))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(1, 5000), key=KEYS)
 def test_it_is_a_bijection(size: int, key: tuple[int, int]) -> None:
     numbers = Permutation(size, *key)(np.arange(size))
     assert np.array_equal(np.sort(numbers), np.arange(size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(size=st.integers(10**9, 2**62), key=KEYS, first=st.integers(0, 10**9 - 2000))
 def test_a_billion_samples_and_more_without_a_list(
     size: int, key: tuple[int, int], first: int
@@ -31,7 +31,7 @@ def test_a_billion_samples_and_more_without_a_list(
     assert shuffle([first + 7])[0] == numbers[7], "seeking equals walking"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(sum),
     window=st.integers(1, 300),
