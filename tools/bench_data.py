@@ -7,7 +7,8 @@ loader, so that the rows differ in the loader alone; "Pillow, floats" does to pi
 Megatron-LM's multimodal example does: Pillow resizes, each tile becomes normalised floats.
 
 Every row is a process of its own. Rounds take turns; the medians are printed. Memory is the
-proportional set size of the process and its workers, the highest seen between batches.
+proportional set size of the process and its workers, the highest seen between batches. On a busy
+machine compare CPU milliseconds, which other processes disturb less than they do samples/s.
 """
 
 from __future__ import annotations
@@ -273,16 +274,17 @@ ROWS = (
 )
 
 
-def memory() -> float:
-    """MiB of this process and all below it."""
+def used() -> tuple[float, float]:
+    """MiB, and seconds of CPU so far, of this process and all below it."""
     process = psutil.Process()
-    total = 0
+    size, seconds = 0, 0.0
     for one in (process, *process.children(recursive=True)):
         try:
-            total += one.memory_full_info().pss
+            size += one.memory_full_info().pss
+            seconds += sum(one.cpu_times()[:2])
         except psutil.NoSuchProcess:
             continue
-    return total / 2**20
+    return size / 2**20, seconds
 
 
 def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float | None]:
@@ -300,18 +302,21 @@ def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float 
     first = time.perf_counter() - begin
     for _ in range(4):
         next(loader.batches)
-    begin, highest, tiles, waited = time.perf_counter(), 0.0, 0, 0.0
+    highest, before = used()
+    begin, tiles, waited = time.perf_counter(), 0, 0.0
     for number in range(batches):
         batch = next(loader.batches)
         tiles += len(batch.media["image"].values)
         if number % 10 == 9:  # reading the maps takes a while: it is not counted
             pause = time.perf_counter()
-            highest = max(highest, memory())
+            highest = max(highest, used()[0])
             waited += time.perf_counter() - pause
     seconds = time.perf_counter() - begin - waited
+    cpu = used()[1] - before
     found: dict[str, float | None] = {
         "samples/s": batches * BATCH_SIZE / seconds,
         "tiles/s": tiles / seconds,
+        "CPU ms/sample": 1e3 * cpu / (batches * BATCH_SIZE),
         "first batch s": first,
         "MiB": highest,
         "save s": None,

@@ -214,7 +214,7 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
         assert counts["good/tiles"] > counts["good/images"] > 0
         tokens = sum(int(b.lengths.sum()) for step in one for b in step)
         assert counts["bad/tokens"] + counts["good/tokens"] == tokens - counts["bad/bad"]
-        with pytest.raises(ValueError, match=r"k[25]: member json .*data\.on_error=stop"):
+        with pytest.raises(ValueError, match=r"k[25]: member json: .*data\.on_error=stop"):
             steps(make(on_error="stop"), 12, **options)
 
 
