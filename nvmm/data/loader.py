@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from nvmm.data import ids, parts
 from nvmm.data.order import Order, Settings
 from nvmm.data.parts import Part
 from nvmm.data.shards import Dataset, builder_digest
-from nvmm.data.steps import Numbers, OnePass, Step, Steps
+from nvmm.data.steps import Numbers, OnePass, Step, Steps, end_with
 from nvmm.data.tokenizer import Tokenizer
 
 log = logging.getLogger("nvmm")
@@ -221,6 +222,7 @@ class Data:
             num_workers=self.num_workers,
             multiprocessing_context=context,
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=partial(end_with, os.getpid()),
         )
 
     # -- bad samples, counters --------------------------------------------------------------

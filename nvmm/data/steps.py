@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import select
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -121,3 +124,21 @@ class Steps:
                     f" {self.order.settings.capacity}",
                 )
         return sample
+
+
+def end_with(pid: int, worker: int = 0) -> None:
+    """Make this loader process end when process `pid`, its rank, does.
+
+    A rank that is killed cannot end its loaders, and theirs is the fork server for a parent, which
+    lives as long as they do.
+    """
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def follow() -> None:
+        select.select([watched], [], [])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

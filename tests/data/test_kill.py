@@ -7,7 +7,6 @@ the end, step by step, must be what one undisturbed rank says.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -17,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -191,15 +189,6 @@ def suffer(
             RuntimeError, match=r"died without|killed by|unexpectedly|gloo|onnection"
         ):
             run_ranks(fit, world_size, *arguments, timeout=600)
-        end_loaders()
-
-
-def end_loaders() -> None:
-    """Loader processes of killed ranks: here their parent is the tests' server, which lives on."""
-    server = psutil.Process(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
-    for process in server.children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -241,6 +230,27 @@ def test_four_kills_change_nothing(tmp_path: Path, tiny: Tokenizer) -> None:
     assert sum(counts["samples"] + counts["bad"] for counts in datasets.values()) == 4 * steps
     bad = [-2 - i for record in expected for i in record["sample_ids"] if i < -1]
     assert {i % BAD for i in bad} == {3} and len(bad) == datasets["a"]["bad"] > 0
+
+
+def die_with_loaders(rank: int, world_size: int, init: str, folder: Path, tokenizer: str) -> None:
+    data = make_data(folder, tokenizer, 2, pack=False)
+    batches = data.batches(split="train", global_batch_size=4, micro_batch_size=1)
+    next(batches)
+    loaders = [p.pid for p in psutil.Process().children(recursive=True)]
+    (folder / "loaders.json").write_text(json.dumps(loaders))
+    kill()
+
+
+def test_loaders_do_not_outlive_a_killed_rank(tmp_path: Path, tiny: Tokenizer) -> None:
+    folder = prepare(tmp_path, "war", write(tmp_path / "shards"))
+    with pytest.raises(RuntimeError, match="died without"):
+        run_ranks(die_with_loaders, 1, folder, tiny.path)
+    left = json.loads((folder / "loaders.json").read_text())
+    assert len(left) >= 2
+    end = time.monotonic() + 120
+    while any(map(psutil.pid_exists, left)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not [pid for pid in left if psutil.pid_exists(pid)]
 
 
 MOMENTS = ["step", "anywhere", "loader", "save", "anywhere", "saved", "anywhere"]
