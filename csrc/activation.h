@@ -8,7 +8,9 @@
 
 #ifdef __CUDACC__
 #define NVMM_FORMULA __device__ __forceinline__
+#define NVMM_BOTH_SIDES __host__ __device__
 #else
+#define NVMM_BOTH_SIDES
 #define NVMM_FORMULA inline __attribute__((always_inline))
 #endif
 
@@ -16,7 +18,7 @@ namespace nvmm {
 
 enum class Kind : int64_t { swiglu, geglu, squared_relu, gelu };
 
-constexpr bool gated(Kind kind) { return kind == Kind::swiglu || kind == Kind::geglu; }
+NVMM_BOTH_SIDES constexpr bool gated(Kind kind) { return kind == Kind::swiglu || kind == Kind::geglu; }
 
 // f(x) and f'(x) of the function before the gate. Math: exp and erf of this side.
 template <Kind kind, class Math>
