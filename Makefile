@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart check test test-slow golden bench bench-convert bench-packing clean
+.PHONY: help venv quickstart check test test-slow golden bench bench-convert bench-packing bench-embed ablate-pooling clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -34,7 +34,8 @@ check: venv ## format, lint, types, spelling
 test: venv ## the tests that need neither a GPU nor patience
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20
 
-test-slow: venv ## the slow tests
+test-slow: venv ## the slow tests (installs the embed extra)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=20
 
 golden: venv ## write the golden losses and names anew (look at the diff)
@@ -48,6 +49,13 @@ bench-convert: venv ## speed and memory of conversions (writes 10 GB to build/)
 
 bench-packing: venv ## tokens/s of padded, packed and planned rows, and of Transformers' collator
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_packing.py
+
+bench-embed: venv ## time and memory of a contrastive step, against sentence-transformers
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_embed.py
+
+ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours; downloads 6 MB)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/ablate_pooling.py
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
