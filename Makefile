@@ -7,8 +7,9 @@ KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kernels quickstart check test test-slow golden compare-nvlm ablate-tiles bench \
-	bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data clean
+.PHONY: help venv kernels quickstart check test test-slow golden compare-nvlm ablate-tiles \
+	ablate-pooling bench bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data \
+	bench-embed clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -41,7 +42,8 @@ check: venv ## format, lint, types, spelling
 test: venv kernels ## the tests that need neither a GPU nor patience
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20
 
-test-slow: venv kernels ## the slow tests
+test-slow: venv kernels ## the slow tests (installs the embed extra)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations=20
 
 golden: venv kernels ## write the golden losses and names anew (look at the diff)
@@ -79,6 +81,12 @@ bench-index: venv ## speed and memory of the index and the order up to 10^7 samp
 bench-data: venv ## samples/s, memory and restore against megatron-energon and webdataset (300 MB in build/)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench,quickstart]'
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_data.py --data build/bench_data
+bench-embed: venv ## time and memory of a contrastive step, against sentence-transformers
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_embed.py
+
+ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours; downloads 6 MB)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/ablate_pooling.py
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache
