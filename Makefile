@@ -78,9 +78,13 @@ bench-packing: venv ## tokens/s of padded, packed and planned rows, and of Trans
 bench-index: venv ## speed and memory of the index and the order up to 10^7 samples (1 GB in build/)
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_index.py --to build/bench_index
 
-bench-data: venv ## samples/s, memory and restore against megatron-energon and webdataset (300 MB in build/)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench,quickstart]'
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_data.py --data build/bench_data
+bench-data: ## samples/s, memory and restore against megatron-energon and webdataset (1 GB in build/)
+	# In a virtual environment of its own: energon brings a Hydra plugin that every command would load.
+	test -x build/bench_venv/bin/python || "$(PYTHON)" -m venv build/bench_venv
+	build/bench_venv/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+		-e '.[bench,quickstart]'
+	OMP_NUM_THREADS=1 build/bench_venv/bin/python -W ignore tools/bench_data.py --data build/bench_data
+
 bench-embed: venv ## time and memory of a contrastive step, against sentence-transformers
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_embed.py
