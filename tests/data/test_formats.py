@@ -31,23 +31,29 @@ RECORDS: dict[str, dict[str, Any]] = {
     "llava_pretraining": {"jpg": JPG, "json": {"conversations": TURNS}},
     "multiple_choice": {"jpg": JPG, "json": {"question": "?", "choices": ["a"], "answer": 0}},
     "ocr": {"jpg": JPG, "json": {"words": ["a"], "boxes": [[0, 0, 9, 9]]}},
+    "retrieval": {"json": {"query": "one", "positive": "two", "negatives": ["three"]}},
     "text": {"txt": b"Once upon a time."},
     "vqa": {"jpg": JPG, "json": QUESTION | {"weights": [1, 2]}},
 }
 
 
 def composed(name: str, folder: Path) -> dict[str, Any]:
-    """The quickstart's model on this format, its tiles as small as the model's."""
-    overrides = [
+    """The quickstart's model on this format, its tiles as small as the model's; or an embedder."""
+    own = [
         "experiment=nvlm_d/quickstart",
         f"data={name}",
+        "data.train.build.tokens_per_tile=4",
+        "data.train.build.tile_size=32",
+        "data.train.storage={_target_:nvmm.data.storage.Storage,retries:2}",
+    ]
+    if name == "retrieval":
+        own = ["experiment=nv_embed/tiny", "tokenizer=quickstart"]
+    overrides = [
+        *own,
         "parallel=single",
         "init_from=null",
         f"tokenizer.path={folder / 'tokenizer'}",
         f"data.train.shards={folder / name}-*.tar",
-        "data.train.build.tokens_per_tile=4",
-        "data.train.build.tile_size=32",
-        "data.train.storage={_target_:nvmm.data.storage.Storage,retries:2}",
         "data.sequence_length=128",
         "data.num_workers=0",
         "trainer.validation_interval=null",
@@ -97,4 +103,4 @@ def test_every_format_trains_a_step(tmp_path: Path, shards: Callable[[str], None
     configs = {name: composed(name, tmp_path) for name in RECORDS}
     [losses] = run_ranks(train_each, 1, configs, tmp_path)
     assert losses.keys() == RECORDS.keys()
-    assert all(math.isfinite(loss) and loss > 1 for loss in losses.values()), losses
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses.values()), losses
