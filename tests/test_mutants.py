@@ -298,14 +298,14 @@ def mark_encoder_as_split() -> None:
 
 def sum_encoder_output_gradients() -> None:
     """The gathered features' gradient, whole on every rank, is summed as if it were partial."""
-    from nvmm.modules import vision
+    from nvmm.modules import tower
 
-    right = vision.tensor_parallel.gather_from_sequence_parallel_region
+    right = tower.tensor_parallel.gather_from_sequence_parallel_region
 
     def gather(x: Any, tensor_parallel_output_grad: bool, group: Any) -> Any:
         return right(x, tensor_parallel_output_grad=True, group=group)
 
-    vision.tensor_parallel = SimpleNamespace(gather_from_sequence_parallel_region=gather)
+    tower.tensor_parallel = SimpleNamespace(gather_from_sequence_parallel_region=gather)
 
 
 def seed_by_rank() -> None:
