@@ -8,6 +8,7 @@ distributed checkpoints may stack all layers into one tensor, and the vocabulary
 from __future__ import annotations
 
 import argparse
+import enum
 import pickle
 import re
 import signal
@@ -92,9 +93,19 @@ def _allowed() -> AbstractContextManager[None]:
     from megatron.core.transformer.enums import AttnBackend
 
     reconstruct = numpy.empty(0).__reduce__()[0]
-    allowed = [argparse.Namespace, signal.Signals, ModelType, AttnBackend, reconstruct]
+    allowed: list[Any] = [argparse.Namespace, signal.Signals, ModelType, AttnBackend, reconstruct]
     allowed += [numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    # Some Pythons (3.11.2, say) pickle a member of an enum by its module's name or by getattr.
+    allowed += [(member, f"signal.{member.name}") for member in signal.Signals]
+    allowed.append((_enum_member, "builtins.getattr"))
     return torch.serialization.safe_globals(allowed)
+
+
+def _enum_member(owner: Any, name: Any) -> Any:
+    """What `getattr` may do in such a file: name a member of an enum."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"GLOBAL getattr of {name!r} from {owner!r}")
 
 
 def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -198,10 +198,18 @@ def test_mcores_own_gpt_checkpoints_are_read(stacked: bool, tmp_path: Path) -> N
         assert torch.equal(tensor, value), name
 
 
-def test_a_hostile_rank_file_is_refused(tmp_path: Path) -> None:
+class Member:
+    """Pickles as getattr of something that is no enum."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (argparse.Namespace, "__init__")
+
+
+@pytest.mark.parametrize("planted", [Payload, Member])
+def test_a_hostile_rank_file_is_refused(tmp_path: Path, planted: Any) -> None:
     path = tmp_path / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
     path.parent.mkdir(parents=True)
-    torch.save({"args": args(), "model": {}, "extra": Payload()}, path)
+    torch.save({"args": args(), "model": {}, "extra": planted()}, path)
     with pytest.raises(ValueError, match=r"model_optim_rng\.pt: refused, nothing of it was run"):
         sides.open_folder(tmp_path / "iter_0000001")
     assert not Path("/tmp/nvmm_convert_payload").exists()
