@@ -55,6 +55,16 @@ class Arm:
     commands: tuple[Command, ...]
 
 
+ALONE = (
+    "parallel=single",
+    "data.validation=null",
+    "trainer.validation_interval=null",
+    "checkpoint.save_interval=200",
+    "checkpoint.keep_last=1",
+)
+"""Overrides of training in an arm: one process, no validation, the newest checkpoint alone."""
+
+
 def train(folder: Path, *overrides: str) -> Command:
     """`nvmm.train` with `folder` as its run directory."""
     arguments = ("-W", "ignore", "-m", "nvmm.train", *overrides, f"run.dir={folder}")

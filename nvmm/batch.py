@@ -163,6 +163,18 @@ class Batch:
         """Number of supervised label positions."""
         return int((self.loss_mask != 0).sum())
 
+    def count_media(self) -> Tensor:
+        """Images and tiles of each sample, int64 [2, num_samples].
+
+        An image whose thumbnail goes another way than its tiles is one image.
+        """
+        count = self.sample_ids.numel()
+        if not self.media:
+            return self.sample_ids.new_zeros(2, count)
+        tiles = torch.cat([torch.stack([m.samples, m.items]) for m in self.media.values()], dim=1)
+        images = tiles.unique(dim=1)
+        return torch.stack([found[0].bincount(minlength=count) for found in (images, tiles)])
+
     def replace(self, **changes: object) -> Batch:
         """A copy with some fields exchanged."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

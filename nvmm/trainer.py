@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -374,10 +374,9 @@ class Trainer:
             counts["tokens"] += sum(lengths)
             counts["places"] += batch.tokens.numel()
             counts["samples"] += int((batch.sample_ids >= 0).sum())
-            images = [torch.stack([m.samples, m.items]) for m in batch.media.values()]
-            if images:  # the thumbnail of an image may go another way than its tiles
-                counts["images"] += torch.cat(images, dim=1).unique(dim=1).shape[1]
-            counts["tiles"] += sum(media.values.shape[0] for media in batch.media.values())
+            images, tiles = batch.count_media().sum(1).tolist()
+            counts["images"] += images
+            counts["tiles"] += tiles
             for part, flops in self.chunks[0].flops(batch).items():
                 counts[part] += flops
         return counts | self.data.count(batches)
@@ -481,11 +480,15 @@ class Trainer:
                     "world_size": dist.get_world_size(),
                     "base": asdict(self.base) if self.base is not None else None,
                 },
-                self._left_out(),
+                self._left_out,
             )
 
+    @cached_property
     def _left_out(self) -> set[str]:
-        """This rank's weights that a LoRA run does not save: frozen, and given by its base."""
+        """This rank's weights that a LoRA run does not save: frozen, and given by its base.
+
+        Neither changes once the run has started.
+        """
         if self.base is None:
             return set()
         frozen = {p.name for p in sharded_parameters(self.chunks) if not p.parameter.requires_grad}

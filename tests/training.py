@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import queue
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ from nvmm.parallel.setup import Parallel, Precision
 GLOBAL_BATCH_SIZE = 4
 GROUPS = [{"pattern": "*.mlp.*", "learning_rate": 4e-3, "weight_decay": 0.3}]
 MAX_STEPS = 10
+
+
+def save_as_mcore(state: dict[str, Any], folder: str | Path) -> None:
+    """mcore's own save; collective.
+
+    Its queue of results is a manager process, which a rank that has done its work leaves behind.
+    """
+    from megatron.core.dist_checkpointing import save
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    filesystem_async._results_queue = queue.Queue()
+    save(state, str(folder), TorchDistSaveShardedStrategy("torch_dist", 1, 1))
 
 
 def language_model(**changes: Any) -> Any:

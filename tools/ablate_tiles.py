@@ -42,15 +42,11 @@ ARMS = {
     },
 }
 BASE = (
-    "parallel=single",
+    *arms.ALONE,
     "tokenizer=quickstart_tags",
     "model.language.vocab_size=334",
     "model.language.padded_vocab_size=336",
     "data.sequence_length=512",
-    "data.validation=null",
-    "trainer.validation_interval=null",
-    "checkpoint.save_interval=200",
-    "checkpoint.keep_last=1",
 )
 SEED = 1234
 QUESTIONS = 1000

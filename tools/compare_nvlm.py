@@ -20,13 +20,6 @@ from nvmm.data import digits
 
 DATA = Path("data/quickstart")  # of the experiments
 SYSTEMS = ("d", "x", "h")
-BASE = (
-    "parallel=single",
-    "data.validation=null",
-    "trainer.validation_interval=null",
-    "checkpoint.save_interval=200",
-    "checkpoint.keep_last=1",
-)
 SEED = 1234
 QUESTIONS = 1000
 
@@ -35,7 +28,7 @@ def arm(system: str, seed: int, folder: Path, steps: int) -> arms.Arm:
     """Three stages and the evaluation of one system."""
     run = folder / f"seed{seed}" / system
     experiment = f"experiment=nvlm_{system}/quickstart"
-    base = (*BASE, f"seed={seed}")
+    base = (*arms.ALONE, f"seed={seed}")
     return arms.Arm(
         f"nvlm_{system}",
         seed,

@@ -240,11 +240,13 @@ class Data:
         counts = {f"{name}/{what}": 0.0 for name in self.datasets for what in COUNTERS}
         for batch in batches:
             samples = batch.sample_ids.cpu().numpy()
+            images, tiles = batch.count_media().cpu().numpy()
             values = {
                 "samples": samples >= 0,
                 "tokens": np.where(samples >= 0, _sample_lengths(batch), 0),
                 "bad": samples < ids.FILLING,
-                **_media_counts(batch),
+                "images": images,
+                "tiles": tiles,
             }
             ordinals = ids.split(samples)[0]
             for ordinal in np.unique(ordinals[samples != ids.FILLING]).tolist():
@@ -279,16 +281,3 @@ def _sample_lengths(batch: Batch) -> np.ndarray:
     owners = torch.arange(count) if role is None else (role == QUERY).cumsum(0) - 1
     lengths = batch.lengths[: len(owners)].cpu().numpy()
     return np.bincount(owners.cpu().numpy(), weights=lengths, minlength=count)
-
-
-def _media_counts(batch: Batch) -> dict[str, np.ndarray]:
-    """Images and tiles of each sample of a micro-batch."""
-    count = batch.sample_ids.numel()
-    if not batch.media:
-        return {"images": np.zeros(count), "tiles": np.zeros(count)}
-    # The thumbnail of an image may go another way than its tiles.
-    tiles = torch.cat([torch.stack([m.samples, m.items]) for m in batch.media.values()], dim=1)
-    return {
-        name: np.bincount(rows[0].cpu().numpy(), minlength=count)
-        for name, rows in (("images", tiles.unique(dim=1)), ("tiles", tiles))
-    }

@@ -142,12 +142,9 @@ def write_distributed(
     rank: int, world: int, init: str, layout: dict[str, Any], path: Path, stacked: bool
 ) -> dict[str, Tensor]:
     """Save a GPT model as Megatron-LM does; this rank's parameters by local name."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
     from nvmm.parallel.parameters import build_chunks
     from nvmm.parallel.setup import Parallel, Precision
-    from tests.training import language_model
+    from tests.training import language_model, save_as_mcore
 
     parallel = Parallel(**layout)
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
@@ -170,7 +167,7 @@ def write_distributed(
     if rank == 0:
         path.mkdir()
     torch.distributed.barrier()
-    dist_checkpointing.save(state, str(path), TorchDistSaveShardedStrategy("torch_dist", 1))
+    save_as_mcore(state, path)
     return {name: value.detach().clone() for name, value in chunk.named_parameters()}
 
 

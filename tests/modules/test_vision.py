@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import queue
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from nvmm.parallel.setup import Parallel, Precision
 from tests import oracle, tiny
 from tests.ranks import run_ranks
+from tests.training import save_as_mcore
 
 
 def vision(parallel: Parallel | None = None, training: bool = True, **changes: Any) -> Any:
@@ -146,10 +146,6 @@ def _encode(
     rank: int, world: int, init: str, encoder: str, qk_norm: str | None, folder: str | None
 ) -> dict[str, Any]:
     """Forward, backward, an SGD step and a checkpoint of the 5-head ViT."""
-    from megatron.core.dist_checkpointing import save
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-
     from nvmm.parallel.gradients import sum_replicated_gradients
     from nvmm.parallel.parameters import initialize, sharded_parameters, sharded_state_dict
 
@@ -159,8 +155,7 @@ def _encode(
     initialize(model, seed=3)
     if folder is not None:
         Path(folder).mkdir(exist_ok=True)
-        filesystem_async._results_queue = queue.Queue()  # mcore's is a process that stays behind
-        save(sharded_state_dict(model), folder, TorchDistSaveShardedStrategy("torch_dist", 1, 1))
+        save_as_mcore(sharded_state_dict(model), folder)
 
     out = model(tiles())
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
