@@ -6,8 +6,9 @@
         .metadata, metadata.json, common.pt, *.distcp     torch's distributed format
 
 Weights are stored under their global names, so any layout loads them; `optimizer.state.*` holds
-master weights and running means, `rng` the generator states of each rank. There are no pickled
-objects, and loading unpickles none (nvmm/metadata.py).
+master weights and running means, `rng` the generator states of each rank, `fp8.*` the scales and
+amax histories of delayed scaling. There are no pickled objects, and loading unpickles none
+(nvmm/metadata.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch.nn import Module
 
 from nvmm.base import Base
-from nvmm.metadata import read_metadata
+from nvmm.metadata import read_metadata, weight_names
 from nvmm.parallel import generators
 from nvmm.parallel.weights import checksums, gather, global_shapes, pieces, sharded_weights
 
@@ -84,6 +85,7 @@ class Checkpoint:
         optimizer: Any,
         state: dict[str, Any],
         left_out: Set[str] = frozenset(),
+        scaling: Any = None,
     ) -> Path:
         """Write step_XXXXXXXX and return its path; collective.
 
@@ -94,6 +96,7 @@ class Checkpoint:
             state: what JSON can hold; `load` and `read_state` give it back. Its `base`, if any,
                 is the nvmm.base.Base that gives the weights left out.
             left_out: global names of weights that are not saved.
+            scaling: an nvmm.modules.scaling.Scaling, the FP8 scales.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -117,6 +120,7 @@ class Checkpoint:
         sharded = {
             "rng": _rng_tensor(generators.capture()),
             "optimizer": optimizer.sharded_state_dict(model_state, False, self.sharding_type),
+            "scaling": {} if scaling is None else scaling.sharded_state_dict(),
             **saved_state,
         }
         request = dist_checkpointing.save(
@@ -328,6 +332,33 @@ def load_weights(path: Path, models: Sequence[Module], base: Path | None = None)
     return missing if lacking is None else sorted(absent & lacking)
 
 
+def load_scales(path: Path, scaling: Any) -> list[str]:
+    """Load the FP8 scales that a checkpoint has in common with an nvmm.modules.scaling.Scaling.
+
+    Collective. Returns the names of those it has not, which are left as they are. Raises ValueError
+    where a history has another length.
+    """
+    path = Path(path)
+    wanted = scaling.sharded_state_dict()
+    saved = {n: list(entry.size) for n, entry in read_metadata(path).state_dict_metadata.items()}
+    shapes = {name: shape for rank in gather(_shapes(wanted)) for name, shape in rank.items()}
+    for name in shapes.keys() & saved.keys():
+        if shapes[name] != saved[name]:
+            raise ValueError(
+                f"{path}: precision.fp8.amax_history_len={shapes[name][0] - 1} must be"
+                f" {saved[name][0] - 1}, as it was saved"
+            )
+    missing = sorted(shapes.keys() - saved.keys())
+    if len(missing) < len(shapes):
+        present = {name: entry for name, entry in wanted.items() if name in saved}
+        scaling.load(_load_sharded({"scaling": present}, path).get("scaling", {}))
+    return missing
+
+
+def _shapes(sharded: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: list(entry.global_shape) for name, entry in sharded.items()}
+
+
 def _without(weights: dict[str, dict[str, Any]], names: Set[str]) -> dict[str, dict[str, Any]]:
     return {
         chunk: {key: entry for key, entry in state.items() if entry.key not in names}
@@ -358,11 +389,7 @@ def _compare(
     path: Path, metadata: Any, weights: dict[str, list[int]]
 ) -> tuple[list[str], list[str]]:
     """(names only in the model, names only in the checkpoint); shapes must agree."""
-    saved = {
-        name: list(entry.size)
-        for name, entry in metadata.state_dict_metadata.items()
-        if name != "rng" and not name.startswith("optimizer.")
-    }
+    saved = {name: list(metadata.state_dict_metadata[name].size) for name in weight_names(metadata)}
     wrong = [
         f"{name} is {saved[name]} in the checkpoint, {shape} in the model"
         for name, shape in weights.items()

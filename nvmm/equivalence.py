@@ -8,32 +8,35 @@ Equal, everywhere in this project, with dropout 0:
   rms(g - g_ref) <= 1e-5 * max(rms(g_ref), 0.01 * rms(all reference gradients));
 - every replica of a gradient (a norm weight on each TP rank, say) is the same gradient;
 - the supervised tokens of all ranks' micro-batches are the reference's;
-- the parameters compared are exactly the model's trainable ones.
+- the parameters compared are exactly the model's trainable ones;
+- the scales and amax histories of FP8 are the reference's, within 1e-5.
+
+FP8 is compared in double precision: in single, the rounding that layouts differ by puts a value in
+millions on the other side of a rounding to three bits, and the layouts apart by more than 1e-5.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nvmm.batch import ATTENDED, IGNORE_INDEX, IMAGE, Batch, Media
+from nvmm.batch import Batch
 from nvmm.miniature import ONE_RANK, Layout, shrink
 from nvmm.parallel import context_parallel
 from nvmm.parallel.ranks import run_ranks
-from nvmm.parallel.setup import Parallel
+from nvmm.parallel.setup import Parallel, Precision
+from nvmm.synthetic import SyntheticData, synthetic_steps
 
 __all__ = ["ONE_RANK", "Layout", "compare", "run", "shrink"]
 
 TOLERANCE = 1e-5
-PLACEHOLDER = 508
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Result:
     losses, grad_norms: one per step. gradients: (step 1, last step) by global name.
     tokens: per rank, the supervised tokens it computed the loss of in every step.
     weights: checkpoint of the weights at the start of the last step (the reference run's).
+    scales: of FP8's delayed scaling after the last step, by their names in a checkpoint.
     replica_errors: global names whose replicas disagree.
     """
 
@@ -53,6 +57,7 @@ class Result:
     replica_errors: list[str]
     tokens: list[list[int]]
     weights: Path | None = None
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,6 +133,7 @@ def run(
         replica_errors=sorted(set(errors)),
         tokens=[out["tokens"] for out in outputs],
         weights=weights,
+        scales={name: value for out in outputs for name, value in out["scales"].items()},
     )
 
 
@@ -177,6 +183,17 @@ def _token_failures(reference: Result, other: Result) -> list[str]:
     return failures
 
 
+def _scale_failures(reference: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    names = sorted(reference.keys() | other.keys())
+    absent = [name for name in names if name not in reference or name not in other]
+    return [f"scale {name} is missing on one side" for name in absent] + [
+        f"scale {name} differs"
+        for name in names
+        if name not in absent
+        and not torch.allclose(other[name], reference[name], rtol=TOLERANCE, atol=0)
+    ]
+
+
 def compare(reference: Result, other: Result) -> Comparison:
     """Whether `other` equals `reference` in the sense of this module's first lines."""
     failures: list[str] = []
@@ -189,6 +206,7 @@ def compare(reference: Result, other: Result) -> Comparison:
                 failures.append(f"{what} at step {step}: {y!r}, not {x!r}")
     failures += _token_failures(reference, other)
     failures += [f"replicas differ: {name}" for name in other.replica_errors]
+    failures += _scale_failures(reference.scales, other.scales)
     worst: dict[str, float] = {}
     for moment, a, b in zip(("first", "last"), reference.gradients, other.gradients, strict=True):
         for name in sorted(a.keys() ^ b.keys()):
@@ -206,229 +224,6 @@ def compare(reference: Result, other: Result) -> Comparison:
     return Comparison(len(worst), failures, ranked[:5])
 
 
-@dataclass(frozen=True)
-class SyntheticTokenizer:
-    """Stands for the tokenizer of a run without text."""
-
-    digest: str = "synthetic"
-
-
-class SyntheticData:
-    """A few steps of synthetic micro-batches behind the loader's interface."""
-
-    log_samples = False
-
-    def __init__(self, steps: list[list[Batch]]) -> None:
-        self.steps = steps
-        self.tokenizer = SyntheticTokenizer()
-
-    def batches(self, *, rank: int, size: int, start: int, **kwargs: Any) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every step, dealt as the loader deals them."""
-        for step in self.steps[start:]:
-            yield step[rank::size]
-
-    def position(self, step: int) -> dict[str, int]:
-        """The data's place before a step."""
-        return {"step": step}
-
-    def count(self, batches: list[Batch]) -> dict[str, float]:
-        """No datasets, so no counts of them."""
-        return {}
-
-    def check_bad(self, totals: dict[str, Any]) -> None:
-        """No sample is bad."""
-
-
-def synthetic_steps(
-    config: dict[str, Any],
-    num_steps: int,
-    num_micro_batches: int,
-    *,
-    packed: bool = False,
-    merged: bool = False,
-) -> list[list[Batch]]:
-    """Micro-batches with images unevenly spread, some without any; ragged rows; an odd vocabulary.
-
-    `config["attended"]` says which tiles have no placeholders but are for cross-attention.
-
-    Every second micro-batch of odd steps has no image at all, so with two data-parallel ranks one
-    sees none in the whole step; of even steps the last micro-batch has none. With `merged` the
-    same rows form one micro-batch a step (no gradient accumulation). Rows and packed segments are
-    padded as `config["parallel"]` needs; the tokens are the same at any layout.
-
-    For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
-    """
-    parallel = Parallel(**config.get("parallel", {}))
-    texts = 3 if "pooling" in config["model"] else 1
-    generator = torch.Generator().manual_seed(11)
-    steps = []
-    for step in range(num_steps):
-        groups = []
-        for index in range(num_micro_batches):
-            bare = index % 2 == 1 if step % 2 == 0 else index == num_micro_batches - 1
-            model = None if bare or "vision" not in config["model"] else config["model"]
-            groups.append(
-                [
-                    _row(
-                        generator,
-                        model,
-                        1 - i * (index % 2 == 0),
-                        config.get("attended", "none"),
-                    )
-                    for i in range(2 * texts)
-                ]
-            )
-        if merged:
-            groups = [[row for group in groups for row in group]]
-        steps.append(
-            [_collate(rows, 100 * step + 10 * i, packed, parallel) for i, rows in enumerate(groups)]
-        )
-    if texts > 1:
-        return [[_as_retrieval(batch) for batch in step] for step in steps]
-    return steps
-
-
-def _as_retrieval(batch: Batch) -> Batch:
-    """Every three rows as a query, its positive and a hard negative; some masked, some alike."""
-    lengths = batch.lengths[batch.lengths > 0].long()
-    role = torch.arange(len(lengths)) % 3
-    starts = batch.cu_seqlens[: len(role)].long() if batch.cu_seqlens is not None else 0
-    rows = 0 if batch.cu_seqlens is not None else torch.arange(len(role))
-    first = batch.tokens[rows, starts]
-    return batch.replace(
-        sample_ids=batch.sample_ids[::3],
-        extras={
-            "role": role,
-            "pool_from": torch.where(role == 0, 3, 0),
-            # Some documents are alike, also across micro-batches: false negatives.
-            "document_id": first % 17,
-            "text_hash": first,
-            "in_batch": first % 5 != 0,
-            "teacher": lengths.float() / 10,
-        },
-    )
-
-
-@dataclass(frozen=True)
-class _Row:
-    """tokens [n + 1]; tiles uint8 [k, 3, size, size]; starts of the placeholders of the first of
-    them; the others are attended, their tags columns [start, stop) of the text or `tags`."""
-
-    tokens: Tensor
-    starts: list[int]
-    tiles: Tensor
-    tokens_per_tile: int
-    attended: list[tuple[int, int]]
-    tags: Tensor
-
-
-def _row(
-    generator: torch.Generator,
-    model: dict[str, Any] | None,
-    least_tiles: int,
-    attended: str = "none",
-) -> _Row:
-    count, size, per_tile = 0, 0, 0
-    if model is not None:
-        size = model["vision"]["image_size"]
-        grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 1)
-        per_tile = grid * grid
-        count = int(torch.randint(least_tiles, 4, (), generator=generator))
-    # Like NVLM-D's, -H's or -X's rows: all tiles, the first one or none in the sequence.
-    placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]
-    length = int(torch.randint(9, 14, (), generator=generator)) + placed * (per_tile + 1)
-    tokens = torch.randint(0, PLACEHOLDER, (length + 1,), generator=generator)
-    starts = [2 + i * (per_tile + 1) for i in range(placed)]
-    for start in starts:
-        tokens[start : start + per_tile] = PLACEHOLDER
-    shape = (count, 3, size, size)
-    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    in_text = attended == "all"
-    spans = [(1 + 2 * i, 3 + 2 * i) if in_text else (1, 1) for i in range(count - placed)]
-    tags = torch.randint(0, PLACEHOLDER, (len(spans), 0 if in_text else 2), generator=generator)
-    tags[1::2, 1:] = -1  # tags of two lengths
-    return _Row(tokens, starts, tiles, per_tile, spans, tags)
-
-
-def _collate(rows: list[_Row], first_id: int, packed: bool, parallel: Parallel) -> Batch:
-    lengths = [len(row.tokens) - 1 for row in rows]
-    multiple = parallel.segment_multiple if packed else 1
-    padded = [-(-length // multiple) * multiple for length in lengths]
-    multiple = math.lcm(4, parallel.sequence_multiple)
-    width = -(-(sum(padded) if packed else max(lengths)) // multiple) * multiple
-    shape = (1 if packed else len(rows), width)
-    tokens = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX)
-    position_ids = torch.arange(width).repeat(shape[0], 1)
-    where: list[tuple[int, int, int, int]] = []
-    outside: list[tuple[int, int, int, int, int]] = []
-    bounds = [0]
-    for index, row in enumerate(rows):
-        line, start = (0, bounds[-1]) if packed else (index, 0)
-        end = start + lengths[index]
-        tokens[line, start:end] = row.tokens[:-1]
-        target = row.tokens[1:].clone()
-        target[target == PLACEHOLDER] = IGNORE_INDEX
-        target[: 1 + index % 2] = IGNORE_INDEX  # two rows a micro-batch, also when merged
-        labels[line, start:end] = target
-        if packed:
-            position_ids[line, start : start + padded[index]] = torch.arange(padded[index])
-        where += [(line, start + s, index, tile) for tile, s in enumerate(row.starts)]
-        outside += [
-            (line, start + first, start + stop, index, tile)
-            for tile, (first, stop) in enumerate(row.attended)
-        ]
-        bounds.append(start + padded[index])
-    if packed and bounds[-1] < width:
-        position_ids[0, bounds[-1] :] = torch.arange(width - bounds[-1])
-        bounds.append(width)
-        lengths.append(0)
-    media = {}
-    if where:
-        lines, positions, samples, tiles = torch.tensor(where).unbind(1)
-        with_tiles = [row for row in rows if row.starts]
-        media[IMAGE] = Media(
-            values=torch.cat([row.tiles[: len(row.starts)] for row in with_tiles]),
-            rows=lines,
-            positions=positions,
-            samples=samples,
-            items=torch.zeros_like(lines),
-            tiles=tiles,
-            placeholder_id=PLACEHOLDER,
-            tokens_per_item=with_tiles[0].tokens_per_tile,
-        )
-    if outside:
-        media[ATTENDED] = _attended(rows, torch.tensor(outside))
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=(labels != IGNORE_INDEX).float(),
-        position_ids=position_ids,
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-        sample_ids=torch.arange(first_id, first_id + len(rows)),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32) if packed else None,
-        media=media,
-    )
-
-
-def _attended(rows: list[_Row], outside: Tensor) -> Media:
-    """Tiles for cross-attention, two an image; outside: [n, (row, start, stop, sample, tile)]."""
-    lines, positions, ends, samples, tiles = outside.unbind(1)
-    with_tiles = [row for row in rows if row.attended]
-    return Media(
-        values=torch.cat([row.tiles[len(row.starts) :] for row in with_tiles]),
-        rows=lines,
-        positions=positions,
-        samples=samples,
-        items=tiles // 2,
-        tiles=tiles % 2 + 1,
-        placeholder_id=-1,
-        tokens_per_item=with_tiles[0].tokens_per_tile,
-        ends=ends,
-        tag_ids=torch.cat([row.tags for row in with_tiles]),
-    )
-
-
 def build_trainer(
     config: dict[str, Any], data: Any, run_dir: Path, *, log: bool = False, **settings: Any
 ) -> Any:
@@ -437,7 +232,6 @@ def build_trainer(
 
     from nvmm.checkpoint import Checkpoint
     from nvmm.metrics import Logger
-    from nvmm.parallel.setup import Precision
     from nvmm.trainer import Trainer
 
     return Trainer(
@@ -448,7 +242,7 @@ def build_trainer(
         lora=instantiate(config.get("lora"), _convert_="all"),
         data=data,
         parallel=Parallel(**config.get("parallel", {})),
-        precision=Precision(**config.get("precision", {})),
+        precision=_precision(config),
         checkpoint=Checkpoint(save_interval=None, directory=run_dir / "checkpoints"),
         logger=Logger(run_dir=run_dir, config=config, run_name="equivalence", enabled=log),
         run_dir=run_dir,
@@ -456,6 +250,14 @@ def build_trainer(
         backend=config["backend"],
         seed=config["seed"],
     )
+
+
+def _precision(config: dict[str, Any]) -> Precision:
+    from hydra.utils import instantiate
+
+    given = {"_target_": "nvmm.parallel.setup.Precision", **config.get("precision", {})}
+    precision: Precision = instantiate(given, _convert_="all")
+    return precision
 
 
 def _run_rank(
@@ -469,7 +271,7 @@ def _run_rank(
     fault: Callable[[], None] | None,
     weights: Path,
 ) -> dict[str, Any]:
-    from nvmm.checkpoint import load_weights
+    from nvmm.checkpoint import load_scales, load_weights
     from nvmm.parallel.setup import shutdown
 
     if fault is not None:
@@ -498,8 +300,12 @@ def _run_rank(
         output["grad_norms"].append(trainer.update(step, loss, micro_batches)[0])
         own = map(context_parallel.share, micro_batches)
         output["tokens"].append(sum(batch.num_tokens for batch in own))
+    scales = trainer.scaling.sharded_state_dict()
+    output["scales"] = {name: entry.data.clone() for name, entry in scales.items()}
     if reference is not None:
-        missing = load_weights(next(reference.glob("step_*")), trainer.chunks)
+        path = next(reference.glob("step_*"))
+        missing = load_weights(path, trainer.chunks)
+        load_scales(path, trainer.scaling)
         if missing:
             raise ValueError(f"the reference's weights lack {missing}")
         trainer.optimizer.reload_parameters()

@@ -183,7 +183,8 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     from nvmm.parallel.setup import prepare_backend
 
     prepare_backend()
-    from nvmm.checkpoint import find, load_weights, read_state
+    from nvmm.checkpoint import find, load_scales, load_weights, read_state
+    from nvmm.modules.scaling import Scaling
 
     path = find(config["checkpoint"]["path"])
     state = read_state(path)
@@ -235,6 +236,12 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     missing = load_weights(path, model, Path(base).expanduser() if base else None)
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} parameters: {', '.join(missing[:10])}")
+    fresh = load_scales(path, Scaling(model, precision.fp8))
+    if fresh:
+        raise ValueError(
+            f"{path} lacks {len(fresh)} FP8 scales ({fresh[0]} ...); use the precision that it was"
+            " trained with, precision=bf16, or another precision.fp8.recipe"
+        )
     return Restored(path, model, tokenizer, builder)
 
 

@@ -74,6 +74,16 @@ class _Unpickler(pickle.Unpickler):
         raise ValueError(f"{self.path} refers to an external object {pid!r}: refused")
 
 
+def weight_names(metadata: Any) -> list[str]:
+    """Names of a checkpoint's weights: without optimizer, generators and FP8 scales."""
+    others = ("optimizer.", "fp8.")
+    return [
+        name
+        for name in metadata.state_dict_metadata
+        if name != "rng" and not name.startswith(others)
+    ]
+
+
 def read_metadata(directory: Path, *, foreign: bool = False) -> Any:
     """Screen a checkpoint directory; return torch's Metadata of it.
 

@@ -53,7 +53,8 @@ class Miniature:
 
 
 def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config at the smallest sizes that keep its structure; dropout 0, fp32.
+    """A resolved config at the smallest sizes that keep its structure; dropout 0, fp32, or fp64
+    with FP8.
 
     Data and tokenizer are left out: the batches are synthetic.
     """
@@ -87,6 +88,9 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     if parallel.get("recompute_num_layers") is not None:
         parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
     layouts = [_layout(parallel, chosen) for chosen in _selections(small)]
+    if (config.get("precision") or {}).get("fp8") is not None:
+        kept.append("precision")
+        _shrink_fp8(shrunk, config["precision"], layouts, num_layers)
     before = {key: config[key] for key in kept}
     return Miniature(shrunk, layouts, full, _changes(before, shrunk))
 
@@ -296,6 +300,43 @@ def _shrink_lora(lora: dict[str, Any], num_layers: int) -> None:
     lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
     for key in ("targets", "train"):
         lora[key] = [_within(pattern, num_layers) for pattern in lora.get(key) or []]
+
+
+def _shrink_fp8(
+    shrunk: dict[str, Any], precision: Mapping[str, Any], layouts: list[Layout], num_layers: int
+) -> None:
+    """FP8 as it is, in double precision; sizes that whole blocks of 128 divide on every rank.
+
+    The norm that gradients are clipped by is single precision, so nothing is clipped. Tiles that
+    are dealt over tensor-parallel ranks, or heads padded for them, have other blocks and scales
+    than on one rank: there the encoder keeps its precision.
+    """
+    fp8 = copy.deepcopy(dict(precision["fp8"]))
+    fp8["amax_history_len"] = min(fp8.get("amax_history_len", 1024), 3)
+    fp8["exclude"] = [_within(pattern, num_layers) for pattern in fp8.get("exclude") or []]
+    for end in ("start", "end"):
+        key = f"num_layers_at_{end}_in_bf16"
+        fp8[key] = min(fp8.get(key, 0), 1)
+    model, blocks = shrunk["model"], fp8.get("recipe", "delayed") in ("blockwise", "mxfp8")
+    language = model.get("language", model)
+    for part in (language, model.get("vision")):
+        if part is not None:
+            for key in ("kv_channels", "hidden_size"):
+                part["transformer"][key] *= 4
+            part["transformer"]["ffn_hidden_size"] = 256
+    if "ffn_hidden_size" in model.get("pooling", {}):
+        model["pooling"]["ffn_hidden_size"] = 256
+    rows = 1
+    for layout in layouts:
+        tensor, context = layout.parallel[_TENSOR], layout.parallel[_CONTEXT]
+        if layout.parallel.get("sequence_parallel"):
+            rows = max(rows, 128 * tensor * context)
+        whole = layout.parallel.get("encoder") == "sharded" and not blocks
+        if "vision" in model and tensor > 1 and not whole and "vision.*" not in fp8["exclude"]:
+            fp8["exclude"].append("vision.*")
+    shrunk["precision"] = {"dtype": "fp64", "grad_reduce_in_fp32": False, "fp8": fp8}
+    shrunk["row_multiple"] = rows
+    shrunk["optim"]["clip_grad"] = 0.0
 
 
 def _within(pattern: str, num_layers: int) -> str:

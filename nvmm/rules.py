@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from nvmm import precision_rules
 from nvmm.problems import Problem, View
 
 # TransformerConfig fields that the trainer fills in -> the key that decides them.
@@ -35,6 +36,7 @@ _DECIDED_ELSEWHERE = {
         name: "precision.dtype"
         for name in ("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype")
     },
+    **dict.fromkeys(precision_rules.FIELDS, "precision.fp8"),
     **{
         name: "parallel.pipeline_model_parallel_size"
         for name in (
@@ -54,12 +56,11 @@ _DATASET_KEYS = (
     *("name", "weight", "repeat", "epochs", "samples"),
     *("shards", "build", "local_window", "index_dir", "storage"),
 )
-_CHOICES = {
+_CHOICES = precision_rules.CHOICES | {
     "backend": ("native", "transformer_engine"),
     "parallel.encoder": ("replicated", "sharded"),
     "parallel.recompute_granularity": ("full", "selective"),
     "parallel.recompute_method": ("uniform", "block"),
-    "precision.dtype": ("fp32", "bf16"),
     **{
         f"kernels.{name}": ("auto", "eager", "fused")
         for name in ("norm", "activation", "gated_residual", "linear_cross_entropy")
@@ -203,7 +204,8 @@ def _sequence_length(view: View) -> Iterator[Problem]:
     context = max(1, view.integer("parallel.context_parallel_size", 1) or 1)
     chunks = 2 * context if context > 1 else 1
     split = view.size("tensor") if view.get("parallel.sequence_parallel") is True else 1
-    multiple = math.lcm(chunks, context * split)
+    block = precision_rules.row_multiple(view) if split > 1 else 1
+    multiple = math.lcm(chunks, context * split * block)
     if not length or length % multiple == 0:
         return
     reasons = []
@@ -213,6 +215,8 @@ def _sequence_length(view: View) -> Iterator[Problem]:
         reasons.append(
             f"parallel.tensor_model_parallel_size={split} with parallel.sequence_parallel"
         )
+    if block > 1:
+        reasons.append(f"blocks of {block} tokens with precision.fp8")
     yield Problem(
         "data.sequence_length",
         length,
@@ -319,8 +323,9 @@ def _transformer_fields(view: View) -> Iterator[Problem]:
         for name, key in _DECIDED_ELSEWHERE.items():
             if name in node:
                 yield Problem(f"{prefix}.{name}", node[name], f"must not be given here; set {key}")
-        for name in ("fp8", "fp4"):
-            if node.get(name) is not None and not _transformer_engine(view):
+        for name in node:
+            low = str(name).startswith(("fp8_", "fp4")) and name not in _DECIDED_ELSEWHERE
+            if low and node[name] and not _transformer_engine(view):
                 yield Problem(
                     f"{prefix}.{name}",
                     node[name],
@@ -556,6 +561,8 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _vocabulary,
     _batches,
     _transformer_fields,
+    precision_rules.fp8,
+    precision_rules.double,
     _backend,
     _schedule,
     _lora,

@@ -25,7 +25,14 @@ from torch.nn import Module
 from nvmm import resume as resuming
 from nvmm.base import Base
 from nvmm.batch import Batch
-from nvmm.checkpoint import Checkpoint, find, load_weights, read_state, require_resumable
+from nvmm.checkpoint import (
+    Checkpoint,
+    find,
+    load_scales,
+    load_weights,
+    read_state,
+    require_resumable,
+)
 from nvmm.flops import segment_lengths
 from nvmm.metrics import (
     Logger,
@@ -35,6 +42,7 @@ from nvmm.metrics import (
     reduce_metrics,
 )
 from nvmm.modules.lora import Lora
+from nvmm.modules.scaling import Scaling
 from nvmm.objectives.objective import Objective
 from nvmm.optim import Optim, Optimizer, build_optimizer, freeze, wrap
 from nvmm.parallel import context_parallel, generators
@@ -143,6 +151,7 @@ class Trainer:
         self.frozen = freeze(self.chunks, optim.freeze)
         if lora is not None:
             lora.freeze(self.chunks)
+        self.scaling = Scaling(self.chunks, precision.fp8)
         self.models = wrap(self.chunks, parallel, precision)
         self.optimizer: Optimizer = build_optimizer(self.models, optim, precision, max_steps)
         self.device = next(self.chunks[0].parameters()).device
@@ -219,8 +228,10 @@ class Trainer:
         grad_norm = self.optimizer.prepare()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.apply()
+            self.scaling.update()
         elif self.on_nonfinite == "skip":
             self.optimizer.discard()
+            self.scaling.discard()
             self.counters["skipped_steps"] += 1
         else:
             raise FloatingPointError(
@@ -348,7 +359,7 @@ class Trainer:
                 size=self.data_parallel_size,
                 start=start,
                 position=self.position if split == "train" else None,
-                pad_multiple=self.parallel.sequence_multiple,
+                pad_multiple=self.precision.sequence_multiple(self.parallel),
                 segment_multiple=self.parallel.segment_multiple,
             )
         while True:
@@ -429,6 +440,11 @@ class Trainer:
         base = Base.saved(state)
         self.base = base.located(moved) if base is not None else None
         self.checkpoint.load(path, self.chunks, self.optimizer, moved)
+        fresh = load_scales(path, self.scaling)
+        if fresh:
+            self._say(
+                f"{path.name} lacks {len(fresh)} FP8 scales, which start anew: {fresh[:3]} ..."
+            )
         self.counters |= state["counters"]
         self.position = state["position"]
         for change in notable:
@@ -481,6 +497,7 @@ class Trainer:
                     "base": asdict(self.base) if self.base is not None else None,
                 },
                 self._left_out,
+                self.scaling,
             )
 
     @cached_property

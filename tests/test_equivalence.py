@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm import equivalence
+from nvmm import equivalence, synthetic
 from nvmm.batch import IGNORE_INDEX
 from nvmm.equivalence import ONE_RANK, Layout, Result, compare, run
 from tests import tiny
@@ -232,8 +232,8 @@ def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any
     from nvmm.parallel.setup import Parallel
 
     Parallel().initialize(seed=1, rank=rank, world_size=world_size, init_method=init)
-    steps = equivalence.synthetic_steps(config, 5, 4)
-    data = equivalence.SyntheticData(steps)
+    steps = synthetic.synthetic_steps(config, 5, 4)
+    data = synthetic.SyntheticData(steps)
     trainer = equivalence.build_trainer(config, data, Path("/nowhere"), global_batch_size=4)
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     trainer.models = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in trainer.chunks]
@@ -306,7 +306,7 @@ def test_layouts_pad_the_same_tokens() -> None:
         found = []
         for parallel in ({}, CP2 | TP2 | {"sequence_parallel": True}, {"context_parallel_size": 3}):
             config = MODELS["nvlm_d"] | {"parallel": parallel}
-            steps = equivalence.synthetic_steps(config, 2, 4, packed=packed)
+            steps = synthetic.synthetic_steps(config, 2, 4, packed=packed)
             labels = torch.cat([b.labels.flatten() for step in steps for b in step])
             valid = [b.lengths[b.lengths > 0].tolist() for step in steps for b in step]
             found.append((labels[labels != IGNORE_INDEX].tolist(), valid))
@@ -314,10 +314,10 @@ def test_layouts_pad_the_same_tokens() -> None:
 
 
 def test_synthetic_batches_spread_images_unevenly() -> None:
-    steps = equivalence.synthetic_steps(MODELS["nvlm_d"], 2, 4)
+    steps = synthetic.synthetic_steps(MODELS["nvlm_d"], 2, 4)
     tiles = [[b.media["image"].values.shape[0] if b.media else 0 for b in step] for step in steps]
     assert tiles[0][1] == tiles[0][3] == 0 < tiles[0][0] != tiles[0][2]
     assert tiles[1][3] == 0 < min(tiles[1][:3])
     assert len({b.tokens.shape[1] for b in steps[1]}) > 1
     labels = torch.cat([b.labels.flatten() for b in steps[1]])
-    assert not (labels == equivalence.PLACEHOLDER).any()
+    assert not (labels == synthetic.PLACEHOLDER).any()

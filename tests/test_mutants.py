@@ -85,10 +85,10 @@ def skip_tied_embedding_sum() -> None:
 
 
 def _change_batches(change: Callable[[Any], Any]) -> None:
-    from nvmm import equivalence
+    from nvmm import synthetic
 
-    collate = equivalence._collate
-    equivalence._collate = lambda *args, **kwargs: change(collate(*args, **kwargs))
+    collate = synthetic._collate
+    synthetic._collate = lambda *args, **kwargs: change(collate(*args, **kwargs))
 
 
 def drop_label_shift() -> None:
@@ -225,13 +225,13 @@ def show_tags_everything() -> None:
 
 def even_rows() -> None:
     """Rows of one length: pipeline stages need not exchange shapes."""
-    from nvmm import equivalence
+    from nvmm import synthetic
 
     def row(generator: Any, *args: Any) -> Any:
         tokens = torch.randint(0, 500, (13,), generator=generator)
-        return equivalence._Row(tokens, [], torch.zeros(0, 3, 1, 1), 0, [], torch.zeros(0, 0))
+        return synthetic._Row(tokens, [], torch.zeros(0, 3, 1, 1), 0, [], torch.zeros(0, 0))
 
-    equivalence._row = row
+    synthetic._row = row
 
 
 def default_interleaved_communication() -> None:
@@ -320,7 +320,7 @@ def seed_by_rank() -> None:
 
 def deal_to_the_first_rank() -> None:
     """Every data-parallel rank reads the first one's micro-batches."""
-    from nvmm.equivalence import SyntheticData
+    from nvmm.synthetic import SyntheticData
 
     right = SyntheticData.batches
 

@@ -83,6 +83,7 @@ VPP = "parallel__virtual_pipeline_model_parallel_size"
 FIRST = "parallel__num_layers_in_first_pipeline_stage"
 LAST = "parallel__num_layers_in_last_pipeline_stage"
 T = "model__language__transformer__"
+FP8 = "precision__fp8"
 LORA = {"_target_": "nvmm.modules.lora.Lora", "targets": ["*.linear_qkv"]}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({TP: 3}, f"{LM}.transformer.num_attention_heads=4", "size of 1, 2, 4"),
@@ -126,13 +127,34 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "data.train.build.tags.variant=3d",
         "none, 1d, 2d_grid, 2d_bbox",
     ),
-    ({"precision__dtype": "fp16"}, "precision.dtype=fp16", "one of fp32, bf16"),
+    ({"precision__dtype": "fp16"}, "precision.dtype=fp16", "one of fp32, bf16, fp64"),
     ({"model__language__padded_vocab_size": 508}, f"{LM}.padded_vocab_size=508", "at least"),
     ({"trainer__global_batch_size": 3}, "trainer.global_batch_size=3", "micro_batch_size=2"),
     ({"trainer__global_batch_size": 0}, "trainer.global_batch_size=0", "at least 1"),
     ({f"{T}tensor_model_parallel_size": 2}, f"{LM}.transformer.tensor_model", "set parallel."),
     ({f"{T}bf16": True}, f"{LM}.transformer.bf16=True", "set precision.dtype"),
-    ({f"{T}fp8": "hybrid"}, f"{LM}.transformer.fp8=hybrid", "backend=transformer_engine"),
+    ({f"{T}fp8": "hybrid"}, f"{LM}.transformer.fp8=hybrid", "set precision.fp8"),
+    ({f"{T}fp8_param": True}, f"{LM}.transformer.fp8_param=True", "backend=transformer_engine"),
+    ({f"{T}fp4": "e2m1"}, f"{LM}.transformer.fp4=e2m1", "backend=transformer_engine"),
+    ({FP8: {"recipe": "row"}}, "precision.fp8.recipe=row", "one of delayed, current, blockwise"),
+    ({FP8: {"format": "e5m2"}}, "precision.fp8.format=e5m2", "one of hybrid, e4m3"),
+    ({FP8: {"amax_history_len": 0}}, "precision.fp8.amax_history_len=0", "at least 1"),
+    (
+        {FP8: {"recipe": "mxfp8", "margin": 1}, "data__sequence_length": 2048},
+        "precision.fp8.margin=1",
+        "is of recipe=delayed; use 0",
+    ),
+    (
+        {FP8: {"num_layers_at_end_in_bf16": -1}},
+        "precision.fp8.num_layers_at_end_in_bf16=-1",
+        "at least 0",
+    ),
+    (
+        {FP8: {"recipe": "blockwise"}, "data__sequence_length": 2176},
+        "data.sequence_length=2176",
+        "must be divisible by 256 (parallel.tensor_model_parallel_size=2 with"
+        " parallel.sequence_parallel and blocks of 128 tokens",
+    ),
     ({"backend": "transformer_engine"}, "backend=transformer_engine", "not installed"),
     ({"backend": "nativ"}, "backend=nativ", "native, transformer_engine"),
     ({"optim__min_learning_rate": 1}, "optim.min_learning_rate=1", "learning_rate=0.0001"),
@@ -256,8 +278,14 @@ def test_fp8_is_accepted_with_transformer_engine(monkeypatch: pytest.MonkeyPatch
     module = types.ModuleType("transformer_engine")
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "transformer_engine", module)
-    config = changed(**{"backend": "transformer_engine", f"{T}fp8": "hybrid"})
-    assert violations(config) == []
+    engine = {"backend": "transformer_engine", f"{T}fp8_param": True}
+    assert violations(changed(**engine, **{FP8: {"recipe": "current"}})) == []
+    ends = {"num_layers_at_start_in_bf16": 1}
+    [problem] = violations(changed(**engine, **{FP8: ends}))
+    assert "must be 0 with recipe=delayed and backend=transformer_engine" in str(problem)
+    assert violations(changed(**engine, **{FP8: ends | {"recipe": "current"}})) == []
+    [problem] = violations(changed(**engine, precision__dtype="fp64"))
+    assert "precision.dtype=fp64 needs backend=native" in str(problem)
 
 
 def test_missing_keys_and_other_types_are_left_to_the_type_check() -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from nvmm.batch import Batch
-from nvmm.equivalence import SyntheticData, build_trainer, synthetic_steps
+from nvmm.equivalence import build_trainer
 from nvmm.parallel.setup import Parallel
+from nvmm.synthetic import SyntheticData, synthetic_steps
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -59,6 +60,7 @@ def _fit(
     model = tiny.language()
     model["transformer"] |= options.pop("transformer", {})
     config = tiny.config(model, groups=GROUPS, **options.pop("optim", {})) | {"parallel": layout}
+    config["precision"] = options.pop("precision", {})
     Parallel(**layout).initialize(
         seed=config["seed"], rank=rank, world_size=world_size, init_method=init
     )

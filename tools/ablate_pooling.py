@@ -3,8 +3,9 @@
 python tools/ablate_pooling.py [--steps N] [--seeds N] [--to runs/ablate_pooling]
 
 A model is trained from random weights to find a WordNet synset's words by its gloss, against
-sister terms as hard negatives; scored on held-out glosses. One process a run. WordNet 3.0 comes
-from Debian's package wordnet-base (`apt-get download`; nothing is installed).
+sister terms as hard negatives; scored on held-out glosses. One process a run; what the results'
+file has is not run again. WordNet 3.0 comes from Debian's package wordnet-base (`apt-get download`;
+nothing is installed).
 """
 
 from __future__ import annotations
@@ -197,28 +198,32 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--to", type=Path, default=Path("runs/ablate_pooling"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     if not (options.to / "test.json").is_file():
         build(options.to, read_nouns(fetch(options.to)))
-    results: dict[str, list[dict[str, float]]] = defaultdict(list)
+    file = options.to / f"results_{options.steps}x{options.batch}.json"
+    found_before = json.loads(file.read_text()) if file.is_file() else {}
+    results: dict[str, list[dict[str, float]]] = defaultdict(list, found_before)
     for seed in range(options.seeds):
         for pooling in POOLINGS:
             for causal in (False, True):
+                name = f"{pooling}, {'causal' if causal else 'bidirectional'}"
+                if len(results[name]) > seed:
+                    continue
                 started = time.monotonic()
                 config = config_of(pooling, causal, seed, options.steps)
                 arguments = (options.to, config, options.steps, options.batch)
                 [found] = run_ranks(train, 1, *arguments, timeout=7200)
-                name = f"{pooling}, {'causal' if causal else 'bidirectional'}"
                 results[name].append(found)
                 print(
                     f"{name}, seed {seed}: nDCG@10 {found['ndcg_at_10']:.4f}, loss"
                     f" {found['loss']:.3f}, {time.monotonic() - started:.0f} s",
                     flush=True,
                 )
-                (options.to / "results.json").write_text(json.dumps(results, indent=1))
+                file.write_text(json.dumps(results, indent=1))
     print(table(results))
 
 

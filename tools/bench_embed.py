@@ -76,8 +76,9 @@ def ours(
     rank: int, world: int, init: str, config: dict[str, Any], ids: Tensor, chunk: int, steps: int
 ) -> dict[str, float]:
     """Our trainer's step; `chunk` samples a micro-batch, all of them: no GradCache."""
-    from nvmm.equivalence import SyntheticData, build_trainer
+    from nvmm.equivalence import build_trainer
     from nvmm.parallel.setup import Parallel, shutdown
+    from nvmm.synthetic import SyntheticData
 
     torch.set_num_threads(1)
     Parallel().initialize(seed=1, rank=rank, world_size=world, init_method=init)

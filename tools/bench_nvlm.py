@@ -73,8 +73,9 @@ def bench(
     systems: tuple[str, ...], rounds: int, batch: int, tokenizer: str
 ) -> dict[str, dict[str, float]]:
     """CPU and wall seconds of a step of each system; the first round warms up."""
-    from nvmm.equivalence import SyntheticData, build_trainer
+    from nvmm.equivalence import build_trainer
     from nvmm.parallel.setup import Parallel, shutdown
+    from nvmm.synthetic import SyntheticData
 
     Parallel().initialize(seed=1)
     made = {}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DIFFERENT, BAD_CONFIG = 1, 2
 NUM_STEPS = 5
+SHOWN = ("num_layers", "heads", "groups", "hidden", "precision")
 FIELDS = "{:34} {:>22} {:>22} {:>10}"
 
 
@@ -72,17 +73,16 @@ def describe(small: Miniature, job: Any, *, packed: bool, everything: bool) -> N
     if len(small.layouts) > 1 or small.layouts[0].name != small.full:
         names = " and ".join(f"{x.name} ({x.world_size} ranks)" for x in small.layouts)
         print(f"run as      {names}")
-    shown = [
-        line
-        for line in small.changes
-        if everything or any(name in line for name in ("num_layers", "heads", "groups", "hidden"))
-    ]
+    shown = [line for line in small.changes if everything or any(name in line for name in SHOWN)]
     print("shrunk      " + "\n            ".join(shown))
     if len(shown) < len(small.changes):
         print(f"            ... and {len(small.changes) - len(shown)} more (--all lists them)")
     rows = "one packed row" if packed else "2 padded rows"
     print(f"synthetic   data: 4 micro-batches a step, {rows} each, some without images")
-    print("            tokenizer: 509 token ids drawn at random; precision: fp32; dropout: 0")
+    print(
+        "            tokenizer: 509 token ids drawn at random; precision:"
+        f" {small.config.get('precision', {}).get('dtype', 'fp32')}; dropout: 0"
+    )
     if job.stand_ins:
         print(f"            not set, not needed: {', '.join(job.stand_ins)}")
 

@@ -19,7 +19,7 @@ from nvmm.convert.files import flush, is_local
 from nvmm.convert.huggingface import SafetensorsSource
 from nvmm.convert.progress import Progress
 from nvmm.convert.table import Source, ToOurs
-from nvmm.metadata import read_metadata
+from nvmm.metadata import read_metadata, weight_names
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
@@ -116,11 +116,8 @@ def open_checkpoint(name: Path) -> Saved:
     if not (path / "state.json").is_file():
         raise ValueError(f"{name} is no complete checkpoint: it has no state.json")
     metadata = read_metadata(path)
-    names = [
-        n for n in metadata.state_dict_metadata if n != "rng" and not n.startswith("optimizer.")
-    ]
     state = json.loads((path / "state.json").read_text())["state"]
-    return Saved(path, state, DistributedSource(path, metadata, names))
+    return Saved(path, state, DistributedSource(path, metadata, weight_names(metadata)))
 
 
 class Part:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvmm.kernels import library
-from nvmm.kernels.weight_gradient import accumulate
+from nvmm.kernels.weight_gradient import accumulate, stand_in
 
 CHUNK = 8192
 """Columns of the vocabulary at a time: 1/18 of the largest vocabulary. Not tuned."""
@@ -113,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden, dtype=logsumexp.dtype) if needs_hidden else None
         dweight = None
         if needs_weight:
-            dweight = _stand_in(weight) if ctx.into_main_grad else torch.zeros_like(weight)
+            dweight = stand_in(weight) if ctx.into_main_grad else torch.zeros_like(weight)
         for begin, end in _chunks(valid, chunk):
             logits = hidden @ weight[begin:end].t()
             gradient(logits, labels, logsumexp, scale, first + begin, end - begin)
@@ -129,19 +129,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(valid: int, chunk: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + chunk, valid)) for begin in range(0, valid, chunk)]
-
-
-def _stand_in(weight: Tensor) -> Tensor | None:
-    """What to return where the gradient is in `weight.main_grad` already.
-
-    With mcore's data-parallel hook on the weight, a tensor that lets the hook run; it reads it
-    where the parameter asks for zeros (tied embeddings' `zero_out_wgrad`), and not elsewhere.
-    """
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    zeros = getattr(weight, "zero_out_wgrad", False)
-    return torch.zeros_like(weight) if zeros else torch.empty_like(weight)
 
 
 def _chunk_operations(hidden: Tensor, weight: Tensor) -> Any:

@@ -35,6 +35,19 @@ def accumulate(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
         main_grad += dy.t() @ x
 
 
+def stand_in(weight: Tensor) -> Tensor | None:
+    """What an autograd function returns where the gradient is in `weight.main_grad` already.
+
+    With mcore's data-parallel hook on the weight, a tensor that lets the hook run; it reads it
+    where the parameter asks for zeros (tied embeddings' `zero_out_wgrad`), and not elsewhere.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    weight.grad_added_to_main_grad = True
+    zeros = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if zeros else torch.empty_like(weight)
+
+
 def install() -> None:
     """Make the module importable, and give it to an mcore that was imported without it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -32,7 +33,10 @@ def fused_loss(
     weight = layer.weight if weight is None else weight
     # What replaces the layer (Transformer Engine) or adds to it (an adapter) needs its forward.
     plain = type(layer) is ColumnParallelLinear and layer.bias is None and not layer._forward_hooks
-    if not plain or not fused("linear_cross_entropy", hidden, weight):
+    if not plain:
+        return None
+    # mcore's loss is float32; that of a proof in double precision is not.
+    if hidden.dtype != torch.float64 and not fused("linear_cross_entropy", hidden, weight):
         return None
     if layer.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=layer.tp_group)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -30,6 +29,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from nvmm.kernels import weight_gradient
 from nvmm.modules.attention import CoreAttention
+from nvmm.modules.linear import ColumnParallelLinear, RowParallelLinear
 from nvmm.modules.mlp import NativeMLP
 from nvmm.modules.norm import Norm
 

@@ -79,7 +79,10 @@ def _tensor_type(original: Any) -> Any:
     def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         # megatron-core compares `Tensor.type()` with 'torch.cuda.FloatTensor'.
-        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+        if not isinstance(result, str):
+            return result
+        # It knows no double precision: there too the optimizer shall keep single masters.
+        return result.replace("torch.", "torch.cuda.").replace("Double", "BFloat16")
 
     return wrapper
 

@@ -17,21 +17,31 @@ import torch
 import torch.distributed as dist
 
 from nvmm.parallel import generators
+from nvmm.parallel.fp8 import Fp8
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 METADATA = {"non_homogeneous_layers": True}
 """Save metadata of every sharded_state_dict: tensors of a layer are named with its index."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Number format of the model. dtype: fp32 | bf16 (fp32 master weights in the optimizer)."""
+    """Number format of the model.
+
+    Args:
+        dtype: fp32 | bf16 | fp64, of weights and activations. bf16 and fp64 have fp32 master
+            weights in the optimizer; fp64 is for proofs on a CPU, where rounding must not tip a
+            decision.
+        grad_reduce_in_fp32: gradients are accumulated and reduced in fp32, not in dtype.
+        fp8: products in FP8, None for none.
+    """
 
     dtype: str = "fp32"
     grad_reduce_in_fp32: bool = True
+    fp8: Fp8 | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -41,6 +51,18 @@ class Precision:
     def torch_dtype(self) -> torch.dtype:
         """The parameters' dtype."""
         return DTYPES[self.dtype]
+
+    def sequence_multiple(self, parallel: Parallel) -> int:
+        """What the length of a row must divide by in this layout and precision."""
+        multiple = parallel.sequence_multiple
+        if self.fp8 is None:
+            return multiple
+        fp8 = self.fp8.sequence_multiple(
+            parallel.tensor_model_parallel_size,
+            parallel.context_parallel_size,
+            parallel.sequence_parallel,
+        )
+        return math.lcm(multiple, fp8)
 
 
 @dataclass(frozen=True)
@@ -285,6 +307,8 @@ class Chunk:
         init = Normal(std)
         if self.meta:
             kwargs |= {"use_cpu_initialization": True, "perform_initialization": False}
+        if self.precision.fp8 is not None and self.backend == "transformer_engine":
+            kwargs |= self.precision.fp8.transformer_kwargs()
         return partial(
             **kwargs,
             init_method=init,

@@ -23,9 +23,9 @@ from nvmm.conversion.adapter import Held, Updated
 from nvmm.conversion.sides import open_checkpoint
 from nvmm.conversion.verify import compare_tensors
 from nvmm.convert.table import read
-from nvmm.equivalence import synthetic_steps
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Normal, Parallel, Precision
+from nvmm.synthetic import synthetic_steps
 from tests import tiny
 from tests.convert import families
 from tests.models.test_language import batch_of

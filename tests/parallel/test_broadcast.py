@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm.equivalence import synthetic_steps
 from nvmm.parallel.broadcast import broadcast_batches, is_reader
 from nvmm.parallel.setup import Parallel
+from nvmm.synthetic import synthetic_steps
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -1,0 +1,243 @@
+"""Which linears multiply in FP8, padding to what it needs, and scales in checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from nvmm.checkpoint import find
+from nvmm.metadata import read_metadata, weight_names
+from nvmm.modules.linear import Quantizer, RowParallelLinear
+from nvmm.modules.lora import Lora
+from nvmm.modules.scaling import Scaling, align_tokens
+from nvmm.optim import freeze
+from nvmm.parallel.fp8 import RECIPES, Fp8
+from nvmm.parallel.parameters import build_chunks
+from nvmm.parallel.setup import Parallel, Precision
+from tests import tiny
+from tests.ranks import run_ranks
+from tests.test_trainer import STEPS, _fit, _losses
+
+DECODER = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+TP2 = {"tensor_model_parallel_size": 2}
+TP2_SP = TP2 | {"sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+def scaling(model: dict[str, Any], fp8: Fp8 | None, freezing: list[str] | None = None) -> Any:
+    constructor = instantiate(model, _convert_="all")
+    lora = Lora(["*linear_*"])
+    chunks = build_chunks(
+        constructor, Parallel(), Precision(fp8=fp8), adapt=lora.attach if freezing == [] else None
+    )
+    freeze(chunks, freezing or [])
+    return Scaling(chunks, fp8), chunks
+
+
+def linears(part: str, layers: int) -> set[str]:
+    return {f"{part}decoder.layers.{i}.{name}" for i in range(layers) for name in DECODER}
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("freezing", [None, []], ids=["plain", "lora"])
+def test_the_linears_of_transformer_blocks_and_nothing_else(freezing: list[str] | None) -> None:
+    """Not the output layer, the connector, the patch embedding, nor adapters."""
+    found, chunks = scaling(tiny.multimodal(), Fp8(), freezing)
+    assert found.linears.keys() == linears("language.", 4) | linears("vision.", 2)
+    for module in chunks[0].modules():
+        quantizer = getattr(module, "quantizer", None)
+        assert quantizer is None or quantizer in found.linears.values()
+
+
+@pytest.mark.usefixtures("world")
+def test_without_fp8_nothing_changes() -> None:
+    found, chunks = scaling(tiny.language(), None)
+    assert not found.linears and not found.sharded_state_dict()
+    found.update()
+    found.discard()
+    assert not any(getattr(module, "quantizer", None) for module in chunks[0].modules())
+
+
+@pytest.mark.usefixtures("world")
+def test_exclusions() -> None:
+    fp8 = Fp8(exclude=["*.linear_proj", "vision.*"], num_layers_at_start_in_bf16=1)
+    found, _ = scaling(tiny.multimodal(), fp8)
+    kept = {name for name in linears("language.", 4) if "linear_proj" not in name}
+    assert found.linears.keys() == {name for name in kept if ".layers.0." not in name}
+    last, _ = scaling(tiny.language(), Fp8(num_layers_at_end_in_bf16=2))
+    assert last.linears.keys() == linears("", 2)
+    with pytest.raises(
+        ValueError, match=r"exclude: \['language.*'\] matches no linear; there are dec"
+    ):
+        scaling(tiny.language(), Fp8(exclude=["language.*"]))
+
+
+@pytest.mark.usefixtures("world")
+def test_features_that_do_not_divide_are_refused() -> None:
+    model = tiny.multimodal()
+    with pytest.raises(ValueError, match=r"vision.* has 80 .* features on a rank, .* by 32"):
+        scaling(model, Fp8(recipe="mxfp8"))
+    scaling(model, Fp8(recipe="mxfp8", exclude=["vision.*"]))
+
+
+@pytest.mark.usefixtures("world")
+def test_a_frozen_encoder_keeps_nothing_for_gradients() -> None:
+    found, _ = scaling(tiny.multimodal(), Fp8(amax_history_len=5), ["vision.*"])
+    sizes = {name: tuple(q.history.shape) for name, q in found.linears.items()}
+    assert {s for name, s in sizes.items() if name.startswith("vision.")} == {(2, 5)}
+    # A frozen decoder still sends gradients to what is before it.
+    found, _ = scaling(tiny.multimodal(), Fp8(amax_history_len=5), ["language.*"])
+    assert {tuple(q.history.shape) for q in found.linears.values()} == {(3, 5)}
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(1025, 1), (5, 3), (32, 2)])
+def test_padding_changes_nothing(recipe: str, shape: tuple[int, int]) -> None:
+    """A tile's 1025 tokens or any other number: bit-equal results and gradients."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=1)
+    options: Any = {"config": config, "init_method": torch.nn.init.normal_, "bias": True}
+    options |= {"input_is_parallel": True, "skip_bias_add": True}
+    x = torch.randn(*shape, 32)
+    seen: list[torch.Size] = []
+    results = []
+    for aligned in (False, True):
+        layer = RowParallelLinear(32, 64, **options)
+        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(0))
+        fp8, group = Fp8(recipe=recipe), torch.distributed.group.WORLD
+        layer.quantizer = Quantizer(fp8, group, group, x.device)
+        if aligned:
+            align_tokens(layer, fp8.row_multiple(gathered=False))
+            layer.register_forward_hook(lambda m, inputs, output: seen.append(inputs[0].shape))
+        leaf = x.clone().requires_grad_()
+        y, bias = layer(leaf)
+        assert y.shape == (*shape, 64) and bias is layer.bias
+        (y * torch.arange(64.0)).sum().backward()
+        results.append((y, leaf.grad, layer.weight.grad))
+    assert seen[0][:-1].numel() % fp8.row_multiple(gathered=False) == 0
+    for plain, padded in zip(*results, strict=True):
+        assert torch.equal(plain, padded)
+
+
+def _one_step(rank: int, size: int, init: str, images: bool) -> dict[str, Tensor]:
+    """Scales after a step at DP 2 in which one rank, or neither, has images."""
+    from nvmm.equivalence import build_trainer
+    from nvmm.synthetic import SyntheticData, synthetic_steps
+
+    Parallel().initialize(seed=1, rank=rank, world_size=size, init_method=init)
+    config = tiny.config(tiny.multimodal()) | {
+        "precision": {"fp8": {"_target_": "nvmm.parallel.fp8.Fp8", "amax_history_len": 2}}
+    }
+    steps = synthetic_steps(config, 1, 2)
+    if not images:
+        text = synthetic_steps(config | {"model": tiny.language()}, 1, 2)
+        steps = text
+    trainer = build_trainer(config, SyntheticData(steps), Path("/nowhere"), global_batch_size=4)
+    trainer.train_step(0, next(trainer._batches("train", 0)))
+    return {k: v.data.clone() for k, v in trainer.scaling.sharded_state_dict().items()}
+
+
+def test_a_rank_without_images_gets_the_others_scales() -> None:
+    one, other = run_ranks(_one_step, 2, True)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    key = "fp8.vision.decoder.layers.0.mlp.linear_fc1.input"
+    assert one[key][-1] > 0
+    bare, _ = run_ranks(_one_step, 2, False)
+    assert bare[key].tolist() == [1.0, 0.0, 0.0], "no rank has seen it: nothing moves"
+    assert bare["fp8.language.decoder.layers.0.mlp.linear_fc1.input"][-1] > 0
+
+
+def fp8_options(**changes: Any) -> dict[str, Any]:
+    fp8 = {"_target_": "nvmm.parallel.fp8.Fp8", "amax_history_len": 4} | changes
+    return {"precision": {"fp8": fp8}}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, {}), *(pytest.param(2, layout, marks=pytest.mark.slow) for layout in ({}, TP2_SP))],
+)
+def test_five_and_five_steps_are_bit_equal_to_ten(
+    tmp_path: Path, world_size: int, layout: dict[str, Any]
+) -> None:
+    options = fp8_options()
+    run_ranks(_fit, world_size, tmp_path / "whole", STEPS, layout, options)
+    for until in (5, STEPS):
+        run_ranks(_fit, world_size, tmp_path / "parts", until, layout, options)
+    assert _losses(tmp_path / "parts") == _losses(tmp_path / "whole")
+    plain = run_ranks(_fit, world_size, tmp_path / "plain", 2, layout, {})
+    assert plain and _losses(tmp_path / "plain")[1] != _losses(tmp_path / "whole")[1]
+
+
+def test_scales_reshard(tmp_path: Path) -> None:
+    """One rank, then TP 2, PP 2 and DP 2: the losses of one rank, in double precision."""
+    options = fp8_options() | {"optim": {"clip_grad": 0.0}}
+    options["precision"] |= {"dtype": "fp64", "grad_reduce_in_fp32": False}
+    run_ranks(_fit, 1, tmp_path / "whole", 8, {}, options)
+    for world_size, layout, until in ((1, {}, 2), (2, TP2, 4), (2, PP2, 6), (2, {}, 8)):
+        run_ranks(_fit, world_size, tmp_path / "parts", until, layout, options)
+    expected, found = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(expected, found, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-9)
+        assert other_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    """Tensors under names of their own; weights and their checksums are those of any run."""
+    run_ranks(_fit, 1, tmp_path, 2, {}, fp8_options())
+    path = find(tmp_path)
+    entries = read_metadata(path).state_dict_metadata
+    scales = {name: tuple(entry.size) for name, entry in entries.items() if name[:4] == "fp8."}
+    assert set(scales.values()) == {(1 + 4,)}
+    assert {name[4:].rpartition(".")[0] for name in scales} == linears("", 4)
+    weights = weight_names(read_metadata(path))
+    assert not any(name.startswith("fp8.") for name in weights)
+    assert set(weights) == json.loads((path / "weights.json").read_text()).keys()
+
+
+def test_resuming_with_other_scales(tmp_path: Path) -> None:
+    """None in the checkpoint: they start anew, and it is said. Another length: refused."""
+    run_ranks(_fit, 1, tmp_path, 2, {})
+    [result] = run_ranks(_fit, 1, tmp_path, 3, {}, fp8_options())
+    assert any("lacks 48 FP8 scales, which start anew" in m for m in result["messages"])
+    with pytest.raises(RuntimeError, match="amax_history_len=5 must be 4, as it was saved"):
+        run_ranks(_fit, 1, tmp_path, 4, {}, fp8_options(amax_history_len=5))
+    [result] = run_ranks(_fit, 1, tmp_path, 4, {}, {})
+    assert any("changed since" in m and "precision" in m for m in result["messages"])
+
+
+def test_a_skipped_step_leaves_the_scales_alone(tmp_path: Path) -> None:
+    options = fp8_options() | {"poison": 1, "on_nonfinite": "skip"}
+    run_ranks(_fit, 1, tmp_path / "skipped", 2, {}, options)
+    run_ranks(_fit, 1, tmp_path / "one", 1, {}, fp8_options())
+    kept = [_scales(tmp_path / name) for name in ("skipped", "one")]
+    assert kept[0].keys() == kept[1].keys()
+    assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
+
+
+def _scales(run_dir: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    path = find(run_dir)
+    sizes = {
+        name: entry.size
+        for name, entry in read_metadata(path).state_dict_metadata.items()
+        if name.startswith("fp8.")
+    }
+    state = {name: torch.zeros(size) for name, size in sizes.items()}
+    load(state, storage_reader=FileSystemReader(path), no_dist=True)
+    return state
