@@ -1,0 +1,118 @@
+"""FP8's recipes against float32 in small: python tools/compare_fp8.py
+
+All arms start from one checkpoint, the quickstart's first two stages in float32, and train the first
+steps of its third on the same samples in the same order; then each answers the same held-out
+questions in its own precision. The rest of an FP8 arm is float32 too, so that the products are all
+that differs.
+
+An interrupted call goes on with the same command; what is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+from pathlib import Path
+
+from nvmm import arms
+from nvmm.data import digits
+from nvmm.parallel.fp8 import RECIPES
+
+DATA = Path("data/quickstart")  # of the experiments
+PRECISIONS = ("fp32", *RECIPES)
+EXPERIMENT = "experiment=nvlm_d/quickstart"
+LAST = 30
+"""Steps at the end over which the loss is averaged."""
+QUESTIONS = 1000
+
+
+def arm(precision: str, seed: int, folder: Path, steps: int) -> arms.Arm:
+    """The start, the last stage and its evaluation in one precision."""
+    run = folder / f"seed{seed}"
+    base = (*arms.ALONE, f"seed={seed}")
+    chosen = ("precision=fp32",)
+    if precision != "fp32":
+        chosen = ("precision=fp8", "precision.dtype=fp32", f"precision.fp8.recipe={precision}")
+    return arms.Arm(
+        precision,
+        seed,
+        (
+            arms.train(run / "text", f"{EXPERIMENT}_text", *base),
+            arms.train(run / "align", f"{EXPERIMENT}_align", *base, f"init_from={run / 'text'}"),
+            arms.train(
+                run / precision,
+                EXPERIMENT,
+                *base,
+                *chosen,
+                f"trainer.max_steps={steps}",
+                f"init_from={run / 'align'}",
+            ),
+            arms.evaluate(
+                run / precision,
+                f"benchmark.shards={DATA}/strings/test-*.tar",
+                "batch_size=64",
+                "max_new_tokens=10",
+                f"num_samples={QUESTIONS}",
+            ),
+        ),
+    )
+
+
+def final_loss(folder: Path) -> float:
+    """Mean loss of a run's last steps."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[-LAST:]
+    return statistics.mean(json.loads(line)["loss"] for line in lines)
+
+
+def report(found: dict[str, list[dict[str, float]]]) -> str:
+    """Means and sample standard deviations over seeds; losses against float32's of the same seed."""
+    rows = []
+    for precision, seeds in found.items():
+        off = [
+            100 * (own["loss"] / plain["loss"] - 1)
+            for own, plain in zip(seeds, found["fp32"], strict=True)
+        ]
+        cells = [arms.spread([seed["loss"] for seed in seeds], 4), arms.spread(off, 2)]
+        for key in ("exact_match", *(f"exact_match_{kind}" for kind in digits.KINDS)):
+            cells.append(arms.spread([seed[key] for seed in seeds], 3))
+        cells.append(arms.spread([seed["cpu_seconds"] for seed in seeds], 0))
+        rows.append([precision, *cells])
+    head = ("precision", "loss", "% of fp32's", "all", *digits.KINDS, "CPU-s")
+    return arms.table(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=300, help="of the last stage")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
+    parser.add_argument("--to", type=Path, default=Path("runs/compare_fp8"), help="its folder")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    digits.build(DATA)
+    seeds = range(1234, 1234 + options.seeds)
+    arms.run(
+        [arm(name, seed, options.to, options.steps) for seed in seeds for name in PRECISIONS],
+        options.jobs,
+    )
+    found = {
+        name: [
+            arms.measure(options.to / f"seed{seed}" / name)
+            | {"loss": final_loss(options.to / f"seed{seed}" / name)}
+            for seed in seeds
+        ]
+        for name in PRECISIONS
+    }
+    arms.save(options.to / "results.json", found, steps=options.steps)
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()
