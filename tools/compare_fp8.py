@@ -1,9 +1,9 @@
 """FP8's recipes against float32 in small: python tools/compare_fp8.py
 
-All arms start from one checkpoint, the quickstart's first two stages in float32, and train the first
-steps of its third on the same samples in the same order; then each answers the same held-out
-questions in its own precision. The rest of an FP8 arm is float32 too, so that the products are all
-that differs.
+All arms start from one checkpoint, the quickstart's first two stages in float32, and train its
+third for some steps on the same samples in the same order; each then answers the same held-out
+questions in its own precision. The rest of an FP8 arm is float32 too: the products are all that
+differs.
 
 An interrupted call goes on with the same command; what is done is not run again.
 """
@@ -69,7 +69,7 @@ def final_loss(folder: Path) -> float:
 
 
 def report(found: dict[str, list[dict[str, float]]]) -> str:
-    """Means and sample standard deviations over seeds; losses against float32's of the same seed."""
+    """Means and sample deviations over seeds; losses against float32's of the same seed."""
     rows = []
     for precision, seeds in found.items():
         off = [

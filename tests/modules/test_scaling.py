@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +20,12 @@ from nvmm.checkpoint import find
 from nvmm.metadata import read_metadata, weight_names
 from nvmm.modules.linear import Quantizer, RowParallelLinear
 from nvmm.modules.lora import Lora
-from nvmm.modules.scaling import Scaling, align_tokens
+from nvmm.modules.scaling import Scaling, _EngineScales, _in_high_precision, align_tokens
 from nvmm.optim import freeze
 from nvmm.parallel.fp8 import RECIPES, Fp8
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Parallel, Precision
+from nvmm.precision_rules import FIELDS
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_trainer import STEPS, _fit, _losses
@@ -241,3 +247,72 @@ def _scales(run_dir: Path) -> dict[str, Tensor]:
     state = {name: torch.zeros(size) for name, size in sizes.items()}
     load(state, storage_reader=FileSystemReader(path), no_dist=True)
     return state
+
+
+class Engine(torch.nn.Module):
+    """Stands for a Transformer Engine module: the tensors of its FP8 state, made at first use."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.fp8_meta = length, {}
+
+    def init_fp8_meta_tensors(self, recipe: object) -> None:
+        for way, count in (("fwd", 3), ("bwd", 2)):
+            self.fp8_meta[f"scaling_{way}"] = SimpleNamespace(
+                amax_history=torch.zeros(self.length, count), scale=torch.ones(count)
+            )
+
+
+def test_transformer_engine_s_scales_are_tensors_of_the_same_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its source: columns are input, weight and output, and the output's gradient."""
+    from megatron.core import fp8_utils
+
+    monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda config: "recipe")
+    module = Engine(4)
+    scales = _EngineScales(module, config=None)
+    assert {name: tuple(t.shape) for name, t in scales.state().items()} == {
+        "input": (5,),
+        "weight": (5,),
+        "gradient": (5,),
+    }
+    kept = {name: torch.arange(5.0) + 10 * i for i, name in enumerate(scales.state())}
+    scales.load(kept)
+    assert all(torch.equal(scales.state()[name], value) for name, value in kept.items())
+    forward, backward = module.fp8_meta["scaling_fwd"], module.fp8_meta["scaling_bwd"]
+    assert forward.scale.tolist() == [0.0, 10.0, 1.0] and backward.scale.tolist() == [20.0, 1.0]
+    assert forward.amax_history[:, 1].tolist() == [11.0, 12.0, 13.0, 14.0]
+    emulated = Quantizer(Fp8(amax_history_len=4), None, None, torch.device("cpu"))
+    emulated.load(kept)
+    assert emulated.state().keys() == kept.keys()
+    assert torch.equal(emulated.scale, forward.scale.new_tensor([0.0, 10.0, 20.0]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_mcore_takes_the_fields(recipe: str) -> None:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fp8 = Fp8(recipe=recipe, num_layers_at_end_in_bf16=int(recipe != "delayed"))
+    kwargs = fp8.transformer_kwargs()
+    config = TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=1, **kwargs)
+    assert config.fp8 == ("e4m3" if recipe in ("blockwise", "mxfp8") else "hybrid")
+    assert set(kwargs) == set(FIELDS)
+
+
+def test_an_engine_s_linear_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward runs with FP8 turned off."""
+    state = {"enabled": True}
+
+    @contextlib.contextmanager
+    def fp8_autocast(enabled: bool) -> Iterator[None]:
+        before, state["enabled"] = state["enabled"], enabled
+        yield
+        state["enabled"] = before
+
+    engine = types.ModuleType("transformer_engine.pytorch")
+    engine.fp8_autocast = fp8_autocast  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    assert _in_high_precision(lambda x: (x, state["enabled"]))(3) == (3, False)
+    assert state["enabled"]
