@@ -60,8 +60,15 @@ def save(
 
     parallel, precision = Parallel(**layout), Precision()
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
-    chunks = build_chunks(instantiate(config["model"], _convert_="all"), parallel, precision)
+    lora = instantiate(config.get("lora"), _convert_="all")
+    adapt = None if lora is None else lora.attach
+    constructor = instantiate(config["model"], _convert_="all")
+    chunks = build_chunks(constructor, parallel, precision, adapt=adapt)
     for sharded in sharded_parameters(chunks):
+        if sharded.name.endswith("lora_b"):  # zeros would hide that an adapter is lost
+            torch.nn.init.normal_(
+                sharded.parameter, std=0.1, generator=torch.Generator().manual_seed(0)
+            )
         if "norm" in sharded.name or "bias" in sharded.name:  # constants would hide a swapped name
             for offset, piece in sharded.pieces(sharded.parameter.data):
                 places = torch.arange(offset[-1], offset[-1] + piece.shape[-1])
@@ -178,6 +185,28 @@ def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any], tmp_path: P
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "embedding_model.embed_tokens.weight" in before
     assert not any("lm_head" in name for name in before)
+
+
+def test_a_lora_run_is_merged_and_exported(tokenizer: Path, tmp_path: Path) -> None:
+    """As stage 1 trains it: adapters on the decoder, the pooling whole."""
+    import transformers
+
+    from nvmm.conversion.adapter import merge
+
+    config = config_of(tokenizer) | {"lora": tiny.lora(["decoder.*linear_*"], train=["pooling.*"])}
+    [expected] = run_ranks(save, 1, {}, config, tmp_path / "run")
+    saved = sides.open_checkpoint(tmp_path / "run")
+    constructor = instantiate(config["model"], _convert_="all")
+    merge(saved, tmp_path / "merged", constructor)
+    exporting.export(sides.open_checkpoint(tmp_path / "merged"), tmp_path / "hf", "nv_embed")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    framed = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    inputs = framed(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = model(**inputs, pool_mask=inputs.attention_mask).pooler_output
+    torch.testing.assert_close(found, expected[1], rtol=0, atol=1e-5)
+    bare = run_ranks(save, 1, {}, config_of(tokenizer), tmp_path / "bare")[0]
+    assert (bare[1] - found).abs().max() > 1e-2, "the adapters change what is encoded"
 
 
 def test_other_poolings_are_refused() -> None:
