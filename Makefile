@@ -7,7 +7,7 @@ KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kernels quickstart check test test-slow golden compare-nvlm ablate-tiles \
+.PHONY: help venv kernels quickstart check test test-slow golden compare-nvlm compare-fp8 ablate-tiles \
 	ablate-pooling bench bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data \
 	bench-embed clean
 
@@ -54,6 +54,9 @@ SEEDS ?= 3
 compare-nvlm: venv ## NVLM-D, X and H in small, side by side (SEEDS=1: one seed)
 	$(BIN)/python tools/compare_nvlm.py --seeds $(SEEDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_nvlm.py
+
+compare-fp8: venv ## FP8's recipes against float32 on the quickstart's last stage (20 minutes)
+	$(BIN)/python tools/compare_fp8.py
 
 ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1 SYSTEM=x REGIME=images ARMS=none,2d_grid)
 	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(SYSTEM),--system $(SYSTEM)) \
