@@ -120,9 +120,11 @@ class Checkpoint:
         sharded = {
             "rng": _rng_tensor(generators.capture()),
             "optimizer": optimizer.sharded_state_dict(model_state, False, self.sharding_type),
-            "scaling": {} if scaling is None else scaling.sharded_state_dict(),
             **saved_state,
         }
+        scales = {} if scaling is None else scaling.sharded_state_dict()
+        if scales:  # mcore would keep an empty entry
+            sharded["scaling"] = scales
         request = dist_checkpointing.save(
             sharded, str(temporary), self._strategy(), async_sharded_save=True
         )

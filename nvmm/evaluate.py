@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from nvmm.data.tokenizer import Tokenizer
     from nvmm.evaluation.benchmark import Benchmark, Prediction
 
-_TRUSTED = ("nvmm.models.", "nvmm.modules.", "nvmm.data.", "nvmm.parallel.setup.", "megatron.core.")
+_TRUSTED = (
+    *("nvmm.models.", "nvmm.modules.", "nvmm.data.", "nvmm.parallel.setup.", "nvmm.parallel.fp8."),
+    "megatron.core.",
+)
 # Functions of torch say that they live in one of these.
 _TRUSTED_FUNCTIONS = ("torch", "torch.nn.functional", "torch._C._nn")
 _GET_METHOD = "hydra.utils.get_method"

@@ -234,6 +234,25 @@ def test_the_first_samples_alone(folder: Path, unanswered: list[dict[str, Any]])
         assert longer["prediction"].startswith(line["prediction"].rstrip("\ufffd"))
 
 
+def test_answers_in_fp8(folder: Path, unanswered: list[dict[str, Any]]) -> None:
+    """Other words than in full precision; delayed scaling wants the scales it was trained with."""
+
+    def precision(recipe: str) -> dict[str, Any]:
+        fp8 = {"_target_": "nvmm.parallel.fp8.Fp8", "recipe": recipe}
+        return {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32", "fp8": fp8}
+
+    options = {"output": str(folder / "fp8"), "num_samples": 3}
+    shards = str(folder / "blank-*.tar")
+    run_ranks(launch, 1, command(folder, shards, precision=precision("current"), **options))
+    plain = [line["prediction"] for line in unanswered[:3]]
+    assert [line["prediction"] for line in read(folder / "fp8")] != plain
+    [refused] = run_ranks(
+        launch, 1, command(folder, shards, precision=precision("delayed"), **options)
+    )
+    assert refused[0] == entry.BAD_CONFIG
+    assert "FP8 scales (fp8." in refused[1] and "trained with, precision=bf16" in refused[1]
+
+
 def save_adapters(rank: int, world_size: int, init_method: str, folder: Path) -> None:
     """A LoRA run over the checkpoint: adapters and nothing else."""
     from dataclasses import asdict
@@ -396,6 +415,8 @@ def trust_ours(rank: int, world_size: int, init_method: str) -> None:
     for path in ("torch.nn.functional.gelu", "torch.nn.functional.silu", "torch.tanh"):
         require_trusted({"f": tiny.method(path)}, Path("c"))
     require_trusted({"model": tiny.multimodal()}, Path("c"))
+    fp8 = {"_target_": "nvmm.parallel.fp8.Fp8", "recipe": "current"}
+    require_trusted({"precision": {"fp8": fp8}}, Path("c"))
 
 
 def test_our_targets_are_trusted() -> None:
