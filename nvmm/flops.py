@@ -110,6 +110,27 @@ def connector_flops(
     return 2.0 * weights * num_tokens * _LINEAR_COST[training]
 
 
+def latent_attention_flops(
+    *,
+    num_latents: int,
+    num_heads: int,
+    head_dim: int,
+    ffn_hidden_size: int,
+    hidden_size: int,
+    num_tokens: int,
+    training: str = "trained",
+) -> float:
+    """Matrix-multiply FLOPs of NV-Embed's latent attention over the pooled tokens of a batch.
+
+    Keys and values are the latents', computed once, whatever the number of tokens.
+    """
+    inner = num_heads * head_dim
+    linear = hidden_size * (2 * inner + 3 * ffn_hidden_size) * num_tokens
+    linear += 2 * hidden_size * inner * num_latents
+    attention = 4.0 * inner * num_latents * num_tokens
+    return 2.0 * linear * _LINEAR_COST[training] + attention * _ATTENTION_COST[training]
+
+
 def cross_attention_flops(
     *,
     num_blocks: int,

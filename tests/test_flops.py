@@ -6,6 +6,7 @@ from nvmm.flops import (
     connector_flops,
     flops_per_step,
     language_flops,
+    latent_attention_flops,
     segment_lengths,
     vision_flops,
 )
@@ -110,6 +111,19 @@ def test_connector_flops():
     one = connector_flops(input_size=4, hidden_size=None, output_size=6, num_tokens=2)
     assert two == 2 * (4 * 5 + 5 * 6) * 2
     assert one == 3 * 2 * (4 * 6) * 2
+
+
+def test_latent_attention_flops_by_hand():
+    sizes = dict(num_latents=5, num_heads=2, head_dim=3, ffn_hidden_size=7, hidden_size=4)
+    forward = latent_attention_flops(**sizes, num_tokens=10, training="frozen")
+    # q and proj 4x6, fc1 4x14 and fc2 7x4 for a token; k and v 4x6 for a latent.
+    linear = 2 * (2 * 24 + 84) * 10 + 2 * (2 * 24) * 5
+    assert forward == linear + 4 * 6 * 5 * 10
+    assert latent_attention_flops(**sizes, num_tokens=10) == 3 * forward
+    nv_embed = dict(num_latents=512, num_heads=8, head_dim=4096, ffn_hidden_size=16384)
+    more = [latent_attention_flops(**nv_embed, hidden_size=4096, num_tokens=n) for n in (0, 1)]
+    weights = 2 * 4096 * 32768 + 3 * 4096 * 16384
+    assert more[1] - more[0] == 3 * (2 * weights + 4 * 32768 * 512)
 
 
 def configs():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 
 from nvmm.batch import Batch
-from nvmm.flops import flops_per_step, segment_lengths
+from nvmm.flops import flops_per_step, latent_attention_flops, segment_lengths
 from nvmm.models.language import LanguageModel, packed_seq_params
+from nvmm.modules.lora import only_adapters_train
+from nvmm.modules.pooling import LatentAttention
 from nvmm.parallel.setup import Chunk
 
 
@@ -56,6 +59,8 @@ class EmbeddingModel(LanguageModel):
             chunk=chunk,
         )
         self.is_causal = causal
+        # Known to the first stage too, which counts FLOPs; the pooling itself is on the last.
+        self.latent_sizes = latent_sizes(pooling, self.config.hidden_size)
         if self.post_process:
             del self.output_layer
             self.pooling = pooling(hidden_size=self.config.hidden_size, chunk=chunk)
@@ -86,13 +91,23 @@ class EmbeddingModel(LanguageModel):
         return F.normalize(pooled.float(), dim=-1)
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Model FLOPs of a micro-batch's forward and backward, without the pooling's."""
-        return flops_per_step(
+        """Model FLOPs of a micro-batch's forward and backward; latent attention counts as language.
+
+        Of the whole model, whatever the layout. A self-attention pooling's layer is not counted.
+        """
+        flops = flops_per_step(
             self.config,
             vocab_size=0,
             segment_lengths=segment_lengths(batch),
+            adapted=["language"] if only_adapters_train(self.decoder) else [],
             causal_attention_factor=0.5 if self.is_causal else 1.0,
         )
+        if self.latent_sizes is not None:
+            pooled = sum(segment_lengths(batch))
+            if "pool_from" in batch.extras:
+                pooled -= int(batch.extras["pool_from"].sum())
+            flops["language"] += latent_attention_flops(**self.latent_sizes, num_tokens=pooled)  # type: ignore[arg-type]
+        return flops
 
     def sharded_state_dict(
         self,
@@ -102,6 +117,20 @@ class EmbeddingModel(LanguageModel):
     ) -> dict[str, Any]:
         """mcore's for any module: the one for language models asks for an output layer."""
         return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def latent_sizes(pooling: Callable[..., Any], hidden_size: int) -> dict[str, int] | None:
+    """What `latent_attention_flops` wants of a partial of LatentAttention; None of any other."""
+    if getattr(pooling, "func", None) is not LatentAttention:
+        return None
+    given = inspect.signature(LatentAttention).bind_partial(**pooling.keywords)  # type: ignore[attr-defined]
+    given.apply_defaults()
+    sizes = {key: given.arguments[key] for key in ("num_latents", "num_heads")}
+    return sizes | {
+        "head_dim": given.arguments["head_dim"] or hidden_size,
+        "ffn_hidden_size": given.arguments["ffn_hidden_size"] or 4 * hidden_size,
+        "hidden_size": hidden_size,
+    }
 
 
 def key_spans(batch: Batch) -> Tensor | None:

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from hydra.utils import instantiate
 
+from nvmm.modules.lora import Lora
+from nvmm.parallel.parameters import build_chunks
+from nvmm.parallel.setup import Parallel, Precision
+from nvmm.synthetic import synthetic_steps
+from tests import tiny
 from tests.models.parameter_names import build, golden_path, parameter_names
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -23,3 +30,29 @@ def test_nv_embed_has_the_published_size() -> None:
     """Mistral-7B-v0.1 without its output layer, and the pooling's 740,356,096."""
     model = build("nv_embed_7b")
     assert sum(p.numel() for p in model.parameters()) == 7_851_016_192
+
+
+@pytest.mark.usefixtures("world")
+def test_flops_count_the_pooling_and_what_trains() -> None:
+    """Instruction tokens do not reach the pooling; adapted weights need no gradients."""
+
+    def count(config: dict, start: int = 0, lora: Lora | None = None) -> float:
+        adapt = None if lora is None else lora.attach
+        chunks = build_chunks(
+            instantiate(config, _convert_="all"), Parallel(), Precision(), adapt=adapt
+        )
+        if lora is not None:
+            lora.freeze(chunks)
+        rows = synthetic_steps({"model": tiny.embedder()}, 1, 1)[0][0]
+        starts = torch.full_like(rows.extras["pool_from"], start)
+        batch = rows.replace(extras=rows.extras | {"pool_from": starts})
+        return chunks[0].flops(batch)["language"]
+
+    latent, mean = count(tiny.embedder()), count(tiny.embedder("Mean"))
+    texts = 6
+    shorter = count(tiny.embedder(), start=2)
+    assert mean < shorter < latent
+    per_token = 3 * (2 * 64 * (2 * 96 + 3 * 80) + 4 * 96 * 6)
+    assert latent - shorter == 2 * texts * per_token
+    adapted = count(tiny.embedder(), lora=Lora(["decoder.*linear_*"], train=["pooling.*"]))
+    assert adapted - (latent - mean) < 0.75 * mean
