@@ -66,7 +66,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> References:
 
 
 def go(kind: str, recipe: str, layout: Layout, **options: Any) -> Result:
-    return run(config(kind, recipe), layout, num_steps=STEPS, num_micro_batches=2, **options)
+    options |= {"num_steps": STEPS, "num_micro_batches": 2, "packed": kind == "packed"}
+    return run(config(kind, recipe), layout, **options)
 
 
 ROWS = [
@@ -81,6 +82,7 @@ SLOW = [
         for layout in ("tp2", "pp2", "dp2", "recompute")
     ),
     *(("language", recipe, "pp2_vp2") for recipe in RECIPES),
+    *(("packed", recipe, "tp2") for recipe in RECIPES),
     ("language", "delayed", "tp2_dp2"),
     ("language", "delayed", "cp2"),
     ("language", "current", "cp2"),

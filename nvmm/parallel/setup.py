@@ -307,8 +307,15 @@ class Chunk:
         init = Normal(std)
         if self.meta:
             kwargs |= {"use_cpu_initialization": True, "perform_initialization": False}
-        if self.precision.fp8 is not None and self.backend == "transformer_engine":
-            kwargs |= self.precision.fp8.transformer_kwargs()
+        if self.backend == "transformer_engine":
+            if self.precision.fp8 is not None:
+                kwargs |= self.precision.fp8.transformer_kwargs()
+        elif given.get("fp8"):
+            # mcore would train without it, and say nothing.
+            raise ValueError(
+                f"fp8={given['fp8']} in a TransformerConfig needs backend=transformer_engine; set"
+                " precision=fp8"
+            )
         return partial(
             **kwargs,
             init_method=init,

@@ -300,6 +300,16 @@ def test_mcore_takes_the_fields(recipe: str) -> None:
     assert set(kwargs) == set(FIELDS)
 
 
+@pytest.mark.usefixtures("world")
+def test_mcore_s_own_field_is_refused_without_its_engine() -> None:
+    model = tiny.language()
+    model["transformer"]["fp8"] = "hybrid"
+    with pytest.raises(
+        ValueError, match=r"fp8=hybrid .* needs backend=transformer_engine; set prec"
+    ):
+        instantiate(model, _convert_="all")(chunk=Parallel().chunks(Precision())[0])
+
+
 def test_an_engine_s_linear_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its forward runs with FP8 turned off."""
     state = {"enabled": True}
