@@ -23,36 +23,44 @@ from nvmm.data import digits
 from nvmm.parallel.fp8 import RECIPES
 
 DATA = Path("data/quickstart")  # of the experiments
-PRECISIONS = ("fp32", *RECIPES)
+_EAGER = ("norm", "activation", "gated_residual", "linear_cross_entropy")
+ARMS: dict[str, tuple[str, ...]] = {
+    "fp32": ("precision=fp32",),
+    # The same arithmetic, rounded elsewhere: what the choice of a kernel alone makes of a run.
+    "fp32_eager": ("precision=fp32", *(f"kernels.{name}=eager" for name in _EAGER)),
+    "bf16": ("precision=bf16",),
+    **{
+        recipe: ("precision=fp8", "precision.dtype=fp32", f"precision.fp8.recipe={recipe}")
+        for recipe in RECIPES
+    },
+}
+"""Overrides of the last stage."""
 EXPERIMENT = "experiment=nvlm_d/quickstart"
 LAST = 30
 """Steps at the end over which the loss is averaged."""
 QUESTIONS = 1000
 
 
-def arm(precision: str, seed: int, folder: Path, steps: int) -> arms.Arm:
-    """The start, the last stage and its evaluation in one precision."""
+def arm(name: str, seed: int, folder: Path, steps: int) -> arms.Arm:
+    """The start, the last stage and its evaluation of one of ARMS."""
     run = folder / f"seed{seed}"
     base = (*arms.ALONE, f"seed={seed}")
-    chosen = ("precision=fp32",)
-    if precision != "fp32":
-        chosen = ("precision=fp8", "precision.dtype=fp32", f"precision.fp8.recipe={precision}")
     return arms.Arm(
-        precision,
+        name,
         seed,
         (
             arms.train(run / "text", f"{EXPERIMENT}_text", *base),
             arms.train(run / "align", f"{EXPERIMENT}_align", *base, f"init_from={run / 'text'}"),
             arms.train(
-                run / precision,
+                run / name,
                 EXPERIMENT,
                 *base,
-                *chosen,
+                *ARMS[name],
                 f"trainer.max_steps={steps}",
                 f"init_from={run / 'align'}",
             ),
             arms.evaluate(
-                run / precision,
+                run / name,
                 f"benchmark.shards={DATA}/strings/test-*.tar",
                 "batch_size=64",
                 "max_new_tokens=10",
@@ -71,7 +79,7 @@ def final_loss(folder: Path) -> float:
 def report(found: dict[str, list[dict[str, float]]]) -> str:
     """Means and sample deviations over seeds; losses against float32's of the same seed."""
     rows = []
-    for precision, seeds in found.items():
+    for name, seeds in found.items():
         off = [
             100 * (own["loss"] / plain["loss"] - 1)
             for own, plain in zip(seeds, found["fp32"], strict=True)
@@ -80,8 +88,8 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
         for key in ("exact_match", *(f"exact_match_{kind}" for kind in digits.KINDS)):
             cells.append(arms.spread([seed[key] for seed in seeds], 3))
         cells.append(arms.spread([seed["cpu_seconds"] for seed in seeds], 0))
-        rows.append([precision, *cells])
-    head = ("precision", "loss", "% of fp32's", "all", *digits.KINDS, "CPU-s")
+        rows.append([name, *cells])
+    head = ("arm", "loss", "% of fp32's", "all", *digits.KINDS, "CPU-s")
     return arms.table(head, rows)
 
 
@@ -89,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of the last stage")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--to", type=Path, default=Path("runs/compare_fp8"), help="its folder")
@@ -99,7 +107,7 @@ def main() -> None:
     digits.build(DATA)
     seeds = range(1234, 1234 + options.seeds)
     arms.run(
-        [arm(name, seed, options.to, options.steps) for seed in seeds for name in PRECISIONS],
+        [arm(name, seed, options.to, options.steps) for seed in seeds for name in ARMS],
         options.jobs,
     )
     found = {
@@ -108,7 +116,7 @@ def main() -> None:
             | {"loss": final_loss(options.to / f"seed{seed}" / name)}
             for seed in seeds
         ]
-        for name in PRECISIONS
+        for name in ARMS
     }
     arms.save(options.to / "results.json", found, steps=options.steps)
     print(report(found))
