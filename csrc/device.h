@@ -46,6 +46,12 @@ __device__ __forceinline__ void store(const float (&from)[V], T* to) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
+// V values as they are, in one move.
+template <int V, class T>
+__device__ __forceinline__ void copy(const T* from, T* to) {
+  *reinterpret_cast<Pack<T, V>*>(to) = *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
 // What the formulas of the operations call, on this side.
 struct Device {
   static __device__ __forceinline__ float exp(float x) { return expf(x); }

@@ -62,7 +62,10 @@ _CHOICES = {
     "precision.dtype": ("fp32", "bf16"),
     **{
         f"kernels.{name}": ("auto", "eager", "fused")
-        for name in ("norm", "activation", "gated_residual", "linear_cross_entropy")
+        for name in (
+            *("norm", "activation", "gated_residual", "linear_cross_entropy"),
+            *("merge", "pixel_shuffle"),
+        )
     },
     "optim.schedule": ("cosine", "linear", "constant"),
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),

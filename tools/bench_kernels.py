@@ -8,6 +8,7 @@ memory above its arguments and gradients, each variant in a process of its own.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import statistics
 import time
@@ -23,7 +24,9 @@ from nvmm.kernels.activation import activation, eager_activation
 from nvmm.kernels.gated_residual import eager_gated_residual, gated_residual
 from nvmm.kernels.library import MISSING
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
+from nvmm.kernels.merge import eager_merge_rows, merge_rows
 from nvmm.kernels.norm import eager_norm, norm
+from nvmm.kernels.pixel_shuffle import eager_pixel_shuffle, pixel_shuffle
 
 Variants = dict[str, Callable[..., Tensor]]
 VOCABULARY = 152_064
@@ -40,6 +43,12 @@ def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     h = x.float()
     h = h - h.mean(-1, keepdim=True)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight + bias
+
+
+@functools.cache
+def places(rows: int, device: torch.device) -> Tensor:
+    """Every second row."""
+    return torch.arange(0, rows, 2, device=device)
 
 
 def eager_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -69,6 +78,20 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
         "LayerScale residual": (
             {"kernel": gated_residual, "eager": eager_gated_residual},
             [(rows, width), (rows, width), (width,), (width,)],
+        ),
+        "merge of half the rows": (
+            {
+                "kernel": lambda x, v: merge_rows(x, v, places(x.shape[0], x.device)),
+                "eager": lambda x, v: eager_merge_rows(x, v, places(x.shape[0], x.device)),
+            },
+            [(rows, width), ((rows + 1) // 2, width)],
+        ),
+        "pixel shuffle": (
+            {
+                "kernel": lambda x: pixel_shuffle(x, 2),
+                "eager": lambda x: eager_pixel_shuffle(x, 2),
+            },
+            [(-(-rows // 1024), 32, 32, width)],
         ),
     }
     for kind, halves in (("swiglu", 2), ("gelu", 1)):
