@@ -31,11 +31,16 @@ struct alignas(sizeof(T) * V) Pack {
 template <class T>
 constexpr int wide = 16 / sizeof(T);
 
+// V values, by as many loads as that takes.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* from, float (&to)[V]) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  constexpr int part = V < wide<T> ? V : wide<T>;
 #pragma unroll
-  for (int k = 0; k < V; ++k) to[k] = static_cast<float>(pack.values[k]);
+  for (int first = 0; first < V; first += part) {
+    const Pack<T, part> pack = *reinterpret_cast<const Pack<T, part>*>(from + first);
+#pragma unroll
+    for (int k = 0; k < part; ++k) to[first + k] = static_cast<float>(pack.values[k]);
+  }
 }
 
 template <int V, class T>

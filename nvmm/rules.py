@@ -64,7 +64,7 @@ _CHOICES = {
         f"kernels.{name}": ("auto", "eager", "fused")
         for name in (
             *("norm", "activation", "gated_residual", "linear_cross_entropy"),
-            *("merge", "pixel_shuffle"),
+            *("rope", "merge", "pixel_shuffle"),
         )
     },
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -322,6 +322,10 @@ def _transformer_fields(view: View) -> Iterator[Problem]:
         for name, key in _DECIDED_ELSEWHERE.items():
             if name in node:
                 yield Problem(f"{prefix}.{name}", node[name], f"must not be given here; set {key}")
+        for name in ("rotary_interleaved", "fused_single_qkv_rope", "flash_decode"):
+            if node.get(name):
+                allowed = "must be false: positions are applied by kernels.rope, in halves"
+                yield Problem(f"{prefix}.{name}", node[name], allowed)
         for name in ("fp8", "fp4"):
             if node.get(name) is not None and not _transformer_engine(view):
                 yield Problem(

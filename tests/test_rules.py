@@ -133,6 +133,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({f"{T}tensor_model_parallel_size": 2}, f"{LM}.transformer.tensor_model", "set parallel."),
     ({f"{T}bf16": True}, f"{LM}.transformer.bf16=True", "set precision.dtype"),
     ({f"{T}fp8": "hybrid"}, f"{LM}.transformer.fp8=hybrid", "backend=transformer_engine"),
+    ({f"{T}rotary_interleaved": True}, f"{LM}.transformer.rotary_inter", "must be false"),
+    ({f"{T}flash_decode": True}, f"{LM}.transformer.flash_decode=True", "kernels.rope"),
     ({"backend": "transformer_engine"}, "backend=transformer_engine", "not installed"),
     ({"backend": "nativ"}, "backend=nativ", "native, transformer_engine"),
     ({"optim__min_learning_rate": 1}, "optim.min_learning_rate=1", "learning_rate=0.0001"),

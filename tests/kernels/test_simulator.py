@@ -114,6 +114,16 @@ def cross_entropies(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list
     return [maximum, total, picked, gradient]
 
 
+def ropes(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    fused = numbers(rows, 2, 4, 2 * width, dtype=dtype)  # three heads of q and one of k, with gaps
+    q, k = fused[:, :, :3, :width], fused[:, :, 3:, width:]
+    found = []
+    for dim in (width // 2 * 2, width // 32 * 16):
+        table = numbers(rows, 2, dim, dtype=torch.float32, seed=1)
+        found += [*ops.rope(q, k, table, False), *ops.rope(q, k, table, True)]
+    return found
+
+
 def merges(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     base, values = numbers(rows, width, dtype=dtype), numbers(2, width, dtype=dtype, seed=1)
     dy = numbers(rows + 2, width, dtype=dtype, seed=2)
@@ -132,7 +142,7 @@ def pixel_shuffles(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[
     return [tokens, turned, ops.pixel_shuffle_backward(tokens, 2)]
 
 
-CASES = (norms, activations, gated_residuals, cross_entropies, merges, pixel_shuffles)
+CASES = (norms, activations, gated_residuals, cross_entropies, ropes, merges, pixel_shuffles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

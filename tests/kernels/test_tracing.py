@@ -15,6 +15,7 @@ from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
 from nvmm.kernels.merge import merge_rows
 from nvmm.kernels.norm import norm, residual_norm
 from nvmm.kernels.pixel_shuffle import pixel_shuffle
+from nvmm.kernels.rope import rope
 from tests.kernels.accuracy import needs_kernels
 
 pytestmark = needs_kernels
@@ -31,6 +32,9 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "activation": lambda x, w, _: activation(x, w[0], kind="swiglu"),
     "gated_residual": lambda x, w, _: gated_residual(x, 2 * x, w[0], w[1], tanh=True),
     "linear_cross_entropy": lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=4),
+    "rope": lambda x, w, _: sum(
+        rope(x.view(5, 1, 2, 4), w[:5].view(5, 1, 2, 4), torch.ones(5, 1, 2, device=x.device))
+    ),
     "merge": lambda x, w, _: merge_rows(x, w, rows_from(0, w), rows_from(7, x)),
     "pixel_shuffle": lambda x, w, _: pixel_shuffle((x * w[0]).view(5, 2, 2, 2), 2),
 }
