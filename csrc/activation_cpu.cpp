@@ -40,9 +40,6 @@ NVMM_LOOP void backward(const T* dy, const T* x, const T* bias, T* dx, int64_t w
   }
 }
 
-// Rows that make a task worth a thread.
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1)); }
-
 Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_) {
   const Kind kind = static_cast<Kind>(kind_);
   const Tensor x = dense(x_), y = activation_output(x, bias_, kind);

@@ -38,4 +38,9 @@ NVMM_LIBRARY(m) {
   m.def(
       "logits_gradient(Tensor(a!) logits, Tensor labels, Tensor logsumexp, Tensor scale,"
       " int first, int valid) -> ()");
+  m.def("rope(Tensor q, Tensor k, Tensor table, bool inverse) -> (Tensor, Tensor)");
+  m.def("merge(Tensor base, Tensor values, Tensor source) -> Tensor");
+  m.def("merge_backward(Tensor dy, Tensor target, int base_rows) -> (Tensor, Tensor)");
+  m.def("pixel_shuffle(Tensor x, int factor) -> Tensor");
+  m.def("pixel_shuffle_backward(Tensor dy, int factor) -> Tensor");
 }

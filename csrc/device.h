@@ -31,11 +31,16 @@ struct alignas(sizeof(T) * V) Pack {
 template <class T>
 constexpr int wide = 16 / sizeof(T);
 
+// V values, by as many loads as that takes.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* from, float (&to)[V]) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  constexpr int part = V < wide<T> ? V : wide<T>;
 #pragma unroll
-  for (int k = 0; k < V; ++k) to[k] = static_cast<float>(pack.values[k]);
+  for (int first = 0; first < V; first += part) {
+    const Pack<T, part> pack = *reinterpret_cast<const Pack<T, part>*>(from + first);
+#pragma unroll
+    for (int k = 0; k < part; ++k) to[first + k] = static_cast<float>(pack.values[k]);
+  }
 }
 
 template <int V, class T>
@@ -44,6 +49,12 @@ __device__ __forceinline__ void store(const float (&from)[V], T* to) {
 #pragma unroll
   for (int k = 0; k < V; ++k) pack.values[k] = static_cast<T>(from[k]);
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
+}
+
+// V values as they are, in one move.
+template <int V, class T>
+__device__ __forceinline__ void copy(const T* from, T* to) {
+  *reinterpret_cast<Pack<T, V>*>(to) = *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
 // What the formulas of the operations call, on this side.

@@ -28,10 +28,17 @@ inline void check_launch() {
 #endif
 }
 
-// Packs only where every row starts on 16 bytes.
+// Packs only where every row starts on 16 bytes; counts: lengths of rows, and their strides.
+template <class T>
+bool packs(std::initializer_list<int64_t> counts, std::initializer_list<const void*> pointers) {
+  const auto whole = [](int64_t count) { return count % wide<T> == 0; };
+  return std::all_of(counts.begin(), counts.end(), whole) &&
+         std::all_of(pointers.begin(), pointers.end(), aligned);
+}
+
 template <class T>
 bool packs(int64_t width, std::initializer_list<const void*> pointers) {
-  return width % wide<T> == 0 && std::all_of(pointers.begin(), pointers.end(), aligned);
+  return packs<T>({width}, pointers);
 }
 
 // Threads of a block that works on `items` packs: whole warps, at most `most`.

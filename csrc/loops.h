@@ -87,6 +87,11 @@ struct Loops {
   NVMM_INLINE float erf(float x) { return error_function(x); }
 };
 
+// Rows that make a task worth a thread.
+inline int64_t grain(int64_t width) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));
+}
+
 // How many parts of the rows are summed apart: fixed, so that sums over rows do not depend on the
 // number of threads.
 inline int64_t parts_of(int64_t rows) { return std::clamp<int64_t>(rows / 8, 1, 64); }

@@ -49,6 +49,11 @@ inline std::optional<Tensor> dense(const std::optional<Tensor>& tensor) {
   return tensor ? std::optional<Tensor>(dense(*tensor)) : std::nullopt;
 }
 
+// The tensor, copied only where its last axis is not contiguous.
+inline Tensor dense_rows(const Tensor& tensor) {
+  return tensor.stride(-1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline Tensor floats(const Tensor& like, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Float);
 }

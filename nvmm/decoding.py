@@ -1,8 +1,8 @@
 """Text from a model: batched generation with a KV cache, and scoring of given continuations.
 
 Both run the training schedule forward-only, at any tensor and pipeline parallel size. Prompts of
-different lengths are padded on the LEFT, so that every row's next token has one cache slot; RoPE
-is relative, so a row's answer does not depend on its padding once the pad keys are masked.
+different lengths are padded on the LEFT, so that every row's next token has one cache slot. A row's
+positions begin behind its padding, and the pad keys are masked, so no answer depends on padding.
 """
 
 from __future__ import annotations

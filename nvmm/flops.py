@@ -1,6 +1,6 @@
 """Model FLOPs of a training step. Plain arithmetic.
 
-Counted are the matrix multiplications the model needs: not recomputed activations, norms,
+Counted are the matrix multiplications the model needs: not recomputed activations, norms, RoPE,
 element-wise work or the embedding look-up. With `causal_attention_factor=1` the counter reproduces
 the MFU that Nemotron-4 prints (2406.11704 Table 2, 2402.16819 Table 2), which counts the whole
 attention square.

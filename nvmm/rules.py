@@ -63,7 +63,10 @@ _CHOICES = precision_rules.CHOICES | {
     "parallel.recompute_method": ("uniform", "block"),
     **{
         f"kernels.{name}": ("auto", "eager", "fused")
-        for name in ("norm", "activation", "gated_residual", "linear_cross_entropy")
+        for name in (
+            *("norm", "activation", "gated_residual", "linear_cross_entropy"),
+            *("rope", "merge", "pixel_shuffle"),
+        )
     },
     "optim.schedule": ("cosine", "linear", "constant"),
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),
@@ -323,6 +326,10 @@ def _transformer_fields(view: View) -> Iterator[Problem]:
         for name, key in _DECIDED_ELSEWHERE.items():
             if name in node:
                 yield Problem(f"{prefix}.{name}", node[name], f"must not be given here; set {key}")
+        for name in ("rotary_interleaved", "fused_single_qkv_rope", "flash_decode"):
+            if node.get(name):
+                allowed = "must be false: positions are applied by kernels.rope, in halves"
+                yield Problem(f"{prefix}.{name}", node[name], allowed)
         for name in node:
             low = str(name).startswith(("fp8_", "fp4")) and name not in _DECIDED_ELSEWHERE
             if low and node[name] and not _transformer_engine(view):

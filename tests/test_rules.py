@@ -155,6 +155,8 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "must be divisible by 256 (parallel.tensor_model_parallel_size=2 with"
         " parallel.sequence_parallel and blocks of 128 tokens",
     ),
+    ({f"{T}rotary_interleaved": True}, f"{LM}.transformer.rotary_inter", "must be false"),
+    ({f"{T}flash_decode": True}, f"{LM}.transformer.flash_decode=True", "kernels.rope"),
     ({"backend": "transformer_engine"}, "backend=transformer_engine", "not installed"),
     ({"backend": "nativ"}, "backend=nativ", "native, transformer_engine"),
     ({"optim__min_learning_rate": 1}, "optim.min_learning_rate=1", "learning_rate=0.0001"),

@@ -8,6 +8,7 @@ memory above its arguments and gradients, each variant in a process of its own.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import statistics
 import time
@@ -23,7 +24,10 @@ from nvmm.kernels.activation import activation, eager_activation
 from nvmm.kernels.gated_residual import eager_gated_residual, gated_residual
 from nvmm.kernels.library import MISSING
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
+from nvmm.kernels.merge import eager_merge_rows, merge_rows
 from nvmm.kernels.norm import eager_norm, norm
+from nvmm.kernels.pixel_shuffle import eager_pixel_shuffle, pixel_shuffle
+from nvmm.kernels.rope import rope
 
 Variants = dict[str, Callable[..., Tensor]]
 VOCABULARY = 152_064
@@ -40,6 +44,39 @@ def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     h = x.float()
     h = h - h.mean(-1, keepdim=True)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight + bias
+
+
+@functools.cache
+def angles(rows: int, device: torch.device) -> Tensor:
+    """[rows, 1, 64] of heads of 128 channels."""
+    return torch.outer(torch.arange(rows), 1e4 ** -(torch.arange(64) / 64))[:, None].to(device)
+
+
+@functools.cache
+def rotations(rows: int, device: torch.device) -> Tensor:
+    """The table that all layers of a model share."""
+    angle = angles(rows, device)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+@functools.cache
+def places(rows: int, device: torch.device) -> Tensor:
+    """Every second row."""
+    return torch.arange(0, rows, 2, device=device)
+
+
+def kernel_rope(x: Tensor) -> Tensor:
+    """All heads as queries, so that there is one output to differentiate."""
+    return rope(x, x.detach()[:, :, :0], rotations(x.shape[0], x.device))[0]
+
+
+def naive_rope(x: Tensor) -> Tensor:
+    """As mcore turns queries, and then keys, in every layer."""
+    angle = angles(x.shape[0], x.device)
+    freqs = torch.cat([angle, angle], -1)[:, :, None]
+    a, b = x.chunk(2, -1)
+    turned = x * freqs.cos().to(x.dtype) + torch.cat([-b, a], -1) * freqs.sin().to(x.dtype)
+    return torch.cat([turned, x[..., 128:]], -1)
 
 
 def eager_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -69,6 +106,27 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
         "LayerScale residual": (
             {"kernel": gated_residual, "eager": eager_gated_residual},
             [(rows, width), (rows, width), (width,), (width,)],
+        ),
+        "RoPE": (
+            {
+                "kernel": kernel_rope,
+                "eager": naive_rope,
+            },
+            [(rows, 1, width // 128, 128)],
+        ),
+        "merge of half the rows": (
+            {
+                "kernel": lambda x, v: merge_rows(x, v, places(x.shape[0], x.device)),
+                "eager": lambda x, v: eager_merge_rows(x, v, places(x.shape[0], x.device)),
+            },
+            [(rows, width), ((rows + 1) // 2, width)],
+        ),
+        "pixel shuffle": (
+            {
+                "kernel": lambda x: pixel_shuffle(x, 2),
+                "eager": lambda x: eager_pixel_shuffle(x, 2),
+            },
+            [(-(-rows // 1024), 32, 32, width)],
         ),
     }
     for kind, halves in (("swiglu", 2), ("gelu", 1)):

@@ -123,6 +123,7 @@ def _is_plain(value: Any) -> bool:
 def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
     """Megatron-LM's arguments -> our model config. Raises ValueError for what we do not have."""
     only(args, "position_embedding_type", "rope")
+    only(args, "rotary_interleaved", False, None)
     only(args, "qk_layernorm", False, None)
     only(args, "num_experts", None)
     only(args, "multi_latent_attention", False, None)

@@ -41,12 +41,18 @@ class Kernels:
         activation: what stands between an MLP's two linears.
         gated_residual: residual adds of scaled branches (LayerScale, tanh gates).
         linear_cross_entropy: output layer and loss, without the logits in memory.
+        rope: rotary position embedding of queries and keys.
+        merge: media features among embeddings.
+        pixel_shuffle: blocks of an encoder's grid into one token.
     """
 
     norm: str = "auto"
     activation: str = "auto"
     gated_residual: str = "auto"
     linear_cross_entropy: str = "auto"
+    rope: str = "auto"
+    merge: str = "auto"
+    pixel_shuffle: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

@@ -22,8 +22,8 @@ from nvmm.models.language import LanguageModel
 from nvmm.models.multimodal import MultimodalModel
 from nvmm.modules.connector import MLPConnector
 from nvmm.modules.cross_attention import CrossAttention
-from nvmm.modules.merge import merge
-from nvmm.modules.spans import key_bounds, query_spans
+from nvmm.modules.merge import behind_tags, merge
+from nvmm.modules.spans import query_spans
 from nvmm.modules.vision import VisionTransformer
 from nvmm.parallel import context_parallel, payload
 from nvmm.parallel.setup import Chunk
@@ -141,15 +141,8 @@ class CrossAttendingModel(MultimodalModel):
             )
         if media.tag_ids is None or media.tag_ids.numel() == 0:
             return features.flatten(0, 1)
-        bounds = torch.tensor(key_bounds(media), device=features.device)
-        words = media.tag_ids >= 0
-        tags = self.language.embed(media.tag_ids[words][None])[:, 0]
-        first_feature = bounds[1:, None] - length
-        of_features = first_feature + torch.arange(length, device=features.device)
-        of_tags = bounds[:-1, None] + torch.arange(words.shape[1], device=features.device)
-        keys = features.new_zeros(media.num_keys, features.shape[-1], dtype=tags.dtype)
-        keys = keys.index_copy(0, of_features.flatten(), features.flatten(0, 1).to(tags.dtype))
-        return keys.index_copy(0, of_tags[words], tags)
+        tags = self.language.embed(media.tag_ids[media.tag_ids >= 0][None])[:, 0]
+        return behind_tags(features, tags, media)
 
     def _rows(self, batch: Batch) -> int:
         """Rows [m, b] that hold the micro-batch's keys; 0 without any."""

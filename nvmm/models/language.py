@@ -18,6 +18,7 @@ from nvmm.flops import flops_per_step, segment_lengths
 from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.output import fused_loss
+from nvmm.modules.rotary import RotaryAttention, rotation_table
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk
@@ -66,7 +67,7 @@ class LanguageModel(GPTModel):
         config = chunk.transformer_config(transformer)
         backend = backend_provider(chunk.backend)
         mask = AttnMaskType.causal if causal else AttnMaskType.padding
-        layer = layer_spec(config, backend, mask)
+        layer = layer_spec(config, backend, mask, attention=RotaryAttention)
         layers = cross_attention.layers(layer, backend) if cross_attention is not None else layer
         super().__init__(
             config=config,
@@ -124,16 +125,13 @@ class LanguageModel(GPTModel):
         batch = context_parallel.share(batch)
         if self.pre_process:
             hidden = self._enter(self.embed(batch.tokens) if hidden is None else hidden)
-        rotary_length = self.rotary_pos_emb.get_rotary_seq_len(
-            inference_context, self.decoder, hidden, self.config, packed
-        )
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=key_spans,
             context=context,
             context_mask=context_spans,
             inference_context=inference_context,
-            rotary_pos_emb=self.rotary_pos_emb(rotary_length, packed_seq=packed is not None),
+            rotary_pos_emb=rotation_table(self.rotary_pos_emb, batch.position_ids),
             packed_seq_params=packed,
         )
         if not self.post_process or output == "hidden":

@@ -13,6 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nvmm.kernels import pixel_shuffle as kernels
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk, Normal
 
@@ -26,15 +27,14 @@ def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
     order top-left, top-right, bottom-left, bottom-right.
     Raises ValueError when the factor does not divide the grid.
     """
-    n, rows, columns, channels = features.shape
+    rows, columns = features.shape[1:3]
     if rows % factor or columns % factor:
         fits = [k for k in range(1, min(rows, columns) + 1) if not rows % k and not columns % k]
         raise ValueError(
             f"model.connector.downsample={factor} must divide the encoder's grid"
             f" ({rows}x{columns}); use one of {', '.join(map(str, fits))}"
         )
-    blocks = features.reshape(n, rows // factor, factor, columns // factor, factor, channels)
-    return blocks.permute(0, 1, 3, 2, 4, 5).flatten(3)
+    return kernels.pixel_shuffle(features, factor)
 
 
 class MLPConnector(MegatronModule):

@@ -1,4 +1,4 @@
-"""Put media features at their placeholders among the embeddings."""
+"""Put media features at their placeholders among the embeddings, or behind their tags."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from nvmm.batch import Batch, Media
+from nvmm.kernels.merge import merge_rows
+from nvmm.modules.spans import key_bounds
 
 
 def merge(hidden: Tensor, features: Tensor, media: Media, batch: Batch) -> Tensor:
@@ -32,8 +34,27 @@ def merge(hidden: Tensor, features: Tensor, media: Media, batch: Batch) -> Tenso
     rows = media.rows[:, None].expand_as(columns)
     _check(columns, rows, media, batch)
     index = (columns * b + rows).flatten()
-    flat = hidden.reshape(s * b, h).index_copy(0, index, features.flatten(0, 1).to(hidden.dtype))
-    return flat.view(s, b, h)
+    values = features.flatten(0, 1).to(hidden.dtype)
+    return merge_rows(hidden.reshape(s * b, h), values, index).view(s, b, h)
+
+
+def behind_tags(features: Tensor, tags: Tensor, media: Media) -> Tensor:
+    """Each tile's features behind the embeddings of its tag, tile by tile.
+
+    Args:
+        features: [n, tokens_per_item, h], one row per tile of `media`.
+        tags: embeddings [t, h] of the tokens in `media.tag_ids`, row by row.
+
+    Returns: [n * tokens_per_item + t, h] in the dtype of `tags`.
+    """
+    assert media.tag_ids is not None
+    device, length = features.device, media.tokens_per_item
+    words = media.tag_ids >= 0
+    bounds = torch.tensor(key_bounds(media), device=device)
+    of_features = bounds[1:, None] - length + torch.arange(length, device=device)
+    of_tags = bounds[:-1, None] + torch.arange(words.shape[1], device=device)
+    values = features.flatten(0, 1).to(tags.dtype)
+    return merge_rows(tags, values, of_features.flatten(), of_tags[words])
 
 
 def _check(columns: Tensor, rows: Tensor, media: Media, batch: Batch) -> None:

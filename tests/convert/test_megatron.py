@@ -15,6 +15,7 @@ from torch import Tensor
 from nvmm.conversion import sides
 from nvmm.conversion.importing import derive
 from nvmm.conversion.verify import compare_tensors, open_side
+from nvmm.convert import megatron
 from tests.convert import families
 from tests.convert.test_families import imported, logits
 from tests.convert.test_hostile import Payload
@@ -200,6 +201,11 @@ class Member:
 
     def __reduce__(self) -> Any:
         return getattr, (argparse.Namespace, "__init__")
+
+
+def test_interleaved_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="rotary_interleaved=True is not supported"):
+        megatron.to_model(vars(args(rotary_interleaved=True)))
 
 
 @pytest.mark.parametrize("planted", [Payload, Member])

@@ -114,8 +114,39 @@ def cross_entropies(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list
     return [maximum, total, picked, gradient]
 
 
+def ropes(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    fused = numbers(rows, 2, 4, 2 * width, dtype=dtype)  # three heads of q and one of k, with gaps
+    q, k = fused[:, :, :3, :width], fused[:, :, 3:, width:]
+    found = []
+    for dim in (width // 2 * 2, width // 32 * 16):
+        table = numbers(rows, 2, dim, dtype=torch.float32, seed=1)
+        found += [*ops.rope(q, k, table, False), *ops.rope(q, k, table, True)]
+    return found
+
+
+def merges(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    base, values = numbers(rows, width, dtype=dtype), numbers(2, width, dtype=dtype, seed=1)
+    dy = numbers(rows + 2, width, dtype=dtype, seed=2)
+    replaced, beside = torch.arange(rows), torch.arange(rows + 2).flip(0)
+    replaced[rows // 2] = rows
+    found = [ops.merge(base, values, source) for source in (replaced, beside)]
+    for target in (beside, torch.where(beside % 3 == 1, -1, beside)):
+        found += ops.merge_backward(dy, target, rows)
+    return found
+
+
+def pixel_shuffles(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    grid = numbers(rows, 1 + 4 * 6, width, dtype=dtype)[:, 1:].view(rows, 4, 6, width)
+    tokens = ops.pixel_shuffle(grid, 2)
+    turned = ops.pixel_shuffle(grid.transpose(0, 2), 1)
+    return [tokens, turned, ops.pixel_shuffle_backward(tokens, 2)]
+
+
+CASES = (norms, activations, gated_residuals, cross_entropies, ropes, merges, pixel_shuffles)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [norms, activations, gated_residuals, cross_entropies])
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_cpu_kernels(
     run: Any, case: Callable[..., list[Tensor]], dtype: torch.dtype
 ) -> None:
@@ -142,7 +173,7 @@ torch.ops.load_library(sys.argv[1])
 if sys.argv[2] == "fault":
     torch.ops.nvmm_simulated.faulty(torch.zeros(64), 7)
 from tests.kernels import test_simulator as t
-for case in (t.norms, t.activations, t.gated_residuals, t.cross_entropies):
+for case in t.CASES:
     for rows, width in t.SIZES:
         for dtype in t.DTYPES:
             case(torch.ops.nvmm_simulated, rows, width, dtype)

@@ -12,17 +12,31 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nvmm.kernels.activation import activation
 from nvmm.kernels.gated_residual import gated_residual
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
+from nvmm.kernels.merge import merge_rows
 from nvmm.kernels.norm import norm, residual_norm
+from nvmm.kernels.pixel_shuffle import pixel_shuffle
+from nvmm.kernels.rope import rope
 from tests.kernels.accuracy import needs_kernels
 
 pytestmark = needs_kernels
 LABELS = torch.tensor([0, 5, -100, 6, 1])
+
+
+def rows_from(first: int, like: Tensor) -> Tensor:
+    return torch.arange(first, first + like.shape[0], device=like.device)
+
+
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "norm": lambda x, w, _: norm(x, w[0], w[1], eps=1e-5, rms=False),
     "residual_norm": lambda x, w, _: sum(residual_norm(x, 2 * x, w[0], eps=1e-5, rms=True)),
     "activation": lambda x, w, _: activation(x, w[0], kind="swiglu"),
     "gated_residual": lambda x, w, _: gated_residual(x, 2 * x, w[0], w[1], tanh=True),
     "linear_cross_entropy": lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=4),
+    "rope": lambda x, w, _: sum(
+        rope(x.view(5, 1, 2, 4), w[:5].view(5, 1, 2, 4), torch.ones(5, 1, 2, device=x.device))
+    ),
+    "merge": lambda x, w, _: merge_rows(x, w, rows_from(0, w), rows_from(7, x)),
+    "pixel_shuffle": lambda x, w, _: pixel_shuffle((x * w[0]).view(5, 2, 2, 2), 2),
 }
 
 

@@ -172,6 +172,49 @@ def test_key_spans_make_left_padding_invisible() -> None:
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_positions_are_the_batch_s_and_relative(share: float) -> None:
+    model, batch = initialized(rotary_percent=share), batch_of(rows_of(9, 9))
+    shifts = torch.tensor([[40], [3000]])
+    moved, other = (
+        dataclasses.replace(batch, position_ids=ids)
+        for ids in (batch.position_ids + shifts, batch.position_ids.flip(1))
+    )
+    with torch.no_grad():
+        expected, found, reversed_ = (model(b, output="logits") for b in (batch, moved, other))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert (reversed_[:, 1:] - expected[:, 1:]).abs().amax(-1).min() > 1e-2
+
+
+@pytest.mark.usefixtures("world")
+def test_layers_without_positions() -> None:
+    """mcore's no_rope_freq: 1 leaves no layer that knows of them, 2 every other one."""
+    batch = batch_of(rows_of(9))
+    moved = dataclasses.replace(batch, position_ids=batch.position_ids.flip(1))
+    for frequency, same in ((1, True), (2, False)):
+        model = initialized(transformer={"no_rope_freq": frequency})
+        with torch.no_grad():
+            outputs = [model(b, output="logits") for b in (batch, moved)]
+        assert torch.equal(*outputs) == same
+
+
+@pytest.mark.usefixtures("world")
+def test_recompute_has_its_own_micro_batch_s_positions() -> None:
+    """Backward passes that wait for other forward passes, as in a pipeline: the same gradients."""
+    model = initialized(parallel={"recompute_granularity": "full"}).train()
+    plain = initialized().train()
+    rows = rows_of(6, 5)
+    batches = [batch_of(rows), batch_of(rows, packed=True), batch_of(rows[::-1], packed=True)]
+    losses = [model(batch).sum() for batch in batches]
+    for loss in losses:
+        loss.backward()
+    for batch in batches:
+        plain(batch).sum().backward()
+    for found, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found.grad, expected.grad)
+
+
+@pytest.mark.usefixtures("world")
 def test_ignored_labels_and_hidden_output() -> None:
     model, batch = initialized(), batch_of(rows_of(5))
     with torch.no_grad():

@@ -1,0 +1,28 @@
+// What the CPU and the CUDA implementation of merge share: checks and outputs.
+#pragma once
+
+#include "tensors.h"
+
+namespace nvmm {
+
+inline Tensor merge_output(const Tensor& base, const Tensor& values, const Tensor& source) {
+  STD_TORCH_CHECK(base.dim() == 2 && values.dim() == 2 && base.size(1) == values.size(1) &&
+                      base.scalar_type() == values.scalar_type(),
+                  "merge: base and values must be rows of one width and dtype");
+  STD_TORCH_CHECK(source.dim() == 1 && source.scalar_type() == ScalarType::Long,
+                  "merge: the source must be int64 [rows]");
+  return torch::stable::new_empty(base, {source.size(0), base.size(1)});
+}
+
+// Gradients of base and values.
+inline std::tuple<Tensor, Tensor> merge_gradients(const Tensor& dy, const Tensor& target,
+                                                  int64_t base_rows) {
+  const int64_t rows = target.numel(), width = dy.size(1);
+  STD_TORCH_CHECK(dy.dim() == 2 && target.scalar_type() == ScalarType::Long &&
+                      0 <= base_rows && base_rows <= rows,
+                  "merge: the target must be int64, one for each row of base and values");
+  return {torch::stable::new_empty(dy, {base_rows, width}),
+          torch::stable::new_empty(dy, {rows - base_rows, width})};
+}
+
+}  // namespace nvmm
