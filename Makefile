@@ -55,8 +55,8 @@ compare-nvlm: venv ## NVLM-D, X and H in small, side by side (SEEDS=1: one seed)
 	$(BIN)/python tools/compare_nvlm.py --seeds $(SEEDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_nvlm.py
 
-compare-fp8: venv ## FP8's recipes against float32 on the quickstart's last stage (20 minutes)
-	$(BIN)/python tools/compare_fp8.py
+compare-fp8: venv ## FP8 recipes against float32, the quickstart last stage (hours; SEEDS=1 ARMS=mxfp8)
+	$(BIN)/python tools/compare_fp8.py --seeds $(SEEDS) $(if $(ARMS),--arms $(ARMS))
 
 ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1 SYSTEM=x REGIME=images ARMS=none,2d_grid)
 	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(SYSTEM),--system $(SYSTEM)) \

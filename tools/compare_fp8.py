@@ -97,17 +97,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--arms", default=",".join(ARMS), help="fp32 is always one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of the last stage")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--to", type=Path, default=Path("runs/compare_fp8"), help="its folder")
     options = parser.parse_args()
+    names = list(dict.fromkeys(["fp32", *options.arms.split(",")]))
+    if not set(names) <= set(ARMS):
+        parser.error(f"--arms {options.arms}: use {','.join(ARMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     digits.build(DATA)
     seeds = range(1234, 1234 + options.seeds)
     arms.run(
-        [arm(name, seed, options.to, options.steps) for seed in seeds for name in ARMS],
+        [arm(name, seed, options.to, options.steps) for seed in seeds for name in names],
         options.jobs,
     )
     found = {
@@ -116,7 +120,7 @@ def main() -> None:
             | {"loss": final_loss(options.to / f"seed{seed}" / name)}
             for seed in seeds
         ]
-        for name in ARMS
+        for name in names
     }
     arms.save(options.to / "results.json", found, steps=options.steps)
     print(report(found))
