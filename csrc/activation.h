@@ -4,15 +4,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "formula.h"
 #include "tensors.h"
-
-#ifdef __CUDACC__
-#define NVMM_FORMULA __device__ __forceinline__
-#define NVMM_BOTH_SIDES __host__ __device__
-#else
-#define NVMM_BOTH_SIDES
-#define NVMM_FORMULA inline __attribute__((always_inline))
-#endif
 
 namespace nvmm {
 

@@ -38,4 +38,8 @@ NVMM_LIBRARY(m) {
   m.def(
       "logits_gradient(Tensor(a!) logits, Tensor labels, Tensor logsumexp, Tensor scale,"
       " int first, int valid) -> ()");
+  m.def(
+      "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] masters, Tensor(c!)[] means,"
+      " Tensor(d!)[] squares, float lr, float beta1, float beta2, float eps, float weight_decay,"
+      " int step, bool decoupled) -> ()");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from torch.nn import Module
 
 from nvmm.kernels.adamw import FusedAdam
 from nvmm.parallel.parameters import match, sharded_parameters, unmatched
-from nvmm.parallel.setup import Parallel, Precision
+from nvmm.parallel.setup import DTYPES, Parallel, Precision
 from nvmm.parallel.weights import gather
 
 SCHEDULES = ("cosine", "linear", "constant")
+MOST_BETA_OF_BF16 = 0.99
+"""bfloat16 rounds away changes of less than 1/256: a mean that keeps more than 255/256 of itself
+each step could not fall."""
 _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "clip_grad")
 _GROUP_KEYS = ("pattern", "learning_rate", "min_learning_rate", "weight_decay")
 
@@ -37,6 +41,8 @@ class Optim:
         groups: [{pattern, learning_rate, min_learning_rate?, weight_decay?}]: parameters with a
             learning rate of their own. min_learning_rate defaults to the same fraction of it as
             the default group's. A parameter may match one group only.
+        moments_dtype: fp32 | bf16, of AdamW's two running means; the arithmetic is fp32. bf16 takes
+            4 bytes a parameter instead of 8 and needs betas of at most 0.99.
     """
 
     learning_rate: float
@@ -51,6 +57,7 @@ class Optim:
     no_decay: Sequence[str] = ()
     freeze: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
+    moments_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         _check_rates("optim", self.learning_rate, self.min_learning_rate)
@@ -64,6 +71,14 @@ class Optim:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if self.moments_dtype not in DTYPES:
+            allowed = ", ".join(DTYPES)
+            raise ValueError(f"optim.moments_dtype={self.moments_dtype} must be one of {allowed}")
+        if self.moments_dtype == "bf16" and max(self.betas) > MOST_BETA_OF_BF16:
+            raise ValueError(
+                f"optim.betas={self.betas} must be at most {MOST_BETA_OF_BF16} with"
+                " optim.moments_dtype=bf16"
+            )
         if self.eps <= 0:
             raise ValueError(f"optim.eps={self.eps} must be positive")
         _check_not_negative("optim", {k: getattr(self, k) for k in _NOT_NEGATIVE})
@@ -175,7 +190,7 @@ def wrap(models: Sequence[Module], parallel: Parallel, precision: Precision) -> 
     ]
 
 
-def install_adam() -> None:
+def install_adam(moments_dtype: torch.dtype = torch.float32) -> None:
     """Make mcore build `FusedAdam`: it picks TE's, Apex's or torch's at import and takes no
     argument. torch's keeps a step in every parameter's state, which mcore cannot load afresh.
     Raises AttributeError when this mcore has other names.
@@ -184,7 +199,7 @@ def install_adam() -> None:
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
     for module, name, value in (
-        (optimizer, "Adam", FusedAdam),
+        (optimizer, "Adam", functools.partial(FusedAdam, moments_dtype=moments_dtype)),
         (optimizer, "USING_PYTORCH_OPTIMIZER", False),
         (distrib_optimizer, "Adam", FusedAdam),
         (distrib_optimizer, "HAVE_APEX_OR_TE", True),
@@ -208,7 +223,7 @@ def build_optimizer(
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    install_adam()
+    install_adam(DTYPES[optim.moments_dtype])
     groups = optim.param_groups()
     config = OptimizerConfig(
         optimizer="adam",

@@ -35,6 +35,8 @@ def test_learning_rate(schedule, expected):
         ({"warmup_steps": 5, "decay_steps": 5}, "optim.decay_steps=5 must exceed"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"clip_grad": -1}, "optim.clip_grad=-1"),
+        ({"moments_dtype": "fp16"}, "optim.moments_dtype=fp16 must be one of fp32, bf16"),
+        ({"moments_dtype": "bf16", "betas": (0.9, 0.999)}, "optim.betas=.* at most 0.99"),
         ({"groups": [{"pattern": "*", "lr": 1}]}, r"optim.groups\[0\].lr does not exist"),
         ({"groups": [{"pattern": "*"}]}, r"optim.groups\[0\].learning_rate is missing"),
     ],

@@ -41,12 +41,14 @@ class Kernels:
         activation: what stands between an MLP's two linears.
         gated_residual: residual adds of scaled branches (LayerScale, tanh gates).
         linear_cross_entropy: output layer and loss, without the logits in memory.
+        adamw: the optimizer's step.
     """
 
     norm: str = "auto"
     activation: str = "auto"
     gated_residual: str = "auto"
     linear_cross_entropy: str = "auto"
+    adamw: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -69,15 +71,16 @@ class Kernels:
 _choices = Kernels()
 
 
-def fused(operation: str, *tensors: Tensor | None) -> bool:
+def fused(operation: str, *tensors: Tensor | None, problem: str | None = None) -> bool:
     """Whether `operation` runs on its kernel for these tensors.
 
-    Raises ValueError where the config says fused and there is no kernel for them.
+    problem: what else keeps it from running, if anything. Raises ValueError where the config says
+    fused and there is no kernel for them.
     """
     choice = getattr(_choices, operation)
     if choice == "eager" or (choice == "auto" and MISSING):
         return False
-    problem = MISSING or _obstacle([tensor for tensor in tensors if tensor is not None])
+    problem = MISSING or _obstacle([tensor for tensor in tensors if tensor is not None]) or problem
     if problem and choice == "fused":
         raise ValueError(f"kernels.{operation}=fused does not work here: {problem}; use auto")
     return problem is None

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nvmm.kernels import library
 from tests.kernels.accuracy import DTYPES, needs_kernels
-from tests.kernels.test_simulator import activations, cross_entropies, gated_residuals, norms
+from tests.kernels.test_simulator import CASES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,11 +27,14 @@ class OnGpu:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            moved = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
+            tensors: dict[int, Tensor] = {}
+            moved = tree_map_only(
+                Tensor, lambda t: tensors.setdefault(id(t), t.detach().cuda()), arguments
+            )
             found = getattr(torch.ops.nvmm, name)(*moved)
-            for before, after in zip(arguments, moved, strict=True):
+            for before in tree_leaves(arguments):
                 if isinstance(before, Tensor):
-                    before.copy_(after)
+                    before.detach().copy_(tensors[id(before)])
             if isinstance(found, Tensor):
                 return found.cpu()
             return None if found is None else tuple(t.cpu() for t in found)
@@ -43,7 +47,7 @@ def test_the_library_has_cuda_kernels() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [norms, activations, gated_residuals, cross_entropies])
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_cpu_kernels(case: Callable[..., list[Tensor]], dtype: torch.dtype) -> None:
     for rows, width in SIZES:
         expected = case(torch.ops.nvmm, rows, width, dtype)

@@ -114,8 +114,34 @@ def cross_entropies(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list
     return [maximum, total, picked, gradient]
 
 
+def lists(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """More tensors than a launch takes, empty ones, one of several chunks, one off 16 bytes."""
+    odd = numbers(width + 1, dtype=dtype, seed=seed)[1:]
+    large = numbers(16_384 * (rows // 2) + width, dtype=dtype, seed=seed)
+    small = [numbers(n % 5, dtype=dtype, seed=n + seed) for n in range(70)]
+    return [odd, large, *small, numbers(rows, width, dtype=dtype, seed=seed)]
+
+
+def adamws(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    found = []
+    for moments, mastered in ((torch.float32, False), (torch.bfloat16, dtype != torch.float32)):
+        parameters, gradients, means, squares = (
+            lists(rows, width, kind, seed)
+            for seed, kind in enumerate((dtype, dtype, moments, moments))
+        )
+        squares = [t.abs_() for t in squares]
+        masters = [t.float() for t in parameters] if mastered else []
+        changed = (parameters, gradients, masters, means, squares)
+        ops.adamw(*changed, 0.01, 0.9, 0.95, 1e-8, 0.1, 3, not mastered)
+        found += [torch.cat([t.flatten() for t in ts]) for ts in changed if ts]
+    return found
+
+
+CASES = (norms, activations, gated_residuals, cross_entropies, adamws)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [norms, activations, gated_residuals, cross_entropies])
+@pytest.mark.parametrize("case", CASES)
 def test_equals_the_cpu_kernels(
     run: Any, case: Callable[..., list[Tensor]], dtype: torch.dtype
 ) -> None:
@@ -142,7 +168,7 @@ torch.ops.load_library(sys.argv[1])
 if sys.argv[2] == "fault":
     torch.ops.nvmm_simulated.faulty(torch.zeros(64), 7)
 from tests.kernels import test_simulator as t
-for case in (t.norms, t.activations, t.gated_residuals, t.cross_entropies):
+for case in t.CASES:
     for rows, width in t.SIZES:
         for dtype in t.DTYPES:
             case(torch.ops.nvmm_simulated, rows, width, dtype)
