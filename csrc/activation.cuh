@@ -33,28 +33,45 @@ __global__ void activation_forward(const T* __restrict__ x, const T* __restrict_
   }
 }
 
+// dx of every row, and this block's sums of dx over its rows in partial[blockIdx.x], where there is
+// a bias. A block takes every gridDim.x-th row; a thread always has the same columns.
 template <class T, int V, Kind kind>
 __global__ void activation_backward(const T* __restrict__ dy, const T* __restrict__ x,
-                                    const T* __restrict__ bias, T* __restrict__ dx, int64_t width) {
-  x += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
-  dx += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
-  dy += int64_t{blockIdx.x} * width;
+                                    const T* __restrict__ bias, T* __restrict__ dx,
+                                    float* __restrict__ partial, int64_t rows, int64_t width) {
+  constexpr int halves = gated(kind) ? 2 : 1;
+  if (partial) partial += int64_t{blockIdx.x} * width * halves;
   for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
-    float g[V], a[V], d[V];
-    load<V>(dy + i, g);
-    load_biased<V>(x + i, bias ? bias + i : nullptr, a);
-    if (gated(kind)) {
-      float up[V];
-      load_biased<V>(x + width + i, bias ? bias + width + i : nullptr, up);
+    float sum[V] = {}, sum_up[V] = {};
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+      const int64_t at = row * width * halves + i;
+      float g[V], a[V], d[V];
+      load<V>(dy + row * width + i, g);
+      load_biased<V>(x + at, bias ? bias + i : nullptr, a);
+      if (gated(kind)) {
+        float up[V];
+        load_biased<V>(x + at + width, bias ? bias + width + i : nullptr, up);
 #pragma unroll
-      for (int k = 0; k < V; ++k) d[k] = g[k] * value<kind, Device>(a[k]);
-      store<V>(d, dx + width + i);
+        for (int k = 0; k < V; ++k) {
+          d[k] = g[k] * value<kind, Device>(a[k]);
+          sum_up[k] += d[k];
+          g[k] *= up[k];
+        }
+        store<V>(d, dx + at + width);
+      }
 #pragma unroll
-      for (int k = 0; k < V; ++k) g[k] *= up[k];
+      for (int k = 0; k < V; ++k) {
+        d[k] = g[k] * slope<kind, Device>(a[k]);
+        sum[k] += d[k];
+      }
+      store<V>(d, dx + at);
     }
+    if (!partial) continue;
 #pragma unroll
-    for (int k = 0; k < V; ++k) d[k] = g[k] * slope<kind, Device>(a[k]);
-    store<V>(d, dx + i);
+    for (int k = 0; k < V; ++k) {
+      partial[i + k] = sum[k];
+      if (gated(kind)) partial[width + i + k] = sum_up[k];
+    }
   }
 }
 

@@ -25,7 +25,7 @@ NVMM_LIBRARY(m) {
       "norm_backward(Tensor dy, Tensor? dsum, Tensor h, Tensor weight, Tensor mean, Tensor rstd,"
       " bool rms, bool zero_centered) -> (Tensor, Tensor, Tensor)");
   m.def("activation(Tensor x, Tensor? bias, int kind) -> Tensor");
-  m.def("activation_backward(Tensor dy, Tensor x, Tensor? bias, int kind) -> Tensor");
+  m.def("activation_backward(Tensor dy, Tensor x, Tensor? bias, int kind) -> (Tensor, Tensor)");
   m.def(
       "gated_residual(Tensor residual, Tensor branch, Tensor? bias, Tensor gate, Tensor? mask,"
       " bool tanh) -> Tensor");

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "formula.h"
+
 #ifdef NVMM_SIMULATED
 #include "simulator.h"
 #else
@@ -31,25 +33,36 @@ struct alignas(sizeof(T) * V) Pack {
 template <class T>
 constexpr int wide = 16 / sizeof(T);
 
+// V values, by as many loads as that takes.
 template <int V, class T>
 __device__ __forceinline__ void load(const T* from, float (&to)[V]) {
-  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  constexpr int part = V < wide<T> ? V : wide<T>;
 #pragma unroll
-  for (int k = 0; k < V; ++k) to[k] = static_cast<float>(pack.values[k]);
+  for (int first = 0; first < V; first += part) {
+    const Pack<T, part> pack = *reinterpret_cast<const Pack<T, part>*>(from + first);
+#pragma unroll
+    for (int k = 0; k < part; ++k) to[first + k] = static_cast<float>(pack.values[k]);
+  }
 }
 
 template <int V, class T>
 __device__ __forceinline__ void store(const float (&from)[V], T* to) {
-  Pack<T, V> pack;
+  constexpr int part = V < wide<T> ? V : wide<T>;
 #pragma unroll
-  for (int k = 0; k < V; ++k) pack.values[k] = static_cast<T>(from[k]);
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  for (int first = 0; first < V; first += part) {
+    Pack<T, part> pack;
+#pragma unroll
+    for (int k = 0; k < part; ++k) pack.values[k] = static_cast<T>(from[first + k]);
+    *reinterpret_cast<Pack<T, part>*>(to + first) = pack;
+  }
 }
 
 // What the formulas of the operations call, on this side.
 struct Device {
   static __device__ __forceinline__ float exp(float x) { return expf(x); }
-  static __device__ __forceinline__ float erf(float x) { return erff(x); }
+  static __device__ __forceinline__ Normal normal(float x) {
+    return {0.5f * (1.f + erff(x * 0.70710678f)), 0.39894228f * expf(-0.5f * x * x)};
+  }
 };
 
 struct Sum {

@@ -8,3 +8,12 @@
 #define NVMM_BOTH_SIDES
 #define NVMM_FORMULA inline __attribute__((always_inline))
 #endif
+
+namespace nvmm {
+
+// The standard normal distribution at x: P(X < x), and its density.
+struct Normal {
+  float below, density;
+};
+
+}  // namespace nvmm

@@ -83,7 +83,7 @@ def activations(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Ten
         x, bias = numbers(rows, columns, dtype=dtype), numbers(columns, dtype=dtype, seed=1)
         dy = numbers(rows, width, dtype=dtype, seed=2)
         for b in (bias, None):
-            found += [ops.activation(x, b, index), ops.activation_backward(dy, x, b, index)]
+            found += [ops.activation(x, b, index), *ops.activation_backward(dy, x, b, index)]
     return found
 
 
