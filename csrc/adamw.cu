@@ -13,9 +13,7 @@ void adamw(List parameters, List gradients, List masters, List means, List squar
   dispatch_adamw<true>(lists, [&](auto p, auto s, auto mastered) {
     using P = decltype(p);
     using S = decltype(s);
-    constexpr bool any_float =
-        std::is_same_v<P, float> || std::is_same_v<S, float> || decltype(mastered)::value;
-    constexpr int V = any_float ? wide<float> : wide<P>;
+    constexpr int V = std::max(wide<P>, wide<S>);
     const List* const all[] = {&parameters, &gradients, &masters, &means, &squares};
     for_batches(all, [&](const Batch<5>& batch, int64_t) {
       auto kernel = adamw_update<P, S, decltype(mastered)::value, V>;

@@ -42,4 +42,16 @@ NVMM_LIBRARY(m) {
       "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] masters, Tensor(c!)[] means,"
       " Tensor(d!)[] squares, float lr, float beta1, float beta2, float eps, float weight_decay,"
       " int step, bool decoupled) -> ()");
+  m.def("joint_norm_squares(Tensor x, int real) -> Tensor");
+  m.def("joint_norm_apply(Tensor x, Tensor weight, Tensor scale, int first, int real) -> Tensor");
+  m.def(
+      "joint_norm_sums(Tensor dy, Tensor x, Tensor weight, Tensor scale, int first, int real)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "joint_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor dots, int first,"
+      " int real) -> Tensor");
+  m.def("multi_tensor_l2norm(Tensor[] tensors, Tensor(a!) flag) -> Tensor");
+  m.def(
+      "multi_tensor_scale(Tensor[] sources, Tensor(a!)[] targets, Tensor(b!) flag, float factor)"
+      " -> ()");
 }

@@ -6,12 +6,18 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn import Module
 
 from nvmm.kernels.adamw import FusedAdam
+from nvmm.kernels.multi_tensor import (
+    multi_tensor_applier,
+    multi_tensor_l2norm,
+    multi_tensor_scale,
+)
 from nvmm.parallel.parameters import match, sharded_parameters, unmatched
 from nvmm.parallel.setup import DTYPES, Parallel, Precision
 from nvmm.parallel.weights import gather
@@ -198,16 +204,33 @@ def install_adam(moments_dtype: torch.dtype = torch.float32) -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
-    for module, name, value in (
-        (optimizer, "Adam", functools.partial(FusedAdam, moments_dtype=moments_dtype)),
-        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
-        (distrib_optimizer, "Adam", FusedAdam),
-        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
-        (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
-    ):
+    adam = functools.partial(FusedAdam, moments_dtype=moments_dtype)
+    _replace(optimizer, "its Adam", Adam=adam, USING_PYTORCH_OPTIMIZER=False)
+    names = {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True}
+    _replace(distrib_optimizer, "its Adam", **names)
+
+
+def install_multi_tensor() -> None:
+    """Give mcore our norm and scaling of gradient lists in the place of TE's, Apex's or its own
+    loops, so that every machine computes alike. Raises AttributeError when this mcore has other
+    names. Megatron FSDP, which nvmm does not use, keeps its own.
+    """
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+
+    names = {
+        "multi_tensor_applier": multi_tensor_applier,
+        "multi_tensor_scale_impl": multi_tensor_scale,
+    }
+    _replace(optimizer, "its scaling of lists", **names)
+    _replace(clip_grads, "its gradient norm", l2_norm_impl=multi_tensor_l2norm, **names)
+
+
+def _replace(module: ModuleType, what: str, **values: Any) -> None:
+    for name, value in values.items():
         if not hasattr(module, name):
             raise AttributeError(
-                f"{module.__name__}.{name} is gone from megatron-core: its Adam cannot be replaced"
+                f"{module.__name__}.{name} is gone from megatron-core: {what} cannot be replaced"
             )
         setattr(module, name, value)
 
@@ -224,6 +247,7 @@ def build_optimizer(
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     install_adam(DTYPES[optim.moments_dtype])
+    install_multi_tensor()
     groups = optim.param_groups()
     config = OptimizerConfig(
         optimizer="adam",

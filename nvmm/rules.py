@@ -62,7 +62,10 @@ _CHOICES = {
     "precision.dtype": ("fp32", "bf16"),
     **{
         f"kernels.{name}": ("auto", "eager", "fused")
-        for name in ("norm", "activation", "gated_residual", "linear_cross_entropy", "adamw")
+        for name in (
+            *("norm", "activation", "gated_residual", "linear_cross_entropy"),
+            *("joint_norm", "adamw", "multi_tensor"),
+        )
     },
     "optim.schedule": ("cosine", "linear", "constant"),
     "optim.moments_dtype": ("fp32", "bf16"),

@@ -52,9 +52,7 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2) if halves else x.shape)
 
 
-def _fake_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, kind: int
-) -> tuple[Tensor, Tensor]:
+def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((0,) if bias is None else x.shape[-1:])
 
 

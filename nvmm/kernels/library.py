@@ -41,14 +41,18 @@ class Kernels:
         activation: what stands between an MLP's two linears.
         gated_residual: residual adds of scaled branches (LayerScale, tanh gates).
         linear_cross_entropy: output layer and loss, without the logits in memory.
+        joint_norm: QK-norm over heads that are spread over tensor-parallel ranks.
         adamw: the optimizer's step.
+        multi_tensor: norm and clipping of the gradients.
     """
 
     norm: str = "auto"
     activation: str = "auto"
     gated_residual: str = "auto"
     linear_cross_entropy: str = "auto"
+    joint_norm: str = "auto"
     adamw: str = "auto"
+    multi_tensor: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
