@@ -33,6 +33,13 @@ __global__ void activation_forward(const T* __restrict__ x, const T* __restrict_
   }
 }
 
+// sums[k] of this block's rows in memory, not in registers: the first row begins them.
+template <int V>
+__device__ __forceinline__ void add_row(const float (&d)[V], bool begins, float* sums) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) sums[k] = (begins ? 0.f : sums[k]) + d[k];
+}
+
 // dx of every row, and this block's sums of dx over its rows in partial[blockIdx.x], where there is
 // a bias. A block takes every gridDim.x-th row; a thread always has the same columns.
 template <class T, int V, Kind kind>
@@ -41,9 +48,9 @@ __global__ void activation_backward(const T* __restrict__ dy, const T* __restric
                                     float* __restrict__ partial, int64_t rows, int64_t width) {
   constexpr int halves = gated(kind) ? 2 : 1;
   if (partial) partial += int64_t{blockIdx.x} * width * halves;
-  for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
-    float sum[V] = {}, sum_up[V] = {};
-    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const bool begins = row == blockIdx.x;
+    for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
       const int64_t at = row * width * halves + i;
       float g[V], a[V], d[V];
       load<V>(dy + row * width + i, g);
@@ -52,25 +59,16 @@ __global__ void activation_backward(const T* __restrict__ dy, const T* __restric
         float up[V];
         load_biased<V>(x + at + width, bias ? bias + width + i : nullptr, up);
 #pragma unroll
-        for (int k = 0; k < V; ++k) {
-          d[k] = g[k] * value<kind, Device>(a[k]);
-          sum_up[k] += d[k];
-          g[k] *= up[k];
-        }
+        for (int k = 0; k < V; ++k) d[k] = g[k] * value<kind, Device>(a[k]);
         store<V>(d, dx + at + width);
+        if (partial) add_row<V>(d, begins, partial + width + i);
+#pragma unroll
+        for (int k = 0; k < V; ++k) g[k] *= up[k];
       }
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        d[k] = g[k] * slope<kind, Device>(a[k]);
-        sum[k] += d[k];
-      }
+      for (int k = 0; k < V; ++k) d[k] = g[k] * slope<kind, Device>(a[k]);
       store<V>(d, dx + at);
-    }
-    if (!partial) continue;
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      partial[i + k] = sum[k];
-      if (gated(kind)) partial[width + i + k] = sum_up[k];
+      if (partial) add_row<V>(d, begins, partial + i);
     }
   }
 }
