@@ -32,6 +32,7 @@ ActivationGradients backward(const Tensor& dy_, const Tensor& x_,
   const Tensor dy = dense(dy_), x = dense(x_), dx = torch::stable::empty_like(x);
   const auto bias = dense(bias_);
   const int64_t width = dy.size(-1), rows = rows_of(dy);
+  STD_TORCH_CHECK(x.size(-1) < int64_t{1} << 31, "activation: rows of less than 2^31 columns");
   Tensor dbias = torch::stable::new_empty(x, {bias ? x.size(-1) : 0});
   if (rows == 0) return {dx, torch::stable::zero_(dbias)};
   // Sums want few blocks, rows alone as many as there are.
