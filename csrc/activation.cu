@@ -1,4 +1,5 @@
 #include "activation.cuh"
+#include "columns.cuh"
 #include "launch.h"
 
 namespace nvmm {
@@ -25,26 +26,33 @@ Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t 
   return y;
 }
 
-Tensor backward(const Tensor& dy_, const Tensor& x_, const std::optional<Tensor>& bias_,
-                int64_t kind_) {
+ActivationGradients backward(const Tensor& dy_, const Tensor& x_,
+                             const std::optional<Tensor>& bias_, int64_t kind_) {
   const Kind kind = static_cast<Kind>(kind_);
   const Tensor dy = dense(dy_), x = dense(x_), dx = torch::stable::empty_like(x);
   const auto bias = dense(bias_);
-  const int64_t width = dy.size(-1);
-  if (dy.numel() == 0) return dx;
+  const int64_t width = dy.size(-1), rows = rows_of(dy);
+  STD_TORCH_CHECK(x.size(-1) < int64_t{1} << 31, "activation: rows of less than 2^31 columns");
+  Tensor dbias = torch::stable::new_empty(x, {bias ? x.size(-1) : 0});
+  if (rows == 0) return {dx, torch::stable::zero_(dbias)};
+  // Sums want few blocks, rows alone as many as there are.
+  const int64_t blocks = bias ? grid_size(rows) : rows;
+  const Tensor partial = floats(x, {bias ? blocks : 0, 1, x.size(-1)});
   dispatch<true>(x, [&](auto zero) {
+    using T = decltype(zero);
     dispatch_kind(kind, [&](auto constant) {
-      using T = decltype(zero);
       constexpr Kind k = decltype(constant)::value;
       const bool fits = packs<T>(width, {pointer<T>(x), pointer<T>(dy), pointer<T>(bias)});
       auto kernel = fits ? activation_backward<T, wide<T>, k> : activation_backward<T, 1, k>;
-      NVMM_LAUNCH(kernel, static_cast<unsigned>(rows_of(dy)),
+      NVMM_LAUNCH(kernel, static_cast<unsigned>(blocks),
                   block_size(fits ? width / wide<T> : width, 512), 0, stream_of(x), pointer<T>(dy),
-                  pointer<T>(x), pointer<T>(bias), target<T>(dx), width);
+                  pointer<T>(x), pointer<T>(bias), target<T>(dx),
+                  bias ? target<float>(partial) : nullptr, rows, width);
       check_launch();
     });
+    if (bias) reduce_columns<T>(partial, 0, dbias);
   });
-  return dx;
+  return {dx, dbias};
 }
 
 }  // namespace

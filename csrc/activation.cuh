@@ -33,28 +33,46 @@ __global__ void activation_forward(const T* __restrict__ x, const T* __restrict_
   }
 }
 
+// sums[k] of this block's rows in memory, not in registers: the first row begins them.
+template <int V>
+__device__ __forceinline__ void add_row(const float (&d)[V], bool begins, float* sums) {
+#pragma unroll
+  for (int k = 0; k < V; ++k) sums[k] = (begins ? 0.f : sums[k]) + d[k];
+}
+
+// dx of every row, and this block's sums of dx over its rows in partial[blockIdx.x], where there is
+// a bias. A block takes every gridDim.x-th row; a thread always has the same columns. Two blocks a
+// multiprocessor: without that bound GEGLU takes more registers.
 template <class T, int V, Kind kind>
-__global__ void activation_backward(const T* __restrict__ dy, const T* __restrict__ x,
-                                    const T* __restrict__ bias, T* __restrict__ dx, int64_t width) {
-  x += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
-  dx += int64_t{blockIdx.x} * width * (gated(kind) ? 2 : 1);
-  dy += int64_t{blockIdx.x} * width;
-  for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
-    float g[V], a[V], d[V];
-    load<V>(dy + i, g);
-    load_biased<V>(x + i, bias ? bias + i : nullptr, a);
-    if (gated(kind)) {
-      float up[V];
-      load_biased<V>(x + width + i, bias ? bias + width + i : nullptr, up);
+__global__ void __launch_bounds__(512, 2) activation_backward(const T* __restrict__ dy, const T* __restrict__ x,
+                                    const T* __restrict__ bias, T* __restrict__ dx,
+                                    float* __restrict__ partial, int64_t rows, int64_t width) {
+  constexpr int halves = gated(kind) ? 2 : 1;
+  const int columns = static_cast<int>(width);  // 32 bits spare registers
+  if (partial) partial += int64_t{blockIdx.x} * width * halves;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const bool begins = row == blockIdx.x;
+    const T *dy_row = dy + row * width, *x_row = x + row * width * halves;
+    T* dx_row = dx + row * width * halves;
+    for (int i = threadIdx.x * V; i < columns; i += blockDim.x * V) {
+      float g[V], a[V], d[V];
+      load<V>(dy_row + i, g);
+      load_biased<V>(x_row + i, bias ? bias + i : nullptr, a);
+      if (gated(kind)) {
+        const int second = columns + i;
 #pragma unroll
-      for (int k = 0; k < V; ++k) d[k] = g[k] * value<kind, Device>(a[k]);
-      store<V>(d, dx + width + i);
+        for (int k = 0; k < V; ++k) d[k] = g[k] * value<kind, Device>(a[k]);
+        store<V>(d, dx_row + second);
+        if (partial) add_row<V>(d, begins, partial + second);
+        load_biased<V>(x_row + second, bias ? bias + second : nullptr, d);
 #pragma unroll
-      for (int k = 0; k < V; ++k) g[k] *= up[k];
+        for (int k = 0; k < V; ++k) g[k] *= d[k];
+      }
+#pragma unroll
+      for (int k = 0; k < V; ++k) d[k] = g[k] * slope<kind, Device>(a[k]);
+      store<V>(d, dx_row + i);
+      if (partial) add_row<V>(d, begins, partial + i);
     }
-#pragma unroll
-    for (int k = 0; k < V; ++k) d[k] = g[k] * slope<kind, Device>(a[k]);
-    store<V>(d, dx + i);
   }
 }
 

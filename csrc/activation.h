@@ -4,15 +4,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "formula.h"
 #include "tensors.h"
-
-#ifdef __CUDACC__
-#define NVMM_FORMULA __device__ __forceinline__
-#define NVMM_BOTH_SIDES __host__ __device__
-#else
-#define NVMM_BOTH_SIDES
-#define NVMM_FORMULA inline __attribute__((always_inline))
-#endif
 
 namespace nvmm {
 
@@ -20,12 +13,12 @@ enum class Kind : int64_t { swiglu, geglu, squared_relu, gelu };
 
 NVMM_BOTH_SIDES constexpr bool gated(Kind kind) { return kind == Kind::swiglu || kind == Kind::geglu; }
 
-// f(x) and f'(x) of the function before the gate. Math: exp and erf of this side.
+// f(x) and f'(x) of the function before the gate. Math: exp and normal of this side.
 template <Kind kind, class Math>
 NVMM_FORMULA float value(float x) {
-  if constexpr (kind == Kind::swiglu) return x / (1.f + Math::exp(-x));
+  if constexpr (kind == Kind::swiglu) return x * (1.f / (1.f + Math::exp(-x)));
   if constexpr (kind == Kind::squared_relu) return x > 0.f ? x * x : (x != x ? x : 0.f);
-  return 0.5f * x * (1.f + Math::erf(x * 0.70710678f));
+  return x * Math::normal(x).below;
 }
 
 template <Kind kind, class Math>
@@ -35,8 +28,11 @@ NVMM_FORMULA float slope(float x) {
     return s * (1.f + x * (1.f - s));
   }
   if constexpr (kind == Kind::squared_relu) return x > 0.f ? 2.f * x : (x != x ? x : 0.f);
-  return 0.5f * (1.f + Math::erf(x * 0.70710678f)) + x * 0.39894228f * Math::exp(-0.5f * x * x);
+  const Normal normal = Math::normal(x);
+  return normal.below + x * normal.density;
 }
+
+using ActivationGradients = std::tuple<Tensor, Tensor>;  // dx, dbias ([0] without a bias)
 
 inline Tensor activation_output(const Tensor& x, const std::optional<Tensor>& bias, Kind kind) {
   const bool halves = gated(kind);

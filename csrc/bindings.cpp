@@ -25,7 +25,7 @@ NVMM_LIBRARY(m) {
       "norm_backward(Tensor dy, Tensor? dsum, Tensor h, Tensor weight, Tensor mean, Tensor rstd,"
       " bool rms, bool zero_centered) -> (Tensor, Tensor, Tensor)");
   m.def("activation(Tensor x, Tensor? bias, int kind) -> Tensor");
-  m.def("activation_backward(Tensor dy, Tensor x, Tensor? bias, int kind) -> Tensor");
+  m.def("activation_backward(Tensor dy, Tensor x, Tensor? bias, int kind) -> (Tensor, Tensor)");
   m.def(
       "gated_residual(Tensor residual, Tensor branch, Tensor? bias, Tensor gate, Tensor? mask,"
       " bool tanh) -> Tensor");
@@ -43,4 +43,20 @@ NVMM_LIBRARY(m) {
   m.def("merge_backward(Tensor dy, Tensor target, int base_rows) -> (Tensor, Tensor)");
   m.def("pixel_shuffle(Tensor x, int factor) -> Tensor");
   m.def("pixel_shuffle_backward(Tensor dy, int factor) -> Tensor");
+  m.def(
+      "adamw(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] masters, Tensor(c!)[] means,"
+      " Tensor(d!)[] squares, float lr, float beta1, float beta2, float eps, float weight_decay,"
+      " int step, bool decoupled) -> ()");
+  m.def("joint_norm_squares(Tensor x, int real) -> Tensor");
+  m.def("joint_norm_apply(Tensor x, Tensor weight, Tensor scale, int first, int real) -> Tensor");
+  m.def(
+      "joint_norm_sums(Tensor dy, Tensor x, Tensor weight, Tensor scale, int first, int real)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "joint_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor dots, int first,"
+      " int real) -> Tensor");
+  m.def("multi_tensor_l2norm(Tensor[] tensors, Tensor(a!) flag) -> Tensor");
+  m.def(
+      "multi_tensor_scale(Tensor[] sources, Tensor(a!)[] targets, Tensor(b!) flag, float factor)"
+      " -> ()");
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "formula.h"
+
 #ifdef NVMM_SIMULATED
 #include "simulator.h"
 #else
@@ -45,10 +47,14 @@ __device__ __forceinline__ void load(const T* from, float (&to)[V]) {
 
 template <int V, class T>
 __device__ __forceinline__ void store(const float (&from)[V], T* to) {
-  Pack<T, V> pack;
+  constexpr int part = V < wide<T> ? V : wide<T>;
 #pragma unroll
-  for (int k = 0; k < V; ++k) pack.values[k] = static_cast<T>(from[k]);
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  for (int first = 0; first < V; first += part) {
+    Pack<T, part> pack;
+#pragma unroll
+    for (int k = 0; k < part; ++k) pack.values[k] = static_cast<T>(from[first + k]);
+    *reinterpret_cast<Pack<T, part>*>(to + first) = pack;
+  }
 }
 
 // V values as they are, in one move.
@@ -60,7 +66,9 @@ __device__ __forceinline__ void copy(const T* from, T* to) {
 // What the formulas of the operations call, on this side.
 struct Device {
   static __device__ __forceinline__ float exp(float x) { return expf(x); }
-  static __device__ __forceinline__ float erf(float x) { return erff(x); }
+  static __device__ __forceinline__ Normal normal(float x) {
+    return {0.5f * (1.f + erff(x * 0.70710678f)), 0.39894228f * expf(-0.5f * x * x)};
+  }
 };
 
 struct Sum {

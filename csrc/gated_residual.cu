@@ -33,7 +33,7 @@ Tensor forward(const Tensor& residual_, const Tensor& branch_, const std::option
   return y;
 }
 
-// {dbranch, the sums over rows of mask * dy * (branch + bias)}: float32 [width].
+// {dbranch, the sums over rows of mask * dy * (branch + bias) and of mask * dy: float32 [2, width]}.
 std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& branch_,
                                     const std::optional<Tensor>& bias_, const Tensor& gate_,
                                     const std::optional<Tensor>& mask_, bool tanh) {
@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& branch_,
   const auto bias = dense(bias_), mask = dense(mask_);
   const GatedShape shape = shape_of(branch, gate, tanh);
   const Tensor dbranch = torch::stable::empty_like(branch);
-  Tensor sums = floats(branch, {shape.width});
+  Tensor sums = floats(branch, {2, shape.width});
   if (shape.rows == 0) return {dbranch, torch::stable::zero_(sums)};
-  const Tensor partial = floats(branch, {grid_size(shape.rows), 1, shape.width});
+  const Tensor partial = floats(branch, {grid_size(shape.rows), 1, 2 * shape.width});
   dispatch<true>(branch, [&](auto zero) {
     using T = decltype(zero);
     const bool fits =

@@ -36,15 +36,16 @@ __global__ void gated_forward(const T* __restrict__ residual, const T* __restric
   }
 }
 
-// dbranch, and this block's sum over its rows of mask * dy * (branch + bias) in partial[blockIdx.x].
+// dbranch, and this block's sums over its rows of mask * dy * (branch + bias) and of mask * dy in
+// partial[blockIdx.x][2][width].
 template <class T, int V>
 __global__ void gated_backward(const T* __restrict__ dy, const T* __restrict__ branch,
                                const T* __restrict__ bias, const T* __restrict__ gate,
                                const T* __restrict__ mask, T* __restrict__ dbranch,
                                float* __restrict__ partial, GatedShape shape) {
-  partial += int64_t{blockIdx.x} * shape.width;
+  partial += int64_t{2} * blockIdx.x * shape.width;
   for (int64_t i = threadIdx.x * V; i < shape.width; i += blockDim.x * V) {
-    float g[V], b[V] = {}, sum[V] = {};
+    float g[V], b[V] = {}, sum[V] = {}, level[V] = {};
     if (bias) load<V>(bias + i, b);
 #pragma unroll
     for (int k = 0; k < V; ++k) g[k] = gate_at(gate, i + k, shape);
@@ -55,13 +56,18 @@ __global__ void gated_backward(const T* __restrict__ dy, const T* __restrict__ b
       load<V>(branch + row * shape.width + i, f);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        if (weight != 0.f) sum[k] += weight * d[k] * (f[k] + b[k]);
-        d[k] = weight != 0.f ? weight * d[k] * g[k] : 0.f;
+        d[k] = weight != 0.f ? weight * d[k] : 0.f;
+        if (weight != 0.f) sum[k] += d[k] * (f[k] + b[k]);
+        level[k] += d[k];
+        d[k] *= g[k];
       }
       store<V>(d, dbranch + row * shape.width + i);
     }
 #pragma unroll
-    for (int k = 0; k < V; ++k) partial[i + k] = sum[k];
+    for (int k = 0; k < V; ++k) {
+      partial[i + k] = sum[k];
+      partial[shape.width + i + k] = level[k];
+    }
   }
 }
 

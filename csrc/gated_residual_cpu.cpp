@@ -33,13 +33,16 @@ NVMM_LOOP void add(const T* residual, const T* branch, const float* bias, const 
   }
 }
 
+// sums[0] += weight * dy * (branch + bias), sums[1] += weight * dy: [2, width].
 template <class T>
 NVMM_LOOP void backward_row(const T* dy, const T* branch, const float* bias, const float* gate,
                             float weight, T* dbranch, float* sums, int64_t width) {
+  float* levels = sums + width;
 #pragma omp simd
   for (int64_t i = 0; i < width; ++i) {
     const float d = weight * get(dy + i);
     sums[i] += d * (get(branch + i) + bias[i]);
+    levels[i] += d;
     put(d * gate[i], dbranch + i);
   }
 }
@@ -78,8 +81,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& branch_,
   const Tensor dy = dense(dy_), branch = dense(branch_), gate = dense(gate_);
   const auto bias = dense(bias_), mask = dense(mask_);
   const int64_t rows = rows_of(branch), width = branch.size(-1), parts = parts_of(rows);
-  const Tensor dbranch = torch::stable::empty_like(branch), sums = floats(branch, {width});
-  std::vector<float> partial(parts * width);
+  const Tensor dbranch = torch::stable::empty_like(branch), sums = floats(branch, {2, width});
+  std::vector<float> partial(parts * 2 * width);
   dispatch<false>(branch, [&](auto zero) {
     using T = decltype(zero);
     const T *dys = pointer<T>(dy), *fs = pointer<T>(branch);
@@ -94,13 +97,13 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& branch_,
             std::fill(out + at, out + at + width, T(0.f));
           } else {
             backward_row(dys + at, fs + at, b.data(), g.data(), m[r], out + at,
-                         partial.data() + part * width, width);
+                         partial.data() + part * 2 * width, width);
           }
         }
       }
     });
   });
-  reduce_columns(partial.data(), parts, width, target<float>(sums));
+  reduce_columns(partial.data(), parts, 2 * width, target<float>(sums));
   return {dbranch, sums};
 }
 

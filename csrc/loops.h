@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "formula.h"
 #include "tensors.h"
 
 // One function for every x86-64: the loader picks the clone for the machine's vector width.
@@ -33,59 +34,77 @@ NVMM_INLINE void put(float value, c10::BFloat16* p) {
   p->x = static_cast<uint16_t>((value != value ? 0x7fc00000u : rounded) >> 16);
 }
 
-// e^x to 1 ulp; 0 below -87.3, infinite above 88.7. x = n ln 2 + r, then a Taylor series of r.
+// e^x to 1 ulp; 0 below -87.7, infinite above 88.4. x = n ln 2 + r, then a fitted polynomial of r.
 NVMM_INLINE float exponential(float x) {
   constexpr float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = x > 89.f ? 89.f : (x < -104.f ? -104.f : x);
+  const float clamped = x > 89.f ? 89.f : (x < -88.f ? -88.f : x);
   const float shifted = clamped * 1.44269504f + to_integer;
   const float n = shifted - to_integer;
   // ln 2 in two parts; n times the first is exact.
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float sum = 1.f / 5040;
-  sum = sum * r + 1.f / 720;
-  sum = sum * r + 1.f / 120;
-  sum = sum * r + 1.f / 24;
-  sum = sum * r + 1.f / 6;
-  sum = sum * r + 0.5f;
+  float sum = 1.38145976e-3f;
+  sum = sum * r + 8.36871099e-3f;
+  sum = sum * r + 4.16683890e-2f;
+  sum = sum * r + 1.66665211e-1f;
+  sum = sum * r + 4.99999940e-1f;
   sum = sum * r + 1.f;
   sum = sum * r + 1.f;
-  // 2^n in two factors, for n = 128 and for results below the normal numbers.
+  // 2^n, n from -127 (0) to 128 (infinity).
   const int32_t power = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(to_integer);
-  const int32_t half = power >> 1;
-  const float first = std::bit_cast<float>((half + 127) << 23);
-  const float second = std::bit_cast<float>((power - half + 127) << 23);
-  return sum * first * second;
+  return sum * std::bit_cast<float>((power + 127) << 23);
 }
 
-// erf to 3 ulp: fitted polynomials of erf(x) / x in x^2 below 1 and of ln erfc from 1 to 4.
-NVMM_INLINE float error_function(float x) {
-  const float t = std::fabs(x), s = x * x;
-  float small = -9.67359392e-6f;
-  small = small * s + 1.12682581e-4f;
-  small = small * s - 8.48439755e-4f;
-  small = small * s + 5.22105349e-3f;
-  small = small * s - 2.68654376e-2f;
-  small = small * s + 1.12837829e-1f;
-  small = small * s - 3.76126379e-1f;
-  small = small * s + 1.12837923f;
-  const float u = t > 4.f ? 4.f : t;
-  float tail = 1.61404944e-6f;
-  tail = tail * u - 4.55903937e-5f;
-  tail = tail * u + 5.92767727e-4f;
-  tail = tail * u - 4.74021444e-3f;
-  tail = tail * u + 2.63646971e-2f;
-  tail = tail * u - 1.09978214e-1f;
-  tail = tail * u - 6.31937146e-1f;
-  tail = tail * u - 1.13016665f;
-  tail = tail * u + 3.03209089e-4f;
-  return t < 1.f ? x * small : std::copysign(1.f - exponential(tail), x);
+// P(X > z) / e^(-z^2 / 2) is fitted, for z >= 0, as a polynomial of u = 1 / (1 + 0.345 z), to 2e-8
+// of itself: one exponential serves the tail and the density.
+NVMM_INLINE Normal normal_distribution(float x) {
+  const float decay = exponential(-0.5f * x * x);
+  const float u = 1.f / (1.f + 0.345f * std::fabs(x));
+  float tail = -2.83817928e-2f;
+  tail = tail * u + 1.45281181e-1f;
+  tail = tail * u - 2.71171480e-1f;
+  tail = tail * u + 1.87194869e-1f;
+  tail = tail * u - 3.76004502e-2f;
+  tail = tail * u + 1.11799091e-1f;
+  tail = tail * u + 1.17238410e-1f;
+  tail = tail * u + 1.38020873e-1f;
+  tail = tail * u + 1.37619287e-1f;
+  tail *= u * decay;
+  return {x > 0.f ? 1.f - tail : tail, 0.39894228f * decay};
 }
 
 // What the formulas of the operations call, on this side.
 struct Loops {
   NVMM_INLINE float exp(float x) { return exponential(x); }
-  NVMM_INLINE float erf(float x) { return error_function(x); }
+  NVMM_INLINE Normal normal(float x) { return normal_distribution(x); }
 };
+
+// Columns that a loop takes at a time where it works on fp32 copies, which stay in the first cache.
+// Without copies g++ leaves loops scalar that hold both bfloat16 and a comparison of floats.
+constexpr int64_t columns_at_once = 256;
+
+// to = x, or x + bias.
+template <class T>
+NVMM_INLINE void widen(const T* x, const T* bias, float* to, int64_t count) {
+  if (bias) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = get(x + i) + get(bias + i);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) to[i] = get(x + i);
+  }
+}
+
+template <class T>
+NVMM_INLINE void narrow(const float* from, T* to, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) put(from[i], to + i);
+}
+
+// to += from.
+NVMM_INLINE void add_to(const float* from, float* to, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
 
 // Rows that make a task worth a thread.
 inline int64_t grain(int64_t width) {

@@ -24,6 +24,7 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define NVMM_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(nvmm::simulator::block->shared.data())
 #define NVMM_LAUNCH(kernel, grid, block, shared, stream, ...) \

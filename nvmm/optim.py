@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn import Module
 
 from nvmm.kernels.adamw import FusedAdam
+from nvmm.kernels.multi_tensor import (
+    multi_tensor_applier,
+    multi_tensor_l2norm,
+    multi_tensor_scale,
+)
 from nvmm.parallel.parameters import match, sharded_parameters, unmatched
-from nvmm.parallel.setup import Parallel, Precision
+from nvmm.parallel.setup import DTYPES, Parallel, Precision
 from nvmm.parallel.weights import gather
 
 SCHEDULES = ("cosine", "linear", "constant")
+MOST_BETA_OF_BF16 = 0.99
+"""bfloat16 rounds away changes of less than 1/256: a mean that keeps more than 255/256 of itself
+each step could not fall."""
 _NOT_NEGATIVE = ("warmup_steps", "weight_decay", "clip_grad")
 _GROUP_KEYS = ("pattern", "learning_rate", "min_learning_rate", "weight_decay")
 
@@ -37,6 +47,8 @@ class Optim:
         groups: [{pattern, learning_rate, min_learning_rate?, weight_decay?}]: parameters with a
             learning rate of their own. min_learning_rate defaults to the same fraction of it as
             the default group's. A parameter may match one group only.
+        moments_dtype: fp32 | bf16, of AdamW's two running means; the arithmetic is fp32. bf16 takes
+            4 bytes a parameter instead of 8 and needs betas of at most 0.99.
     """
 
     learning_rate: float
@@ -51,6 +63,7 @@ class Optim:
     no_decay: Sequence[str] = ()
     freeze: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
+    moments_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         _check_rates("optim", self.learning_rate, self.min_learning_rate)
@@ -64,6 +77,14 @@ class Optim:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
+        if self.moments_dtype not in DTYPES:
+            allowed = ", ".join(DTYPES)
+            raise ValueError(f"optim.moments_dtype={self.moments_dtype} must be one of {allowed}")
+        if self.moments_dtype == "bf16" and max(self.betas) > MOST_BETA_OF_BF16:
+            raise ValueError(
+                f"optim.betas={self.betas} must be at most {MOST_BETA_OF_BF16} with"
+                " optim.moments_dtype=bf16"
+            )
         if self.eps <= 0:
             raise ValueError(f"optim.eps={self.eps} must be positive")
         _check_not_negative("optim", {k: getattr(self, k) for k in _NOT_NEGATIVE})
@@ -175,7 +196,7 @@ def wrap(models: Sequence[Module], parallel: Parallel, precision: Precision) -> 
     ]
 
 
-def install_adam() -> None:
+def install_adam(moments_dtype: torch.dtype = torch.float32) -> None:
     """Make mcore build `FusedAdam`: it picks TE's, Apex's or torch's at import and takes no
     argument. torch's keeps a step in every parameter's state, which mcore cannot load afresh.
     Raises AttributeError when this mcore has other names.
@@ -183,16 +204,33 @@ def install_adam() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
 
-    for module, name, value in (
-        (optimizer, "Adam", FusedAdam),
-        (optimizer, "USING_PYTORCH_OPTIMIZER", False),
-        (distrib_optimizer, "Adam", FusedAdam),
-        (distrib_optimizer, "HAVE_APEX_OR_TE", True),
-        (distrib_optimizer, "USING_APEX_OPTIMIZER", True),
-    ):
+    adam = functools.partial(FusedAdam, moments_dtype=moments_dtype)
+    _replace(optimizer, "its Adam", Adam=adam, USING_PYTORCH_OPTIMIZER=False)
+    names = {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True}
+    _replace(distrib_optimizer, "its Adam", **names)
+
+
+def install_multi_tensor() -> None:
+    """Give mcore our norm and scaling of gradient lists in the place of TE's, Apex's or its own
+    loops, so that every machine computes alike. Raises AttributeError when this mcore has other
+    names. Megatron FSDP, which nvmm does not use, keeps its own.
+    """
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+
+    names = {
+        "multi_tensor_applier": multi_tensor_applier,
+        "multi_tensor_scale_impl": multi_tensor_scale,
+    }
+    _replace(optimizer, "its scaling of lists", **names)
+    _replace(clip_grads, "its gradient norm", l2_norm_impl=multi_tensor_l2norm, **names)
+
+
+def _replace(module: ModuleType, what: str, **values: Any) -> None:
+    for name, value in values.items():
         if not hasattr(module, name):
             raise AttributeError(
-                f"{module.__name__}.{name} is gone from megatron-core: its Adam cannot be replaced"
+                f"{module.__name__}.{name} is gone from megatron-core: {what} cannot be replaced"
             )
         setattr(module, name, value)
 
@@ -208,7 +246,8 @@ def build_optimizer(
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    install_adam()
+    install_adam(DTYPES[optim.moments_dtype])
+    install_multi_tensor()
     groups = optim.param_groups()
     config = OptimizerConfig(
         optimizer="adam",

@@ -66,9 +66,11 @@ _CHOICES = precision_rules.CHOICES | {
         for name in (
             *("norm", "activation", "gated_residual", "linear_cross_entropy"),
             *("rope", "merge", "pixel_shuffle"),
+            *("joint_norm", "adamw", "multi_tensor"),
         )
     },
     "optim.schedule": ("cosine", "linear", "constant"),
+    "optim.moments_dtype": ("fp32", "bf16"),
     "checkpoint.optimizer": ("fully_reshardable", "dp_reshardable"),
     "trainer.on_nonfinite": ("stop", "skip"),
     "data.on_error": ("skip", "stop"),
@@ -373,6 +375,12 @@ def _schedule(view: View) -> Iterator[Problem]:
     decay = view.integer("optim.decay_steps")
     if warmup is not None and decay is not None and decay < warmup:
         yield Problem("optim.decay_steps", decay, f"must be at least optim.warmup_steps={warmup}")
+    betas = view.get("optim.betas")
+    if view.get("optim.moments_dtype") == "bf16" and isinstance(betas, list):
+        if any(isinstance(beta, int | float) and beta > 0.99 for beta in betas):
+            yield Problem(
+                "optim.betas", betas, "must be at most 0.99 with optim.moments_dtype=bf16"
+            )
 
 
 def _lora(view: View) -> Iterator[Problem]:

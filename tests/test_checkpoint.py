@@ -18,37 +18,52 @@ VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
-def straight_and_resumed(rank, world_size, init_method, layout, dtype, directory, arguments):
+def straight_and_resumed(rank, world_size, init_method, layout, dtype, directory, arguments, optim):
     """Ten steps in one go, then five from the checkpoint made on the way."""
-    run = Run(rank, world_size, init_method, layout, model=DROPOUT, dtype=dtype)
+    run = Run(rank, world_size, init_method, layout, optim, DROPOUT, dtype)
     run.train(0, 5)
     run.save(5, directory, **arguments)
     expected = run.train(5, 10)
     weights = run.weights()
-    other = Run(rank, world_size, init_method, layout, model=DROPOUT, dtype=dtype, seed=8)
+    other = Run(rank, world_size, init_method, layout, optim, DROPOUT, dtype, seed=8)
     checkpoint = other.checkpoint(directory)
     state = checkpoint.load(checkpoint.latest(), other.chunks, other.optimizer)
     norms = other.train(5, 10)
     same = all(torch.equal(weights[name], value) for name, value in other.weights().items())
-    return state, norms == expected, same
+    return state, norms == expected, same, moments(run), moments(other)
+
+
+def moments(run):
+    """Dtypes and values of the running means, in order."""
+    states = run.optimizer.adam.state.values()
+    return [(str(t.dtype), t.float()) for state in states for t in state.values()]
+
+
+BF16_MOMENTS = {"moments_dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
-    ("world_size", "layout", "dtype", "arguments"),
+    ("world_size", "layout", "dtype", "arguments", "optim"),
     [
-        (1, {}, "fp32", {}),
-        (2, TP2 | {"sequence_parallel": True}, "bf16", {}),
-        (2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}),
-        (2, VPP2, "fp32", {"async_save": True}),
+        (1, {}, "fp32", {}, {}),
+        (2, TP2 | {"sequence_parallel": True}, "bf16", {}, {}),
+        (2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, {}),
+        (2, VPP2, "fp32", {"async_save": True}, {}),
+        (2, {}, "bf16", {}, BF16_MOMENTS),
+        (2, PP2, "fp32", {}, BF16_MOMENTS),
+        (2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, BF16_MOMENTS),
     ],
 )
-def test_resuming_is_bit_equal(tmp_path, world_size, layout, dtype, arguments):
-    for state, norms, weights in run_ranks(
-        straight_and_resumed, world_size, layout, dtype, tmp_path, arguments
+def test_resuming_is_bit_equal(tmp_path, world_size, layout, dtype, arguments, optim):
+    for state, norms, weights, expected, found in run_ranks(
+        straight_and_resumed, world_size, layout, dtype, tmp_path, arguments, optim
     ):
         assert state == {"step": 5}
         assert norms
         assert weights
+        of = "torch.bfloat16" if optim else "torch.float32"
+        assert {dtype for dtype, _ in expected + found} == {of}
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(expected, found, strict=True))
 
 
 def advance(rank, world_size, init_method, layout, directory, first, last, arguments=None):
@@ -89,6 +104,49 @@ def test_bf16_masters_survive_another_data_parallel_size(tmp_path):
     run_ranks(advance, 2, {}, tmp_path / "parts", 0, 3, bf16)
     norms = run_ranks(advance, 1, {}, tmp_path / "parts", 3, 6, bf16)[0][0]
     assert norms == pytest.approx(expected[3:], rel=1e-3)
+
+
+def save_both_ways(rank, world_size, init_method, directory, dtype):
+    run = Run(rank, world_size, init_method, {}, {"moments_dtype": dtype})
+    run.train(0, 2)
+    for kind in ("fully_reshardable", "dp_reshardable"):
+        run.save(2, directory / kind, optimizer=kind)
+
+
+def save_again(rank, world_size, init_method, layout, source, target, dtype):
+    run = Run(rank, world_size, init_method, layout, {"moments_dtype": dtype})
+    run.checkpoint(source).load(source / "step_00000002", run.chunks, run.optimizer)
+    run.save(2, target)
+
+
+def optimizer_state(rank, world_size, init_method, directory):
+    """The tensors of step 2's `optimizer.state`, by name."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    torch.distributed.init_process_group("gloo", init_method, rank=rank, world_size=world_size)
+    tensors = load_plain_tensors(str(directory / "step_00000002"))
+    return {name: t for name, t in tensors.items() if name.startswith("optimizer.state.")}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32")]
+)
+@pytest.mark.parametrize(
+    ("kind", "world_size", "layout"),
+    [("fully_reshardable", 2, TP2), ("fully_reshardable", 1, {}), ("dp_reshardable", 1, {})],
+)
+def test_running_means_at_other_layouts_and_dtypes(
+    tmp_path, kind, world_size, layout, saved, loaded
+):
+    """Equal bits, or rounded once where bf16 is asked of fp32."""
+    run_ranks(save_both_ways, 2, tmp_path, saved)
+    run_ranks(save_again, world_size, layout, tmp_path / kind, tmp_path / "again", loaded)
+    expected = run_ranks(optimizer_state, 1, tmp_path / "fully_reshardable")[0]
+    found = run_ranks(optimizer_state, 1, tmp_path / "again")[0]
+    assert found.keys() == expected.keys() and expected
+    for name, value in expected.items():
+        rounds = loaded == "bf16" and ".exp_avg" in name
+        assert torch.equal(found[name], value.bfloat16().float() if rounds else value), name
 
 
 def only_one_end(rank, world_size, init_method, layout, directory, first, last):

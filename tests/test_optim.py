@@ -3,7 +3,8 @@ import functools
 import pytest
 import torch
 
-from nvmm.optim import Optim, install_adam, learning_rate
+from nvmm.kernels import library
+from nvmm.optim import Optim, install_adam, install_multi_tensor, learning_rate
 from tests.ranks import run_ranks
 from tests.training import GROUPS, Run
 
@@ -35,6 +36,8 @@ def test_learning_rate(schedule, expected):
         ({"warmup_steps": 5, "decay_steps": 5}, "optim.decay_steps=5 must exceed"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"clip_grad": -1}, "optim.clip_grad=-1"),
+        ({"moments_dtype": "fp16"}, "optim.moments_dtype=fp16 must be one of fp32, bf16"),
+        ({"moments_dtype": "bf16", "betas": (0.9, 0.999)}, "optim.betas=.* at most 0.99"),
         ({"groups": [{"pattern": "*", "lr": 1}]}, r"optim.groups\[0\].lr does not exist"),
         ({"groups": [{"pattern": "*"}]}, r"optim.groups\[0\].learning_rate is missing"),
     ],
@@ -58,6 +61,22 @@ def test_install_adam_fails_when_mcore_renames_a_global(monkeypatch):
     monkeypatch.delattr(distrib_optimizer, "USING_APEX_OPTIMIZER")
     with pytest.raises(AttributeError, match="USING_APEX_OPTIMIZER is gone"):
         install_adam()
+
+
+def test_install_multi_tensor_reaches_the_norm_and_fails_when_mcore_renames(monkeypatch):
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+
+    install_multi_tensor()
+    flag, lists = torch.zeros(1, dtype=torch.int32), [[torch.tensor([3e20, 4e20])]]
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, flag, lists, False)
+    assert norm.item() == pytest.approx(5e20) or library.MISSING
+    main, model = torch.tensor([1.0 + 2.0**-9]), torch.zeros(1, dtype=torch.bfloat16)
+    optimizer._multi_tensor_copy_this_to_that([main], [model], flag)
+    assert torch.equal(model, main.bfloat16())
+    monkeypatch.delattr(clip_grads, "l2_norm_impl")
+    with pytest.raises(AttributeError, match=r"clip_grads\.l2_norm_impl is gone"):
+        install_multi_tensor()
 
 
 def norms_and_groups(rank, world_size, init_method, layout):

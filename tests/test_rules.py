@@ -165,6 +165,12 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "optim.groups[0].min_learning_rate=2e-05",
         "at most learning_rate=1e-05",
     ),
+    ({"optim__moments_dtype": "fp16"}, "optim.moments_dtype=fp16", "one of fp32, bf16"),
+    (
+        {"optim__moments_dtype": "bf16", "optim__betas": [0.9, 0.999]},
+        "optim.betas=[0.9, 0.999]",
+        "at most 0.99 with optim.moments_dtype=bf16",
+    ),
     ({"lora": {"rank": 4}}, "lora={'rank': 4}", "add lora=default"),
     ({"lora": LORA | {"targets": []}}, "lora.targets=[]", "at least one linear"),
     ({"lora": LORA | {"train": [1]}}, "lora.train=[1]", "a list of patterns"),

@@ -1,8 +1,9 @@
 """Time and memory of the kernels, beside eager PyTorch, its own fused functions and torch.compile.
 
-`make bench-kernels` runs it on one thread. All variants of an operation take turns in one process,
-forward and backward; the median of their times is printed, and of the linear cross-entropy the
-memory above its arguments and gradients, each variant in a process of its own.
+`make bench-kernels` runs it on one thread and prints Markdown. All variants of an operation take
+turns in one process, forward and backward where there is one, and the median of their times is
+given; memory is the peak above arguments and gradients, each variant in a process of its own. The
+linear cross-entropy runs once for both.
 """
 
 from __future__ import annotations
@@ -21,16 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvmm.kernels.activation import activation, eager_activation
+from nvmm.kernels.adamw import FusedAdam
 from nvmm.kernels.gated_residual import eager_gated_residual, gated_residual
+from nvmm.kernels.joint_norm import joint_norm
 from nvmm.kernels.library import MISSING
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
 from nvmm.kernels.merge import eager_merge_rows, merge_rows
+from nvmm.kernels.multi_tensor import multi_tensor_l2norm, multi_tensor_scale
 from nvmm.kernels.norm import eager_norm, norm
 from nvmm.kernels.pixel_shuffle import eager_pixel_shuffle, pixel_shuffle
 from nvmm.kernels.rope import rope
 
 Variants = dict[str, Callable[..., Tensor]]
+Steps = dict[str, Callable[[], Any]]
+"""Name of a variant -> one measured step; the first is the kernel, the second eager."""
 VOCABULARY = 152_064
+CROSS_ENTROPY = "linear cross-entropy"
+COMPILED = "torch.compile"
+HEADER = (
+    *("operation", "dtype", "kernel ms", "eager / kernel", "PyTorch's function / kernel"),
+    *("compiled eager / kernel", "MiB beyond: kernel / eager / others"),
+)
 
 
 def naive_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -103,6 +115,13 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
             },
             [(rows, width), (width,), (width,)],
         ),
+        "joint QK-norm": (
+            {
+                "kernel": lambda x, w: joint_norm([x], [w], eps=1e-5)[0],
+                "eager": naive_rms_norm,
+            },
+            [(rows, width), (width,)],
+        ),
         "LayerScale residual": (
             {"kernel": gated_residual, "eager": eager_gated_residual},
             [(rows, width), (rows, width), (width,), (width,)],
@@ -140,55 +159,155 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
     return found
 
 
-def step(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor | None) -> Tensor:
-    """Forward and backward; returns the gradient of the output for the next call."""
-    y = function(*inputs)
-    dy = torch.randn_like(y) if dy is None else dy
-    torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)
-    return dy
+def differentiated(
+    variants: Variants, inputs: Sequence[Tensor], upstream: Tensor | None = None
+) -> Steps:
+    """Forward and backward of each variant."""
+    leaves = [t for t in inputs if t.requires_grad]
+    ones = torch.ones_like(next(iter(variants.values()))(*inputs)) if upstream is None else upstream
+
+    def step(function: Callable[..., Tensor]) -> Any:
+        return torch.autograd.grad(function(*inputs), leaves, ones)
+
+    return {name: functools.partial(step, function) for name, function in variants.items()}
 
 
-def medians(variants: Variants, inputs: Sequence[Tensor], repeats: int) -> dict[str, float]:
+def optimizers(
+    sizes: Sequence[int], dtype: torch.dtype, moments: torch.dtype, device: str
+) -> Steps:
+    """A step of AdamW; of bf16 parameters ours keeps masters, torch's does not.
+
+    Variants share their tensors as far as their dtypes agree: the place in memory alone makes a
+    difference of half the time.
+    """
+    parameters, *shared = (
+        [torch.rand(n, device=device).to(dtype) for n in sizes] for _ in range(3)
+    )
+    leaves = [torch.nn.Parameter(p) for p in parameters]
+    for leaf in leaves:
+        leaf.grad = torch.randn_like(leaf)
+    options: Any = {"master_weights": True, "moments_dtype": moments}
+    steps: Steps = {}
+    for name, optimizer in {
+        "kernel": FusedAdam(leaves, 1e-3, 0.1, **options),
+        "eager": torch.optim.AdamW(leaves, 1e-3, weight_decay=0.1, foreach=True),
+        "AdamW(fused=True)": torch.optim.AdamW(leaves, 1e-3, weight_decay=0.1, fused=True),
+    }.items():
+        optimizer.step()  # allocates the state
+        for leaf, mean, square in zip(leaves, *shared, strict=True):
+            state = optimizer.state[leaf]
+            if state["exp_avg"].dtype == dtype:
+                state |= {"exp_avg": mean, "exp_avg_sq": square}
+        steps[name] = optimizer.step
+    return steps
+
+
+def lists(sizes: Sequence[int], dtype: torch.dtype, device: str) -> tuple[Steps, Steps]:
+    """The norm, and scaling in place, of a list; eager as mcore's own fallback does it."""
+    tensors = [torch.randn(n, device=device).to(dtype) for n in sizes]
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def eager_norms() -> float:
+        return float(torch.stack([torch.norm(t) for t in tensors]).norm())
+
+    def eager_scaling() -> None:
+        for t in tensors:
+            t.copy_(t * 0.999)
+
+    norms: Steps = {
+        "kernel": lambda: float(multi_tensor_l2norm(0, flag, [tensors])[0]),
+        "eager": eager_norms,
+        "torch._foreach": lambda: float(torch.stack(torch._foreach_norm(tensors)).norm()),
+    }
+    scalings: Steps = {
+        "kernel": lambda: multi_tensor_scale(0, flag, [tensors, tensors], 0.999),
+        "eager": eager_scaling,
+        "torch._foreach": lambda: torch._foreach_mul_(tensors, 0.999),
+    }
+    return norms, scalings
+
+
+def cases(rows: int, width: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Steps]]:
+    """Title -> what makes its steps, for tensors of `rows` x `width` elements in all."""
+
+    def operation(variants: Variants, shapes: list[tuple[int, ...]]) -> Steps:
+        inputs = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
+        return differentiated(variants | compiled(variants["eager"]), inputs)
+
+    def cross_entropy() -> Steps:
+        hidden = torch.randn(min(rows, 512), 896, device=device)
+        weight = torch.randn(VOCABULARY, 896, device=device) / 30
+        labels = torch.randint(0, VOCABULARY, (hidden.shape[0],), device=device)
+        inputs = [*(t.to(dtype).requires_grad_() for t in (hidden, weight)), labels]
+        variants: Variants = {"kernel": linear_cross_entropy, "eager": eager_cross_entropy}
+        return differentiated(variants, inputs, torch.ones(hidden.shape[0], device=device))
+
+    found: dict[str, Callable[[], Steps]] = {
+        f"{title} {rows} x {width}": functools.partial(operation, *arguments)
+        for title, arguments in operations(rows, width).items()
+    }
+    found[CROSS_ENTROPY] = cross_entropy
+    splits = {"one tensor": [rows * width], "400 tensors": [rows * width // 4000] * 400}
+    for what, sizes in splits.items():
+        for moments in (torch.float32, torch.bfloat16):
+            title = f"AdamW, {str(moments)[6:]} means, {what}"
+            found[title] = functools.partial(optimizers, sizes, dtype, moments, device)
+        found[f"norm of a list, {what}"] = lambda s=sizes: lists(s, dtype, device)[0]
+        found[f"scaling of a list, {what}"] = lambda s=sizes: lists(s, dtype, device)[1]
+    return found
+
+
+_compile = False
+
+
+def compiled(function: Callable[..., Tensor]) -> Variants:
+    """torch.compile of a function, where that is asked for."""
+    return {COMPILED: torch.compile(function)} if _compile else {}
+
+
+def medians(steps: Steps, repeats: int, device: str) -> dict[str, float]:
     """Milliseconds of each variant, which take turns."""
-    upstream = {name: step(f, inputs, None) for name, f in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, function in variants.items():
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(repeats + 1):
+        for name, step in steps.items():
             begin = time.perf_counter()
-            step(function, inputs, upstream[name])
-            if inputs[0].is_cuda:
+            step()
+            if device == "cuda":
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begin)
+            if number:  # the first makes threads, libraries and compiled code
+                times[name].append(time.perf_counter() - begin)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
-def report(title: str, times: dict[str, float]) -> None:
-    """One line: milliseconds, and how many times the kernel's each is."""
-    kernel = times["kernel"]
-    parts = [f"{name} {value:.1f} ms ({value / kernel:.2f}x)" for name, value in times.items()]
-    print(f"{title}: {', '.join(parts)}", flush=True)
+Setting = tuple[int, int, torch.dtype, str, bool]
 
 
-def cross_entropy_inputs(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
-    """hidden, weight, labels"""
-    hidden, weight = torch.randn(rows, width), torch.randn(VOCABULARY, width) / width**0.5
-    leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight)]
-    return [*leaves, torch.randint(0, VOCABULARY, (rows,))]
-
-
-def peak_memory(name: str, rows: int, width: int, dtype: torch.dtype, pipe: Any) -> None:
-    """Send the bytes that forward and backward take above what was there, and the time (s)."""
+def build(setting: Setting, number: int, rows: int | None = None) -> Steps:
+    """The steps of the case with this number."""
+    global _compile
+    whole, width, dtype, device, _compile = setting
     torch.set_num_threads(1)
-    inputs = cross_entropy_inputs(rows, width, dtype)
-    function = {"kernel": linear_cross_entropy, "eager": eager_cross_entropy}[name]
-    small = [inputs[0][:8].detach().requires_grad_(), inputs[1], inputs[2][:8]]
-    step(function, small, None)  # libraries and threads are there before the count
-    Path("/proc/self/clear_refs").write_text("5")
-    before, begin = _status("VmRSS"), time.perf_counter()
-    step(function, inputs, torch.ones(rows))
+    return list(cases(rows or whole, width, dtype, device).values())[number]()
+
+
+def peak_memory(setting: Setting, number: int, name: str, pipe: Any) -> None:
+    """Send the bytes that a step takes above what was there and what it gives, and its seconds."""
+    build(setting, number, rows=8)[name]()  # libraries and threads are there before the count
+    step = build(setting, number)[name]
+    on_gpu = setting[3] == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    begin = time.perf_counter()
+    found = step()
     seconds = time.perf_counter() - begin
-    gradients = sum(t.numel() * t.element_size() for t in inputs[:2])
-    pipe.send((_status("VmHWM") - before - gradients, seconds))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
+    given = found if isinstance(found, tuple) else ()
+    given_bytes = sum(t.numel() * t.element_size() for t in given)
+    pipe.send((max(peak - before - given_bytes, 0), seconds))
 
 
 def _status(key: str) -> int:
@@ -196,52 +315,57 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-def cross_entropy(rows: int, width: int, dtype: torch.dtype) -> None:
-    """Memory and time of both variants, each in a fresh process."""
+def in_process(*arguments: Any) -> tuple[float, float]:
+    """`peak_memory` in a process of its own: MiB and milliseconds."""
     context = multiprocessing.get_context("spawn")
-    found = {}
-    for name in ("kernel", "eager"):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=peak_memory, args=(name, rows, width, dtype, sender))
-        process.start()
-        found[name] = receiver.recv()
-        process.join()
-    (ours, our_time), (theirs, their_time) = found["kernel"], found["eager"]
-    print(
-        f"linear cross-entropy {rows} x {width} x {VOCABULARY} {str(dtype)[6:]}:"
-        f" kernel {ours / 2**20:.0f} MiB {our_time:.2f} s,"
-        f" eager {theirs / 2**20:.0f} MiB {their_time:.2f} s"
-        f" (memory {theirs / ours:.1f}x, time {their_time / our_time:.2f}x)",
-        flush=True,
-    )
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=peak_memory, args=(*arguments, sender))
+    process.start()
+    sender.close()
+    memory, seconds = receiver.recv()
+    process.join()
+    return memory / 2**20, 1e3 * seconds
+
+
+def row(title: str, dtype: str, times: dict[str, float], memory: dict[str, float]) -> str:
+    """A row of the table: how many times the kernel's each variant's time is, and all memory."""
+    others = [name for name in times if name not in ("kernel", "eager", COMPILED)]
+    ratios = {name: f"{times[name] / times['kernel']:.2f}" for name in times}
+    fused = ", ".join(f"{ratios[name]} ({name})" for name in others)
+    sizes = " / ".join(f"{memory[name]:.0f}" for name in times)
+    cells = [title, dtype, f"{times['kernel']:.1f}", ratios["eager"], fused]
+    return f"| {' | '.join([*cells, ratios.get(COMPILED, ''), sizes])} |"
 
 
 def main() -> None:
-    """Print a line for each operation and dtype."""
+    """Print a row for each operation and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=2048)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="torch.compile too (a minute each)")
-    parser.add_argument(
-        "--device", default="cpu", help="cuda leaves out the cross-entropy's memory"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile of eager too")
+    parser.add_argument("--only", default="", help="titles that contain this")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     if MISSING:
         raise SystemExit(f"no kernels to measure: {MISSING}")
-    torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        for title, (variants, shapes) in operations(arguments.rows, arguments.width).items():
-            inputs = [
-                torch.randn(shape, device=arguments.device).to(dtype).requires_grad_()
-                for shape in shapes
-            ]
-            if arguments.compile:
-                variants = variants | {"compiled eager": torch.compile(variants["eager"])}
-            times = medians(variants, inputs, arguments.repeats)
-            report(f"{title} {arguments.rows} x {arguments.width} {str(dtype)[6:]}", times)
-        if arguments.device == "cpu":
-            cross_entropy(512, 896, dtype)
+    print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    for name in arguments.dtypes:
+        dtype, size = getattr(torch, name), (arguments.rows, arguments.width)
+        setting = (*size, dtype, arguments.device, arguments.compile)
+        for number, title in enumerate(cases(*size, dtype, arguments.device)):
+            if arguments.only not in title:
+                continue
+            steps = build(setting, number)
+            names = list(steps)
+            alone = title == CROSS_ENTROPY
+            times = {} if alone else medians(steps, arguments.repeats, arguments.device)
+            del steps
+            found = {variant: in_process(setting, number, variant) for variant in names}
+            times = times or {variant: value[1] for variant, value in found.items()}
+            memory = {variant: value[0] for variant, value in found.items()}
+            print(row(title, name, times, memory), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def _fake(x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2) if halves else x.shape)
 
 
-def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((0,) if bias is None else x.shape[-1:])
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -64,8 +64,8 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> Any:
     x, bias = ctx.saved_tensors
-    dx = torch.ops.nvmm.activation_backward(dy, x, bias, ctx.kind)
-    return dx, None if bias is None else dx.flatten(0, -2).sum(0), None
+    dx, dbias = torch.ops.nvmm.activation_backward(dy, x, bias, ctx.kind)
+    return dx, None if bias is None else dbias, None
 
 
 if library.MISSING is None:

@@ -75,7 +75,7 @@ def _fake_backward(
     mask: Tensor | None,
     tanh: bool,
 ) -> tuple[Tensor, Tensor]:
-    sums = branch.new_empty(branch.shape[-1:], dtype=torch.float32)
+    sums = branch.new_empty((2, branch.shape[-1]), dtype=torch.float32)
     return branch.new_empty(branch.shape), sums
 
 
@@ -87,13 +87,15 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> Any:
     branch, bias, gate, mask = ctx.saved_tensors
-    dbranch, dgate = torch.ops.nvmm.gated_residual_backward(dy, branch, bias, gate, mask, ctx.tanh)
+    dbranch, sums = torch.ops.nvmm.gated_residual_backward(dy, branch, bias, gate, mask, ctx.tanh)
+    dgate, level = sums
+    factor = gate.float().tanh() if ctx.tanh else gate.float()
     if gate.numel() == 1:
         # torch adds a vector up in fp32 with more error than its rows' sums have.
         dgate = dgate.sum(dtype=torch.float64).float().view_as(gate)
     if ctx.tanh:
-        dgate = dgate * (1 - gate.float().tanh().square())
-    dbias = None if bias is None else dbranch.flatten(0, -2).sum(0)
+        dgate = dgate * (1 - factor.square())
+    dbias = None if bias is None else (level * factor).to(bias.dtype)
     return dy, dbranch, dbias, dgate.to(gate.dtype), None, None
 
 

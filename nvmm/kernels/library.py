@@ -44,6 +44,9 @@ class Kernels:
         rope: rotary position embedding of queries and keys.
         merge: media features among embeddings.
         pixel_shuffle: blocks of an encoder's grid into one token.
+        joint_norm: QK-norm over heads that are spread over tensor-parallel ranks.
+        adamw: the optimizer's step.
+        multi_tensor: norm and clipping of the gradients.
     """
 
     norm: str = "auto"
@@ -53,6 +56,9 @@ class Kernels:
     rope: str = "auto"
     merge: str = "auto"
     pixel_shuffle: str = "auto"
+    joint_norm: str = "auto"
+    adamw: str = "auto"
+    multi_tensor: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -75,15 +81,16 @@ class Kernels:
 _choices = Kernels()
 
 
-def fused(operation: str, *tensors: Tensor | None) -> bool:
+def fused(operation: str, *tensors: Tensor | None, problem: str | None = None) -> bool:
     """Whether `operation` runs on its kernel for these tensors.
 
-    Raises ValueError where the config says fused and there is no kernel for them.
+    problem: what else keeps it from running, if anything. Raises ValueError where the config says
+    fused and there is no kernel for them.
     """
     choice = getattr(_choices, operation)
     if choice == "eager" or (choice == "auto" and MISSING):
         return False
-    problem = MISSING or _obstacle([tensor for tensor in tensors if tensor is not None])
+    problem = MISSING or _obstacle([tensor for tensor in tensors if tensor is not None]) or problem
     if problem and choice == "fused":
         raise ValueError(f"kernels.{operation}=fused does not work here: {problem}; use auto")
     return problem is None

@@ -17,8 +17,10 @@ from torch import Tensor
 from nvmm.kernels import library
 from nvmm.kernels.weight_gradient import accumulate, stand_in
 
-CHUNK = 8192
-"""Columns of the vocabulary at a time: 1/18 of the largest vocabulary. Not tuned."""
+CHUNK = 2048
+"""Columns of the vocabulary at a time. Measured forward and backward in fp32, 512 rows x 896 x
+152,064, one thread of a 2-core AMD EPYC (Zen 3): 1024, 2048, 4096, 8192, 16384 columns take 9, 32,
+57, 115, 77 MiB beyond arguments and gradients, and 7.5, 7.1, 7.3, 7.5, 7.9 s."""
 
 
 def linear_cross_entropy(

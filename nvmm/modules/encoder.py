@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nvmm.kernels.gated_residual import gated_residual
+from nvmm.kernels.joint_norm import joint_norm
 from nvmm.kernels.norm import norm
 from nvmm.modules.mlp import NativeMLP
 from nvmm.parallel.setup import default_device
@@ -169,11 +170,23 @@ class EncoderAttention(SelfAttention):
             hidden_states, key_value_states, output_gate, split_qkv
         )
         if self.qk_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._joint_norms(query, key)
         if self.heads.padding:
             # Cut and filled with constants, so that nothing flows back into a padding head.
             value = F.pad(value[:, :, : self.heads.real], (0, 0, 0, self.heads.padding))
         return query, key, value
+
+    def _joint_norms(self, *tensors: Tensor) -> list[Tensor]:
+        """Queries and keys, each normed over all heads' features; padding heads become 0."""
+        weights = [self.q_norm.weight, self.k_norm.weight]
+        rows, eps = [x.flatten(2) for x in tensors], self.config.layernorm_epsilon
+        if self.tp_group.size() == 1:
+            found = [norm(x, w, eps=eps, rms=True) for x, w in zip(rows, weights, strict=True)]
+        else:
+            size = self.hidden_size_per_attention_head
+            place = {"first": self.heads.first * size, "real": self.heads.real * size}
+            found = [*joint_norm(rows, weights, eps=eps, **place, group=self.tp_group)]
+        return [y.view_as(x) for y, x in zip(found, tensors, strict=True)]
 
     def sharded_state_dict(
         self,
@@ -254,10 +267,8 @@ class _HeadsFactory(ShardedTensorFactory):
 
 
 class JointNorm(torch.nn.Module):
-    """RMSNorm over the features of all heads together, however they are spread over TP.
-
-    The weight [total heads * head_dim] is whole on every rank.
-    """
+    """Weight [total heads * head_dim] of an RMSNorm over the features of all heads together,
+    however they are spread over TP; whole on every rank."""
 
     def __init__(
         self,
@@ -267,10 +278,6 @@ class JointNorm(torch.nn.Module):
         group: dist.ProcessGroup,
     ) -> None:
         super().__init__()
-        self.eps = config.layernorm_epsilon
-        self.group = group
-        self.first = heads.first * head_dim
-        self.real = heads.real * head_dim
         self.weight = Parameter(
             torch.ones(
                 heads.total * head_dim, dtype=config.params_dtype, device=default_device(config)
@@ -280,54 +287,3 @@ class JointNorm(torch.nn.Module):
         self.weight.average_gradients_across_tp_domain = (  # type: ignore[attr-defined]
             group.size() > 1
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [s, b, heads of this rank, head_dim] -> the same; padding heads become 0."""
-        flat = x.flatten(2)
-        if self.group.size() == 1:
-            return norm(flat, self.weight, eps=self.eps, rms=True).view_as(x)
-        out = _JointRMSNorm.apply(flat, self.weight, self.first, self.real, self.eps, self.group)
-        return out.view_as(x)
-
-
-class _JointRMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight with x's last axis spread over a group; statistics in fp32."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        first: int,
-        real: int,
-        eps: float,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        local = x[..., :real].float()
-        squares = local.square().sum(-1, keepdim=True)
-        dist.all_reduce(squares, group=group)
-        scale = torch.rsqrt(squares / weight.numel() + eps)
-        out = torch.zeros_like(x)
-        out[..., :real] = (local * scale) * weight[first : first + real].float()
-        ctx.save_for_backward(x, weight, scale)
-        ctx.place = (first, real, group)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, weight, scale = ctx.saved_tensors
-        first, real, group = ctx.place
-        gradient = gradients[0][..., :real].float()
-        normed = x[..., :real].float() * scale
-        weighted = gradient * weight[first : first + real].float()
-        dots = (weighted * normed).sum(-1, keepdim=True)
-        dist.all_reduce(dots, group=group)
-        grad_x = torch.zeros_like(x)
-        grad_x[..., :real] = scale * (weighted - normed * (dots / weight.numel()))
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            whole = torch.zeros_like(weight, dtype=torch.float32)
-            whole[first : first + real] = (gradient * normed).flatten(0, -2).sum(0)
-            dist.all_reduce(whole, group=group)
-            grad_weight = whole.to(weight.dtype)
-        return grad_x, grad_weight, None, None, None, None

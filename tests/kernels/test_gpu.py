@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nvmm.kernels import library
 from tests.kernels.accuracy import DTYPES, needs_kernels
@@ -26,11 +27,14 @@ class OnGpu:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            moved = [_on_gpu(a) if isinstance(a, Tensor) else a for a in arguments]
+            tensors: dict[int, Tensor] = {}
+            moved = tree_map_only(
+                Tensor, lambda t: tensors.setdefault(id(t), _on_gpu(t.detach())), arguments
+            )
             found = getattr(torch.ops.nvmm, name)(*moved)
-            for before, after in zip(arguments, moved, strict=True):
+            for before in tree_leaves(arguments):
                 if isinstance(before, Tensor):
-                    before.copy_(after)
+                    before.detach().copy_(tensors[id(before)])
             if isinstance(found, Tensor):
                 return found.cpu()
             return None if found is None else tuple(t.cpu() for t in found)

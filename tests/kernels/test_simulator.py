@@ -83,7 +83,7 @@ def activations(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Ten
         x, bias = numbers(rows, columns, dtype=dtype), numbers(columns, dtype=dtype, seed=1)
         dy = numbers(rows, width, dtype=dtype, seed=2)
         for b in (bias, None):
-            found += [ops.activation(x, b, index), ops.activation_backward(dy, x, b, index)]
+            found += [ops.activation(x, b, index), *ops.activation_backward(dy, x, b, index)]
     return found
 
 
@@ -142,7 +142,65 @@ def pixel_shuffles(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[
     return [tokens, turned, ops.pixel_shuffle_backward(tokens, 2)]
 
 
-CASES = (norms, activations, gated_residuals, cross_entropies, ropes, merges, pixel_shuffles)
+def joint_norms(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """Shares of a first rank, of one with padding (on packs and off), and of padding alone."""
+    x, dy = (numbers(rows, width, dtype=dtype, seed=i) for i in (0, 1))
+    weight = numbers(2 * width, dtype=dtype)
+    scale, dots = torch.linspace(0.5, 2, rows), torch.linspace(-1, 1, rows)
+    found = []
+    for first, real in ((0, width), (width, width // 8 * 8), (width, width - 1), (2 * width, 0)):
+        found += [
+            ops.joint_norm_squares(x, real),
+            ops.joint_norm_apply(x, weight, scale, first, real),
+            *ops.joint_norm_sums(dy, x, weight, scale, first, real),
+            ops.joint_norm_backward(dy, x, weight, scale, dots, first, real),
+        ]
+    return found
+
+
+def lists(rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """Empty ones, one of several chunks, one off 16 bytes; for one row more than a launch takes."""
+    odd = numbers(width + 1, dtype=dtype, seed=seed)[1:]
+    large = numbers(16_384 * (rows // 2) + width, dtype=dtype, seed=seed)
+    count = 70 if rows == 1 else 4
+    small = [numbers(n % 5, dtype=dtype, seed=n + seed) for n in range(count)]
+    return [odd, large, *small, numbers(rows, width, dtype=dtype, seed=seed)]
+
+
+def adamws(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    found = []
+    for moments, mastered in ((torch.float32, False), (torch.bfloat16, dtype != torch.float32)):
+        parameters, gradients, means, squares = (
+            lists(rows, width, kind, seed)
+            for seed, kind in enumerate((dtype, dtype, moments, moments))
+        )
+        squares = [t.abs_() for t in squares]
+        masters = [t.float() for t in parameters] if mastered else []
+        changed = (parameters, gradients, masters, means, squares)
+        ops.adamw(*changed, 0.01, 0.9, 0.95, 1e-8, 0.1, 3, not mastered)
+        found += [torch.cat([t.flatten() for t in ts]) for ts in changed if ts]
+    return found
+
+
+def multi_tensors(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
+    found = []
+    for bad in (0.0, float("inf")):
+        sources = lists(rows, width, dtype)
+        sources[1][-1] += bad
+        flags = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+        found += [*flags, ops.multi_tensor_l2norm(sources, flags[0])]
+        for kind, flag in zip(DTYPES, flags[1:], strict=True):
+            targets = [torch.empty_like(t, dtype=kind) for t in sources]
+            ops.multi_tensor_scale(sources, targets, flag, 0.3)
+            found += [torch.cat([t.flatten() for t in targets])]
+    return found
+
+
+CASES = (
+    *(norms, activations, gated_residuals, cross_entropies),
+    *(joint_norms, adamws, multi_tensors),
+    *(ropes, merges, pixel_shuffles),
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

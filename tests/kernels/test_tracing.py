@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvmm.kernels.activation import activation
 from nvmm.kernels.gated_residual import gated_residual
+from nvmm.kernels.joint_norm import joint_norm
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
 from nvmm.kernels.merge import merge_rows
 from nvmm.kernels.norm import norm, residual_norm
@@ -31,6 +32,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "residual_norm": lambda x, w, _: sum(residual_norm(x, 2 * x, w[0], eps=1e-5, rms=True)),
     "activation": lambda x, w, _: activation(x, w[0], kind="swiglu"),
     "gated_residual": lambda x, w, _: gated_residual(x, 2 * x, w[0], w[1], tanh=True),
+    "joint_norm": lambda x, w, _: joint_norm([x], [w[0]], eps=1e-5, real=6)[0],
     "linear_cross_entropy": lambda x, w, labels: linear_cross_entropy(x, w, labels, chunk=4),
     "rope": lambda x, w, _: sum(
         rope(x.view(5, 1, 2, 4), w[:5].view(5, 1, 2, 4), torch.ones(5, 1, 2, device=x.device))

@@ -1,0 +1,159 @@
+"""Joint RMSNorm: accuracy of a rank's share, padding, ranks against one rank, all-reduces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nvmm.kernels import library
+from nvmm.kernels.joint_norm import joint_norm
+from nvmm.kernels.norm import eager_norm
+from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+from tests.ranks import run_ranks
+
+EPS = 1e-5
+SHARES = [(0, 1, 1), (0, 127, 127), (4, 64, 40), (127, 127, 3), (64, 8, 0), (0, 4097, 4097)]
+
+
+def tensors(rows: int, width: int, whole: int, seed: int = 0) -> list[Tensor]:
+    """x, weight"""
+    g = torch.Generator().manual_seed(seed)
+    return [3 * torch.randn(rows, width, generator=g), torch.randn(whole, generator=g)]
+
+
+def check(rows: int, first: int, width: int, real: int, dtype: torch.dtype) -> None:
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        kept = x[:, :real].to(wide)
+        scale = torch.rsqrt(kept.square().sum(-1, keepdim=True) / weight.numel() + EPS)
+        y = kept * scale * weight[first : first + real].to(wide)
+        return torch.nn.functional.pad(y, (0, width - real)).to(x.dtype)
+
+    check_accuracy(
+        lambda x, w: joint_norm([x], [w], eps=EPS, first=first, real=real)[0],
+        plain,
+        lambda seed: tensors(rows, width, first + width, seed),
+        dtype,
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize(("first", "width", "real"), SHARES)
+def test_accuracy(rows: int, first: int, width: int, real: int, dtype: torch.dtype) -> None:
+    check(rows, first, width, real, dtype)
+
+
+@needs_kernels
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(0, 90), st.integers(1, 90), st.data())
+def test_any_shape(rows: int, first: int, width: int, data: st.DataObject) -> None:
+    check(rows, first, width, data.draw(st.integers(0, width)), torch.float32)
+
+
+def test_padding_holds_anything_and_gets_nothing() -> None:
+    x, weight = tensors(3, 8, 8)
+    x[:, 5:] = float("nan")
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    [y] = joint_norm([x], [weight], eps=EPS, real=5)
+    y.sum().backward()
+    assert y.isfinite().all() and torch.equal(y[:, 5:], torch.zeros(3, 3))
+    assert torch.equal(x.grad[:, 5:], torch.zeros(3, 3)) and x.grad.isfinite().all()
+    assert torch.equal(weight.grad[5:], torch.zeros(3)) and weight.grad[:5].all()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])
+def test_no_rows(shape: tuple[int, ...]) -> None:
+    x, weight = torch.empty(shape).requires_grad_(), torch.ones(8).requires_grad_()
+    [y] = joint_norm([x], [weight], eps=EPS)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape and torch.equal(weight.grad, torch.zeros(8))
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    x, weight = tensors(6, 8, 8)
+    turned = x.view(2, 3, 8).transpose(0, 1)
+    found, expected = (joint_norm([t], [weight], eps=EPS)[0] for t in (turned, turned.contiguous()))
+    assert torch.equal(found, expected)
+
+
+def test_gradients_of_the_eager_path() -> None:
+    leaves = [t.double().requires_grad_() for seed in (0, 1) for t in tensors(3, 6, 9, seed)]
+    assert torch.autograd.gradcheck(
+        lambda q, wq, k, wk: joint_norm([q, k], [wq, wk], eps=EPS, first=2, real=5), leaves
+    )
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused() -> None:
+    x, weight = tensors(3, 8, 8)
+    with pytest.raises(RuntimeError, match="real columns"):
+        joint_norm([x], [weight], eps=EPS, real=9)
+    with pytest.raises(RuntimeError, match="holds x's columns"):
+        joint_norm([x], [weight], eps=EPS, first=4, real=5)
+
+
+@needs_kernels
+def test_schemas_and_fakes() -> None:
+    x, weight = tensors(3, 8, 12)
+    rows, ops = torch.rand(3), torch.ops.nvmm
+    torch.library.opcheck(ops.joint_norm_squares.default, (x, 5))
+    torch.library.opcheck(ops.joint_norm_apply.default, (x, weight, rows, 4, 7))
+    torch.library.opcheck(ops.joint_norm_sums.default, (x, x, weight, rows, 4, 7))
+    torch.library.opcheck(ops.joint_norm_backward.default, (x, x, weight, rows, rows, 4, 7))
+
+
+HEADS, SIZE = 5, 6
+UPSTREAM = torch.linspace(-1, 1, 4 * HEADS * SIZE).view(4, HEADS * SIZE)
+
+
+def _share(rank: int, world_size: int, init: str, choice: str) -> list[Tensor]:
+    """q, k and their gradients as far as they are real, the weights' gradients, the all-reduces."""
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
+    library.Kernels(joint_norm=choice).install()
+    width = -(-HEADS // world_size) * SIZE
+    first = rank * width
+    real = min(max(HEADS * SIZE - first, 0), width)
+    leaves, weights, ups = [], [], []
+    for seed in (0, 1):
+        x, weight = tensors(4, HEADS * SIZE, HEADS * SIZE, seed)
+        part = torch.nn.functional.pad(x, (0, 2 * width))[:, first : first + width]
+        leaves.append(part.clone().requires_grad_())
+        weights.append(weight.requires_grad_())
+        ups.append(torch.nn.functional.pad(UPSTREAM, (0, 2 * width))[:, first : first + width])
+    calls = 0
+    plain = dist.all_reduce
+
+    def counted(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        return plain(*args, **kwargs)
+
+    dist.all_reduce = counted
+    ys = joint_norm(leaves, weights, eps=EPS, first=first, real=real, group=dist.group.WORLD)
+    torch.autograd.backward(ys, ups)
+    found = [*ys, *(x.grad for x in leaves)]
+    cut = [t.detach()[:, :real] for t in found]
+    return [*cut, *(w.grad for w in weights), torch.tensor(calls)]
+
+
+@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_give_what_one_gives(world_size: int, choice: str) -> None:
+    """5 heads over 2 ranks (one padding head) and over 4 (the last has nothing but padding)."""
+    leaves = [[t.requires_grad_() for t in tensors(4, 30, 30, seed)] for seed in (0, 1)]
+    ys = [eager_norm(x, weight, eps=EPS, rms=True) for x, weight in leaves]
+    torch.autograd.backward(ys, [UPSTREAM, UPSTREAM])
+    results = run_ranks(_share, world_size, choice)
+    expected = [*ys, *(x.grad for x, _ in leaves)]
+    for index, whole in enumerate(expected):
+        torch.testing.assert_close(torch.cat([r[index] for r in results], 1), whole.detach())
+    for result in results:
+        for (_, weight), gradient in zip(leaves, result[4:6], strict=True):
+            torch.testing.assert_close(gradient, weight.grad)
+        assert result[6] == 2, "one all-reduce forward, one backward"
