@@ -13,7 +13,7 @@ NVMM_LOOP void forward(const T* x, const T* bias, T* y, int64_t width) {
     if constexpr (gated(kind)) widen(x + second, bias ? bias + second : nullptr, up, count);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      a[i] = value<kind, Loops>(a[i]);
+      a[i] = value<kind, Loops<T>>(a[i]);
       if constexpr (gated(kind)) a[i] *= up[i];
     }
     narrow(a, y + first, count);
@@ -33,10 +33,10 @@ NVMM_LOOP void backward(const T* dy, const T* x, const T* bias, T* dx, float* db
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
       const float at = a[i];
-      a[i] = g[i] * slope<kind, Loops>(at);
+      a[i] = g[i] * slope<kind, Loops<T>>(at);
       if constexpr (gated(kind)) {
         a[i] *= up[i];
-        up[i] = g[i] * value<kind, Loops>(at);
+        up[i] = g[i] * value<kind, Loops<T>>(at);
       }
     }
     narrow(a, dx + first, count);

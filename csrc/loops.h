@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "formula.h"
 #include "tensors.h"
@@ -34,7 +35,9 @@ NVMM_INLINE void put(float value, c10::BFloat16* p) {
   p->x = static_cast<uint16_t>((value != value ? 0x7fc00000u : rounded) >> 16);
 }
 
-// e^x to 1 ulp; 0 below -87.7, infinite above 88.4. x = n ln 2 + r, then a fitted polynomial of r.
+// e^x to 1 ulp, to 8e-5 of itself if not full; 0 below -87.7, infinite above 88.4. x = n ln 2 + r,
+// then a fitted polynomial of r.
+template <bool full = true>
 NVMM_INLINE float exponential(float x) {
   constexpr float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const float clamped = x > 89.f ? 89.f : (x < -88.f ? -88.f : x);
@@ -42,40 +45,61 @@ NVMM_INLINE float exponential(float x) {
   const float n = shifted - to_integer;
   // ln 2 in two parts; n times the first is exact.
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float sum = 1.38145976e-3f;
-  sum = sum * r + 8.36871099e-3f;
-  sum = sum * r + 4.16683890e-2f;
-  sum = sum * r + 1.66665211e-1f;
-  sum = sum * r + 4.99999940e-1f;
-  sum = sum * r + 1.f;
-  sum = sum * r + 1.f;
+  float sum;
+  if constexpr (full) {
+    sum = 1.38145976e-3f;
+    sum = sum * r + 8.36871099e-3f;
+    sum = sum * r + 4.16683890e-2f;
+    sum = sum * r + 1.66665211e-1f;
+    sum = sum * r + 4.99999940e-1f;
+    sum = sum * r + 1.f;
+    sum = sum * r + 1.f;
+  } else {
+    sum = 1.65667429e-1f;
+    sum = sum * r + 5.04968224e-1f;
+    sum = sum * r + 1.00016452f;
+    sum = sum * r + 9.99927930e-1f;
+  }
   // 2^n, n from -127 (0) to 128 (infinity).
   const int32_t power = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(to_integer);
   return sum * std::bit_cast<float>((power + 127) << 23);
 }
 
-// P(X > z) / e^(-z^2 / 2) is fitted, for z >= 0, as a polynomial of u = 1 / (1 + 0.345 z), to 2e-8
-// of itself: one exponential serves the tail and the density.
+// P(X > z) / e^(-z^2 / 2) is fitted, for z >= 0, as a polynomial of u = 1 / (1 + k z), to 2e-8 of
+// itself (4e-5 if not full): one exponential serves the tail and the density.
+template <bool full>
 NVMM_INLINE Normal normal_distribution(float x) {
-  const float decay = exponential(-0.5f * x * x);
-  const float u = 1.f / (1.f + 0.345f * std::fabs(x));
-  float tail = -2.83817928e-2f;
-  tail = tail * u + 1.45281181e-1f;
-  tail = tail * u - 2.71171480e-1f;
-  tail = tail * u + 1.87194869e-1f;
-  tail = tail * u - 3.76004502e-2f;
-  tail = tail * u + 1.11799091e-1f;
-  tail = tail * u + 1.17238410e-1f;
-  tail = tail * u + 1.38020873e-1f;
-  tail = tail * u + 1.37619287e-1f;
+  const float decay = exponential<full>(-0.5f * x * x);
+  const float u = 1.f / (1.f + (full ? 0.345f : 0.37f) * std::fabs(x));
+  float tail;
+  if constexpr (full) {
+    tail = -2.83817928e-2f;
+    tail = tail * u + 1.45281181e-1f;
+    tail = tail * u - 2.71171480e-1f;
+    tail = tail * u + 1.87194869e-1f;
+    tail = tail * u - 3.76004502e-2f;
+    tail = tail * u + 1.11799091e-1f;
+    tail = tail * u + 1.17238410e-1f;
+    tail = tail * u + 1.38020873e-1f;
+    tail = tail * u + 1.37619287e-1f;
+  } else {
+    tail = -9.03509840e-2f;
+    tail = tail * u + 2.09930537e-1f;
+    tail = tail * u + 7.61403990e-2f;
+    tail = tail * u + 1.57375912e-1f;
+    tail = tail * u + 1.46919729e-1f;
+  }
   tail *= u * decay;
   return {x > 0.f ? 1.f - tail : tail, 0.39894228f * decay};
 }
 
-// What the formulas of the operations call, on this side.
+// What the formulas of the operations call, on this side, for results in T: bfloat16's 8 bits
+// need no more than short polynomials.
+template <class T>
 struct Loops {
-  NVMM_INLINE float exp(float x) { return exponential(x); }
-  NVMM_INLINE Normal normal(float x) { return normal_distribution(x); }
+  static constexpr bool full = std::is_same_v<T, float>;
+  NVMM_INLINE float exp(float x) { return exponential<full>(x); }
+  NVMM_INLINE Normal normal(float x) { return normal_distribution<full>(x); }
 };
 
 // Columns that a loop takes at a time where it works on fp32 copies, which stay in the first cache.

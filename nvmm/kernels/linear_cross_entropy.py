@@ -88,8 +88,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         maximum = hidden.new_full((hidden.shape[0],), float("-inf"), dtype=dtype)
         total, picked = torch.zeros_like(maximum), torch.zeros_like(maximum)
         reduce, _ = _chunk_operations(hidden, weight)
+        buffer = hidden.new_empty(hidden.shape[0] * min(chunk, valid))
         for begin, end in _chunks(valid, chunk):
-            logits = hidden @ weight[begin:end].t()
+            logits = _logits(hidden, weight[begin:end], buffer)
             reduce(logits, labels, first + begin, end - begin, maximum, total, picked)
         if group is not None:
             local = maximum.clone()
@@ -116,11 +117,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = None
         if needs_weight:
             dweight = stand_in(weight) if ctx.into_main_grad else torch.zeros_like(weight)
+        buffer = hidden.new_empty(hidden.shape[0] * min(chunk, valid))
         for begin, end in _chunks(valid, chunk):
-            logits = hidden @ weight[begin:end].t()
+            logits = _logits(hidden, weight[begin:end], buffer)
             gradient(logits, labels, logsumexp, scale, first + begin, end - begin)
             if dhidden is not None:
-                dhidden += logits @ weight[begin:end]
+                _add_product(dhidden, logits, weight[begin:end])
             if needs_weight and ctx.into_main_grad:
                 accumulate(hidden, logits, weight.main_grad[begin:end])
             elif dweight is not None:
@@ -131,6 +133,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunks(valid: int, chunk: int) -> list[tuple[int, int]]:
     return [(begin, min(begin + chunk, valid)) for begin in range(0, valid, chunk)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """hidden @ weight.T in the buffer: new memory for every chunk would be touched anew."""
+    shape = (hidden.shape[0], weight.shape[0])
+    return torch.mm(hidden, weight.t(), out=buffer[: shape[0] * shape[1]].view(shape))
+
+
+def _add_product(total: Tensor, logits: Tensor, weight: Tensor) -> None:
+    """total += logits @ weight in place."""
+    if total.dtype == logits.dtype:
+        total.addmm_(logits, weight)
+    else:
+        total += logits @ weight
 
 
 def _chunk_operations(hidden: Tensor, weight: Tensor) -> Any:
