@@ -19,10 +19,11 @@ from nvmm.kernels.multi_tensor import (
     multi_tensor_scale,
 )
 from nvmm.parallel.parameters import match, sharded_parameters, unmatched
-from nvmm.parallel.setup import DTYPES, Parallel, Precision
+from nvmm.parallel.setup import Parallel, Precision
 from nvmm.parallel.weights import gather
 
 SCHEDULES = ("cosine", "linear", "constant")
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_BETA_OF_BF16 = 0.99
 """bfloat16 rounds away changes of less than 1/256: a mean that keeps more than 255/256 of itself
 each step could not fall."""
@@ -77,8 +78,8 @@ class Optim:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
-        if self.moments_dtype not in DTYPES:
-            allowed = ", ".join(DTYPES)
+        if self.moments_dtype not in MOMENTS:
+            allowed = ", ".join(MOMENTS)
             raise ValueError(f"optim.moments_dtype={self.moments_dtype} must be one of {allowed}")
         if self.moments_dtype == "bf16" and max(self.betas) > MOST_BETA_OF_BF16:
             raise ValueError(
@@ -246,7 +247,7 @@ def build_optimizer(
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    install_adam(DTYPES[optim.moments_dtype])
+    install_adam(MOMENTS[optim.moments_dtype])
     install_multi_tensor()
     groups = optim.param_groups()
     config = OptimizerConfig(
