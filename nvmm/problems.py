@@ -71,3 +71,8 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     if not found:
         found = [c for c in candidates if len(name) > 2 and (name in c or c in name)][:1]
     return found[0] if found else None
+
+
+def divisors(number: int) -> str:
+    """Every whole number that divides `number`, as a message lists them."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
