@@ -262,9 +262,10 @@ def norm_under_mcore_s_name() -> None:
         for name in ("q", "k"):
             norm = getattr(self, f"{name}_norm")
             norm.weight.average_gradients_across_tp_domain = False
+            norm.forward = torch.nn.Identity().forward  # mcore applies what it knows
             delattr(self, f"{name}_norm")
-            setattr(self, f"{name}_layernorm", norm)  # which mcore applies
-        self.qk_norm = None
+            setattr(self, f"{name}_layernorm", norm)
+            object.__setattr__(self, f"{name}_norm", norm)
 
     EncoderAttention.__init__ = init  # type: ignore[method-assign]
 
