@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -243,12 +244,13 @@ class Trainer:
     def forward_backward(self, batches: list[Batch]) -> dict[str, float]:
         """Fill the gradients of one step and return its metrics, reduced over all ranks."""
         self.optimizer.zero_grad()
-        surrogate: dict[str, float] = {}
-        prepare = getattr(self.objective, "prepare", None)
-        if prepare is not None:
-            batches, surrogate = prepare(self.run, batches)
+        batches, surrogate = self._prepare(batches)
         outputs = self._schedule(batches, self._forward_step, forward_only=False)
         return reduce_metrics(outputs, self.device) | surrogate
+
+    def _prepare(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        prepare = getattr(self.objective, "prepare", None)
+        return (batches, {}) if prepare is None else prepare(self.run, batches)
 
     def _forward_step(self, batches: Iterator[Batch], model: Module) -> tuple[Tensor, Any]:
         """The single adapter to mcore's schedules."""
@@ -272,19 +274,26 @@ class Trainer:
             return self._schedule(batches, forward_step, forward_only=True, collect=True)
 
     def validate(self, step: int) -> dict[str, float]:
-        """Mean of the objective's metrics over held-out batches; weights are left alone."""
+        """Mean of the objective's metrics over held-out batches; weights are left alone.
+
+        A loss over the whole batch is one here too: `Objective.prepare` runs as in training.
+        """
         count = -(-len(self.data.validation) // self.global_batch_size)
         count = min(count, self.validation_batches or count)
         batches = self._batches("validation", 0)
         for model in self.models:
             model.eval()
         outputs: list[dict[str, Tensor]] = []
+        surrogates: list[dict[str, float]] = []
         with torch.no_grad(), self._gathered_parameters():
             for _ in range(count):
-                outputs += self._schedule(next(batches), self._forward_step, forward_only=True)
+                prepared, surrogate = self._prepare(next(batches))
+                outputs += self._schedule(prepared, self._forward_step, forward_only=True)
+                surrogates.append(surrogate)
         for model in self.models:
             model.train()
-        metrics = reduce_metrics(outputs, self.device)
+        means = {name: fmean(each[name] for each in surrogates) for name in surrogates[0]}
+        metrics = reduce_metrics(outputs, self.device) | means
         self.logger.validation(step, metrics)
         return metrics
 

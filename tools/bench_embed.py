@@ -62,6 +62,7 @@ def batches_of(ids: Tensor, chunk: int) -> list[Any]:
                 "pool_from": torch.zeros(2, dtype=torch.long),
                 "document_id": torch.tensor([2 * number, 2 * number + 1]),
                 "text_hash": torch.tensor([2 * number, 2 * number + 1]),
+                "answers": torch.zeros(2, 0, dtype=torch.long),
                 "in_batch": torch.ones(2, dtype=torch.bool),
                 "teacher": torch.full((2,), float("nan")),
             },

@@ -5,8 +5,12 @@ The member `json` holds
 - `query`, `positive`, `negatives` (a list, in order of preference);
 - optionally `instruction` (the task's, put before the query), `symmetric` (true: before the
   documents too, as NV-Embed does for similarity tasks), `in_batch_negatives` (else the builder's),
-  `positive_id` and `negative_ids` (else a document is known by its text), `scores` (another model's
-  for positive and negatives).
+  `positive_id` and `negative_ids` (else a document is known by its text), `positive_ids` (every
+  document that answers the query, so that none is its negative), `scores` (another model's for
+  positive and negatives).
+
+Ids are compared over all datasets of a blend: let each of them begin with its set's name, as
+`retrieval_sets.beir` does.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class RetrievalBuilder:
         key, one with fewer gives those.
     in_batch_negatives: whether other samples' documents are negatives where a record does not say.
     instruction: where a record brings none; None: no instruction.
+    num_answers: ids of `positive_ids` that are kept beside `positive_id`; of more, the first ones.
     masking: which of an instruction's tokens are not pooled (all are attended to):
         "sentence_transformers": BOS and the whole prefix, as that library does;
         "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
@@ -50,15 +55,19 @@ class RetrievalBuilder:
         in_batch_negatives: bool,
         instruction: str | None = None,
         masking: str = "sentence_transformers",
+        num_answers: int = 16,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
     ) -> None:
         if masking not in MASKINGS:
             raise ValueError(f"masking={masking} must be one of {', '.join(MASKINGS)}")
-        if num_negatives < 0:
-            raise ValueError(f"num_negatives={num_negatives} must be at least 0")
+        if num_negatives < 0 or num_answers < 1:
+            raise ValueError(
+                f"num_negatives={num_negatives} must be at least 0, num_answers={num_answers} 1"
+            )
         self.num_negatives = num_negatives
+        self.num_answers = num_answers
         self.in_batch_negatives = in_batch_negatives
         self.instruction = instruction
         self.masking = masking
@@ -70,8 +79,8 @@ class RetrievalBuilder:
         field, has an empty text, or more or fewer ids or scores than documents."""
         source, record = _source(members), _record(members)
         documents = [record["positive"], *record["negatives"]]
-        ids = [record.get("positive_id"), *record.get("negative_ids", [None] * len(documents[1:]))]
-        scores = record.get("scores") or [float("nan")] * len(documents)
+        ids = [record.get("positive_id"), *(record["negative_ids"] or [None] * len(documents[1:]))]
+        scores = record["scores"] or [float("nan")] * len(documents)
         if not len(documents) == len(ids) == len(scores):
             raise ValueError(
                 f"{source}: {len(documents)} documents, {len(ids)} ids, {len(scores)} scores"
@@ -83,7 +92,11 @@ class RetrievalBuilder:
         both = instruction if record.get("symmetric") else None
         encoded = [self.encode(text, both if i else instruction) for i, text in enumerate(texts)]
         in_batch = bool(record.get("in_batch_negatives", self.in_batch_negatives))
-        names = [record["query"], *(ids[i] or documents[i] for i in chosen)]
+        known = [text if name is None else name for name, text in zip(ids, documents, strict=True)]
+        names = [record["query"], *(known[i] for i in chosen)]
+        others = [name for name in record["positive_ids"] if name != known[0]][: self.num_answers]
+        answers = torch.full((len(texts), self.num_answers), _hash(str(known[0])))
+        answers[0, : len(others)] = torch.tensor([_hash(str(name)) for name in others])
         return _sample(
             encoded,
             source,
@@ -91,6 +104,7 @@ class RetrievalBuilder:
                 "role": torch.tensor(roles),
                 "document_id": torch.tensor([_hash(str(name)) for name in names]),
                 "text_hash": torch.tensor([_hash(text) for text in texts]),
+                "answers": answers,
                 "in_batch": torch.full((len(texts),), in_batch),
                 "teacher": torch.tensor([float("nan"), *(float(scores[i]) for i in chosen)]),
             },
@@ -111,6 +125,7 @@ class RetrievalBuilder:
         extras = {
             "role": torch.tensor([QUERY]),
             **unknown,
+            "answers": torch.zeros(1, self.num_answers, dtype=torch.long),
             "in_batch": torch.tensor([False]),
             "teacher": torch.tensor([float("nan")]),
         }
@@ -166,11 +181,21 @@ def _record(members: Mapping[str, Any]) -> dict[str, Any]:
         record = json.loads(members["json"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{source}: no readable member json ({error!r})") from error
-    texts = [record.get("query"), record.get("positive"), *record.get("negatives", [None])]
+    if not isinstance(record, dict):
+        raise ValueError(f"{source}: must be an object, got {type(record).__name__}")
+    for name in ("negatives", "negative_ids", "positive_ids", "scores"):
+        value = record.get(name)
+        if value is None and name != "negatives":
+            record[name] = []
+        elif not isinstance(value, list):
+            raise ValueError(f"{source}: {name} must be a list, got {value!r}")
+    texts = [record.get("query"), record.get("positive"), *record["negatives"]]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(
             f"{source}: query, positive and negatives must be texts that are not empty"
         )
+    if not all(isinstance(score, int | float) for score in record["scores"]):
+        raise ValueError(f"{source}: scores must be numbers, got {record['scores']}")
     return record
 
 

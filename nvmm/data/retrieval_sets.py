@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -57,29 +60,48 @@ def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:
 def beir(
     folder: str | Path, split: str, negatives: Mapping[str, Sequence[str]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One record a relevant pair of a BEIR folder.
+    """One record a relevant pair of a BEIR folder; ids begin with the folder's name.
 
     negatives: query id -> ids of mined hard negatives; a relevant one among them is left out.
+    Raises ValueError when qrels or negatives name what is not there.
     """
+    folder = Path(folder)
     corpus, queries, qrels = read_corpus(folder), read_queries(folder), read_qrels(folder, split)
+    name = folder.resolve().name
     for query, relevant in qrels.items():
         mined = [doc for doc in (negatives or {}).get(query, []) if doc not in relevant]
+        unknown = [doc for doc in (*relevant, *mined) if doc not in corpus]
+        if query not in queries or unknown:
+            raise ValueError(f"{folder}: query {query} or its documents {unknown} are not there")
         for positive in relevant:
             yield {
                 "query": queries[query],
                 "positive": corpus[positive],
-                "positive_id": positive,
+                "positive_id": f"{name}/{positive}",
+                "positive_ids": [f"{name}/{doc}" for doc in relevant],
                 "negatives": [corpus[doc] for doc in mined],
-                "negative_ids": mined,
+                "negative_ids": [f"{name}/{doc}" for doc in mined],
             }
 
 
 def triplets(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Sentence-transformers' columns: anchor (or query), positive, negative, negative_2, ..."""
-    for record in records:
-        query = record.get("anchor", record.get("query"))
-        negatives = [value for key, value in record.items() if key.startswith("negative")]
-        yield {"query": query, "positive": record["positive"], "negatives": negatives}
+    """Sentence-transformers' columns: anchor (or query), positive, negative, negative_2, ...
+
+    Raises ValueError naming the row's number, from 1, for one with other columns or no texts.
+    """
+    for number, record in enumerate(records, 1):
+        rest = dict(record)
+        query = rest.pop("anchor", None) or rest.pop("query", None)
+        positive = rest.pop("positive", None)
+        texts = [query, positive, *rest.values()]
+        if not all(_NEGATIVE.fullmatch(name) for name in rest) or not all(
+            isinstance(text, str) for text in texts
+        ):
+            raise ValueError(
+                f"row {number}: needs texts anchor (or query), positive and any of negative,"
+                f" negative_2, ...: {dict(record)}"
+            )
+        yield {"query": query, "positive": positive, "negatives": list(rest.values())}
 
 
 def classes(
@@ -94,24 +116,36 @@ def classes(
 
     The positive is another text of the same class, the negatives are texts of other classes, drawn
     by the seed. Other samples of a batch may be of the same class: no in-batch negatives. All
-    texts get the instruction. Texts of a class of one are left out.
+    texts get the instruction (our choice: the paper says so of similarity tasks). Texts of a class
+    of one are left out, texts of two classes are nobody's negative.
     """
     rng = random.Random(seed)
-    members: dict[Any, list[int]] = defaultdict(list)
-    for number, label in enumerate(labels):
-        members[label].append(number)
+    members: dict[Any, dict[str, int]] = defaultdict(dict)  # text -> its place in its class
+    classes_of: dict[str, set[Any]] = defaultdict(set)
+    for text, label in zip(texts, labels, strict=True):
+        members[label].setdefault(text, len(members[label]))
+        classes_of[text].add(label)
     if len(members) < 2:
         raise ValueError(f"classes need two labels, got {sorted(map(str, members))}")
-    for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        same = [other for other in members[label] if other != number and texts[other] != text]
-        if not same:
+    listed = {label: list(places) for label, places in members.items()}
+    # Class after class, so that other classes' texts are all places but one range.
+    pool: list[str] = []
+    ranges: dict[Any, range] = {}
+    for label, own_texts in listed.items():
+        start = len(pool)
+        pool += [text for text in own_texts if len(classes_of[text]) == 1]
+        ranges[label] = range(start, len(pool))
+    for text, label in zip(texts, labels, strict=True):
+        same, own = listed[label], ranges[label]
+        if len(same) < 2:
             continue
-        others = [other for other in range(len(texts)) if labels[other] != label]
-        chosen = rng.sample(others, min(num_negatives, len(others)))
+        positive = rng.randrange(len(same) - 1)
+        available = len(pool) - len(own)
+        chosen = rng.sample(range(available), min(num_negatives, available))
         yield {
             "query": text,
-            "positive": texts[rng.choice(same)],
-            "negatives": [texts[other] for other in chosen],
+            "positive": same[positive + (positive >= members[label][text])],
+            "negatives": [pool[i if i < own.start else i + len(own)] for i in chosen],
             "instruction": instruction,
             "symmetric": True,
             "in_batch_negatives": False,

@@ -5,6 +5,7 @@ positive document and its hard negatives, described by `Batch.extras`, one entry
 
 - role: int64, QUERY, POSITIVE or NEGATIVE of `nvmm.batch`; a query begins a sample;
 - document_id, text_hash: int64, equal for one document under two texts, or one text twice;
+- answers: int64 [texts, n], on a query: document ids that answer it beside its positive's;
 - in_batch: bool, on a query: whether other samples' documents are its negatives;
 - teacher: float32, on a document: another model's score for its query (NaN: none).
 """
@@ -40,8 +41,9 @@ class Contrastive:
         temperature: divides the scores. NV-Embed's paper gives none; 0.02 is E5-Mistral's.
         cross_rank_negatives: take other data-parallel ranks' documents as candidates.
         mask_false_negatives: drop candidates that are a positive of the same query text, by
-            document id or by text.
-        symmetric: average with the loss of choosing the query for each positive.
+            document id or by text, or one of the query's `answers`.
+        symmetric: average with the loss of choosing the query for each positive, where there are
+            other queries to choose from.
         matryoshka_dims: prefixes of the vector, each normalised anew, whose losses are averaged
             (arXiv:2205.13147); () is the whole vector.
         distillation_weight: of KL(teacher || model) over a query's own documents, against 1 minus
@@ -161,7 +163,8 @@ class Contrastive:
         if self.symmetric:
             positives = embeddings[found.positives[found.own]]
             backward = positives @ embeddings[found.queries].t() / self.temperature
-            loss = (loss + _choose(backward, found.reverse_mask, found.own)) / 2
+            both = (loss + _choose(backward, found.reverse_mask, found.own)) / 2
+            loss = torch.where(found.reverse_mask.sum(1) > 1, both, loss)
         if self.distillation_weight:
             weight = self.distillation_weight * found.is_taught
             loss = (1 - weight) * loss + weight * self._distillation(scores, texts, found)
@@ -178,7 +181,7 @@ class Contrastive:
 
 @dataclass(frozen=True)
 class _Texts:
-    """The texts of one loss: embeddings [n, h], and [n] each of the others.
+    """The texts of one loss: embeddings [n, h], answers [n, k], and [n] each of the others.
 
     sample: number of the sample; is_own: on this rank; is_valid: not of a sample that only fills
     the batch.
@@ -189,6 +192,7 @@ class _Texts:
     sample: Tensor
     document_id: Tensor
     text_hash: Tensor
+    answers: Tensor
     in_batch: Tensor
     is_valid: Tensor
     is_own: Tensor
@@ -230,10 +234,14 @@ class _Candidates:
             )
             # A query's positives are those of every query with its text.
             mask = mask & ~(asked_alike.float() @ is_answer.float()).bool()
+            for answer in texts.answers[asked].unbind(1):
+                mask = mask & (answer[:, None] != texts.document_id[self.documents])
             answers_too = same("document_id", self.positives[self.own], self.positives) | same(
                 "text_hash", self.positives[self.own], self.positives
             )
             reverse = reverse & ~asked_alike & ~answers_too
+            for answer in texts.answers[self.queries].unbind(1):  # another query's
+                reverse = reverse & (texts.document_id[self.positives[self.own]][:, None] != answer)
         self.mask = mask.scatter(1, self.target[:, None], True)
         self.reverse_mask = reverse.scatter(1, self.own[:, None], True)
         known = ~texts.teacher[self.documents].isnan()
@@ -270,6 +278,7 @@ def _texts(embeddings: Tensor, batches: Sequence[Batch]) -> _Texts:
         sample=sample,
         document_id=joined("document_id"),
         text_hash=joined("text_hash"),
+        answers=joined("answers"),
         in_batch=joined("in_batch").bool(),
         is_valid=(torch.cat([batch.sample_ids for batch in batches]) >= 0)[sample],
         is_own=torch.ones_like(role, dtype=torch.bool),
@@ -300,6 +309,7 @@ def _all_ranks(texts: _Texts) -> _Texts:
         sample=gathered(texts.sample) + ranks * int(counts.max()),
         document_id=gathered(texts.document_id),
         text_hash=gathered(texts.text_hash),
+        answers=gathered(texts.answers),
         in_batch=gathered(texts.in_batch.long()).bool(),
         is_valid=gathered(texts.is_valid.long()).bool(),
         is_own=ranks == group.rank(),

@@ -26,7 +26,8 @@ class Objective(Protocol):
     """Batch -> loss. Optional third method:
 
     `prepare(run, batches) -> (batches, metrics)` runs once a step on every rank before the
-    training pass and returns the batches with `extras` filled.
+    training pass, and before that of a validation batch (in eval mode, without gradients), and
+    returns the batches with `extras` filled.
     """
 
     def forward(self, model: Module, batch: Batch) -> Tensor:

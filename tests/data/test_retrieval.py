@@ -63,6 +63,7 @@ def test_texts_of_a_sample_become_rows_with_their_roles(tokenizer: Tokenizer) ->
     ids, hashes = batch.extras["document_id"], batch.extras["text_hash"]
     assert hashes[1] == hashes[5] and ids[1] != ids[5], "the second knows its text alone"
     assert batch.extras["teacher"].isnan().all()
+    assert batch.extras["answers"].shape == (7, 16)
     packed = collate([first, second], pad_id=0, packed=True)
     assert packed.lengths.tolist() == batch.lengths.tolist()
     for number, length in enumerate(batch.lengths.tolist()):
@@ -110,12 +111,33 @@ def test_choices_of_a_record(tokenizer: Tokenizer) -> None:
     assert len(chosen) > 1, "which negatives depends on the key"
 
 
+def test_ids_of_a_record(tokenizer: Tokenizer) -> None:
+    ids = {"positive_id": 0, "negative_ids": [1, 2, 3], "positive_ids": [0, 7, 8, 9]}
+    build = builder(tokenizer, num_answers=2)
+    extras = build(member(**RECORD, **ids)).extras
+    named = [build(member(**RECORD, positive_id=i)).extras["document_id"][1] for i in (0, 7, 8)]
+    assert extras["document_id"][1] == named[0], "an id of 0 is an id"
+    assert extras["answers"][0].tolist() == [int(named[1]), int(named[2])]
+    plain = build(member(**RECORD)).extras
+    assert plain["document_id"][1] == plain["text_hash"][1] == plain["answers"][0, 0]
+
+
 @pytest.mark.parametrize(
-    "record", [{"query": "bird"}, RECORD | {"query": " "}, RECORD | {"scores": [1.0]}]
+    ("record", "says"),
+    [
+        ({"query": "bird"}, "must be a list"),
+        (RECORD | {"query": " "}, "texts that are not empty"),
+        (RECORD | {"scores": [1.0]}, "4 documents, 4 ids, 1 scores"),
+        (RECORD | {"negative_ids": ["a"]}, "4 documents, 2 ids"),
+        (RECORD | {"negatives": "abc"}, "negatives must be a list, got 'abc'"),
+        (RECORD | {"scores": ["x", 1, 2, 3]}, "scores must be numbers"),
+        ([RECORD], "must be an object, got list"),
+    ],
 )
-def test_broken_records_are_named(record: dict[str, Any], tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"a\.tar:0"):
-        builder(tokenizer)(member(**record))
+def test_broken_records_are_named(record: Any, says: str, tokenizer: Tokenizer) -> None:
+    broken = member() | {"json": json.dumps(record).encode()}
+    with pytest.raises(ValueError, match=rf"a\.tar:0: .*{says}"):
+        builder(tokenizer)(broken)
 
 
 def test_a_broken_record_leaves_a_hole_that_no_query_sees(
@@ -139,21 +161,27 @@ def test_a_broken_record_leaves_a_hole_that_no_query_sees(
 
 
 def test_beir_layout(tmp_path: Path) -> None:
-    (tmp_path / "qrels").mkdir()
+    folder = tmp_path / "fiqa"
+    (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "text": "two"}]
-    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
-    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "ask"}))
-    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t2\nq\td2\t0\n")
-    found = list(retrieval_sets.beir(tmp_path, "test", {"q": ["d1", "d2"]}))
+    corpus.append({"_id": "d3", "text": "three"})
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "ask"}))
+    rows = "query-id\tcorpus-id\tscore\nq\td1\t2\nq\td2\t0\nq\td3\t1\n"
+    (folder / "qrels" / "test.tsv").write_text(rows)
+    found = list(retrieval_sets.beir(folder, "test", {"q": ["d1", "d2"]}))
+    same = {
+        "query": "ask",
+        "positive_ids": ["fiqa/d1", "fiqa/d3"],
+        "negatives": ["two"],
+        "negative_ids": ["fiqa/d2"],
+    }
     assert found == [
-        {
-            "query": "ask",
-            "positive": "T one",
-            "positive_id": "d1",
-            "negatives": ["two"],
-            "negative_ids": ["d2"],
-        }
+        same | {"positive": "T one", "positive_id": "fiqa/d1"},
+        same | {"positive": "three", "positive_id": "fiqa/d3"},
     ]
+    with pytest.raises(ValueError, match=r"query q or its documents \['d9'\] are not there"):
+        list(retrieval_sets.beir(folder, "test", {"q": ["d9"]}))
 
 
 def test_triplets_and_classes() -> None:
@@ -161,6 +189,9 @@ def test_triplets_and_classes() -> None:
     assert list(retrieval_sets.triplets(rows)) == [
         {"query": "q", "positive": "p", "negatives": ["n", "m"]}
     ]
+    for wrong in ({"negatives": ["n"]}, {"positive": None}, {"label": "x"}):
+        with pytest.raises(ValueError, match="row 2: needs texts anchor"):
+            list(retrieval_sets.triplets([rows[0], rows[0] | wrong]))
     texts, labels = ["a", "b", "c", "d", "e"], [0, 0, 1, 1, 2]
     found = list(retrieval_sets.classes(texts, labels, num_negatives=2, instruction="sort"))
     assert [record["query"] for record in found] == ["a", "b", "c", "d"]
@@ -171,3 +202,19 @@ def test_triplets_and_classes() -> None:
         )
         assert all(of[text] != of[record["query"]] for text in record["negatives"])
         assert record["in_batch_negatives"] is False
+
+
+def test_texts_of_two_classes_are_no_negatives_and_many_texts_take_no_longer_each() -> None:
+    texts = ["both", "a", "a", "b", *map(str, range(20_000)), "both", "c"]
+    labels = [0, 0, 0, 0, *(i % 3 for i in range(20_000)), 1, 9]
+    found = list(retrieval_sets.classes(texts, labels, num_negatives=7, instruction="sort"))
+    assert len(found) == len(texts) - 1, "a class of one has no positive"
+    classes = {(text, label) for text, label in zip(texts, labels, strict=True)}
+    by_query = dict(zip(texts[:-1], labels[:-1], strict=True))
+    for record in found:
+        assert record["positive"] != record["query"] and len(record["negatives"]) == 7
+        assert "both" not in record["negatives"]
+        if record["query"] != "both":
+            label = by_query[record["query"]]
+            assert (record["positive"], label) in classes
+            assert all((text, label) not in classes for text in record["negatives"])

@@ -22,6 +22,7 @@ def batch_of(roles: list[int], num_samples: int, **extras: Any) -> Batch:
         "role": torch.tensor(roles),
         "document_id": torch.arange(n),
         "text_hash": torch.arange(n),
+        "answers": torch.full((n, 2), -1),
         "in_batch": torch.ones(n, dtype=torch.bool),
         "teacher": torch.full((n,), float("nan")),
     }
@@ -105,6 +106,49 @@ def test_symmetric_averages_both_directions() -> None:
     forward = -math.log(cosine(10, 0.5) / (cosine(10, 0.5) + cosine(120, 0.5)))
     backward = -math.log(cosine(10, 0.5) / (cosine(10, 0.5) + cosine(80, 0.5)))
     assert found[0] == pytest.approx((forward + backward) / 2, rel=1e-5)
+
+
+def backward_candidates(batch: Batch, **options: Any) -> list[int]:
+    """Queries among which each positive must find its own, worked out from the loss alone.
+
+    All documents are alike and all queries are alike: each direction's loss is log(candidates).
+    """
+    objective = local(symmetric=True, **options)
+    embeddings = torch.ones(len(batch.extras["role"]), 4) / 2
+    both = objective.per_query(embeddings, [batch])
+    one = local(**options).per_query(embeddings, [batch])
+    return [round(math.exp(2 * b - a)) for a, b in zip(one[:, 0], both[:, 0], strict=True)]
+
+
+def test_which_queries_compete_for_a_positive() -> None:
+    roles = [0, 1] * 4
+    assert backward_candidates(batch_of(roles, 4)) == [4] * 4
+    alike = batch_of(roles, 4, text_hash=[9, 1, 9, 3, 4, 5, 6, 7])
+    assert backward_candidates(alike) == [3, 3, 4, 4], "a query of the same text answers too"
+    answer = batch_of(roles, 4, document_id=[0, 1, 2, 1, 4, 5, 6, 7])
+    assert backward_candidates(answer) == [3, 3, 4, 4], "a query of the same positive fits too"
+    known = torch.full((8, 2), -1)
+    known[4, 1] = 1  # the third query has document 1 among its answers
+    assert backward_candidates(batch_of(roles, 4, answers=known)) == [3, 4, 4, 4]
+    assert backward_candidates(alike, mask_false_negatives=False) == [4] * 4
+
+
+def test_a_query_on_its_own_has_one_direction() -> None:
+    batch = batch_of(ROLES, 2, in_batch=[False] * 3 + [True] * 3)
+    plain = losses(local(), batch, vectors(*ANGLES))
+    found = losses(local(symmetric=True), batch, vectors(*ANGLES))
+    assert found[0] == pytest.approx(plain[0], rel=1e-6)
+    backward = -math.log(cosine(30) / (cosine(30) + cosine(120)))
+    assert found[1] == pytest.approx((plain[1] + backward) / 2, rel=1e-5)
+
+
+def test_a_known_answer_is_no_negative() -> None:
+    known = torch.full((6, 2), -1)
+    known[0] = torch.tensor([4, 77])  # the other sample's positive answers the first query too
+    batch = batch_of(ROLES, 2, answers=known)
+    found = losses(local(), batch, vectors(*ANGLES))
+    assert found[0] == pytest.approx(-math.log(cosine(10) / sum(map(cosine, (10, 50, 200)))))
+    assert found[1] == pytest.approx(-math.log(cosine(30) / sum(map(cosine, (80, 40, 30, 110)))))
 
 
 def test_matryoshka_averages_normalised_prefixes() -> None:
