@@ -86,7 +86,7 @@ def run(
     num_steps: int = 5,
     num_micro_batches: int = 4,
     packed: bool = False,
-    merged: bool = False,
+    merge: int = 1,
     reference: Path | None = None,
     weights: Path | None = None,
     fault: Callable[[], None] | None = None,
@@ -99,7 +99,7 @@ def run(
         weights: where to write that checkpoint (the reference run itself).
         fault: called first on every rank; plants a fault that the comparison must find.
         packed: one packed row per micro-batch instead of padded rows.
-        merged: each step's rows in one micro-batch instead of `num_micro_batches`.
+        merge: make one of every so many micro-batches, with the same rows.
 
     Returns rank-independent results. Raises RuntimeError with the traceback of a failing rank.
     """
@@ -116,7 +116,7 @@ def run(
                 num_steps=num_steps,
                 num_micro_batches=num_micro_batches,
                 packed=packed,
-                merged=merged,
+                merge=merge,
             ),
             reference,
             fault,

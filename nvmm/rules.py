@@ -126,6 +126,17 @@ def _attention_heads(view: View) -> Iterator[Problem]:
         )
 
 
+def _pooling_heads(view: View) -> Iterator[Problem]:
+    heads, tensor = view.integer("model.pooling.num_heads"), view.size("tensor")
+    if heads and heads % tensor:
+        yield Problem(
+            "model.pooling.num_heads",
+            heads,
+            f"must be divisible by parallel.tensor_model_parallel_size={tensor};"
+            f" use a size of {divisors(heads)}",
+        )
+
+
 def _transformer_shapes(view: View) -> Iterator[Problem]:
     for prefix in _transformers(view):
         heads = view.integer(f"{prefix}.num_attention_heads")
@@ -440,6 +451,7 @@ def _profile(view: View) -> Iterator[Problem]:
 RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     _positive_sizes,
     _attention_heads,
+    _pooling_heads,
     _transformer_shapes,
     _pipeline_layers,
     _sequence_parallel,

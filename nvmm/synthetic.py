@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -55,17 +56,17 @@ def synthetic_steps(
     num_micro_batches: int,
     *,
     packed: bool = False,
-    merged: bool = False,
+    merge: int = 1,
 ) -> list[list[Batch]]:
     """Micro-batches with images unevenly spread, some without any; ragged rows; an odd vocabulary.
 
     `config["attended"]` says which tiles have no placeholders but are for cross-attention.
 
     Every second micro-batch of odd steps has no image at all, so with two data-parallel ranks one
-    sees none in the whole step; of even steps the last micro-batch has none. With `merged` the
-    same rows form one micro-batch a step (no gradient accumulation). Rows and packed segments are
-    padded as `config["parallel"]` needs, rows to a multiple of `config["row_multiple"]` at least;
-    the tokens are the same at any layout.
+    sees none in the whole step; of even steps the last micro-batch has none. Every `merge` of them
+    become one (all: no gradient accumulation). Rows and packed segments are padded as
+    `config["parallel"]` needs, rows to a multiple of `config["row_multiple"]` at least; the tokens
+    are the same at any layout.
 
     For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
     """
@@ -91,8 +92,7 @@ def synthetic_steps(
                     for i in range(2 * texts)
                 ]
             )
-        if merged:
-            groups = [[row for group in groups for row in group]]
+        groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
         steps.append(
             [
                 _collate(rows, 100 * step + 10 * i, packed, multiple, segment)
@@ -186,7 +186,7 @@ def _collate(
         tokens[line, start:end] = row.tokens[:-1]
         target = row.tokens[1:].clone()
         target[target == PLACEHOLDER] = IGNORE_INDEX
-        target[: 1 + index % 2] = IGNORE_INDEX  # two rows a micro-batch, also when merged
+        target[: 1 + index % 2] = IGNORE_INDEX  # two rows of a group
         labels[line, start:end] = target
         if packed:
             position_ids[line, start : start + padded[index]] = torch.arange(padded[index])

@@ -198,7 +198,7 @@ def test_layout_equals_one_rank(model: str, layout: str, reference: References) 
 
 def test_accumulation_equals_one_large_micro_batch(reference: References) -> None:
     expected, weights = reference("nvlm_d")
-    merged = run(MODELS["nvlm_d"], ONE_RANK, reference=weights, merged=True)
+    merged = run(MODELS["nvlm_d"], ONE_RANK, reference=weights, merge=4)
     comparison = compare(expected, merged)
     assert comparison.equal, str(comparison)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> References:
     def get(model: str) -> Result:
         if model not in known:
             weights = tmp_path_factory.mktemp(model) / "weights"
-            known[model] = run(
-                MODELS[model], ONE_RANK, num_steps=STEPS, merged=True, weights=weights
-            )
+            known[model] = run(MODELS[model], ONE_RANK, num_steps=STEPS, merge=4, weights=weights)
         return known[model]
 
     return get
@@ -98,7 +97,7 @@ def test_one_micro_batch_needs_no_gradcache(
 ) -> None:
     """The whole batch at once at TP 2 and PP 2, padded or as one packed row."""
     expected = reference("latent")
-    options: dict[str, Any] = {"merged": True, "packed": packed, "reference": expected.weights}
+    options: dict[str, Any] = {"merge": 4, "packed": packed, "reference": expected.weights}
     result = run(MODELS["latent"], LAYOUTS[layout], num_steps=STEPS, **options)
     comparison = compare(expected, result)
     assert comparison.equal, str(comparison)
@@ -107,12 +106,71 @@ def test_one_micro_batch_needs_no_gradcache(
 def test_gradcache_equals_the_gather_at_one_chunk_a_rank(tmp_path: Path) -> None:
     """DP 2 with a micro-batch each: both paths see the same four samples."""
     off = tiny.contrastive(tiny.embedder(), EVERYTHING | {"grad_cache": False})
-    expected = run(off, ONE_RANK, num_steps=1, num_micro_batches=2, merged=True, weights=tmp_path)
+    expected = run(off, ONE_RANK, num_steps=1, num_micro_batches=2, merge=2, weights=tmp_path)
     options: dict[str, Any] = {"num_steps": 1, "num_micro_batches": 2, "reference": tmp_path}
     assert compare(expected, run(off, LAYOUTS["dp2"], **options)).equal
     assert compare(expected, run(MODELS["latent"], LAYOUTS["one"], **options)).equal
     without = compare(expected, run(off, LAYOUTS["one"], **options))
     assert "losses at step 1" in without.failures[0], "accumulation alone must see fewer negatives"
+
+
+@pytest.mark.parametrize("merge", [1, 2, 4])
+def test_chunks_of_any_size_equal_the_whole_batch(merge: int, tmp_path: Path) -> None:
+    """Sixteen samples at DP 2, in chunks of two, four and (no GradCache) eight of a rank."""
+    config = MODELS["mean"]
+    options: dict[str, Any] = {"num_steps": 1, "num_micro_batches": 8}
+    expected = run(config, ONE_RANK, merge=8, weights=tmp_path / "weights", **options)
+    options["reference"] = tmp_path / "weights"
+    comparison = compare(expected, run(config, LAYOUTS["dp2"], merge=merge, **options))
+    assert comparison.equal, str(comparison)
+
+
+DROPOUT = tiny.embedder()
+DROPOUT["transformer"] |= {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+
+
+def compare_passes() -> None:
+    """Fail where the training pass does not give the embeddings of GradCache's first pass."""
+    import torch
+
+    from nvmm.objectives.contrastive import Contrastive
+
+    prepare, loss = Contrastive.prepare, Contrastive.loss
+    first: list[Any] = []
+
+    def prepared(self: Any, run: Any, batches: Any) -> Any:
+        def watched(batches: Any) -> Any:
+            outputs = run(batches)
+            first.extend(outputs)
+            return outputs
+
+        return prepare(self, watched, batches)
+
+    def compared(self: Any, output: Any, batch: Any) -> Any:
+        if not torch.equal(output.detach(), first.pop(0)):
+            raise AssertionError("another embedding than the first pass gave")
+        return loss(self, output, batch)
+
+    Contrastive.prepare, Contrastive.loss = prepared, compared  # type: ignore[method-assign]
+
+
+def compare_passes_without_replay() -> None:
+    """The training pass draws its own random numbers."""
+    from nvmm.parallel import generators
+
+    generators.replayed = contextlib.nullcontext
+    compare_passes()
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2"])
+def test_both_passes_of_gradcache_drop_the_same(layout: str) -> None:
+    config = tiny.contrastive(DROPOUT, {}) | {
+        "lora": tiny.lora(["decoder.*linear_*"], train=["pooling.*"], dropout=0.2)
+    }
+    options: dict[str, Any] = {"num_steps": 2, "num_micro_batches": 4}
+    run(config, LAYOUTS[layout], fault=compare_passes, **options)
+    with pytest.raises(RuntimeError, match="another embedding than the first pass gave"):
+        run(config, LAYOUTS[layout], fault=compare_passes_without_replay, **options)
 
 
 def average_gradients() -> None:
@@ -168,7 +226,7 @@ def test_planted_faults_are_caught(
     count = 4 if grad_cache else 2
     weights = tmp_path_factory.mktemp("weights") / "weights"
     options: dict[str, Any] = {"num_steps": 1, "num_micro_batches": count}
-    expected = run(config, ONE_RANK, merged=True, weights=weights, **options)
+    expected = run(config, ONE_RANK, merge=count, weights=weights, **options)
     faulty = run(config, LAYOUTS["dp2"], reference=weights, fault=fault, **options)
     failures = compare(expected, faulty).failures
     loss = any(failure.startswith("losses at step 1") for failure in failures)

@@ -87,6 +87,7 @@ FP8 = "precision__fp8"
 LORA = {"_target_": "nvmm.modules.lora.Lora", "targets": ["*.linear_qkv"]}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({TP: 3}, f"{LM}.transformer.num_attention_heads=4", "size of 1, 2, 4"),
+    ({"model__pooling": {"num_heads": 3}}, "model.pooling.num_heads=3", "size of 1, 3"),
     ({TP: 3}, f"{LM}.padded_vocab_size=512", "divisible by"),
     (
         {TP: 4, f"{T}num_attention_heads": 12, f"{T}num_query_groups": 6, f"{T}kv_channels": 32},

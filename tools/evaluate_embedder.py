@@ -24,13 +24,16 @@ def main() -> None:
         corpus = retrieval_sets.read_corpus(options.beir)
         queries = retrieval_sets.read_queries(options.beir)
         qrels = retrieval_sets.read_qrels(options.beir, options.split)
-        encode = load(options.checkpoint, options.tensor_parallel, options.batch_size)
-    instruction = options.instruction or encode.builder.instruction
-    scores: dict[str, Any]
-    if options.mteb:
-        scores = mteb_task.evaluate(encode, corpus, queries, qrels, instruction=instruction)
-    else:
-        scores = beir.evaluate(encode, corpus, queries, qrels, instruction=instruction)
+        encode = load(options.checkpoint, options.tensor_parallel, options.batch_size, options.base)
+        runner: Any = mteb_task if options.mteb else beir
+        scores: dict[str, Any] = runner.evaluate(
+            encode,
+            corpus,
+            queries,
+            qrels,
+            instruction=options.instruction or encode.builder.instruction,
+            ignore_identical_ids=options.ignore_identical_ids,
+        )
     if entry.rank() == 0:
         text = json.dumps(scores, indent=1, default=str)
         print(text)
@@ -39,8 +42,10 @@ def main() -> None:
     setup.shutdown()
 
 
-def load(checkpoint: str, tensor_parallel: int = 1, batch_size: int = 32) -> Any:
-    """The encoder of a checkpoint or run directory."""
+def load(
+    checkpoint: str, tensor_parallel: int = 1, batch_size: int = 32, base: str | None = None
+) -> Any:
+    """The encoder of a checkpoint or run directory; base: where a LoRA run's base lies now."""
     from nvmm.embedding import Encoder
     from nvmm.evaluate import restore
 
@@ -51,6 +56,7 @@ def load(checkpoint: str, tensor_parallel: int = 1, batch_size: int = 32) -> Any
     config = {
         "checkpoint": {"path": checkpoint},
         "parallel": parallel,
+        "base": base,
         "seed": 1234,
         **dict.fromkeys(("precision", "backend", "tokenizer", "sequence_length")),
         "trust_config": False,
@@ -68,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test")
     parser.add_argument("--instruction", help="before queries; default: the training's")
     parser.add_argument("--mteb", action="store_true", help="let mteb score it (embed extra)")
+    parser.add_argument(
+        "--ignore-identical-ids",
+        action="store_true",
+        help="leave out the document that has the query's id (ArguAna, Quora, ...)",
+    )
+    parser.add_argument("--base", help="where the checkpoint that a LoRA run started from lies")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--output", help="file for the scores")

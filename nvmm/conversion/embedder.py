@@ -8,6 +8,7 @@ post-processor of tokenizer.json, and checked.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
+from nvmm.data.retrieval import TEMPLATE
 from nvmm.data.tokenizer import Tokenizer
 
-TEMPLATE = "Instruct: {instruction}\nQuery: "
+log = logging.getLogger("nvmm")
 _MODULES = {
     "": "sentence_transformers.models.Transformer",
     "1_Pooling": "sentence_transformers.models.Pooling",
@@ -30,11 +32,19 @@ def write_embedder(folder: Path, config: Mapping[str, Any], hidden_size: int) ->
     """Complete an exported folder.
 
     config: the checkpoint's; its data.train.build says instruction, masking and length.
-    Raises ValueError when the folder has no tokenizer or it does not frame a text.
+    Warns where sentence-transformers would pool other tokens than the training did. Raises
+    ValueError when the folder has no tokenizer or it does not frame a text.
     """
     build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
     masking = build.get("masking", "sentence_transformers")
     length = (config.get("data") or {}).get("sequence_length", 512)
+    if masking not in ("sentence_transformers", "none"):
+        log.warning(
+            "sentence-transformers leaves out of the mean what masking=sentence_transformers does,"
+            " not masking=%s: a query's vector differs from the training's; give Transformers a"
+            " pool_mask instead",
+            masking,
+        )
     _update(folder / "config.json", {"instruction_masking": masking})
     source = files("nvmm.convert") / "modeling_nvembed.py"
     (folder / "modeling_nvembed.py").write_text(source.read_text(encoding="utf-8"))

@@ -23,12 +23,15 @@ def evaluate(
     qrels: Mapping[str, Mapping[str, int]],
     *,
     instruction: str | None = None,
+    ignore_identical_ids: bool = False,
     cutoffs: Sequence[int] = (1, 5, 10, 100),
 ) -> dict[str, float]:
     """Means over the queries that have a relevant document: {"ndcg_at_10": ..., ...}.
 
     corpus, queries: id -> text; qrels: query id -> document id -> relevance above 0.
     instruction: put before queries, not before documents.
+    ignore_identical_ids: leave the document with a query's id out of its ranking, as mteb does for
+        sets whose queries are documents (ArguAna, Quora, ...).
 
     Raises ValueError when the qrels name a query or document that is not there.
     """
@@ -43,9 +46,9 @@ def evaluate(
     for start in range(0, len(asked), _QUERIES):
         part = asked[start : start + _QUERIES]
         scores = encode([queries[query] for query in part], instruction) @ documents.t()
-        best = torch.topk(scores, min(max(cutoffs), len(ids)), dim=1).indices.tolist()
+        best = torch.topk(scores, min(max(cutoffs) + 1, len(ids)), dim=1).indices.tolist()
         for query, row in zip(part, best, strict=True):
-            ranking = [ids[i] for i in row]
+            ranking = [ids[i] for i in row if not (ignore_identical_ids and ids[i] == query)]
             for name, metric in METRICS.items():
                 for k in cutoffs:
                     totals[f"{name}_at_{k}"] += metric(ranking, qrels[query], k)

@@ -19,13 +19,16 @@ def evaluate(
     *,
     name: str = "Custom",
     instruction: str | None = None,
+    ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
     """mteb's scores of a retrieval task; arguments as in `nvmm.evaluation.beir.evaluate`."""
     import mteb
 
+    task = _task(corpus, queries, qrels, name, instruction)
+    task.ignore_identical_ids = ignore_identical_ids
     results = mteb.evaluate(
         _encoder(encode),
-        _task(corpus, queries, qrels, name, instruction),
+        task,
         cache=None,
         co2_tracker=False,
         show_progress_bar=False,

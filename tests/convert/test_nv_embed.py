@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,12 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from nvmm.conversion import exporting, importing, sides
+from nvmm.conversion.embedder import write_embedder
 from nvmm.convert import nv_embed
 from nvmm.data.retrieval import RetrievalBuilder
 from nvmm.data.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.embedding import Encoder
+from nvmm.evaluation import beir
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -140,20 +145,22 @@ def test_the_exported_tokenizer_frames_every_text(exported: tuple[Path, Any]) ->
     assert tokenizer.padding_side == "right"
 
 
-def test_transformers_gives_our_vectors(exported: tuple[Path, Any], tokenizer: Path) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_transformers_gives_our_vectors(exported: tuple[Path, Any], side: str) -> None:
     import transformers
 
     folder, (queries, documents) = exported
     model = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    framed = transformers.AutoTokenizer.from_pretrained(folder)
+    framed = transformers.AutoTokenizer.from_pretrained(folder, padding_side=side)
     prefix = f"Instruct: {INSTRUCTION}\nQuery: "
     for texts, expected, masked in (
         ([prefix + text for text in TEXTS], queries, len(framed(prefix).input_ids) - 1),
         (TEXTS, documents, 0),
     ):
         inputs = framed(texts, padding=True, return_tensors="pt")
-        pool_mask = inputs.attention_mask.clone()
-        pool_mask[:, :masked] = 0
+        place = inputs.attention_mask.cumsum(1)
+        pool_mask = inputs.attention_mask * (place > masked)
+        assert bool(inputs.attention_mask[:, 0].all()) is (side == "right"), "texts of one length"
         with torch.no_grad():
             found = model(inputs.input_ids, inputs.attention_mask, pool_mask).pooler_output
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -207,6 +214,46 @@ def test_a_lora_run_is_merged_and_exported(tokenizer: Path, tmp_path: Path) -> N
     torch.testing.assert_close(found, expected[1], rtol=0, atol=1e-5)
     bare = run_ranks(save, 1, {}, config_of(tokenizer), tmp_path / "bare")[0]
     assert (bare[1] - found).abs().max() > 1e-2, "the adapters change what is encoded"
+
+
+@pytest.mark.parametrize("runner", [[], pytest.param(["--mteb"], marks=pytest.mark.slow)])
+def test_a_checkpoint_is_scored(
+    exported: tuple[Path, Any], runner: list[str], tmp_path: Path
+) -> None:
+    """tools/evaluate_embedder.py on a run directory, against metrics of our vectors."""
+    run, (queries, documents) = exported[0].parent, exported[1]
+    ids = [str(number) for number in range(len(TEXTS))]
+    (tmp_path / "qrels").mkdir()
+    for name in ("corpus", "queries"):
+        lines = [json.dumps({"_id": i, "text": text}) for i, text in zip(ids, TEXTS, strict=True)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    known = {"0": {"1": 2, "2": 1}, "1": {"0": 1}, "2": {"2": 1}}
+    rows = [f"{q}\t{doc}\t{score}" for q, docs in known.items() for doc, score in docs.items()]
+    header = "query-id\tcorpus-id\tscore"
+    (tmp_path / "qrels" / "test.tsv").write_text("\n".join([header, *rows]))
+    command = [sys.executable, "-W", "ignore", "tools/evaluate_embedder.py", "--checkpoint", run]
+    command += ["--beir", tmp_path, "--output", tmp_path / "scores.json", *runner]
+    subprocess.run(list(map(str, command)), check=True, timeout=300)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    texts = dict(zip(ids, TEXTS, strict=True))
+
+    def encode(_: Any, instruction: str | None) -> Tensor:
+        return documents if instruction is None else queries
+
+    expected = beir.evaluate(encode, texts, texts, known, instruction=INSTRUCTION, cutoffs=(1, 10))
+    for name, value in expected.items():
+        assert scores[name] == pytest.approx(value, abs=2e-5), name
+
+
+def test_a_masking_that_sentence_transformers_lacks_is_named(
+    exported: tuple[Path, Any], tokenizer: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = config_of(tokenizer)
+    config["data"]["train"]["build"]["masking"] = "nv_embed"
+    shutil.copytree(exported[0], tmp_path / "hf")
+    shutil.rmtree(tmp_path / "hf" / "2_Normalize")
+    write_embedder(tmp_path / "hf", config, 64)
+    assert "not masking=nv_embed" in caplog.text
 
 
 def test_other_poolings_are_refused() -> None:

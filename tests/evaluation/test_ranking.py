@@ -60,13 +60,27 @@ def test_the_runner_ranks_all_documents() -> None:
         beir.evaluate(encode, CORPUS, QUERIES, {"q0": {"lost": 1}})
 
 
+def test_a_query_that_is_a_document_does_not_find_itself() -> None:
+    corpus = {"same": "ask for 1", "other": "document 1"}
+    data = (corpus, {"same": "ask for 1"}, {"same": {"other": 1}})
+    assert beir.evaluate(encode, *data, cutoffs=(1,))["hit_rate_at_1"] == 0
+    found = beir.evaluate(encode, *data, ignore_identical_ids=True, cutoffs=(1,))
+    assert found["hit_rate_at_1"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction", [None, "find"])
-def test_mteb_gives_the_same_scores(instruction: str | None) -> None:
-    ours = beir.evaluate(
-        encode, CORPUS, QUERIES, QRELS, instruction=instruction, cutoffs=(1, 5, 10)
-    )
-    theirs = mteb_task.evaluate(encode, CORPUS, QUERIES, QRELS, instruction=instruction)
+@pytest.mark.parametrize("ignore", [False, True])
+def test_mteb_gives_the_same_scores(instruction: str | None, ignore: bool) -> None:
+    queries = {f"d{name[1:]}": text for name, text in QUERIES.items()}
+    qrels = {
+        f"d{name[1:]}": {doc: 1 for doc in known if doc[1:] != name[1:]}
+        for name, known in QRELS.items()
+    }
+    data = (encode, CORPUS, queries, qrels)
+    options = {"instruction": instruction, "ignore_identical_ids": ignore}
+    ours = beir.evaluate(*data, **options, cutoffs=(1, 5, 10))
+    theirs = mteb_task.evaluate(*data, **options)
     for k in (1, 5, 10):
         for name in ("ndcg", "recall", "hit_rate", "mrr"):
             key = f"{name}_at_{k}"

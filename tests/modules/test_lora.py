@@ -119,7 +119,7 @@ def test_optim_freeze_does_not_reach_adapters() -> None:
 @pytest.mark.usefixtures("world")
 def test_flops_of_a_part_with_adapters_leave_out_its_weights_gradients() -> None:
     counts = {}
-    [[batch]] = synthetic_steps(tiny.config(tiny.multimodal()), 1, 1, merged=True)
+    [[batch]] = synthetic_steps(tiny.config(tiny.multimodal()), 1, 1)
     assert batch.media
     for name in ("plain", "lora"):
         net = model()
