@@ -148,29 +148,34 @@ def test_changes_are_listed_and_the_rest_is_kept() -> None:
     assert not any("qk_norm" in line for line in made.changes)
 
 
-def small_fp8(fp8: dict[str, Any], **parallel: Any) -> dict[str, Any]:
+def small_fp8(
+    fp8: dict[str, Any], world_size: int | None = None, **parallel: Any
+) -> dict[str, Any]:
     """The shrunk config of a bf16 run with FP8."""
     config = full(**parallel)
     config["precision"] = {"dtype": "bf16", "fp8": fp8}
-    return miniature(config).config
+    return miniature(config, world_size).config
 
 
 SP = {"sequence_parallel": True}
 
 
 @pytest.mark.parametrize(
-    ("parallel", "rows"),
+    ("parallel", "world_size", "rows"),
     [
-        ({}, 1),
-        (TP8, 1),  # tokens are padded inside the linears
-        (TP8 | SP, 256),
-        ({"tensor_model_parallel_size": 4} | SP, 512),
-        ({"tensor_model_parallel_size": 2} | CP2 | SP, 512),
-        (TP8 | PP4 | CP2 | SP, 512),  # the larger of two layouts, TP2xPP2 and TP2xCP2
+        ({}, None, 1),
+        (TP8, None, 1),  # tokens are padded inside the linears
+        (TP8 | SP, None, 256),
+        ({"tensor_model_parallel_size": 4} | SP, None, 512),
+        ({"tensor_model_parallel_size": 2} | CP2 | SP, None, 512),
+        (TP8 | PP4 | CP2 | SP, None, 512),  # the larger of two layouts, TP2xPP2 and TP2xCP2
+        (TP8 | CP2 | SP, 64, 512),  # TP2xCP2 and TP2xDP2
     ],
 )
-def test_fp8_rows_are_whole_blocks_on_every_rank(parallel: dict[str, Any], rows: int) -> None:
-    assert small_fp8({"recipe": "blockwise"}, **parallel)["row_multiple"] == rows
+def test_fp8_rows_are_whole_blocks_on_every_rank(
+    parallel: dict[str, Any], world_size: int | None, rows: int
+) -> None:
+    assert small_fp8({"recipe": "blockwise"}, world_size, **parallel)["row_multiple"] == rows
 
 
 @pytest.mark.parametrize(
