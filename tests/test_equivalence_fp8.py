@@ -42,10 +42,16 @@ def config(kind: str, recipe: str) -> dict[str, Any]:
     language["transformer"] |= {"hidden_size": 256, "kv_channels": 64, "ffn_hidden_size": 256}
     freezing = {"freeze": ["vision.*"]} if kind == "frozen_vision" else {}
     fp8 = {"_target_": "nvmm.parallel.fp8.Fp8", "recipe": recipe, "amax_history_len": 2}
-    return tiny.config(model, clip_grad=0.0, **freezing) | {
-        "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False, "fp8": fp8},
-        "row_multiple": {"blockwise": 256, "mxfp8": 64}.get(recipe, 32),
-    }
+    whole = {"lora": [], "lora_and_embedding": ["embedding.*"]}
+    adapters = {"lora": tiny.lora(["*linear_*"], train=whole[kind])} if kind in whole else {}
+    return (
+        tiny.config(model, clip_grad=0.0, **freezing)
+        | adapters
+        | {
+            "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False, "fp8": fp8},
+            "row_multiple": {"blockwise": 256, "mxfp8": 64}.get(recipe, 32),
+        }
+    )
 
 
 References = Callable[[str, str], Result]
@@ -88,6 +94,10 @@ SLOW = [
     ("language", "current", "cp2"),
     ("frozen_vision", "delayed", "dp2"),
     ("frozen_vision", "current", "tp2_sharded"),
+    *(("lora", "delayed", layout) for layout in ("pp2", "dp2")),
+    *(("lora", recipe, "tp2_sp") for recipe in RECIPES),
+    # Recomputation computes the first linear's gradient even where nothing before it is trained.
+    ("lora_and_embedding", "delayed", "recompute"),
 ]
 
 
@@ -121,6 +131,64 @@ def forget_other_ranks_amaxes() -> None:
     from nvmm.modules import scaling
 
     scaling.dist = _without_reduction(scaling.dist)
+
+
+def _reduce_amaxes_over(name: str) -> None:
+    from nvmm.modules import scaling
+
+    known = scaling.parallel_state
+    group = {"get_amax_reduction_group": lambda **options: getattr(known, name)()}
+    scaling.parallel_state = SimpleNamespace(**vars(known) | group)
+
+
+def reduce_amaxes_over_data_parallel_ranks_alone() -> None:
+    """Each shard of a tensor has a scale of its own."""
+    _reduce_amaxes_over("get_data_parallel_group")
+
+
+def reduce_amaxes_over_tensor_parallel_ranks_alone() -> None:
+    """Each data or context parallel rank scales by its own samples or tokens."""
+    _reduce_amaxes_over("get_tensor_model_parallel_group")
+
+
+def recompute_under_other_scales() -> None:
+    """What a backward pass computes again of the forward pass is scaled otherwise."""
+    from nvmm.modules import linear
+
+    right = linear.Quantizer.__call__
+
+    def wrong(self: Any, x: Any, tensor: int, **options: Any) -> Any:
+        kept = self.scale
+        if tensor == linear.INPUT and _in_backward():
+            self.scale = kept / 3
+        found = right(self, x, tensor, **options)
+        self.scale = kept
+        return found
+
+    linear.Quantizer.__call__ = wrong  # type: ignore[method-assign]
+
+
+def leave_out_the_last_stage() -> None:
+    """Only the first pipeline stage closes its steps."""
+    from megatron.core import parallel_state
+
+    from nvmm.modules.scaling import Scaling
+
+    right = Scaling.update
+
+    def wrong(self: Any) -> None:
+        first = parallel_state.get_pipeline_model_parallel_rank() == 0
+        return right(self) if first else self.forget_weights()
+
+    Scaling.update = wrong  # type: ignore[method-assign]
+
+
+def leave_out_the_last_chunk() -> None:
+    """Only the first virtual stage's linears have scales."""
+    from nvmm.modules.scaling import Scaling
+
+    right = Scaling.__init__
+    Scaling.__init__ = lambda self, models, fp8: right(self, models[:1], fp8)  # type: ignore[method-assign]
 
 
 def scale_each_shard_alone() -> None:
@@ -166,7 +234,7 @@ def forget_other_ranks_tokens() -> None:
 
     def wrong(self: Quantized, group: Any) -> Quantized:
         whole = right(self, group)
-        if self.block == (32, 1):  # for the weight's gradient
+        if _in_backward():
             own = whole.data.float().chunk(group.size())[group.rank()]
             whole.data.copy_(torch.cat([own] * group.size()).to(whole.data.dtype))
         return whole
@@ -174,30 +242,60 @@ def forget_other_ranks_tokens() -> None:
     Quantized.gathered = wrong  # type: ignore[method-assign]
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
 def _without_reduction(module: Any) -> Any:
     return SimpleNamespace(**vars(module) | {"all_reduce": lambda *args, **options: None})
 
 
+SCALE, GRADIENT = "scale fp8.", "gradient of decoder.layers.0.mlp.linear_fc1"
+FAULTS: list[tuple[Callable[[], None], str, str, str, str]] = [
+    (forget_other_ranks_amaxes, "language", "delayed", "dp2", f"{SCALE}decoder.layers.0"),
+    (scale_each_shard_alone, "language", "current", "tp2", "losses at step 1"),
+    (keep_stale_weights, "language", "delayed", "one", "losses at step 2"),
+    (forget_other_ranks_tokens, "language", "mxfp8", "tp2_sp", GRADIENT),
+    (recompute_under_other_scales, "language", "delayed", "recompute", "gradient of decoder."),
+]
+SLOW_FAULTS: list[tuple[Callable[[], None], str, str, str, str]] = [
+    (reduce_amaxes_over_data_parallel_ranks_alone, "language", "delayed", "tp2", SCALE),
+    (reduce_amaxes_over_data_parallel_ranks_alone, "language", "delayed", "tp2_dp2", SCALE),
+    (reduce_amaxes_over_tensor_parallel_ranks_alone, "language", "delayed", "tp2_dp2", SCALE),
+    (reduce_amaxes_over_tensor_parallel_ranks_alone, "language", "delayed", "cp2", SCALE),
+    (
+        reduce_amaxes_over_data_parallel_ranks_alone,
+        "frozen_vision",
+        "delayed",
+        "tp2_sharded",
+        f"{SCALE}vision.",
+    ),
+    (reduce_amaxes_over_tensor_parallel_ranks_alone, "frozen_vision", "delayed", "dp2", SCALE),
+    (reduce_amaxes_over_data_parallel_ranks_alone, "lora", "delayed", "tp2_sp", SCALE),
+    (forget_other_ranks_tokens, "language", "delayed", "tp2_sp", GRADIENT),
+    (forget_other_ranks_tokens, "language", "current", "tp2_sp", GRADIENT),
+    (forget_other_ranks_tokens, "language", "blockwise", "tp2_sp", GRADIENT),
+    (leave_out_the_last_stage, "language", "delayed", "pp2", f"{SCALE}decoder.layers.3"),
+    (leave_out_the_last_chunk, "language", "delayed", "pp2_vp2", f"{SCALE}decoder.layers.3"),
+]
+
+
 @pytest.mark.parametrize(
-    ("fault", "recipe", "layout", "betrayed"),
-    [
-        (forget_other_ranks_amaxes, "delayed", "dp2", "scale fp8.decoder.layers.0"),
-        (scale_each_shard_alone, "current", "tp2", "losses at step 1"),
-        (keep_stale_weights, "delayed", "one", "losses at step 2"),
-        (
-            forget_other_ranks_tokens,
-            "mxfp8",
-            "tp2_sp",
-            "gradient of decoder.layers.0.mlp.linear_fc1",
-        ),
-    ],
+    ("fault", "kind", "recipe", "layout", "betrayed"),
+    [*FAULTS, *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW_FAULTS)],
 )
 def test_planted_faults_are_caught(
-    fault: Callable[[], None], recipe: str, layout: str, betrayed: str, reference: References
+    fault: Callable[[], None],
+    kind: str,
+    recipe: str,
+    layout: str,
+    betrayed: str,
+    reference: References,
 ) -> None:
-    expected = reference("language", recipe)
+    """Every layout of delayed scaling among them."""
+    expected = reference(kind, recipe)
     options = {"reference": expected.weights, "fault": fault}
-    failures = compare(expected, go("language", recipe, LAYOUTS[layout], **options)).failures
+    failures = compare(expected, go(kind, recipe, LAYOUTS[layout], **options)).failures
     assert any(failure.startswith(betrayed) for failure in failures), failures[:8]
 
 

@@ -148,6 +148,81 @@ def test_changes_are_listed_and_the_rest_is_kept() -> None:
     assert not any("qk_norm" in line for line in made.changes)
 
 
+def small_fp8(
+    fp8: dict[str, Any], world_size: int | None = None, **parallel: Any
+) -> dict[str, Any]:
+    """The shrunk config of a bf16 run with FP8."""
+    config = full(**parallel)
+    config["precision"] = {"dtype": "bf16", "fp8": fp8}
+    return miniature(config, world_size).config
+
+
+SP = {"sequence_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "rows"),
+    [
+        ({}, None, 1),
+        (TP8, None, 1),  # tokens are padded inside the linears
+        (TP8 | SP, None, 256),
+        ({"tensor_model_parallel_size": 4} | SP, None, 512),
+        ({"tensor_model_parallel_size": 2} | CP2 | SP, None, 512),
+        (TP8 | PP4 | CP2 | SP, None, 512),  # the larger of two layouts, TP2xPP2 and TP2xCP2
+        (TP8 | CP2 | SP, 64, 512),  # TP2xCP2 and TP2xDP2
+    ],
+)
+def test_fp8_rows_are_whole_blocks_on_every_rank(
+    parallel: dict[str, Any], world_size: int | None, rows: int
+) -> None:
+    assert small_fp8({"recipe": "blockwise"}, world_size, **parallel)["row_multiple"] == rows
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parallel", "excluded"),
+    [
+        ("delayed", {}, False),
+        ("delayed", PP4, False),
+        ("delayed", TP8, True),  # tiles are dealt
+        ("delayed", TP8 | {"encoder": "sharded"}, False),
+        ("blockwise", TP8 | {"encoder": "sharded"}, True),  # padded heads are in blocks
+        ("mxfp8", TP8 | {"encoder": "sharded"}, True),
+    ],
+)
+def test_fp8_leaves_out_an_encoder_whose_blocks_differ(
+    recipe: str, parallel: dict[str, Any], excluded: bool
+) -> None:
+    given = ["language.decoder.layers.79.*"]
+    made = small_fp8({"recipe": recipe, "exclude": given}, **parallel)
+    last = made["model"]["language"]["transformer"]["num_layers"] - 1
+    expected = [f"language.decoder.layers.{last}.*"] + ["vision.*"] * excluded
+    assert made["precision"]["fp8"]["exclude"] == expected
+    assert given == ["language.decoder.layers.79.*"]
+    whole = small_fp8({"recipe": recipe, "exclude": ["vision.*"]}, **parallel)
+    assert whole["precision"]["fp8"]["exclude"] == ["vision.*"]
+
+
+def test_fp8_is_compared_in_double_precision_and_not_clipped() -> None:
+    """Ends of one layer, a short history, features of 128 on every rank."""
+    ends = {"num_layers_at_start_in_bf16": 3, "num_layers_at_end_in_bf16": 0}
+    made = small_fp8({"recipe": "mxfp8", "margin": 2} | ends, **TP8)
+    assert made["optim"]["clip_grad"] == 0.0
+    precision = made["precision"]
+    assert precision["dtype"] == "fp64" and not precision["grad_reduce_in_fp32"]
+    assert precision["fp8"] == {
+        "recipe": "mxfp8",
+        "margin": 2,
+        "amax_history_len": 3,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 0,
+        "exclude": ["vision.*"],
+    }
+    transformer = made["model"]["language"]["transformer"]
+    for key in ("hidden_size", "ffn_hidden_size"):
+        assert transformer[key] % (2 * 128) == 0
+    assert small(**TP8).config["optim"]["clip_grad"] == 1.0
+
+
 def test_an_uneven_interleaved_miniature_equals_one_rank() -> None:
     """Frozen parts, uneven virtual stages, sequence parallelism; nothing of it by hand."""
     made = small(

@@ -50,8 +50,12 @@ class Quantized:
 
 
 def amax(x: Tensor, block: Block | None) -> Tensor:
-    """Largest magnitude of each block of x [rows, columns]; float32, of float64 float64."""
+    """Largest magnitude of each block of x [rows, columns]; float32, of float64 float64.
+
+    NaN is passed over, as by Transformer Engine's fmaxf: the scale is the other values'.
+    """
     magnitude = x.detach().abs().to(torch.promote_types(x.dtype, torch.float32))
+    magnitude = torch.fmax(magnitude, magnitude.new_zeros(()))
     if block is None:
         return magnitude.amax().view(1, 1) if x.numel() else magnitude.new_zeros(1, 1)
     rows, columns = block
@@ -63,7 +67,7 @@ def amax(x: Tensor, block: Block | None) -> Tensor:
 def scale_of(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> Tensor:
     """What `dtype`'s largest number is over an amax, rounded down to a power of two if wanted.
 
-    1 where there is nothing to scale by (0, infinite, NaN); never infinite.
+    1 where there is nothing to scale by (0, infinite); never infinite.
     """
     scale = torch.finfo(dtype).max / amax
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
@@ -85,9 +89,8 @@ def quantize_mx(x: Tensor, dtype: torch.dtype, block: Block) -> Quantized:
     biased = (exponent - (mantissa == 0.5).int() + 127).clamp(0, 254)  # of the log2, rounded up
     biased = torch.where(largest == 0, 0, torch.where(largest.isinf(), 254, biased))
     scale = torch.ldexp(torch.ones_like(largest), 127 - biased)
-    data = _cast(x, dtype, torch.where(largest.isnan(), largest, scale), block)
-    inverse = torch.where(largest.isnan(), 255, biased).to(torch.uint8)
-    return Quantized(data, inverse.view(torch.float8_e8m0fnu), block)
+    inverse = biased.to(torch.uint8).view(torch.float8_e8m0fnu)
+    return Quantized(_cast(x, dtype, scale, block), inverse, block)
 
 
 def _cast(x: Tensor, dtype: torch.dtype, scale: Tensor, block: Block | None) -> Tensor:

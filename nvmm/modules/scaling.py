@@ -61,7 +61,7 @@ class Scaling:
             if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
                 if excluded or fp8.keeps_precision(layer, block.config.num_layers):
                     continue
-                _check_features(name, linear.weight, fp8)
+                _check_features(name, linear.weight, fp8, gathered=False)
                 linear.quantizer = Quantizer(
                     fp8,
                     linear.tp_group,
@@ -74,6 +74,10 @@ class Scaling:
                 linear.forward = _in_high_precision(linear.forward)  # type: ignore[method-assign]
                 continue
             else:
+                if not fp8.keeps_precision(layer, block.config.num_layers):
+                    column = getattr(linear, "parallel_mode", None) == "column"
+                    gathered = column and block.config.sequence_parallel
+                    _check_features(name, linear.weight, fp8, gathered)
                 self.linears[name] = _EngineScales(linear, block.config)
             if not block.config.sequence_parallel:
                 align_tokens(linear, fp8.row_multiple(gathered=False))
@@ -96,6 +100,7 @@ class Scaling:
         """Close a step that was not applied: as if it had not been."""
         for quantizer in self._emulated():
             quantizer.amax.zero_()
+            quantizer.forget_weight()  # the next step's first use records its amax
 
     def forget_weights(self) -> None:
         """The weights have changed otherwise (loaded, merged)."""
@@ -178,12 +183,14 @@ def _refuse_unmatched(fp8: Fp8, found: dict[str, Any]) -> None:
         )
 
 
-def _check_features(name: str, weight: Tensor, fp8: Fp8) -> None:
-    for size, what in zip(weight.shape, ("output", "input"), strict=True):
-        if size % fp8.feature_multiple:
+def _check_features(name: str, weight: Tensor, fp8: Fp8, gathered: bool) -> None:
+    """gathered: Transformer Engine gathers its input, and asserts that blocks are whole."""
+    multiples = fp8.feature_multiple, fp8.row_multiple(gathered)
+    for size, what, multiple in zip(weight.shape, ("output", "input"), multiples, strict=True):
+        if size % multiple:
             raise ValueError(
                 f"precision.fp8.recipe={fp8.recipe}: {name} has {size} {what} features on a rank,"
-                f" which must be divisible by {fp8.feature_multiple}; leave it out with"
+                f" which must be divisible by {multiple}; leave it out with"
                 " precision.fp8.exclude"
             )
 
@@ -194,19 +201,19 @@ def align_tokens(linear: Module, multiple: int) -> None:
     FP8 products want whole groups of tokens; a tile has 1025, packed and decoded rows any number.
     """
 
-    shapes: list[torch.Size] = []
+    shape = torch.Size()
 
     def pad(module: Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal shape
         x, *others = inputs
-        shapes.append(x.shape[:-1])
-        missing = -shapes[-1].numel() % multiple
+        shape = x.shape[:-1]
+        missing = -shape.numel() % multiple
         if missing:
             x = F.pad(x.flatten(0, -2), (0, 0, 0, missing)).unsqueeze(1)
         return (x, *others)
 
     def cut(module: Module, inputs: tuple[Any, ...], output: Any) -> Any:
         y, *others = output
-        shape = shapes.pop()
         if y.shape[:-1] != shape:
             y = y.flatten(0, -2)[: shape.numel()].view(*shape, -1)
         return (y, *others)
@@ -255,6 +262,7 @@ class _EngineScales:
         if "scaling_fwd" not in self.module.fp8_meta:
             from megatron.core.fp8_utils import get_fp8_recipe
 
+            self.module.fp8_meta.setdefault("num_gemms", 1)  # the first forward would
             self.module.fp8_meta["recipe"] = get_fp8_recipe(self.config)
             self.module.init_fp8_meta_tensors(self.module.fp8_meta["recipe"])
         forward, backward = (self.module.fp8_meta[f"scaling_{way}"] for way in ("fwd", "bwd"))

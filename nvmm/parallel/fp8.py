@@ -81,7 +81,10 @@ class Fp8:
         return 32 if self.recipe == "mxfp8" else 16
 
     def row_multiple(self, gathered: bool) -> int:
-        """What a linear's tokens must divide by; gathered: over tensor-parallel ranks, in FP8."""
+        """What a linear's tokens must divide by; gathered: over tensor-parallel ranks, in FP8.
+
+        Transformer Engine asks the same of the features of an input that it gathers.
+        """
         if self.recipe == "blockwise" and gathered:
             return 128
         return self.feature_multiple

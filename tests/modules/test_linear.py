@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
@@ -41,35 +42,64 @@ def multiply(
     return y.detach(), x.grad, weight.grad
 
 
-def expected(fp8: Fp8, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, dx, dW by the definition: each product's operands in blocks along what it sums over."""
+def expected(
+    fp8: Fp8, x: Tensor, weight: Tensor, dy: Tensor, scales: tuple[float, ...] = (1.0, 1.0, 1.0)
+) -> list[Tensor]:
+    """y, dx, dW by the definition: each product's operands in blocks along what it sums over.
+
+    scales: of x, weight and dy, in delayed scaling.
+    """
     bits = E5M2 if fp8.gradients_in_e5m2 else E4M3
     along, across = {
+        "delayed": (None, None),
         "current": (None, None),
         "blockwise": ((1, 128), (128, 1)),
         "mxfp8": ((1, 32), (32, 1)),
     }[fp8.recipe]
     square = (128, 128) if fp8.recipe == "blockwise" else None
 
-    def q(t: Tensor, dtype: torch.dtype, block: tuple[int, int] | None) -> Tensor:
-        return reference(t, dtype, block, recipe=fp8.recipe)
+    def q(t: Tensor, tensor: int, block: tuple[int, int] | None) -> Tensor:
+        dtype = bits if tensor == GRADIENT else E4M3
+        return reference(t, dtype, block, recipe=fp8.recipe, scale=scales[tensor])
 
     return [
-        q(x, E4M3, along) @ q(weight, E4M3, square or along).t(),
-        q(dy, bits, along) @ q(weight, E4M3, square or across),
-        q(dy, bits, across).t() @ q(x, E4M3, across),
+        q(x, INPUT, along) @ q(weight, WEIGHT, square or along).t(),
+        q(dy, GRADIENT, along) @ q(weight, WEIGHT, square or across),
+        q(dy, GRADIENT, across).t() @ q(x, INPUT, across),
     ]
 
 
+def same(found: Any, wanted: list[Tensor]) -> None:
+    """But for the rounding of double precision."""
+    for value, other in zip(found, wanted, strict=True):
+        scale = other.abs().max()
+        torch.testing.assert_close(value, other, rtol=1e-12, atol=float(1e-13 * scale))
+
+
 @pytest.mark.parametrize("format", ["hybrid", "e4m3"])
-@pytest.mark.parametrize("recipe", ["current", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_products_by_the_definition(recipe: str, sizes: tuple[int, int, int], format: str) -> None:
+    """Delayed scaling's scales are 1 here."""
     fp8 = Fp8(recipe=recipe, format=format)
-    found = multiply(quantizer(fp8), *tensors(*sizes))
-    for value, wanted in zip(found, expected(fp8, *tensors(*sizes)), strict=True):
-        scale = wanted.abs().max()
-        torch.testing.assert_close(value, wanted, rtol=1e-12, atol=float(1e-13 * scale))
+    same(multiply(quantizer(fp8), *tensors(*sizes)), expected(fp8, *tensors(*sizes)))
+
+
+@pytest.mark.parametrize("margin", [0, 3])
+@pytest.mark.parametrize("format", ["hybrid", "e4m3"])
+def test_stale_scales_by_the_definition(format: str, margin: int) -> None:
+    """Past amaxes far below these values, which saturate, and far above: by hand, with a margin."""
+    fp8 = Fp8(format=format, margin=margin)
+    q, (x, weight, dy) = quantizer(fp8), tensors(3, 127, 33)
+    past = (3.0, 1e6, 0.7)
+    assert x.abs().max() > 8 * 1000 * past[0] and dy.abs().max() > 8 * 1000 * past[2]
+    q.roll(torch.tensor(past))
+    limits = (448.0, 448.0, 57344.0 if format == "hybrid" else 448.0)
+    by_hand = [
+        struct.unpack("f", struct.pack("f", limit / largest / 2**margin))[0]
+        for limit, largest in zip(limits, torch.tensor(past).tolist(), strict=True)
+    ]
+    same(multiply(q, x, weight, dy), expected(fp8, x, weight, dy, tuple(by_hand)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,12 +140,7 @@ def test_delayed_scaling_uses_the_scale_it_has() -> None:
     """1 at first; then what the largest numbers of earlier steps give."""
     q = quantizer(Fp8(amax_history_len=4))
     x, weight, dy = tensors(8, 16, 4)
-    y, dx, dweight = multiply(q, x, weight, dy)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    pairs = zip((x, weight, dy), q.dtypes, strict=True)
-    xq, wq, dq = (quantize(t, dtype, one).dequantize(torch.float64) for t, dtype in pairs)
-    for found, wanted in ((y, xq @ wq.t()), (dx, dq @ wq), (dweight, dq.t() @ xq)):
-        torch.testing.assert_close(found, wanted)
+    same(multiply(q, x, weight, dy), expected(q.fp8, x, weight, dy))
     seen = [t.abs().max().float() for t in (x, weight, dy)]
     torch.testing.assert_close(q.amax, torch.stack(seen))
     q.roll(q.amax.clone())

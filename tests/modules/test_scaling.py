@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nvmm.checkpoint import find
 from nvmm.metadata import read_metadata, weight_names
-from nvmm.modules.linear import Quantizer, RowParallelLinear
+from nvmm.modules.linear import WEIGHT, Quantizer, RowParallelLinear
 from nvmm.modules.lora import Lora
 from nvmm.modules.scaling import Scaling, _EngineScales, _in_high_precision, align_tokens
 from nvmm.optim import freeze
@@ -98,6 +98,35 @@ def test_features_that_do_not_divide_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_engine_gathers_whole_blocks_of_features(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformer Engine's linears of the blockwise recipe, with sequence parallelism: 128."""
+    fp8 = Fp8(recipe=recipe)
+    model = tiny.language()
+    model["transformer"] |= {"hidden_size": 64, "ffn_hidden_size": 96}
+    constructor = instantiate(model, _convert_="all")
+    [chunk] = build_chunks(constructor, Parallel(), Precision(fp8=fp8))
+    for layer in chunk.decoder.layers:
+        layer.self_attention.linear_qkv.parallel_mode = "column"
+        layer.mlp.linear_fc1.parallel_mode = "column"
+        layer.self_attention.linear_proj.parallel_mode = "row"
+        layer.mlp.linear_fc2.parallel_mode = "row"
+    for native in ("ColumnParallelLinear", "RowParallelLinear"):
+        monkeypatch.setattr(f"nvmm.modules.scaling.{native}", Engine)
+    monkeypatch.setattr("nvmm.modules.scaling._in_high_precision", lambda forward: forward)
+    Scaling([chunk], fp8)
+    chunk.decoder.config.sequence_parallel = True
+    if recipe == "blockwise":
+        with pytest.raises(ValueError, match=r"linear_qkv has 64 input features .* by 128"):
+            Scaling([chunk], fp8)
+        Scaling([chunk], Fp8(recipe=recipe, exclude=["*.linear_qkv", "*.linear_fc1"]))
+    else:
+        Scaling([chunk], fp8)
+
+
+@pytest.mark.usefixtures("world")
 def test_a_frozen_encoder_keeps_nothing_for_gradients() -> None:
     found, _ = scaling(tiny.multimodal(), Fp8(amax_history_len=5), ["vision.*"])
     sizes = {name: tuple(q.history.shape) for name, q in found.linears.items()}
@@ -136,6 +165,79 @@ def test_padding_changes_nothing(recipe: str, shape: tuple[int, int]) -> None:
     assert seen[0][:-1].numel() % fp8.row_multiple(gathered=False) == 0
     for plain, padded in zip(*results, strict=True):
         assert torch.equal(plain, padded)
+
+
+def seen_rows(monkeypatch: pytest.MonkeyPatch, tokens: int, sequence_parallel: bool) -> Any:
+    """A function of a recipe: rows of what each linear of a wired model quantises."""
+    rows: list[int] = []
+    right = Quantizer.__call__
+
+    def look(self: Quantizer, x: Tensor, tensor: int, **options: Any) -> Any:
+        rows.extend([len(x)] * (tensor != WEIGHT))
+        return right(self, x, tensor, **options)
+
+    monkeypatch.setattr(Quantizer, "__call__", look)
+
+    def run(recipe: str) -> list[int]:
+        rows.clear()
+        fp8 = Fp8(recipe=recipe)
+        constructor = instantiate(tiny.language(), _convert_="all")
+        [chunk] = build_chunks(constructor, Parallel(), Precision(fp8=fp8))
+        chunk.decoder.config.sequence_parallel = sequence_parallel
+        Scaling([chunk], fp8)
+        for module in chunk.modules():
+            if isinstance(getattr(module, "quantizer", None), Quantizer):
+                x = torch.randn(tokens, 1, module.weight.shape[1], requires_grad=True)
+                y = module(x)[0]
+                assert y.shape[:-1] == (tokens, 1)
+                y.sum().backward()
+        return rows
+
+    return run
+
+
+@pytest.mark.usefixtures("world")
+def test_models_pad_what_their_linears_quantise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 tokens, forward and backward; not under sequence parallelism, whose rows divide."""
+    run = seen_rows(monkeypatch, 5, sequence_parallel=False)
+    for recipe in RECIPES:
+        assert run(recipe) == [32 if recipe == "mxfp8" else 16] * (2 * 4 * len(DECODER))
+    run = seen_rows(monkeypatch, 5, sequence_parallel=True)
+    assert set(run("current")) == {5}
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_adapter_beside_a_padded_linear(recipe: str) -> None:
+    """Odd rows: the FP8 product of the base as it is, plus the adapter's in its own precision."""
+    fp8 = Fp8(recipe=recipe)
+    constructor = instantiate(tiny.language(), _convert_="all")
+    [chunk] = build_chunks(constructor, Parallel(), Precision(dtype="fp64", fp8=fp8))
+    layer = chunk.decoder.layers[0]
+    torch.manual_seed(5)
+    bases, options = {}, {"dtype": torch.float64, "requires_grad": True}
+    for parent, child in ((layer.self_attention, "linear_qkv"), (layer.mlp, "linear_fc2")):
+        linear = getattr(parent, child)
+        x = torch.randn(5, 3, linear.weight.shape[1], **options)
+        group = torch.distributed.group.WORLD
+        linear.quantizer = Quantizer(fp8, group, group, x.device)
+        bases[parent, child] = x, linear(x)[0].detach()
+        linear.quantizer = None
+    Lora(["*linear_*"], rank=3, alpha=6.0).attach([chunk])
+    Scaling([chunk], fp8)
+    for (parent, child), (x, base) in bases.items():
+        linear, adapter = getattr(parent, child), getattr(parent, f"{child}_lora")
+        assert linear.quantizer is not None
+        for factor in (adapter.a, adapter.b):
+            torch.nn.init.normal_(factor)
+        expected = base + adapter(x)
+        dy = torch.randn_like(expected)
+        factors = [adapter.a, adapter.b]
+        wanted = torch.autograd.grad(expected, factors, dy)
+        found = linear(x)[0]
+        torch.testing.assert_close(found, expected)
+        for value, other in zip(torch.autograd.grad(found, factors, dy), wanted, strict=True):
+            torch.testing.assert_close(value, other)
 
 
 def _one_step(rank: int, size: int, init: str, images: bool) -> dict[str, Tensor]:
@@ -234,6 +336,45 @@ def test_a_skipped_step_leaves_the_scales_alone(tmp_path: Path) -> None:
     assert all(torch.equal(value, kept[1][name]) for name, value in kept[0].items())
 
 
+def _without_the_first_batch(trainer: Any, rank: int) -> None:
+    trainer.data.steps = trainer.data.steps[1:]
+
+
+def test_a_step_after_a_skipped_one_is_as_the_first(tmp_path: Path) -> None:
+    """The weights' largest numbers too, which were quantised in the skipped one."""
+    options = fp8_options() | {"poison": 0, "on_nonfinite": "skip"}
+    run_ranks(_fit, 1, tmp_path / "skipped", 2, {}, options)
+    shifted = fp8_options() | {"hook": _without_the_first_batch}
+    run_ranks(_fit, 1, tmp_path / "first", 1, {}, shifted)
+    skipped, first = (_scales(tmp_path / name) for name in ("skipped", "first"))
+    assert all(torch.equal(value, first[name]) for name, value in skipped.items())
+    assert all(value[-1] > 0 for value in first.values())
+
+
+def test_resuming_after_a_skipped_step_is_bit_equal(tmp_path: Path) -> None:
+    options = fp8_options() | {"poison": 1, "on_nonfinite": "skip"}
+    run_ranks(_fit, 1, tmp_path / "whole", 4, {}, options)
+    for until in (2, 4):  # both go on from the second step, which is skipped
+        run_ranks(_fit, 1, tmp_path / "parts", until, {}, options)
+    assert _losses(tmp_path / "parts")[2:] == _losses(tmp_path / "whole")[2:]
+    whole, parts = (_scales(tmp_path / name) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_bfloat16_trains_at_tp2_with_sequence_parallelism(tmp_path: Path) -> None:
+    """precision=fp8 as it is by default; losses near bf16's, which are others."""
+    precision = {"dtype": "bf16"}
+    losses = {}
+    for name, options in (
+        ("bf16", {"precision": precision}),
+        ("fp8", {"precision": precision | fp8_options()["precision"]}),
+    ):
+        run_ranks(_fit, 2, tmp_path / name, 2, TP2_SP, options)
+        losses[name] = [loss for _, loss, _ in _losses(tmp_path / name)]
+    assert losses["fp8"] == pytest.approx(losses["bf16"], rel=0.03)
+    assert losses["fp8"] != losses["bf16"]
+
+
 def _scales(run_dir: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -250,14 +391,18 @@ def _scales(run_dir: Path) -> dict[str, Tensor]:
 
 
 class Engine(torch.nn.Module):
-    """Stands for a Transformer Engine module: the tensors of its FP8 state, made at first use."""
+    """Stands for a Transformer Engine module: the tensors of its FP8 state, made at first use.
+
+    Only a forward pass sets `num_gemms`, which making them reads.
+    """
 
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length, self.fp8_meta = length, {}
 
     def init_fp8_meta_tensors(self, recipe: object) -> None:
-        for way, count in (("fwd", 3), ("bwd", 2)):
+        gemms = self.fp8_meta["num_gemms"]
+        for way, count in (("fwd", 3 * gemms), ("bwd", 2 * gemms)):
             self.fp8_meta[f"scaling_{way}"] = SimpleNamespace(
                 amax_history=torch.zeros(self.length, count), scale=torch.ones(count)
             )
