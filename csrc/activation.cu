@@ -7,7 +7,8 @@ namespace {
 
 Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_) {
   const Kind kind = static_cast<Kind>(kind_);
-  const Tensor x = dense(x_), y = activation_output(x, bias_, kind);
+  const Tensor y = torch::stable::new_empty(x_, check_activation(x_, bias_, kind));
+  const Tensor x = dense(x_);
   const auto bias = dense(bias_);
   const int64_t width = y.size(-1);
   if (y.numel() == 0) return y;
@@ -18,9 +19,8 @@ Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t 
       const bool fits = packs<T>(width, {pointer<T>(x), pointer<T>(bias)});
       auto kernel = fits ? activation_forward<T, wide<T>, k> : activation_forward<T, 1, k>;
       NVMM_LAUNCH(kernel, static_cast<unsigned>(rows_of(y)),
-                  block_size(fits ? width / wide<T> : width, 512), 0, stream_of(x), pointer<T>(x),
+                  block_size(fits ? width / wide<T> : width, 512), 0, x, pointer<T>(x),
                   pointer<T>(bias), target<T>(y), width);
-      check_launch();
     });
   });
   return y;
@@ -29,6 +29,7 @@ Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t 
 ActivationGradients backward(const Tensor& dy_, const Tensor& x_,
                              const std::optional<Tensor>& bias_, int64_t kind_) {
   const Kind kind = static_cast<Kind>(kind_);
+  check_activation_gradient(dy_, x_, bias_, kind);
   const Tensor dy = dense(dy_), x = dense(x_), dx = torch::stable::empty_like(x);
   const auto bias = dense(bias_);
   const int64_t width = dy.size(-1), rows = rows_of(dy);
@@ -45,10 +46,9 @@ ActivationGradients backward(const Tensor& dy_, const Tensor& x_,
       const bool fits = packs<T>(width, {pointer<T>(x), pointer<T>(dy), pointer<T>(bias)});
       auto kernel = fits ? activation_backward<T, wide<T>, k> : activation_backward<T, 1, k>;
       NVMM_LAUNCH(kernel, static_cast<unsigned>(blocks),
-                  block_size(fits ? width / wide<T> : width, 512), 0, stream_of(x), pointer<T>(dy),
+                  block_size(fits ? width / wide<T> : width, 512), 0, x, pointer<T>(dy),
                   pointer<T>(x), pointer<T>(bias), target<T>(dx),
                   bias ? target<float>(partial) : nullptr, rows, width);
-      check_launch();
     });
     if (bias) reduce_columns<T>(partial, 0, dbias);
   });

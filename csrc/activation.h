@@ -34,15 +34,23 @@ NVMM_FORMULA float slope(float x) {
 
 using ActivationGradients = std::tuple<Tensor, Tensor>;  // dx, dbias ([0] without a bias)
 
-inline Tensor activation_output(const Tensor& x, const std::optional<Tensor>& bias, Kind kind) {
+// Shape of the output.
+inline std::vector<int64_t> check_activation(const Tensor& x, const std::optional<Tensor>& bias,
+                                             Kind kind) {
   const bool halves = gated(kind);
   STD_TORCH_CHECK(x.dim() > 0 && (!halves || x.size(-1) % 2 == 0),
                   "activation: a gated activation halves the last axis, which must be even");
-  STD_TORCH_CHECK(!bias || (bias->numel() == x.size(-1) && bias->scalar_type() == x.scalar_type()),
+  STD_TORCH_CHECK(!bias || is_vector(*bias, x.size(-1), x),
                   "activation: the bias must have the length of x's last axis, and its dtype");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   if (halves) shape.back() /= 2;
-  return torch::stable::new_empty(x, shape);
+  return shape;
+}
+
+inline void check_activation_gradient(const Tensor& dy, const Tensor& x,
+                                      const std::optional<Tensor>& bias, Kind kind) {
+  STD_TORCH_CHECK(dy.sizes() == check_activation(x, bias, kind) && alike(dy, x),
+                  "activation: the gradient must have the output's shape and dtype");
 }
 
 // Calls f with the kind as a constant.

@@ -49,7 +49,8 @@ NVMM_LOOP void backward(const T* dy, const T* x, const T* bias, T* dx, float* db
 
 Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t kind_) {
   const Kind kind = static_cast<Kind>(kind_);
-  const Tensor x = dense(x_), y = activation_output(x, bias_, kind);
+  const Tensor y = torch::stable::new_empty(x_, check_activation(x_, bias_, kind));
+  const Tensor x = dense(x_);
   const auto bias = dense(bias_);
   const int64_t width = y.size(-1), stride = x.size(-1);
   dispatch<false>(x, [&](auto zero) {
@@ -70,6 +71,7 @@ Tensor activation(const Tensor& x_, const std::optional<Tensor>& bias_, int64_t 
 ActivationGradients activation_backward(const Tensor& dy_, const Tensor& x_,
                                         const std::optional<Tensor>& bias_, int64_t kind_) {
   const Kind kind = static_cast<Kind>(kind_);
+  check_activation_gradient(dy_, x_, bias_, kind);
   const Tensor dy = dense(dy_), x = dense(x_), dx = torch::stable::empty_like(x);
   const auto bias = dense(bias_);
   const int64_t width = dy.size(-1), stride = x.size(-1), rows = rows_of(dy);

@@ -18,8 +18,7 @@ void adamw(List parameters, List gradients, List masters, List means, List squar
     for_batches(all, [&](const Batch<5>& batch, int64_t) {
       auto kernel = adamw_update<P, S, decltype(mastered)::value, V>;
       NVMM_LAUNCH(kernel, batch.first[batch.tensors], block_size(chunk_elements / V, 512), 0,
-                  stream_of(parameters[0]), batch, step);
-      check_launch();
+                  parameters[0], batch, step);
     });
   });
 }

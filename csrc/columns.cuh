@@ -21,10 +21,9 @@ template <class T>
 void reduce_columns(const Tensor& partial, int which, const Tensor& out) {
   const int64_t columns = partial.size(2);
   auto kernel = sum_rows<T>;
-  NVMM_LAUNCH(kernel, static_cast<unsigned>((columns + 127) / 128), 128, 0, stream_of(partial),
+  NVMM_LAUNCH(kernel, static_cast<unsigned>((columns + 127) / 128), 128, 0, partial,
               pointer<float>(partial) + which * columns, target<T>(out), partial.size(0),
               partial.size(1) * columns, columns);
-  check_launch();
 }
 
 }  // namespace nvmm

@@ -15,8 +15,6 @@
 #define NVMM_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(16) unsigned char nvmm_shared[]; \
   type* name = reinterpret_cast<type*>(nvmm_shared)
-#define NVMM_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  kernel<<<(grid), (block), (shared), (stream)>>>(__VA_ARGS__)
 #endif
 
 namespace nvmm {

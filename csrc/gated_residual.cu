@@ -25,10 +25,9 @@ Tensor forward(const Tensor& residual_, const Tensor& branch_, const std::option
         packs<T>(shape.width, {pointer<T>(residual), pointer<T>(branch), pointer<T>(bias)});
     auto kernel = fits ? gated_forward<T, wide<T>> : gated_forward<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(shape.rows),
-                block_size(fits ? shape.width / wide<T> : shape.width, 512), 0, stream_of(branch),
+                block_size(fits ? shape.width / wide<T> : shape.width, 512), 0, branch,
                 pointer<T>(residual), pointer<T>(branch), pointer<T>(bias), pointer<T>(gate),
                 pointer<T>(mask), target<T>(y), shape);
-    check_launch();
   });
   return y;
 }
@@ -51,10 +50,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& branch_,
         packs<T>(shape.width, {pointer<T>(dy), pointer<T>(branch), pointer<T>(bias)});
     auto kernel = fits ? gated_backward<T, wide<T>> : gated_backward<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(partial.size(0)),
-                block_size(fits ? shape.width / wide<T> : shape.width, 512), 0, stream_of(branch),
+                block_size(fits ? shape.width / wide<T> : shape.width, 512), 0, branch,
                 pointer<T>(dy), pointer<T>(branch), pointer<T>(bias), pointer<T>(gate),
                 pointer<T>(mask), target<T>(dbranch), target<float>(partial), shape);
-    check_launch();
   });
   reduce_columns<float>(partial, 0, sums);
   return {dbranch, sums};

@@ -18,82 +18,67 @@ unsigned threads_of(const Share& share, bool fits) {
 }
 
 Tensor squares(const Tensor& x_, int64_t real) {
-  const Tensor x = dense(x_);
-  STD_TORCH_CHECK(0 <= real && real <= x.size(-1), "joint_norm: real columns of x");
-  const Share share{rows_of(x), x.size(-1), 0, real};
-  const Tensor sums = floats(x, {share.rows});
+  const Share share = share_of(x_, 0, real);
+  const Tensor x = dense(x_), sums = floats(x, {share.rows});
   if (share.rows == 0) return sums;
   dispatch<true>(x, [&](auto zero) {
     using T = decltype(zero);
     const bool fits = joint_packs<T>(share, {pointer<T>(x)});
     auto kernel = fits ? joint_squares_reduce<T, wide<T>> : joint_squares_reduce<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(share.rows), threads_of<T>(share, fits),
-                scratch_bytes, stream_of(x), pointer<T>(x), target<float>(sums), share);
-    check_launch();
+                scratch_bytes, x, pointer<T>(x), target<float>(sums), share);
   });
   return sums;
 }
 
 Tensor apply(const Tensor& x_, const Tensor& weight_, const Tensor& scale, int64_t first,
              int64_t real) {
-  const Share share = check_joint(x_, weight_, first, real);
-  check_rows(scale, share);
-  const Tensor x = dense(x_), weight = dense(weight_), y = torch::stable::empty_like(x);
+  const auto [share, x, weight] = joint(x_, weight_, scale, first, real);
+  const Tensor y = torch::stable::empty_like(x);
   if (share.rows == 0) return y;
   dispatch<true>(x, [&](auto zero) {
     using T = decltype(zero);
     const bool fits = joint_packs<T>(share, {pointer<T>(x), pointer<T>(weight)});
     auto kernel = fits ? joint_apply<T, wide<T>> : joint_apply<T, 1>;
-    NVMM_LAUNCH(kernel, static_cast<unsigned>(share.rows), threads_of<T>(share, fits), 0,
-                stream_of(x), pointer<T>(x), pointer<T>(weight), pointer<float>(scale),
-                target<T>(y), share);
-    check_launch();
+    NVMM_LAUNCH(kernel, static_cast<unsigned>(share.rows), threads_of<T>(share, fits), 0, x,
+                pointer<T>(x), pointer<T>(weight), pointer<float>(scale), target<T>(y), share);
   });
   return y;
 }
 
-// {[rows] sums of dy * weight * normed x, the same of dy * normed x over rows, [whole weight]}.
-std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& x_, const Tensor& weight_,
-                                const Tensor& scale, int64_t first, int64_t real) {
-  const Share share = check_joint(x_, weight_, first, real);
-  check_rows(scale, share);
-  check_gradient(dy_, x_);
-  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_);
-  const Tensor dots = floats(x, {share.rows});
-  Tensor dweight = floats(x, {weight.numel()});
-  torch::stable::zero_(dweight);
-  if (share.rows == 0) return {dots, dweight};
+JointSums sums(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& scale,
+               int64_t first, int64_t real) {
+  const JointGradient inputs = joint(dy_, x_, weight_, scale, first, real);
+  const auto& [share, dy, x, weight] = inputs;
+  JointSums found = joint_sums(inputs);
+  auto& [dots, dweight] = found;
+  if (share.rows == 0) return found;
   const Tensor partial = floats(x, {grid_size(share.rows), 1, real});
   dispatch<true>(x, [&](auto zero) {
     using T = decltype(zero);
     const bool fits = joint_packs<T>(share, {pointer<T>(x), pointer<T>(dy), pointer<T>(weight)});
     auto kernel = fits ? joint_sums_reduce<T, wide<T>> : joint_sums_reduce<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(partial.size(0)), threads_of<T>(share, fits),
-                scratch_bytes, stream_of(x), pointer<T>(dy), pointer<T>(x), pointer<T>(weight),
+                scratch_bytes, x, pointer<T>(dy), pointer<T>(x), pointer<T>(weight),
                 pointer<float>(scale), target<float>(dots), target<float>(partial), share);
-    check_launch();
   });
   if (real) reduce_columns<float>(partial, 0, torch::stable::narrow(dweight, 0, first, real));
-  return {dots, dweight};
+  return found;
 }
 
 Tensor backward(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& scale,
                 const Tensor& dots, int64_t first, int64_t real) {
-  const Share share = check_joint(x_, weight_, first, real);
-  check_rows(scale, share);
-  check_rows(dots, share);
-  check_gradient(dy_, x_);
-  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_);
+  const auto [share, dy, x, weight] = joint(dy_, x_, weight_, scale, first, real);
+  check_rows(dots, share, x);
   const Tensor dx = torch::stable::empty_like(x);
   if (share.rows == 0) return dx;
   dispatch<true>(x, [&](auto zero) {
     using T = decltype(zero);
     const bool fits = joint_packs<T>(share, {pointer<T>(x), pointer<T>(dy), pointer<T>(weight)});
     auto kernel = fits ? joint_backward<T, wide<T>> : joint_backward<T, 1>;
-    NVMM_LAUNCH(kernel, static_cast<unsigned>(share.rows), threads_of<T>(share, fits), 0,
-                stream_of(x), pointer<T>(dy), pointer<T>(x), pointer<T>(weight),
-                pointer<float>(scale), pointer<float>(dots), target<T>(dx), share);
-    check_launch();
+    NVMM_LAUNCH(kernel, static_cast<unsigned>(share.rows), threads_of<T>(share, fits), 0, x,
+                pointer<T>(dy), pointer<T>(x), pointer<T>(weight), pointer<float>(scale),
+                pointer<float>(dots), target<T>(dx), share);
   });
   return dx;
 }

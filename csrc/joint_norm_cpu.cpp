@@ -46,14 +46,13 @@ NVMM_LOOP void backward_row(const T* dy, const T* x, const T* weight, float scal
 }
 
 Tensor squares(const Tensor& x_, int64_t real) {
-  const Tensor x = dense(x_), sums = floats(x, {rows_of(x)});
-  STD_TORCH_CHECK(0 <= real && real <= x.size(-1), "joint_norm: real columns of x");
-  const int64_t width = x.size(-1);
+  const Share share = share_of(x_, 0, real);
+  const Tensor x = dense(x_), sums = floats(x, {share.rows});
   dispatch<false>(x, [&](auto zero) {
     const auto* xs = pointer<decltype(zero)>(x);
     float* out = target<float>(sums);
-    torch::stable::parallel_for(0, rows_of(x), grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) out[r] = squares_row(xs + r * width, real);
+    torch::stable::parallel_for(0, share.rows, grain(share.width), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) out[r] = squares_row(xs + r * share.width, real);
     });
   });
   return sums;
@@ -61,9 +60,8 @@ Tensor squares(const Tensor& x_, int64_t real) {
 
 Tensor apply(const Tensor& x_, const Tensor& weight_, const Tensor& scale, int64_t first,
              int64_t real) {
-  const Share share = check_joint(x_, weight_, first, real);
-  check_rows(scale, share);
-  const Tensor x = dense(x_), weight = dense(weight_), y = torch::stable::empty_like(x);
+  const auto [share, x, weight] = joint(x_, weight_, scale, first, real);
+  const Tensor y = torch::stable::empty_like(x);
   dispatch<false>(x, [&](auto zero) {
     using T = decltype(zero);
     const T *xs = pointer<T>(x), *ws = pointer<T>(weight) + first;
@@ -80,16 +78,12 @@ Tensor apply(const Tensor& x_, const Tensor& weight_, const Tensor& scale, int64
   return y;
 }
 
-// {[rows] sums of dy * weight * normed x, the same of dy * normed x over rows, [whole weight]}.
-std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& x_, const Tensor& weight_,
-                                const Tensor& scale, int64_t first, int64_t real) {
-  const Share share = check_joint(x_, weight_, first, real);
-  check_rows(scale, share);
-  check_gradient(dy_, x_);
-  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_);
-  const Tensor dots = floats(x, {share.rows});
-  Tensor dweight = floats(x, {weight.numel()});
-  torch::stable::zero_(dweight);
+JointSums sums(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& scale,
+               int64_t first, int64_t real) {
+  const JointGradient inputs = joint(dy_, x_, weight_, scale, first, real);
+  const auto& [share, dy, x, weight] = inputs;
+  JointSums found = joint_sums(inputs);
+  auto& [dots, dweight] = found;
   const int64_t parts = parts_of(share.rows);
   std::vector<float> partial(parts * real);
   dispatch<false>(x, [&](auto zero) {
@@ -107,16 +101,13 @@ std::tuple<Tensor, Tensor> sums(const Tensor& dy_, const Tensor& x_, const Tenso
     });
   });
   reduce_columns(partial.data(), parts, real, target<float>(dweight) + first);
-  return {dots, dweight};
+  return found;
 }
 
 Tensor backward(const Tensor& dy_, const Tensor& x_, const Tensor& weight_, const Tensor& scale,
                 const Tensor& dots, int64_t first, int64_t real) {
-  const Share share = check_joint(x_, weight_, first, real);
-  check_rows(scale, share);
-  check_rows(dots, share);
-  check_gradient(dy_, x_);
-  const Tensor dy = dense(dy_), x = dense(x_), weight = dense(weight_);
+  const auto [share, dy, x, weight] = joint(dy_, x_, weight_, scale, first, real);
+  check_rows(dots, share, x);
   const Tensor dx = torch::stable::empty_like(x);
   dispatch<false>(x, [&](auto zero) {
     using T = decltype(zero);

@@ -5,28 +5,43 @@
 #include "tensors.h"
 
 #ifndef NVMM_SIMULATED
-// Weak: the library loads where torch has no CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device, void** stream);
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// Launches on the device and the current stream of `tensor`, and raises what CUDA says to it.
+#define NVMM_LAUNCH(kernel, grid, block, shared, tensor, ...)                         \
+  do {                                                                                \
+    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
+    kernel<<<(grid), (block), (shared), stream_of(tensor)>>>(__VA_ARGS__);            \
+    check_launch();                                                                   \
+  } while (false)
 #endif
 
 namespace nvmm {
 
+#ifndef NVMM_SIMULATED
+// Looked up in the libtorch_cuda that torch has loaded, not linked: that is in no library's scope
+// but torch's own, and one build loads under a CPU torch too.
 inline cudaStream_t stream_of(const Tensor& tensor) {
-#ifdef NVMM_SIMULATED
-  return nullptr;
-#else
+  using Function = AOTITorchError (*)(int32_t device, void** stream);
+  static const auto current_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    STD_TORCH_CHECK(library, "nvmm: this torch has loaded no libtorch_cuda.so");
+    void* symbol = dlsym(library, "aoti_torch_get_current_cuda_stream");
+    STD_TORCH_CHECK(symbol, "nvmm: libtorch_cuda.so has no aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Function>(symbol);
+  }();
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
-#endif
 }
 
+// torch's own check would need symbols of its CUDA libraries.
 inline void check_launch() {
-#ifndef NVMM_SIMULATED
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-#endif
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
+#endif
 
 // Packs only where every row starts on 16 bytes; counts: lengths of rows, and their strides.
 template <class T>

@@ -14,10 +14,9 @@ void reduce(const Tensor& logits, const Tensor& labels, int64_t first, int64_t v
     const bool fits = packs<T>(columns.stride, {pointer<T>(logits)});
     auto kernel = fits ? logits_reduce<T, wide<T>> : logits_reduce<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(logits.size(0)),
-                block_size(fits ? valid / wide<T> : valid, 512), scratch_bytes, stream_of(logits),
+                block_size(fits ? valid / wide<T> : valid, 512), scratch_bytes, logits,
                 pointer<T>(logits), pointer<int64_t>(labels), target<float>(maximum),
                 target<float>(total), target<float>(picked), columns);
-    check_launch();
   });
 }
 
@@ -30,10 +29,9 @@ void gradient(Tensor logits, const Tensor& labels, const Tensor& logsumexp, cons
     const bool fits = packs<T>(columns.stride, {pointer<T>(logits)});
     auto kernel = fits ? logits_gradient<T, wide<T>> : logits_gradient<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(logits.size(0)),
-                block_size(fits ? columns.stride / wide<T> : columns.stride, 512), 0,
-                stream_of(logits), target<T>(logits), pointer<int64_t>(labels),
-                pointer<float>(logsumexp), pointer<float>(scale), columns);
-    check_launch();
+                block_size(fits ? columns.stride / wide<T> : columns.stride, 512), 0, logits,
+                target<T>(logits), pointer<int64_t>(labels), pointer<float>(logsumexp),
+                pointer<float>(scale), columns);
   });
 }
 

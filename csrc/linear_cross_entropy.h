@@ -13,11 +13,11 @@ struct Columns {
 inline Columns check_logits(const Tensor& logits, const Tensor& labels, int64_t first,
                             int64_t valid, std::initializer_list<const Tensor*> rows) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && labels.is_contiguous() &&
-                      labels.numel() == logits.size(0) && labels.scalar_type() == ScalarType::Long,
+                      labels.numel() == logits.size(0) && labels.scalar_type() == ScalarType::Long &&
+                      labels.device() == logits.device(),
                   "linear_cross_entropy: contiguous logits [rows, columns] and int64 labels [rows]");
   for (const Tensor* row : rows) {
-    STD_TORCH_CHECK(row->numel() == logits.size(0) && row->scalar_type() == ScalarType::Float &&
-                        row->is_contiguous(),
+    STD_TORCH_CHECK(is_statistic(*row, logits.size(0), logits),
                     "linear_cross_entropy: row statistics must be contiguous float32 [rows]");
   }
   STD_TORCH_CHECK(0 <= valid && valid <= logits.size(1), "linear_cross_entropy: valid columns");

@@ -15,13 +15,15 @@ struct Piece {
   int64_t begin, end;
 };
 
-// Every tensor of `list` is contiguous, of `dtype`, and as long as the one of `like` in its place.
+// Every tensor of `list` is contiguous, of `dtype`, and has the shape of the one of `like` in its
+// place; all are where the first is.
 inline void check_list(const char* what, const List& list, const List& like, ScalarType dtype) {
   STD_TORCH_CHECK(list.size() == like.size(), what, ": lists of different lengths");
   for (size_t i = 0; i < list.size(); ++i) {
     STD_TORCH_CHECK(list[i].scalar_type() == dtype, what, ": tensor ", i, " is of another dtype");
     STD_TORCH_CHECK(list[i].is_contiguous(), what, ": tensor ", i, " is not contiguous");
-    STD_TORCH_CHECK(list[i].numel() == like[i].numel(), what, ": tensor ", i, " differs in size");
+    STD_TORCH_CHECK(list[i].sizes() == like[i].sizes(), what, ": tensor ", i, " differs in size");
+    STD_TORCH_CHECK(list[i].device() == like[0].device(), what, ": tensor ", i, " is elsewhere");
   }
 }
 

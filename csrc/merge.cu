@@ -15,10 +15,8 @@ Tensor forward(const Tensor& base_, const Tensor& values_, const Tensor& source_
     const bool fits = packs<T>(width, {pointer<T>(base), pointer<T>(values)});
     auto kernel = fits ? merge_forward<T, wide<T>> : merge_forward<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(out.size(0)),
-                block_size(fits ? width / wide<T> : width, 512), 0, stream_of(base),
-                pointer<T>(base), pointer<T>(values), pointer<int64_t>(source), target<T>(out),
-                base.size(0), width);
-    check_launch();
+                block_size(fits ? width / wide<T> : width, 512), 0, base, pointer<T>(base),
+                pointer<T>(values), pointer<int64_t>(source), target<T>(out), base.size(0), width);
   });
   return out;
 }
@@ -34,9 +32,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& target_, in
     const bool fits = packs<T>(width, {pointer<T>(dy)});
     auto kernel = fits ? merge_backward<T, wide<T>> : merge_backward<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(where.numel()),
-                block_size(fits ? width / wide<T> : width, 512), 0, stream_of(dy), pointer<T>(dy),
+                block_size(fits ? width / wide<T> : width, 512), 0, dy, pointer<T>(dy),
                 pointer<int64_t>(where), target<T>(dbase), target<T>(dvalues), base_rows, width);
-    check_launch();
   });
   return gradients;
 }

@@ -9,7 +9,7 @@ constexpr unsigned most_threads = 256;
 int64_t chunks_of(const List& list) { return pieces_of(list, chunk_elements).size(); }
 
 Tensor l2norm(List tensors, Tensor flag) {
-  check_flag(flag);
+  check_flag(flag, tensors);
   const Tensor norm = torch::stable::new_empty(flag, {1}, ScalarType::Float);
   const int64_t chunks = chunks_of(tensors);
   const Tensor sums = torch::stable::new_empty(flag, {chunks}, ScalarType::Double);
@@ -21,29 +21,26 @@ Tensor l2norm(List tensors, Tensor flag) {
       using T = decltype(zero);
       for_batches<1>({&tensors}, [&](const Batch<1>& batch, int64_t before) {
         auto kernel = squares_reduce<T, wide<T>>;
-        NVMM_LAUNCH(kernel, batch.first[batch.tensors], threads, scratch, stream_of(flag), batch,
+        NVMM_LAUNCH(kernel, batch.first[batch.tensors], threads, scratch, flag, batch,
                     target<double>(sums) + before);
-        check_launch();
       });
     });
   }
-  NVMM_LAUNCH(norm_reduce, 1, threads, scratch, stream_of(flag), pointer<double>(sums), chunks,
+  NVMM_LAUNCH(norm_reduce, 1, threads, scratch, flag, pointer<double>(sums), chunks,
               target<float>(norm), target<int>(flag));
-  check_launch();
   return norm;
 }
 
 void scale(List sources, List targets, Tensor flag, double factor) {
-  check_flag(flag);
+  check_flag(flag, sources);
   dispatch_scale<true>(sources, targets, [&](auto a, auto b) {
     using A = decltype(a);
     using B = decltype(b);
     constexpr int V = std::max(wide<A>, wide<B>);
     for_batches<2>({&sources, &targets}, [&](const Batch<2>& batch, int64_t) {
       auto kernel = scale_list<A, B, V>;
-      NVMM_LAUNCH(kernel, batch.first[batch.tensors], block_size(chunk_elements / V, 512), 0,
-                  stream_of(flag), batch, static_cast<float>(factor), target<int>(flag));
-      check_launch();
+      NVMM_LAUNCH(kernel, batch.first[batch.tensors], block_size(chunk_elements / V, 512), 0, flag,
+                  batch, static_cast<float>(factor), target<int>(flag));
     });
   });
 }

@@ -7,9 +7,10 @@
 
 namespace nvmm {
 
-inline void check_flag(const Tensor& flag) {
-  STD_TORCH_CHECK(flag.numel() == 1 && flag.scalar_type() == ScalarType::Int,
-                  "multi_tensor: the flag must be one int32");
+inline void check_flag(const Tensor& flag, const List& tensors) {
+  STD_TORCH_CHECK(flag.numel() == 1 && flag.scalar_type() == ScalarType::Int &&
+                      (tensors.empty() || flag.device() == tensors[0].device()),
+                  "multi_tensor: the flag must be one int32 beside the tensors");
 }
 
 // Calls f(A{}, B{}) for the dtypes that source and target lists have.

@@ -47,7 +47,7 @@ NVMM_LOOP bool scale_piece(const A* x, B* y, int64_t count, float factor) {
 
 // float32 [1]; sets the flag where the norm is not finite.
 Tensor l2norm(List tensors, Tensor flag) {
-  check_flag(flag);
+  check_flag(flag, tensors);
   const Tensor norm = torch::stable::new_empty(flag, {1}, ScalarType::Float);
   const std::vector<Piece> pieces = pieces_of(tensors, piece);
   std::vector<double> sums(pieces.size());
@@ -71,7 +71,7 @@ Tensor l2norm(List tensors, Tensor flag) {
 }
 
 void scale(List sources, List targets, Tensor flag, double factor) {
-  check_flag(flag);
+  check_flag(flag, sources);
   const std::vector<Piece> pieces = pieces_of(sources, piece);
   std::atomic<bool> finite = true;
   dispatch_scale<false>(sources, targets, [&](auto a, auto b) {

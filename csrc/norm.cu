@@ -12,15 +12,14 @@ void forward(const Tensor& x, const std::optional<Tensor>& residual, const Tenso
   const auto& [y, sum, mean, rstd] = out;
   auto kernel = norm_forward<T, V, rms>;
   NVMM_LAUNCH(kernel, static_cast<unsigned>(shape.rows), block_size(shape.width / V, 512),
-              scratch_bytes, stream_of(x), pointer<T>(x), pointer<T>(residual), pointer<T>(weight),
+              scratch_bytes, x, pointer<T>(x), pointer<T>(residual), pointer<T>(weight),
               pointer<T>(bias), target<T>(sum), target<T>(y), target<float>(mean),
               target<float>(rstd), shape);
-  check_launch();
 }
 
 NormOutputs norm(const Tensor& x_, const std::optional<Tensor>& residual_, const Tensor& weight_,
                  const std::optional<Tensor>& bias_, double eps, bool rms, bool zero_centered) {
-  check_norm(x_, residual_, weight_);
+  check_norm(x_, residual_, weight_, bias_, rms);
   const Tensor x = dense(x_), weight = dense(weight_);
   const auto residual = dense(residual_), bias = dense(bias_);
   const NormOutputs out = norm_outputs(x, residual.has_value(), rms);
@@ -43,16 +42,15 @@ void backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor&
               const Tensor& partial, const NormShape& shape) {
   auto kernel = norm_backward<T, V, rms>;
   NVMM_LAUNCH(kernel, static_cast<unsigned>(partial.size(0)), block_size(shape.width / V, 512),
-              scratch_bytes, stream_of(h), pointer<T>(dy), pointer<T>(dsum), pointer<T>(h),
-              pointer<T>(weight), pointer<float>(mean), pointer<float>(rstd), target<T>(dx),
-              target<float>(partial), shape);
-  check_launch();
+              scratch_bytes, h, pointer<T>(dy), pointer<T>(dsum), pointer<T>(h), pointer<T>(weight),
+              pointer<float>(mean), pointer<float>(rstd), target<T>(dx), target<float>(partial),
+              shape);
 }
 
 NormGradients norm_backward_(const Tensor& dy_, const std::optional<Tensor>& dsum_,
                              const Tensor& h_, const Tensor& weight_, const Tensor& mean,
                              const Tensor& rstd, bool rms, bool zero_centered) {
-  check_norm(h_, dy_, weight_);
+  check_norm_backward(dy_, dsum_, h_, weight_, mean, rstd, rms);
   const Tensor dy = dense(dy_), h = dense(h_), weight = dense(weight_);
   const auto dsum = dense(dsum_);
   const NormShape shape{rows_of(h), h.size(-1), 0.f, zero_centered ? 1.f : 0.f};

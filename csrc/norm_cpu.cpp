@@ -70,7 +70,7 @@ NVMM_LOOP void backward(const T* dy, const T* dsum, const T* h, const T* weight,
 
 NormOutputs norm(const Tensor& x_, const std::optional<Tensor>& residual_, const Tensor& weight_,
                  const std::optional<Tensor>& bias_, double eps, bool rms, bool zero_centered) {
-  check_norm(x_, residual_, weight_);
+  check_norm(x_, residual_, weight_, bias_, rms);
   const Tensor x = dense(x_), weight = dense(weight_);
   const auto residual = dense(residual_), bias = dense(bias_);
   const NormOutputs out = norm_outputs(x, residual.has_value(), rms);
@@ -98,7 +98,7 @@ NormOutputs norm(const Tensor& x_, const std::optional<Tensor>& residual_, const
 NormGradients norm_backward(const Tensor& dy_, const std::optional<Tensor>& dsum_,
                             const Tensor& h_, const Tensor& weight_, const Tensor& mean,
                             const Tensor& rstd, bool rms, bool zero_centered) {
-  check_norm(h_, dy_, weight_);
+  check_norm_backward(dy_, dsum_, h_, weight_, mean, rstd, rms);
   const Tensor dy = dense(dy_), h = dense(h_), weight = dense(weight_);
   const auto dsum = dense(dsum_);
   const Row row{h.size(-1), 0.f, zero_centered ? 1.f : 0.f, rms};

@@ -13,9 +13,8 @@ void run(const Tensor& from, const Tensor& to, const Shuffle& shape) {
                                {pointer<T>(from), pointer<T>(to)});
     auto kernel = fits ? pixel_shuffle<T, wide<T>, into_tokens> : pixel_shuffle<T, 1, into_tokens>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(shape.tokens()),
-                block_size(fits ? shape.width() / wide<T> : shape.width(), 512), 0,
-                stream_of(from), pointer<T>(from), target<T>(to), shape);
-    check_launch();
+                block_size(fits ? shape.width() / wide<T> : shape.width(), 512), 0, from,
+                pointer<T>(from), target<T>(to), shape);
   });
 }
 

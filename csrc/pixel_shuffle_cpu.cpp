@@ -7,9 +7,12 @@
 namespace nvmm {
 namespace {
 
-// Calls move(pixel's place in the grid, its place in the tokens), both in elements, for each pixel.
-template <class F>
-void each_pixel(const Shuffle& shape, const F& move) {
+// Copies each pixel of the grid to its place in the tokens, or back.
+template <bool into_tokens>
+Tensor run(const Tensor& from, const Tensor& to, const Shuffle& shape) {
+  const int64_t size = from.element_size(), bytes = shape.channels * size;
+  const char* source = pointer<char>(from);
+  char* out = target<char>(to);
   torch::stable::parallel_for(
       0, shape.tokens(), grain(shape.width()), [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
@@ -17,37 +20,26 @@ void each_pixel(const Shuffle& shape, const F& move) {
           const int64_t column = token % shape.columns * shape.factor;
           const int64_t image = token / (shape.columns * shape.rows) * shape.image;
           for (int64_t pixel = 0; pixel < shape.factor * shape.factor; ++pixel) {
-            move(image + (row + pixel / shape.factor) * shape.row +
-                     (column + pixel % shape.factor) * shape.column,
-                 token * shape.width() + pixel * shape.channels);
+            const int64_t in_grid = image + (row + pixel / shape.factor) * shape.row +
+                                    (column + pixel % shape.factor) * shape.column;
+            const int64_t in_tokens = token * shape.width() + pixel * shape.channels;
+            std::memcpy(out + (into_tokens ? in_tokens : in_grid) * size,
+                        source + (into_tokens ? in_grid : in_tokens) * size, bytes);
           }
         }
       });
+  return to;
 }
 
 Tensor forward(const Tensor& x_, int64_t factor) {
   const Tensor x = dense_rows(x_);
   const Shuffle shape = shuffle_shape(x, factor);
-  const Tensor tokens = shuffle_tokens(x, shape);
-  const int64_t size = x.element_size();
-  const char* from = pointer<char>(x);
-  char* to = target<char>(tokens);
-  each_pixel(shape, [&](int64_t in_grid, int64_t in_tokens) {
-    std::memcpy(to + in_tokens * size, from + in_grid * size, shape.channels * size);
-  });
-  return tokens;
+  return run<true>(x, shuffle_tokens(x, shape), shape);
 }
 
 Tensor backward(const Tensor& dy_, int64_t factor) {
   const Tensor dy = dense(dy_), dx = shuffle_grid(dy, factor);
-  const Shuffle shape = shuffle_shape(dx, factor);
-  const int64_t size = dy.element_size();
-  const char* from = pointer<char>(dy);
-  char* to = target<char>(dx);
-  each_pixel(shape, [&](int64_t in_grid, int64_t in_tokens) {
-    std::memcpy(to + in_grid * size, from + in_tokens * size, shape.channels * size);
-  });
-  return dx;
+  return run<false>(dy, dx, shuffle_shape(dx, factor));
 }
 
 }  // namespace

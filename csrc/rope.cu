@@ -20,9 +20,8 @@ RopeOutputs forward(const Tensor& q_, const Tensor& k_, const Tensor& table_, bo
     const int64_t items = (q_count + k_count) * (shape.width - shape.half);
     auto kernel = fits ? rope<T, wide<T>> : rope<T, 1>;
     NVMM_LAUNCH(kernel, static_cast<unsigned>(shape.tokens()),
-                block_size(fits ? items / wide<T> : items, 256), 0, stream_of(q), pointer<T>(q),
-                pointer<T>(k), pointer<float>(table), target<T>(q_out), target<T>(k_out), shape);
-    check_launch();
+                block_size(fits ? items / wide<T> : items, 256), 0, q, pointer<T>(q), pointer<T>(k),
+                pointer<float>(table), target<T>(q_out), target<T>(k_out), shape);
   });
   return out;
 }

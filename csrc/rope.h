@@ -31,7 +31,8 @@ inline RopeShape rope_shape(const Tensor& q, const Tensor& k, const Tensor& tabl
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && table.dim() == 3 && agree(k, 0) &&
                       agree(k, 1) && agree(k, 3) && agree(table, 0) && agree(table, 1),
                   "rope: q must be [s, b, heads, d], k [s, b, groups, d], the table [s, b, dim]");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && table.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(alike(k, q) && table.scalar_type() == ScalarType::Float &&
+                      table.device() == q.device(),
                   "rope: q and k must agree in dtype, and the table be float32");
   const int64_t dim = table.size(2), width = q.size(3);
   STD_TORCH_CHECK(dim % 2 == 0 && dim <= width, "rope: dim must be even and at most d");

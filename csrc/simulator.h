@@ -27,10 +27,8 @@
 #define __grid_constant__
 #define NVMM_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(nvmm::simulator::block->shared.data())
-#define NVMM_LAUNCH(kernel, grid, block, shared, stream, ...) \
+#define NVMM_LAUNCH(kernel, grid, block, shared, tensor, ...) \
   nvmm::simulator::launch((grid), (block), (shared), [&] { kernel(__VA_ARGS__); })
-
-using cudaStream_t = void*;
 
 struct dim3 {
   unsigned x, y, z;

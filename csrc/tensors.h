@@ -41,6 +41,25 @@ T* target(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// Whether it has the dtype of `like`, and is where that is.
+inline bool alike(const Tensor& tensor, const Tensor& like) {
+  return tensor.scalar_type() == like.scalar_type() && tensor.device() == like.device();
+}
+
+inline bool same_shape(const Tensor& tensor, const Tensor& like) {
+  return tensor.sizes() == like.sizes() && alike(tensor, like);
+}
+
+inline bool is_vector(const Tensor& tensor, int64_t length, const Tensor& like) {
+  return tensor.dim() == 1 && tensor.numel() == length && alike(tensor, like);
+}
+
+// Contiguous float32 [length], where `like` is.
+inline bool is_statistic(const Tensor& tensor, int64_t length, const Tensor& like) {
+  return tensor.numel() == length && tensor.is_contiguous() &&
+         tensor.scalar_type() == ScalarType::Float && tensor.device() == like.device();
+}
+
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

@@ -5,6 +5,7 @@ Nothing here imports torch or megatron.core: --help, --cfg and every refusal com
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -100,6 +101,12 @@ def refuse(entry: str, problems: Sequence[object]) -> NoReturn:
     else:
         print(f"nvmm.{entry}: rank {rank()}: config refused: {problems[0]}", file=sys.stderr)
     sys.exit(BAD_CONFIG)
+
+
+def log_to_stderr() -> None:
+    """Let this process say what nvmm does, without names and times."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nvmm").setLevel(logging.INFO)
 
 
 def rank() -> int:

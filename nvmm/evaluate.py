@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 _TRUSTED = (
     *("nvmm.models.", "nvmm.modules.", "nvmm.data.", "nvmm.parallel.setup.", "nvmm.parallel.fp8."),
-    "megatron.core.",
+    *("nvmm.kernels.library.", "megatron.core."),
 )
 # Functions of torch say that they live in one of these.
 _TRUSTED_FUNCTIONS = ("torch", "torch.nn.functional", "torch._C._nn")
+_KERNELS = "nvmm.kernels.library.Kernels"
 _GET_METHOD = "hydra.utils.get_method"
 _LINE_SECONDS = 10.0
 
@@ -99,6 +100,7 @@ def evaluate(job: entry.Job) -> dict[str, Any]:
     from nvmm.parallel import setup
     from nvmm.report import write_report
 
+    entry.log_to_stderr()
     config = job.config
     with refusals("evaluate"):
         benchmark = _instantiate(config["benchmark"])
@@ -183,7 +185,7 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     Raises ValueError when the checkpoint is missing or incomplete, its config is not trusted, the
     layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
     """
-    from nvmm.parallel.setup import prepare_backend
+    from nvmm.parallel.setup import device_type, prepare_backend
 
     prepare_backend()
     from nvmm.checkpoint import find, load_scales, load_weights, read_state
@@ -196,6 +198,8 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     sections = {"model": saved["model"], "tokenizer": dict(saved["tokenizer"]), "build": build}
     sections["precision"] = config["precision"] or saved["precision"]
     sections["lora"] = saved.get("lora")
+    choices = [saved.get("kernels") or {}, config.get("kernels") or {}]
+    sections["kernels"] = {"_target_": _KERNELS} | choices[0] | choices[1]
     if config["tokenizer"] is not None:
         sections["tokenizer"]["path"] = config["tokenizer"]
     if not config["trust_config"]:
@@ -227,6 +231,7 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     sequence_length = config["sequence_length"] or saved["data"]["sequence_length"]
     builder = _build(build, tokenizer=tokenizer, sequence_length=sequence_length)
     parallel = _instantiate(layout)
+    _instantiate(sections["kernels"]).install(device_type(), log=entry.rank() == 0)
     parallel.initialize(seed=config["seed"])
     constructor = _instantiate(sections["model"])
     precision = _instantiate(sections["precision"])

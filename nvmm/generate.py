@@ -32,6 +32,7 @@ def generate(job: entry.Job) -> str:
     """Answer the job's prompt on all ranks; returns the text."""
     from nvmm.parallel import setup
 
+    entry.log_to_stderr()
     config = job.config
     system = {} if config["system"] is None else {"template": {"system": config["system"]}}
     with refusals("generate"):

@@ -7,7 +7,6 @@ every other rank, then builds the parts and hands them to the trainer.
 from __future__ import annotations
 
 import json
-import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -41,13 +40,13 @@ def train(job: entry.Job) -> dict[str, Any]:
     from nvmm.parallel import setup
     from nvmm.report import write_report
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("nvmm").setLevel(logging.INFO)
+    entry.log_to_stderr()
     config = job.config
     try:
-        instantiate(config["kernels"], _convert_="all").install()
+        kernels = instantiate(config["kernels"], _convert_="all")
         precision = instantiate(config["precision"], _convert_="all")
         parallel = instantiate(config["parallel"], _convert_="all")
+        kernels.install(setup.device_type(), log=entry.rank() == 0)
         parallel.initialize(seed=config["seed"])
         _agree(config)
         run_dir = _agree_on_directory(config)

@@ -94,6 +94,7 @@ def save(rank: int, world_size: int, init_method: str, folder: Path) -> None:
         "tokenizer": {"_target_": "nvmm.data.tokenizer.Tokenizer", "path": str(tokenizer)},
         "precision": {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32"},
         "backend": "native",
+        "kernels": {"_target_": "nvmm.kernels.library.Kernels", "pixel_shuffle": "eager"},
         "data": {
             "sequence_length": 256,
             "train": {
@@ -333,11 +334,44 @@ def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:
         ({"checkpoint": {"path": "/nowhere"}}, "/nowhere is neither a complete checkpoint"),
         ({"checkpoint": {"path": str(tmp_path)}}, "is neither a complete checkpoint"),
         ({"benchmark": benchmark}, "unexpected keyword argument 'max_tile'"),
+        ({"kernels": {"norm": "fast"}}, "kernels.norm=fast must be one of auto, eager, fused"),
     ]
     for changes, message in cases:
         [(code, text)] = run_ranks(launch, 1, command(folder, shards, **changes))
         assert code == entry.BAD_CONFIG
         assert message in text
+
+
+def chosen(
+    rank: int, world_size: int, init_method: str, config: dict[str, Any]
+) -> tuple[dict[str, str], list[str]]:
+    """What differs from auto in this process after `restore`, and what it logs."""
+    import dataclasses
+    import logging
+
+    import torch.distributed as dist
+
+    from nvmm.evaluate import restore
+    from nvmm.kernels import library
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+    lines = io.StringIO()
+    library.logger.addHandler(logging.StreamHandler(lines))
+    library.logger.setLevel(logging.INFO)
+    restore(config, {})
+    choices = dataclasses.asdict(library._choices)
+    found = {name: choice for name, choice in choices.items() if choice != "auto"}
+    return found, lines.getvalue().splitlines()
+
+
+def test_kernels_are_the_checkpoints_and_rank_0_says_so(folder: Path) -> None:
+    saved = {"pixel_shuffle": "eager"}
+    for changes in ({}, {"kernels": {"rope": "eager"}}):
+        results = run_ranks(chosen, 2, command(folder, "", **changes))
+        assert [found for found, _ in results] == [saved | changes.get("kernels", {})] * 2
+        (line,), others = (lines for _, lines in results)
+        assert line.startswith("kernels: ") and not others
 
 
 def ask(rank: int, world_size: int, init_method: str, config: dict[str, Any]) -> str:

@@ -49,11 +49,10 @@ def eager_gated_residual(
     """`gated_residual` by PyTorch's own functions."""
     if bias is not None:
         branch = branch + bias
-    scaled = branch * (gate.tanh() if tanh else gate)
     if mask is not None:
         weight = mask.unsqueeze(-1)
-        scaled = torch.where(weight != 0, scaled * weight, torch.zeros_like(scaled))
-    return residual + scaled
+        branch = branch.masked_fill(weight == 0, 0.0) * weight
+    return residual + branch * (gate.tanh() if tanh else gate)
 
 
 def _fake(

@@ -23,7 +23,8 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(PATH)
     except OSError as error:
-        return f"{PATH} does not load: {error}"
+        # What torch raises hides the linker's reason.
+        return f"{PATH} does not load: {error.__cause__ or error}"
     return None
 
 
@@ -67,15 +68,25 @@ class Kernels:
             if value == "fused" and MISSING:
                 raise ValueError(f"kernels.{name}=fused needs the kernels, but {MISSING}")
 
-    def install(self) -> None:
-        """Make these this process's choices, and log once what they come to."""
+    def install(self, device: str = "cpu", *, log: bool = True) -> None:
+        """Make these this process's choices; with `log`, say what they come to.
+
+        device: type of the device that the process computes on, "cpu" or "cuda".
+
+        Raises ValueError where an operation must be fused and has no kernel there.
+        """
         global _choices
+        problem = MISSING or _lacking(device)
+        chosen = [name for name, value in dataclasses.asdict(self).items() if value != "eager"]
+        forced = [name for name in chosen if getattr(self, name) == "fused"]
+        if problem and forced:
+            raise ValueError(f"kernels.{forced[0]}=fused needs the kernels, but {problem}")
         _choices = self
-        if MISSING:
-            logger.info("kernels: eager PyTorch, %s", MISSING)
-            return
-        fused = [name for name, value in dataclasses.asdict(self).items() if value != "eager"]
-        logger.info("kernels: %s", ", ".join(fused) or "eager PyTorch, as the config says")
+        if not chosen:
+            problem = "as the config says"
+        if log:
+            running = f"eager PyTorch, {problem}" if problem else ", ".join(chosen)
+            logger.info("kernels: %s", running)
 
 
 _choices = Kernels()
@@ -96,10 +107,17 @@ def fused(operation: str, *tensors: Tensor | None, problem: str | None = None) -
     return problem is None
 
 
+def _lacking(device: str) -> str | None:
+    """Why the library has no kernels for a type of device, if it has none."""
+    if device == "cuda" and not has_cuda():
+        return f"{PATH} was built without CUDA"
+    return None if device in ("cpu", "cuda") else f"no kernel for device {device}"
+
+
 def _obstacle(tensors: list[Tensor]) -> str | None:
     device, dtype = tensors[0].device.type, tensors[0].dtype
-    if device not in ("cpu", "cuda") or (device == "cuda" and not has_cuda()):
-        return f"no kernel for device {device}"
+    if problem := _lacking(device):
+        return problem
     if any(tensor.dtype != dtype for tensor in tensors):
         return "tensors of different dtypes"
     if dtype in (torch.float32, torch.bfloat16) or (dtype, device) == (torch.float16, "cuda"):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvmm.kernels import library
-from nvmm.kernels.weight_gradient import accumulate, stand_in
+from nvmm.kernels.weight_gradient import accumulate, add_product, stand_in
 
 CHUNK = 2048
 """Columns of the vocabulary at a time. Measured forward and backward in fp32, 512 rows x 896 x
@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _logits(hidden, weight[begin:end], buffer)
             gradient(logits, labels, logsumexp, scale, first + begin, end - begin)
             if dhidden is not None:
-                _add_product(dhidden, logits, weight[begin:end])
+                add_product(dhidden, logits, weight[begin:end])
             if needs_weight and ctx.into_main_grad:
                 accumulate(hidden, logits, weight.main_grad[begin:end])
             elif dweight is not None:
@@ -139,14 +139,6 @@ def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """hidden @ weight.T in the buffer: new memory for every chunk would be touched anew."""
     shape = (hidden.shape[0], weight.shape[0])
     return torch.mm(hidden, weight.t(), out=buffer[: shape[0] * shape[1]].view(shape))
-
-
-def _add_product(total: Tensor, logits: Tensor, weight: Tensor) -> None:
-    """total += logits @ weight in place."""
-    if total.dtype == logits.dtype:
-        total.addmm_(logits, weight)
-    else:
-        total += logits @ weight
 
 
 def _chunk_operations(hidden: Tensor, weight: Tensor) -> Any:

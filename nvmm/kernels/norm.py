@@ -31,7 +31,10 @@ def norm(
         weight: [width]; gamma, or gamma - 1 when `zero_centered` (layernorm1p).
         bias: [width] or None; RMSNorm (`rms`) has none.
         eps: added to the mean square or the variance.
+
+    Raises ValueError for a bias of RMSNorm.
     """
+    _check_bias(bias, rms)
     if library.fused("norm", x, weight, bias):
         return torch.ops.nvmm.norm(x, None, weight, bias, eps, rms, zero_centered)[0]
     return eager_norm(x, weight, bias, eps=eps, rms=rms, zero_centered=zero_centered)
@@ -51,6 +54,7 @@ def residual_norm(
 
     The other arguments are `norm`'s.
     """
+    _check_bias(bias, rms)
     if library.fused("norm", x, residual, weight, bias):
         out = torch.ops.nvmm.norm(x, residual, weight, bias, eps, rms, zero_centered)
         return out[0], out[1]
@@ -73,6 +77,11 @@ def eager_norm(
     if rms:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _check_bias(bias: Tensor | None, rms: bool) -> None:
+    if rms and bias is not None:
+        raise ValueError("RMSNorm has no bias, and got one")
 
 
 def _fake(

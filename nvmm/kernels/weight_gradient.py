@@ -28,11 +28,24 @@ def accumulate(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
         dy: [..., out], its output's gradient, in x's dtype.
         main_grad: [out, in], in x's dtype or float32.
     """
-    x, dy = x.flatten(0, -2), dy.flatten(0, -2)
-    if main_grad.dtype == x.dtype:
-        torch.addmm(main_grad, dy.t(), x, out=main_grad)
+    add_product(main_grad, dy.flatten(0, -2).t(), x.flatten(0, -2))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in place.
+
+    A float32 total of bf16 or fp16 factors gets the matmul's own float32 sums on CUDA, as Apex's
+    does. On CPU, where torch has no such matmul, the product is rounded to their dtype first.
+
+    Args:
+        total: [rows, columns], in the factors' dtype or float32. a: [rows, n]. b: [n, columns].
+    """
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif total.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
     else:
-        main_grad += dy.t() @ x
+        total += a @ b
 
 
 def stand_in(weight: Tensor) -> Tensor | None:

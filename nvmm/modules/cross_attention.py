@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Parameter
 
+from nvmm.kernels.gated_residual import gated_residual
 from nvmm.modules.spans import TEXT_SEES, span_attention
 from nvmm.parallel.setup import default_device
 
@@ -252,12 +253,12 @@ class GatedCrossAttention(MegatronModule):
         if self.q_norm is not None:
             query = self.q_norm(query)
         attended, _ = self.linear_proj(self._attend(query, *keys, attention_mask))
-        blind = self._own(~seen)[..., None].to(attended.device)
-        hidden = self._add(hidden_states, attended, self.gate, blind)
+        mask = self._own(seen).to(attended)
+        hidden = self._add(hidden_states, attended, self.gate, mask)
         if self.ffn is None:
             return hidden
         out, bias = self.ffn(self.ffn_norm(hidden))  # type: ignore[misc]
-        return self._add(hidden, out if bias is None else out + bias, self.ffn_gate, blind)
+        return self._add(hidden, out, self.ffn_gate, mask, bias)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor) -> Tensor:
         """Attention over spans, computed again in backward with selective recompute."""
@@ -269,11 +270,20 @@ class GatedCrossAttention(MegatronModule):
                 return out
             return attend(query, key, value)
 
-    def _add(self, hidden: Tensor, branch: Tensor, gate: Tensor, blind: Tensor) -> Tensor:
-        branch = torch.tanh(gate) * branch.masked_fill(blind, 0.0)
-        return hidden + torch.nn.functional.dropout(
-            branch, self.config.hidden_dropout, self.training
-        )
+    def _add(
+        self,
+        hidden: Tensor,
+        branch: Tensor,
+        gate: Tensor,
+        mask: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """hidden + tanh(gate) * (branch + bias) in rows whose mask [s, b] is 1, else hidden."""
+        dropout = self.config.hidden_dropout
+        if not (dropout and self.training):
+            return gated_residual(hidden, branch, gate, bias, mask, tanh=True)
+        branch = gated_residual(torch.zeros_like(branch), branch, gate, bias, mask, tanh=True)
+        return hidden + torch.nn.functional.dropout(branch, dropout, self.training)
 
     def _keys(self, media: Tensor | None, inference_context: Any) -> tuple[Tensor, Tensor] | None:
         """Keys and values [n, groups / tp, d], from the cache after the prompt."""

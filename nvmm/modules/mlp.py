@@ -12,12 +12,13 @@ from torch import Tensor
 
 from nvmm.kernels.activation import activation
 
-_KINDS: dict[tuple[Any, bool], str] = {
+KINDS: dict[tuple[Any, bool], str] = {
     (F.silu, True): "swiglu",
     (F.gelu, True): "geglu",
     (F.gelu, False): "gelu",
     (squared_relu, False): "squared_relu",
 }
+"""The kernel for an activation, gated or not."""
 
 
 def activation_kind(config: TransformerConfig) -> str | None:
@@ -25,7 +26,7 @@ def activation_kind(config: TransformerConfig) -> str | None:
     plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
     if config.use_te_activation_func or config.bias_activation_fusion or not plain:
         return None
-    return _KINDS.get((config.activation_func, config.gated_linear_unit))
+    return KINDS.get((config.activation_func, config.gated_linear_unit))
 
 
 class NativeMLP(MLP):

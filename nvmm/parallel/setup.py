@@ -324,6 +324,11 @@ class Chunk:
         )
 
 
+def device_type() -> str:
+    """What this process computes on: "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def default_device(config: TransformerConfig) -> torch.device | None:
     """Where a module built from `config` allocates its parameters (None: the ambient device)."""
     if config.use_cpu_initialization:

@@ -105,3 +105,18 @@ def test_gradients_of_the_eager_path(kind: str) -> None:
 def test_schema_fake_and_autograd_registration(kind: str) -> None:
     x, bias = (t.requires_grad_() for t in tensors(3, 5, kind, True))
     torch.library.opcheck(torch.ops.nvmm.activation.default, (x, bias, KINDS.index(kind)))
+
+
+@pytest.mark.parametrize(
+    ("dy", "bias"),
+    [
+        (torch.zeros(2, 6), None),
+        (torch.zeros(3, 2), None),
+        (torch.zeros(2, 3).bfloat16(), None),
+        (torch.zeros(2, 3), torch.zeros(3)),
+        (torch.zeros(2, 3), torch.zeros(6).bfloat16()),
+    ],
+)
+def test_gradients_and_biases_that_do_not_fit_are_refused(dy: Tensor, bias: Tensor | None) -> None:
+    with pytest.raises(RuntimeError, match=r"activation: the (gradient|bias) must have"):
+        torch.ops.nvmm.activation_backward(dy, torch.zeros(2, 6), bias, KINDS.index("swiglu"))

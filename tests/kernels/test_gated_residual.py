@@ -90,3 +90,33 @@ def test_schema_fake_and_autograd_registration(scalar: bool) -> None:
     residual, branch, gate, bias = (t.requires_grad_() for t in tensors(3, 5, scalar))
     arguments = (residual, branch, bias, gate, torch.ones(3), True)
     torch.library.opcheck(torch.ops.nvmm.gated_residual.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("residual", torch.zeros(64, 3), "must agree in shape"),
+        ("residual", torch.zeros(3, 64).bfloat16(), "must agree in shape"),
+        ("bias", torch.zeros(4), "bias must have the length"),
+        ("bias", torch.zeros(64).bfloat16(), "bias must have the length"),
+        ("gate", torch.zeros(4), "gate must be one number"),
+        ("mask", torch.ones(1, 3), "mask must have one number"),
+        ("mask", torch.ones(3).bfloat16(), "mask must have one number"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, value: Tensor, message: str) -> None:
+    inputs = {"residual": torch.zeros(3, 64), "branch": torch.zeros(3, 64)}
+    inputs |= {"bias": torch.zeros(64), "gate": torch.zeros(64), "mask": torch.ones(3)}
+    torch.ops.nvmm.gated_residual(*inputs.values(), True)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.nvmm.gated_residual(*(inputs | {name: value}).values(), True)
+
+
+def test_a_masked_row_ignores_what_the_branch_holds_eagerly() -> None:
+    residual, branch, gate, _ = (t.double() for t in tensors(3, 8))
+    branch[1] = float("nan")
+    leaves = [t.requires_grad_() for t in (residual, branch, gate)]
+    y = gated_residual(*leaves, mask=torch.tensor([1.0, 0.0, 1.0]).double())
+    y.sum().backward()
+    assert torch.equal(y[1], residual[1])
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)

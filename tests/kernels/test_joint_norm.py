@@ -157,3 +157,14 @@ def test_ranks_give_what_one_gives(world_size: int, choice: str) -> None:
         for (_, weight), gradient in zip(leaves, result[4:6], strict=True):
             torch.testing.assert_close(gradient, weight.grad)
         assert result[6] == 2, "one all-reduce forward, one backward"
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    x, weight, rows = torch.zeros(3, 64), torch.ones(64), torch.ones(3)
+    ops = torch.ops.nvmm
+    with pytest.raises(RuntimeError, match="must have x's shape"):
+        ops.joint_norm_sums(torch.zeros(64, 3), x, weight, rows, 0, 64)
+    with pytest.raises(RuntimeError, match="must have x's shape"):
+        ops.joint_norm_backward(torch.zeros(64, 3), x, weight, rows, rows, 0, 64)
+    with pytest.raises(RuntimeError, match="row statistics"):
+        ops.joint_norm_backward(x, x, weight, rows, torch.ones(2), 0, 64)

@@ -20,6 +20,7 @@ from tests.kernels.accuracy import needs_kernels
 from tests.kernels.simulated import ROOT, builder
 
 X = torch.ones(2, 4)
+CHOICE_NAMES = [field.name for field in dataclasses.fields(Kernels)]
 
 
 @pytest.fixture(autouse=True)
@@ -96,3 +97,37 @@ def test_build_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None:
 def test_a_source_that_does_not_compile_is_shown(tmp_path: Path) -> None:
     with pytest.raises(builder().BuildError, match="exit 3"):
         builder().run(["sh", "-c", "echo exit 3; exit 3"])
+
+
+@pytest.mark.parametrize(
+    ("kernels", "device", "message"),
+    [
+        (Kernels(), "cuda", f"eager PyTorch, {library.PATH} was built without CUDA"),
+        (
+            Kernels(**dict.fromkeys(CHOICE_NAMES, "eager")),
+            "cpu",
+            "eager PyTorch, as the config says",
+        ),
+        (Kernels(**dict.fromkeys(CHOICE_NAMES, "eager") | {"norm": "auto"}), "cpu", "norm"),
+    ],
+)
+@needs_kernels
+def test_the_log_says_what_runs_on_the_device(
+    kernels: Kernels,
+    device: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(library, "has_cuda", lambda: False)
+    with caplog.at_level(logging.INFO, "nvmm"):
+        kernels.install(device)
+        kernels.install(device, log=False)
+    assert caplog.messages == [f"kernels: {message}"]
+
+
+@needs_kernels
+def test_fused_is_refused_for_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "has_cuda", lambda: False)
+    with pytest.raises(ValueError, match=r"kernels.rope=fused needs .* was built without CUDA"):
+        Kernels(rope="fused").install("cuda")

@@ -118,3 +118,54 @@ def test_schema_fake_and_autograd_registration(rms: bool) -> None:
     x, weight, bias = tensors(5, 9, rms)
     inputs = [t if t is None else t.requires_grad_() for t in (x, torch.randn(5, 9), weight, bias)]
     torch.library.opcheck(torch.ops.nvmm.norm.default, (*inputs, EPS, rms, True))
+
+
+X = torch.zeros(3, 64)
+WEIGHT = torch.ones(64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(4)}, "weight must have the length"),
+        ({"weight": WEIGHT.bfloat16()}, "weight must have the length"),
+        ({"bias": torch.zeros(4)}, "bias must have the length"),
+        ({"bias": torch.zeros(1, 64)}, "bias must have the length"),
+        ({"bias": torch.zeros(64).bfloat16()}, "bias must have the length"),
+        ({"bias": torch.zeros(64), "rms": True}, "RMSNorm has no bias"),
+        ({"residual": torch.zeros(64, 3)}, "residual must have x's shape"),
+        ({"residual": X.bfloat16()}, "residual must have x's shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, object], message: str) -> None:
+    options = {"residual": None, "weight": WEIGHT, "bias": None, "rms": False} | changes
+    residual, weight, bias, rms = options.values()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.nvmm.norm(X, residual, weight, bias, EPS, rms, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dy", torch.zeros(64, 3)),
+        ("dsum", torch.zeros(64, 3)),
+        ("weight", torch.ones(4)),
+        ("mean", torch.zeros(2)),
+        ("rstd", torch.zeros(3).double()),
+    ],
+)
+def test_what_does_not_fit_is_refused_backward(name: str, value: Tensor) -> None:
+    inputs = {"dy": X, "dsum": X, "h": X, "weight": WEIGHT, "mean": X[:, 0].clone()}
+    inputs |= {"rstd": torch.ones(3)}
+    torch.ops.nvmm.norm_backward(*inputs.values(), False, False)
+    with pytest.raises(RuntimeError, match="norm: "):
+        torch.ops.nvmm.norm_backward(*(inputs | {name: value}).values(), False, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # kernel and eager
+def test_rms_norm_refuses_a_bias(dtype: torch.dtype) -> None:
+    x, weight, bias = (t.to(dtype) for t in tensors(3, 8, False))
+    with pytest.raises(ValueError, match="RMSNorm has no bias"):
+        norm(x, weight, bias, eps=EPS, rms=True)
+    with pytest.raises(ValueError, match="RMSNorm has no bias"):
+        residual_norm(x, x, weight, bias, eps=EPS, rms=True)
