@@ -74,7 +74,7 @@ def check_accuracy(
 
 
 def check_rows(found: Sequence[Tensor], exact: Sequence[Tensor], tolerance: float) -> None:
-    """Rows are right to `tolerance` of their largest number; infinities and NaN are where they must."""
+    """Rows are right to `tolerance` of their largest number; NaN and infinity are in place."""
     for a, e in zip(found, exact, strict=True):
         scale = e.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True)
         wrong = (a.double() - e).abs() > tolerance * scale

@@ -90,7 +90,7 @@ def test_any_shape(
 @pytest.mark.parametrize("gate", [2.0, -100.0, 1e30, float("inf"), float("nan")])
 def test_extreme_values(gate: float, tanh: bool, dtype: torch.dtype, tolerance: float) -> None:
     """Large numbers, infinities and NaN in residual, branch and gate as in float64."""
-    values = torch.tensor([0.0, 1.0, -1e30, 3e38, float("inf"), float("-inf"), float("nan")])
+    values = torch.tensor([0.0, 1.0, -1e30, 1e38, float("inf"), float("-inf"), float("nan")])
     residual, branch = (t.flatten() for t in torch.meshgrid(values, values, indexing="ij"))
     inputs = [t.to(dtype) for t in (residual.view(1, -1), branch.view(1, -1))]
     inputs.append(torch.full((inputs[0].numel(),), gate, dtype=dtype))

@@ -117,6 +117,7 @@ def test_scale_rounds_once(
     assert all(torch.equal(a, b * 2) for a, b in zip(sources, before, strict=True))
 
 
+@pytest.mark.usefixtures("auto")
 def test_an_empty_scale_and_layouts_that_are_not_contiguous() -> None:
     multi_tensor_scale(0, flag(), [[], []], 2.0)
     x = torch.arange(12.0).view(3, 4)
