@@ -226,7 +226,7 @@ def test_the_distributed_optimizer_equals_mcore_s_plain_one(reference: Reference
 
 
 def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any:
-    """Five steps at DP 2 with mcore's FP32Optimizer and torch's AdamW over all-reduced gradients."""
+    """Five steps at DP 2 of mcore's FP32Optimizer and torch's AdamW, gradients all-reduced."""
     import megatron.core.optimizer as mcore
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer

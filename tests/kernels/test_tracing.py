@@ -88,7 +88,7 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 def test_compiles_updates_in_place(name: str, backend: str) -> None:
     torch._dynamo.reset()
     found, expected, before = (updated() for _ in range(3))
-    torch.compile(UPDATES[name], backend=backend)(found)
+    torch.compile(UPDATES[name], backend=backend, fullgraph=True)(found)
     UPDATES[name](expected)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
