@@ -35,7 +35,7 @@ REGISTERS = {
     "norm_forward": 40,
     "norm_reduce": 26,
     "pixel_shuffle": 32,
-    "rope": 32,
+    "rope": 34,
     "scale_list": 32,
     "squares_reduce": 38,
     "sum_rows": 32,
