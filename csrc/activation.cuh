@@ -41,25 +41,25 @@ __device__ __forceinline__ void add_row(const float (&d)[V], bool begins, float*
 }
 
 // dx of every row, and this block's sums of dx over its rows in partial[blockIdx.x], where there is
-// a bias. A block takes every gridDim.x-th row; a thread always has the same columns. Two blocks a
-// multiprocessor: without that bound GEGLU takes more registers.
+// a bias. A block takes every gridDim.x-th row; a thread always has the same columns, counted in 64
+// bits: with 32 nvcc splits the stores of packs. Two blocks a multiprocessor: without that bound GEGLU
+// takes more registers.
 template <class T, int V, Kind kind>
 __global__ void __launch_bounds__(512, 2) activation_backward(const T* __restrict__ dy, const T* __restrict__ x,
                                     const T* __restrict__ bias, T* __restrict__ dx,
                                     float* __restrict__ partial, int64_t rows, int64_t width) {
   constexpr int halves = gated(kind) ? 2 : 1;
-  const int columns = static_cast<int>(width);  // 32 bits spare registers
   if (partial) partial += int64_t{blockIdx.x} * width * halves;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const bool begins = row == blockIdx.x;
     const T *dy_row = dy + row * width, *x_row = x + row * width * halves;
     T* dx_row = dx + row * width * halves;
-    for (int i = threadIdx.x * V; i < columns; i += blockDim.x * V) {
+    for (int64_t i = threadIdx.x * V; i < width; i += blockDim.x * V) {
       float g[V], a[V], d[V];
       load<V>(dy_row + i, g);
       load_biased<V>(x_row + i, bias ? bias + i : nullptr, a);
       if (gated(kind)) {
-        const int second = columns + i;
+        const int64_t second = width + i;
 #pragma unroll
         for (int k = 0; k < V; ++k) d[k] = g[k] * value<kind, Device>(a[k]);
         store<V>(d, dx_row + second);

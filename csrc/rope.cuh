@@ -23,19 +23,20 @@ __global__ void rope(const T* __restrict__ q, const T* __restrict__ k,
   const unsigned items = (shape.width - shape.half) / V;  // pairs of packs, then packs to copy
   for (unsigned at = threadIdx.x; at < heads * items; at += blockDim.x) {
     const unsigned head = at / items;
-    const int64_t i = int64_t{at % items} * V;
+    // Whole packs from the head's start: of another sum nvcc splits the second half's stores.
+    const int64_t i = int64_t{at % items} * V, second = (at % items + shape.half / V) * V;
     const bool of_q = head < queries;
     const T* from = of_q ? q + head * shape.q.head : k + (head - queries) * shape.k.head;
     T* to = of_q ? q_out + head * shape.width : k_out + (head - queries) * shape.width;
     if (i >= shape.half) {
-      copy<V>(from + shape.half + i, to + shape.half + i);
+      copy<V>(from + second, to + second);
       continue;
     }
     float a[V], b[V], cosine[V], sine[V];
     load<V>(from + i, a);
-    load<V>(from + shape.half + i, b);
+    load<V>(from + second, b);
     load<V>(table + i, cosine);
-    load<V>(table + shape.half + i, sine);
+    load<V>(table + second, sine);
 #pragma unroll
     for (int n = 0; n < V; ++n) {
       const float first = a[n], turn = shape.direction * sine[n];
@@ -43,7 +44,7 @@ __global__ void rope(const T* __restrict__ q, const T* __restrict__ k,
       b[n] = b[n] * cosine[n] + first * turn;
     }
     store<V>(a, to + i);
-    store<V>(b, to + shape.half + i);
+    store<V>(b, to + second);
   }
 }
 

@@ -226,9 +226,10 @@ def test_the_distributed_optimizer_equals_mcore_s_plain_one(reference: Reference
 
 
 def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any:
-    """Five steps at DP 2 with mcore's FP32Optimizer over all-reduced gradients."""
+    """Five steps at DP 2 of mcore's FP32Optimizer and torch's AdamW, gradients all-reduced."""
+    import megatron.core.optimizer as mcore
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
 
     from nvmm.metrics import reduce_metrics
     from nvmm.optim import Optim
@@ -237,7 +238,10 @@ def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any
     Parallel().initialize(seed=1, rank=rank, world_size=world_size, init_method=init)
     steps = synthetic.synthetic_steps(config, 5, 4)
     data = synthetic.SyntheticData(steps)
+    own = [(module, dict(vars(module))) for module in (mcore, mcore.optimizer, clip_grads)]
     trainer = equivalence.build_trainer(config, data, Path("/nowhere"), global_batch_size=4)
+    for module, names in own:
+        vars(module).update(names)  # the trainer's optimizer has put nvmm's Adam and norm there
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     trainer.models = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in trainer.chunks]
     optim = Optim(learning_rate=config["optim"]["learning_rate"])
@@ -246,12 +250,12 @@ def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any
         trainer.models,
         use_gloo_process_groups=False,
     )
+    assert {type(part.optimizer) for part in plain.chained_optimizers} == {torch.optim.AdamW}
     rates = trainer.optimizer
     losses, norms = [], []
     for number, batches in enumerate(data.batches(rank=rank, size=2, start=0)):
         for group in plain.param_groups:
             group["lr"] = rates.set_step(number)
-            group["weight_decay"] = 0.1 * group["wd_mult"]
             group["weight_decay"] = 0.1 * group["wd_mult"]  # the work of mcore's scheduler
         for model in trainer.models:
             model.zero_grad_buffer()

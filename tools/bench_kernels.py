@@ -2,15 +2,17 @@
 
 `make bench-kernels` runs it on one thread and prints Markdown. All variants of an operation take
 turns in one process, forward and backward where there is one, and the median of their times is
-given; memory is the peak above arguments and gradients, each variant in a process of its own. The
-linear cross-entropy runs once for both.
+given (of fewer rounds for the linear cross-entropy); memory is the peak above arguments and
+gradients, each variant in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,24 +22,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nvmm.kernels.activation import activation, eager_activation
 from nvmm.kernels.adamw import FusedAdam
 from nvmm.kernels.gated_residual import eager_gated_residual, gated_residual
 from nvmm.kernels.joint_norm import joint_norm
-from nvmm.kernels.library import MISSING
+from nvmm.kernels.library import MISSING, Kernels
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
 from nvmm.kernels.merge import eager_merge_rows, merge_rows
 from nvmm.kernels.multi_tensor import multi_tensor_l2norm, multi_tensor_scale
-from nvmm.kernels.norm import eager_norm, norm
+from nvmm.kernels.norm import eager_norm, norm, residual_norm
 from nvmm.kernels.pixel_shuffle import eager_pixel_shuffle, pixel_shuffle
 from nvmm.kernels.rope import rope
 
-Variants = dict[str, Callable[..., Tensor]]
+Variants = dict[str, Callable[..., Any]]
 Steps = dict[str, Callable[[], Any]]
 """Name of a variant -> one measured step; the first is the kernel, the second eager."""
 VOCABULARY = 152_064
 CROSS_ENTROPY = "linear cross-entropy"
+CROSS_ENTROPY_REPEATS = 3  # of seconds each
 COMPILED = "torch.compile"
 HEADER = (
     *("operation", "dtype", "kernel ms", "eager / kernel", "PyTorch's function / kernel"),
@@ -49,6 +53,18 @@ def naive_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """As models write it: every step a pass over memory."""
     h = x.float()
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
+
+
+def naive_residual_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An add, and a norm."""
+    total = x + residual
+    return naive_rms_norm(total, weight), total
+
+
+def fused_residual_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An add, and PyTorch's norm."""
+    total = x + residual
+    return eager_norm(total, weight, eps=1e-5, rms=True), total
 
 
 def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -115,6 +131,14 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
             },
             [(rows, width), (width,), (width,)],
         ),
+        "residual add and RMSNorm": (
+            {
+                "kernel": lambda x, r, w: residual_norm(x, r, w, eps=1e-5, rms=True),
+                "eager": naive_residual_norm,
+                "F.rms_norm": fused_residual_norm,
+            },
+            [(rows, width), (rows, width), (width,)],
+        ),
         "joint QK-norm": (
             {
                 "kernel": lambda x, w: joint_norm([x], [w], eps=1e-5)[0],
@@ -125,6 +149,13 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
         "LayerScale residual": (
             {"kernel": gated_residual, "eager": eager_gated_residual},
             [(rows, width), (rows, width), (width,), (width,)],
+        ),
+        "tanh-gated residual": (
+            {
+                "kernel": functools.partial(gated_residual, tanh=True),
+                "eager": functools.partial(eager_gated_residual, tanh=True),
+            },
+            [(rows, width), (rows, width), (1,)],
         ),
         "RoPE": (
             {
@@ -148,7 +179,7 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
             [(-(-rows // 1024), 32, 32, width)],
         ),
     }
-    for kind, halves in (("swiglu", 2), ("gelu", 1)):
+    for kind, halves in (("swiglu", 2), ("geglu", 2), ("squared_relu", 1), ("gelu", 1)):
         found[f"{kind} with bias"] = (
             {
                 "kernel": lambda x, b, k=kind: activation(x, b, kind=k),
@@ -164,9 +195,11 @@ def differentiated(
 ) -> Steps:
     """Forward and backward of each variant."""
     leaves = [t for t in inputs if t.requires_grad]
-    ones = torch.ones_like(next(iter(variants.values()))(*inputs)) if upstream is None else upstream
+    ones: Any = upstream
+    if upstream is None:
+        ones = tree_map(torch.ones_like, next(iter(variants.values()))(*inputs))
 
-    def step(function: Callable[..., Tensor]) -> Any:
+    def step(function: Callable[..., Any]) -> Any:
         return torch.autograd.grad(function(*inputs), leaves, ones)
 
     return {name: functools.partial(step, function) for name, function in variants.items()}
@@ -240,6 +273,7 @@ def cases(rows: int, width: int, dtype: torch.dtype, device: str) -> dict[str, C
         labels = torch.randint(0, VOCABULARY, (hidden.shape[0],), device=device)
         inputs = [*(t.to(dtype).requires_grad_() for t in (hidden, weight)), labels]
         variants: Variants = {"kernel": linear_cross_entropy, "eager": eager_cross_entropy}
+        variants |= compiled(eager_cross_entropy)
         return differentiated(variants, inputs, torch.ones(hidden.shape[0], device=device))
 
     found: dict[str, Callable[[], Steps]] = {
@@ -260,7 +294,7 @@ def cases(rows: int, width: int, dtype: torch.dtype, device: str) -> dict[str, C
 _compile = False
 
 
-def compiled(function: Callable[..., Tensor]) -> Variants:
+def compiled(function: Callable[..., Any]) -> Variants:
     """torch.compile of a function, where that is asked for."""
     return {COMPILED: torch.compile(function)} if _compile else {}
 
@@ -287,13 +321,20 @@ def build(setting: Setting, number: int, rows: int | None = None) -> Steps:
     global _compile
     whole, width, dtype, device, _compile = setting
     torch.set_num_threads(1)
+    # A kernel that gave way to eager would be measured as itself.
+    Kernels(
+        **dict.fromkeys((field.name for field in dataclasses.fields(Kernels)), "fused")
+    ).install()
     return list(cases(rows or whole, width, dtype, device).values())[number]()
 
 
 def peak_memory(setting: Setting, number: int, name: str, pipe: Any) -> None:
-    """Send the bytes that a step takes above what was there and what it gives, and its seconds."""
-    build(setting, number, rows=8)[name]()  # libraries and threads are there before the count
+    """Send the bytes that a step takes above what was there and what it gives."""
+    # Libraries, threads and compiled code are there before the count.
+    build(setting, number, rows=8)[name]()
     step = build(setting, number)[name]
+    if name == COMPILED:
+        step()
     on_gpu = setting[3] == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -301,13 +342,11 @@ def peak_memory(setting: Setting, number: int, name: str, pipe: Any) -> None:
     else:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-    begin = time.perf_counter()
     found = step()
-    seconds = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
     given = found if isinstance(found, tuple) else ()
     given_bytes = sum(t.numel() * t.element_size() for t in given)
-    pipe.send((max(peak - before - given_bytes, 0), seconds))
+    pipe.send(max(peak - before - given_bytes, 0))
 
 
 def _status(key: str) -> int:
@@ -315,16 +354,19 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(key))
 
 
-def in_process(*arguments: Any) -> tuple[float, float]:
-    """`peak_memory` in a process of its own: MiB and milliseconds."""
+def in_process(*arguments: Any) -> float:
+    """`peak_memory` in a process of its own, in MiB."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=peak_memory, args=(*arguments, sender))
+    # Of the new process: large blocks go back to the system once they are free.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     process.start()
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     sender.close()
-    memory, seconds = receiver.recv()
+    memory: int = receiver.recv()
     process.join()
-    return memory / 2**20, 1e3 * seconds
+    return memory / 2**20
 
 
 def row(title: str, dtype: str, times: dict[str, float], memory: dict[str, float]) -> str:
@@ -340,10 +382,15 @@ def row(title: str, dtype: str, times: dict[str, float], memory: dict[str, float
 def main() -> None:
     """Print a row for each operation and dtype."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--compile", action="store_true", help="torch.compile of eager too")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="torch.compile of eager too",
+    )
     parser.add_argument("--only", default="", help="titles that contain this")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
@@ -359,12 +406,12 @@ def main() -> None:
                 continue
             steps = build(setting, number)
             names = list(steps)
-            alone = title == CROSS_ENTROPY
-            times = {} if alone else medians(steps, arguments.repeats, arguments.device)
+            repeats = arguments.repeats
+            if title == CROSS_ENTROPY:
+                repeats = min(repeats, CROSS_ENTROPY_REPEATS)
+            times = medians(steps, repeats, arguments.device)
             del steps
-            found = {variant: in_process(setting, number, variant) for variant in names}
-            times = times or {variant: value[1] for variant, value in found.items()}
-            memory = {variant: value[0] for variant, value in found.items()}
+            memory = {variant: in_process(setting, number, variant) for variant in names}
             print(row(title, name, times, memory), flush=True)
 
 

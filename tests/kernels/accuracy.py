@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,6 +13,14 @@ from nvmm.kernels import library
 
 needs_kernels = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
 DTYPES = (torch.float32, torch.bfloat16)
+FUSED = library.Kernels(
+    **dict.fromkeys(
+        (field.name for field in dataclasses.fields(library.Kernels)),
+        "auto" if library.MISSING else "fused",
+    )
+)
+"""What the tests of this folder run on (conftest.py): no kernel gives way to eager unnoticed."""
+BOTH = [pytest.param("fused", marks=needs_kernels), "eager"]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -62,6 +71,17 @@ def check_accuracy(
         error, theirs, one_ulp = (max(row[i] for row in rows) for i in range(3))
         allowed = 2 * theirs + one_ulp
         assert error <= allowed, f"output {index}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check_rows(found: Sequence[Tensor], exact: Sequence[Tensor], tolerance: float) -> None:
+    """Rows are right to `tolerance` of their largest number; NaN and infinity are in place."""
+    for a, e in zip(found, exact, strict=True):
+        scale = e.nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True)
+        wrong = (a.double() - e).abs() > tolerance * scale
+        assert not (wrong & e.isfinite()).any(), (a, e)
+        odd = ~e.isfinite()
+        torch.testing.assert_close(a.double()[odd], e[odd], equal_nan=True)
+        assert torch.equal(a.isnan(), e.isnan()), (a, e)
 
 
 def _errors(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvmm.kernels.activation import GATED, KINDS, activation, eager_activation
-from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels, outputs_and_gradients
 
 pytestmark = needs_kernels
 
@@ -44,42 +44,39 @@ def test_any_shape(rows: int, width: int, kind: str, biased: bool) -> None:
     check(rows, width, kind, biased, torch.float32)
 
 
+EXTREMES = [0.0, 9.0, 88.0, 104.0, 200.0, 1e30, 3e38, float("inf")]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_extreme_values(kind: str) -> None:
-    """Far tails, both infinities and NaN as PyTorch has them."""
-    inf = float("inf")
-    values = [
-        -inf,
-        -1e30,
-        -200.0,
-        -104.0,
-        -88.0,
-        -9.0,
-        -0.0,
-        0.0,
-        9.0,
-        88.0,
-        200.0,
-        inf,
-        float("nan"),
-    ]
-    x = torch.tensor(values)
-    if kind in GATED:
-        x = torch.cat([x, torch.full_like(x, 2.0)])
-    expected, found = eager_activation(x, kind=kind), activation(x, kind=kind)
-    # PyTorch's vectorised GELU gives NaN at infinity, which is wrong.
-    wrong = expected.isnan() & (x[: len(values)] == inf)
-    expected = torch.where(wrong, x[: len(values)] * (2.0 if kind in GATED else 1.0), expected)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+def test_extreme_values(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Far tails, both infinities and NaN as in float64, forward and backward."""
+    x = torch.tensor([sign * x for x in EXTREMES for sign in (1, -1)] + [float("nan")])
+    twos = torch.full_like(x, 2.0)
+    for inputs in [(x, twos), (twos, x)] if kind in GATED else [(x,)]:
+        rounded = torch.cat(inputs).to(dtype)
+        found, exact = (
+            outputs_and_gradients(lambda t, f=f: f(t, kind=kind), [rounded], wide)
+            for f, wide in ((activation, dtype), (eager_activation, torch.float64))
+        )
+        for a, e in zip(found, exact, strict=True):
+            torch.testing.assert_close(a, e.to(dtype), rtol=tolerance, atol=1e-6, equal_nan=True)
 
 
-def test_error_function_and_exponential_everywhere() -> None:
-    """GELU and SwiGLU of 400,000 numbers in [-12, 12], which reach every branch of both."""
-    x = torch.linspace(-12, 12, 400_000)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2.5e-7), (torch.bfloat16, 2e-4)])
+def test_error_function_and_exponential_everywhere(dtype: torch.dtype, limit: float) -> None:
+    """GELU and SwiGLU of all of [-12, 12], which reaches every branch, beyond the last rounding."""
+    x = torch.linspace(-12, 12, 400_000).to(dtype).unique()
     for kind, y in (("gelu", x), ("swiglu", torch.cat([x, torch.ones_like(x)]))):
-        error = (activation(y, kind=kind) - eager_activation(y.double(), kind=kind)).abs()
-        assert error.max() < 4e-7 * 12
-        assert (error / x.abs().clamp(min=1)).max() < 2.5e-7
+        leaves = [y.detach().to(t).requires_grad_() for t in (dtype, torch.float64)]
+        values = [
+            f(t, kind=kind) for f, t in zip((activation, eager_activation), leaves, strict=True)
+        ]
+        for value in values:
+            value.sum().backward()
+        for a, e in (values, [t.grad[: x.numel()] for t in leaves]):
+            error = (a - e).abs() - e.abs() * torch.finfo(dtype).eps / 2
+            assert (error / x.abs().clamp(min=1)).max() < limit, kind
 
 
 def test_rows_that_are_not_contiguous_and_none() -> None:
@@ -95,6 +92,7 @@ def test_odd_gated_width_and_unknown_kind_are_refused() -> None:
         activation(torch.ones(2, 4), kind="silu")
 
 
+@pytest.mark.usefixtures("auto")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_the_eager_path(kind: str) -> None:
     x, bias = (t.double().requires_grad_() for t in tensors(3, 5, kind, True))

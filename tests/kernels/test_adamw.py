@@ -16,7 +16,7 @@ from torch.optim.adam import adam as torch_adam
 
 from nvmm.kernels import library
 from nvmm.kernels.adamw import FusedAdam, adamw, eager_adamw
-from tests.kernels.accuracy import DTYPES, needs_kernels, ulp
+from tests.kernels.accuracy import BOTH, DTYPES, needs_kernels, ulp
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 5
@@ -153,8 +153,10 @@ def test_numbers_beyond_fp32_s_squares_and_not_finite_ones(decoupled: bool) -> N
 def test_bits_do_not_depend_on_threads() -> None:
     code = """
 import sys, torch
+from tests.kernels.accuracy import FUSED
 from tests.kernels.test_adamw import KINDS, run
 from nvmm.kernels.adamw import adamw
+FUSED.install()
 for kind in KINDS:
     torch.set_num_threads(1)
     expected = run(adamw, [(70_001,), (3,)], *kind, True, 1.0)
@@ -249,7 +251,7 @@ def train(optimizer_class: Any, steps: int, **kwargs: Any) -> tuple[list[Tensor]
     return [p.detach() for p in parameters], optimizer
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 @pytest.mark.parametrize("adam_w_mode", [True, False])
 def test_equals_torch(adam_w_mode: bool, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_choices", library.Kernels(adamw=choice))
@@ -289,7 +291,7 @@ def test_parameters_of_several_dtypes_in_a_group() -> None:
         torch.testing.assert_close(parameter.float(), torch.full((9,), 1 - 2.0**-5))
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 def test_masters_keep_what_bf16_rounds_away(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 steps of 1e-4 from 1: less than half a bfloat16 ulp each."""
     monkeypatch.setattr(library, "_choices", library.Kernels(adamw=choice))

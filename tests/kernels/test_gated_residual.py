@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nvmm.kernels.gated_residual import eager_gated_residual, gated_residual
-from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels, outputs_and_gradients
 
 pytestmark = needs_kernels
 
@@ -38,6 +40,18 @@ def test_accuracy(
     tanh: bool,
     dtype: torch.dtype,
 ) -> None:
+    check(rows, width, biased, masked, scalar, tanh, dtype)
+
+
+def check(
+    rows: int,
+    width: int,
+    biased: bool,
+    masked: bool,
+    scalar: bool,
+    tanh: bool,
+    dtype: torch.dtype,
+) -> None:
     # A mask that needs no gradient, exact in every dtype.
     mask = torch.tensor([0.0, 1.0, 0.5]).repeat(rows)[:rows] if masked else None
 
@@ -50,6 +64,61 @@ def test_accuracy(
         lambda seed: tensors(rows, width, scalar, biased, seed),
         dtype,
     )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 90),
+    *(st.booleans() for _ in range(4)),
+    st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    rows: int,
+    width: int,
+    biased: bool,
+    masked: bool,
+    scalar: bool,
+    tanh: bool,
+    dtype: torch.dtype,
+) -> None:
+    check(rows, width, biased, masked, scalar, tanh, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("tanh", [True, False])
+@pytest.mark.parametrize("gate", [2.0, -100.0, 1e30, float("inf"), float("nan")])
+def test_extreme_values(gate: float, tanh: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """Large numbers, infinities and NaN in residual, branch and gate as in float64."""
+    values = torch.tensor([0.0, 1.0, -1e30, 1e38, float("inf"), float("-inf"), float("nan")])
+    residual, branch = (t.flatten() for t in torch.meshgrid(values, values, indexing="ij"))
+    inputs = [t.to(dtype) for t in (residual.view(1, -1), branch.view(1, -1))]
+    inputs.append(torch.full((inputs[0].numel(),), gate, dtype=dtype))
+    found, exact = (
+        outputs_and_gradients(lambda *i, f=f: f(*i, tanh=tanh), inputs, wide)
+        for f, wide in ((gated_residual, dtype), (eager_gated_residual, torch.float64))
+    )
+    for a, e in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, e.to(dtype), rtol=tolerance, atol=0, equal_nan=True)
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    residual, branch, gate, bias = tensors(6, 40)
+    mask = torch.tensor([1.0, 0.0, 0.5] * 2)
+    dy = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).t()
+    for change in (
+        lambda t: t.t().contiguous().t(),
+        lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    ):
+        found = []
+        for strange in (change, Tensor.contiguous):
+            leaves = [strange(t) for t in (residual, branch, gate, bias)]
+            assert strange is Tensor.contiguous or not leaves[0].is_contiguous()
+            leaves = [t.detach().requires_grad_() for t in leaves]
+            y = gated_residual(*leaves, strange(mask))
+            y.backward(strange(dy))
+            found.append([y.detach(), *(t.grad for t in leaves)])
+        assert all(map(torch.equal, *found))
 
 
 def test_a_row_of_mask_zero_ignores_what_the_branch_holds() -> None:
@@ -79,6 +148,7 @@ def test_no_rows() -> None:
     assert y.shape == (0, 8) and torch.equal(gate.grad, torch.zeros(8))
 
 
+@pytest.mark.usefixtures("auto")
 def test_gradients_of_the_eager_path() -> None:
     leaves = [t.double().requires_grad_() for t in tensors(3, 5)]
     mask = torch.tensor([1.0, 0.0, 0.5]).double()

@@ -12,7 +12,14 @@ from torch import Tensor
 from nvmm.kernels import library
 from nvmm.kernels.joint_norm import joint_norm
 from nvmm.kernels.norm import eager_norm
-from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+from tests.kernels.accuracy import (
+    BOTH,
+    DTYPES,
+    check_accuracy,
+    check_rows,
+    needs_kernels,
+    outputs_and_gradients,
+)
 from tests.ranks import run_ranks
 
 EPS = 1e-5
@@ -25,17 +32,20 @@ def tensors(rows: int, width: int, whole: int, seed: int = 0) -> list[Tensor]:
     return [3 * torch.randn(rows, width, generator=g), torch.randn(whole, generator=g)]
 
 
-def check(rows: int, first: int, width: int, real: int, dtype: torch.dtype) -> None:
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        kept = x[:, :real].to(wide)
-        scale = torch.rsqrt(kept.square().sum(-1, keepdim=True) / weight.numel() + EPS)
-        y = kept * scale * weight[first : first + real].to(wide)
-        return torch.nn.functional.pad(y, (0, width - real)).to(x.dtype)
+def plain(x: Tensor, weight: Tensor, first: int = 0, real: int | None = None) -> Tensor:
+    """A share by the definition."""
+    real = x.shape[1] if real is None else real
+    wide = torch.promote_types(x.dtype, torch.float32)
+    kept = x[:, :real].to(wide)
+    scale = torch.rsqrt(kept.square().sum(-1, keepdim=True) / weight.numel() + EPS)
+    y = kept * scale * weight[first : first + real].to(wide)
+    return torch.nn.functional.pad(y, (0, x.shape[1] - real)).to(x.dtype)
 
+
+def check(rows: int, first: int, width: int, real: int, dtype: torch.dtype) -> None:
     check_accuracy(
         lambda x, w: joint_norm([x], [w], eps=EPS, first=first, real=real)[0],
-        plain,
+        lambda x, w: plain(x, w, first, real),
         lambda seed: tensors(rows, width, first + width, seed),
         dtype,
     )
@@ -54,6 +64,36 @@ def test_accuracy(rows: int, first: int, width: int, real: int, dtype: torch.dty
 @given(st.integers(1, 40), st.integers(0, 90), st.integers(1, 90), st.data())
 def test_any_shape(rows: int, first: int, width: int, data: st.DataObject) -> None:
     check(rows, first, width, data.draw(st.integers(0, width)), torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+def test_extreme_values(dtype: torch.dtype, tolerance: float) -> None:
+    """Rows of 1e18, 1e-20 and 0 keep their scale; infinity and NaN stay in their rows."""
+    _, weight = tensors(1, 8, 8)
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
+    finite = torch.stack([1e18 * signs, 0 * signs, 1e-20 * signs, torch.arange(8.0)])
+    wild = finite.clone()
+    wild[0, 2], wild[1, 3], wild[2, 4] = float("inf"), float("nan"), float("-inf")
+    for x in (finite, wild):
+        rounded = [t.to(dtype) for t in (x, weight)]
+        found, exact = (
+            outputs_and_gradients(f, rounded, wide)
+            for f, wide in (
+                (lambda x, w: joint_norm([x], [w], eps=EPS)[0], dtype),
+                (plain, torch.float64),
+            )
+        )
+        check_rows(found, exact, tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squares_that_overflow_give_zeros(dtype: torch.dtype) -> None:
+    """And no gradient, as RMSNorm has it."""
+    x, weight = torch.full((2, 8), -1e30), torch.ones(8)
+    found = outputs_and_gradients(lambda x, w: joint_norm([x], [w], eps=EPS)[0], [x, weight], dtype)
+    assert len(found) == 3 and not any(t.any() for t in found)
 
 
 def test_padding_holds_anything_and_gets_nothing() -> None:
@@ -82,6 +122,7 @@ def test_rows_that_are_not_contiguous() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("auto")
 def test_gradients_of_the_eager_path() -> None:
     leaves = [t.double().requires_grad_() for seed in (0, 1) for t in tensors(3, 6, 9, seed)]
     assert torch.autograd.gradcheck(
@@ -142,7 +183,7 @@ def _share(rank: int, world_size: int, init: str, choice: str) -> list[Tensor]:
     return [*cut, *(w.grad for w in weights), torch.tensor(calls)]
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_give_what_one_gives(world_size: int, choice: str) -> None:
     """5 heads over 2 ranks (one padding head) and over 4 (the last has nothing but padding)."""

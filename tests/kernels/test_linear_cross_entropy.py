@@ -6,10 +6,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nvmm.kernels.linear_cross_entropy import linear_cross_entropy
-from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+from tests.kernels.accuracy import (
+    DTYPES,
+    FUSED,
+    check_accuracy,
+    needs_kernels,
+    outputs_and_gradients,
+)
 from tests.ranks import run_ranks
 
 IGNORED = -100
@@ -47,12 +55,25 @@ def test_accuracy(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> No
 
 
 @needs_kernels
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(2, 150), st.integers(8, 60), st.sampled_from(DTYPES))
+def test_any_shape(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> None:
+    check_accuracy(
+        lambda *inputs: linear_cross_entropy(*inputs, chunk=chunk),
+        eager,
+        lambda seed: tensors(rows, columns, seed=seed),
+        dtype,
+    )
+
+
+@needs_kernels
 def test_accuracy_at_the_full_vocabulary() -> None:
     check_accuracy(
         linear_cross_entropy, eager, lambda seed: tensors(5, 152_064, seed=seed), torch.bfloat16
     )
 
 
+@pytest.mark.usefixtures("auto")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_padding_rows_take_no_part(dtype: torch.dtype) -> None:
     hidden, weight, labels = tensors(9, 40)
@@ -91,6 +112,67 @@ def test_logits_that_overflow_an_exponential() -> None:
     torch.testing.assert_close(loss, eager(300 * hidden, 10 * weight, labels))
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-5)])
+@pytest.mark.parametrize(
+    ("what", "rows", "value"),
+    [
+        ("hidden", [1], NAN),
+        ("hidden", [1], INF),
+        ("weight", [7], NAN),
+        ("weight", [7], INF),
+        ("weight", [7], -INF),
+        ("weight", [0, 1, 2, 3], -INF),  # all of a chunk
+        ("weight", list(range(10)), -INF),
+        ("both", list(range(10)), 1e18),
+    ],
+)
+def test_extreme_values(
+    what: str, rows: list[int], value: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Loss and gradients as eager has them; infinite logits are of the sign of the weight."""
+    hidden, weight, labels = tensors(6, 10, 4)
+    hidden = hidden.abs()
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if what in (name, "both"):
+            tensor[rows[: len(tensor)]] = (
+                tensor[rows[: len(tensor)]] * value if value == 1e18 else value
+            )
+    rounded = [hidden.to(dtype), weight.to(dtype), labels]
+    found, expected = (
+        outputs_and_gradients(f, rounded, dtype)
+        for f in (lambda *i: linear_cross_entropy(*i, chunk=4), eager)
+    )
+    assert len(found) == 3
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_tensors_that_are_not_contiguous() -> None:
+    hidden, weight, labels = tensors(6, 50)
+    found = []
+    for strange in (
+        lambda t: t.repeat_interleave(2, 0)[::2],
+        lambda t: t.t().contiguous().t(),
+        None,
+    ):
+        leaves = [hidden, weight]
+        if strange is not None:
+            leaves = [strange(t) for t in leaves]
+            assert not any(t.is_contiguous() for t in leaves)
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        ids = labels if strange is None else labels.repeat_interleave(2)[::2]
+        loss = linear_cross_entropy(*leaves, ids, chunk=16)
+        (loss * torch.arange(6.0)).sum().backward()
+        found.append([loss.detach(), *(t.grad for t in leaves)])
+    for strange in found[:2]:
+        for a, b in zip(strange, found[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_labels_outside_the_vocabulary_are_refused() -> None:
     hidden, weight, labels = tensors(6, 50)
     labels[1] = 49
@@ -98,6 +180,7 @@ def test_labels_outside_the_vocabulary_are_refused() -> None:
         linear_cross_entropy(hidden, weight, labels, vocab_size=45)
 
 
+@pytest.mark.usefixtures("auto")
 def test_gradients_in_float64() -> None:
     hidden, weight, labels = tensors(4, 11, 3)
     leaves = (hidden.double().requires_grad_(), weight.double().requires_grad_())
@@ -150,6 +233,7 @@ def test_extra_memory_is_a_chunk() -> None:
 
 def _share(rank: int, size: int, init: str) -> tuple[Tensor, Tensor, Tensor]:
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=size)
+    FUSED.install()
     hidden, weight, labels = tensors(9, 48)
     hidden = hidden.requires_grad_()
     part = weight.chunk(size)[rank].clone().requires_grad_()
@@ -159,6 +243,17 @@ def _share(rank: int, size: int, init: str) -> tuple[Tensor, Tensor, Tensor]:
     (loss * torch.arange(9.0)).sum().backward()
     dist.all_reduce(hidden.grad)
     return loss.detach(), hidden.grad, part.grad
+
+
+@needs_kernels
+def test_schemas_and_fakes() -> None:
+    _, _, labels = tensors(6, 10)
+    logits = torch.randn(6, 10)
+    rows = [torch.full((6,), -INF), torch.zeros(6), torch.zeros(6)]
+    ops = torch.ops.nvmm
+    torch.library.opcheck(ops.logits_reduce.default, (logits, labels, 0, 8, *rows))
+    level, scale = logits.logsumexp(1), torch.rand(6)
+    torch.library.opcheck(ops.logits_gradient.default, (logits, labels, level, scale, 0, 8))
 
 
 def test_two_ranks_give_what_one_gives() -> None:

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nvmm.kernels import library
 from nvmm.kernels.merge import eager_merge_rows, merge_rows
-from tests.kernels.accuracy import DTYPES, needs_kernels, outputs_and_gradients
+from tests.kernels.accuracy import BOTH, DTYPES, needs_kernels, outputs_and_gradients
 
 pytestmark = needs_kernels
 
@@ -90,7 +91,7 @@ def test_rows_that_are_not_contiguous() -> None:
         assert torch.equal(merge_rows(a, b, index), expected)
 
 
-@pytest.mark.parametrize("fused", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 @pytest.mark.parametrize(
     ("index", "base_index", "message"),
     [
@@ -105,17 +106,16 @@ def test_what_has_no_place_of_its_own_is_refused(
     index: list[int],
     base_index: list[int] | None,
     message: str,
-    fused: str,
+    choice: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from nvmm.kernels import library
-
-    monkeypatch.setattr(library, "_choices", library.Kernels(merge=fused))
+    monkeypatch.setattr(library, "_choices", library.Kernels(merge=choice))
     beside = None if base_index is None else torch.tensor(base_index)
     with pytest.raises(ValueError, match=message):
         merge_rows(*tensors(4, 2, 3), torch.tensor(index), beside)
 
 
+@pytest.mark.usefixtures("auto")
 @pytest.mark.parametrize("beside", [True, False])
 def test_gradients_of_the_eager_path(beside: bool) -> None:
     base, values = (t.double().requires_grad_() for t in tensors(4, 2, 3))

@@ -20,7 +20,7 @@ from nvmm.kernels.multi_tensor import (
     multi_tensor_l2norm,
     multi_tensor_scale,
 )
-from tests.kernels.accuracy import DTYPES, needs_kernels, ulp
+from tests.kernels.accuracy import BOTH, DTYPES, needs_kernels, ulp
 
 SIZES = [1, 3, 0, 127, 4097, 40_000]
 
@@ -70,7 +70,7 @@ def test_squares_that_fp32_does_not_hold(value: float) -> None:
     torch.testing.assert_close(found, torch.tensor([10 * value]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 def test_an_empty_list_and_the_norms_of_each(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_choices", library.Kernels(multi_tensor=choice))
     for nothing in ([], [torch.ones(0)]):
@@ -80,7 +80,7 @@ def test_an_empty_list_and_the_norms_of_each(choice: str, monkeypatch: pytest.Mo
     assert multi_tensor_l2norm(0, flag(), [[]], True)[1].shape == (0,)
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("at", [0, 20_000])
 def test_numbers_that_are_not_finite_set_the_flag(
@@ -100,7 +100,7 @@ def test_numbers_that_are_not_finite_set_the_flag(
             torch.testing.assert_close(a, b * 0.5, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("choice", ["auto", "eager"])
+@pytest.mark.parametrize("choice", BOTH)
 @pytest.mark.parametrize(("source", "target"), [*itertools.product(DTYPES, DTYPES)])
 def test_scale_rounds_once(
     source: torch.dtype, target: torch.dtype, choice: str, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +117,7 @@ def test_scale_rounds_once(
     assert all(torch.equal(a, b * 2) for a, b in zip(sources, before, strict=True))
 
 
+@pytest.mark.usefixtures("auto")
 def test_an_empty_scale_and_layouts_that_are_not_contiguous() -> None:
     multi_tensor_scale(0, flag(), [[], []], 2.0)
     x = torch.arange(12.0).view(3, 4)
@@ -130,7 +131,9 @@ def test_an_empty_scale_and_layouts_that_are_not_contiguous() -> None:
 def test_bits_do_not_depend_on_threads() -> None:
     code = """
 import torch
+from tests.kernels.accuracy import FUSED
 from tests.kernels.test_multi_tensor import DTYPES, norm, numbers
+FUSED.install()
 for dtype in DTYPES:
     tensors = numbers([70_001, 3, 200_000], dtype)
     torch.set_num_threads(1)

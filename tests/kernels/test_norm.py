@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvmm.kernels.norm import eager_norm, norm, residual_norm
-from tests.kernels.accuracy import DTYPES, check_accuracy, needs_kernels
+from tests.kernels.accuracy import (
+    DTYPES,
+    check_accuracy,
+    check_rows,
+    needs_kernels,
+    outputs_and_gradients,
+)
 
 pytestmark = needs_kernels
 EPS = 1e-5
@@ -97,20 +103,48 @@ def test_no_rows(rms: bool) -> None:
     assert x.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros(8))
 
 
-def test_large_and_small_values_keep_their_scale() -> None:
-    """A row of 1e18 must not overflow in the division, nor one of zeros divide by zero."""
-    x = torch.stack([torch.full((64,), 1e18), torch.zeros(64), torch.full((64,), 1e-20)])
-    out = norm(x, torch.ones(64), eps=1e-6, rms=True)
-    torch.testing.assert_close(out, eager_norm(x, torch.ones(64), eps=1e-6, rms=True))
-
-
-def test_gradients_of_the_eager_path() -> None:
-    x, weight, bias = (t.double().requires_grad_() for t in tensors(3, 7, False))
-    for zero_centered in (True, False):
-        assert torch.autograd.gradcheck(
-            lambda *i, z=zero_centered: norm(*i, eps=EPS, rms=False, zero_centered=z),
-            (x, weight, bias),
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-6)])
+@pytest.mark.parametrize("rms", [True, False])
+def test_extreme_values(rms: bool, dtype: torch.dtype, tolerance: float) -> None:
+    """Rows of 1e18, 1e-20 and 0 keep their scale; infinity and NaN stay in their rows."""
+    _, weight, bias = tensors(1, 8, rms)
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
+    finite = torch.stack([1e18 * signs, 0 * signs, 1e-20 * signs, torch.arange(8.0)])
+    wild = finite.clone()
+    wild[0, 2], wild[1, 3], wild[2, 4] = float("inf"), float("nan"), float("-inf")
+    for x in (finite, wild):
+        rounded = [t if t is None else t.to(dtype) for t in (x, weight, bias)]
+        found, exact = (
+            outputs_and_gradients(lambda *i, f=f: f(*i, eps=1e-6, rms=rms), rounded, wide)
+            for f, wide in ((norm, dtype), (eager_norm, torch.float64))
         )
+        check_rows(found, exact, tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rms", [True, False])
+def test_a_variance_that_overflows_leaves_the_bias(rms: bool, dtype: torch.dtype) -> None:
+    """And no gradient: as PyTorch's RMSNorm; its LayerNorm gives NaN."""
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
+    inputs = [1e30 * signs.expand(2, 8), torch.ones(8), None if rms else torch.arange(8.0)]
+    y, dx, dweight, *dbias = outputs_and_gradients(
+        lambda *i: norm(*i, eps=1e-6, rms=rms), inputs, dtype
+    )
+    assert torch.equal(y, (torch.zeros(8) if rms else inputs[2]).to(dtype).expand(2, 8))
+    assert not dx.any() and not dweight.any() and all(t.any() for t in dbias)
+
+
+@pytest.mark.usefixtures("auto")
+@pytest.mark.parametrize("rms", [True, False])
+@pytest.mark.parametrize("zero_centered", [True, False])
+def test_gradients_of_the_eager_path(rms: bool, zero_centered: bool) -> None:
+    options = {"eps": EPS, "rms": rms, "zero_centered": zero_centered}
+    inputs = [t if t is None else t.double().requires_grad_() for t in tensors(3, 7, rms)]
+    residual = torch.randn(3, 7, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *i: norm(*i, **options), inputs)
+    assert torch.autograd.gradcheck(
+        lambda r, x, *i: residual_norm(x, r, *i, **options), [residual, *inputs]
+    )
 
 
 @pytest.mark.parametrize("rms", [True, False])

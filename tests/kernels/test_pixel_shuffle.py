@@ -93,6 +93,7 @@ def test_a_factor_that_does_not_divide_is_refused() -> None:
         pixel_shuffle(torch.ones(1, 4, 6, 2), 4)
 
 
+@pytest.mark.usefixtures("auto")
 def test_gradients_of_the_eager_path() -> None:
     x = grid(2, 2, 4, 3).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda y: pixel_shuffle(y, 2), (x,))

@@ -167,6 +167,7 @@ def test_another_table_is_refused(table: Tensor) -> None:
         rope(*tensors(3, 4, 2, 1, 8), table)
 
 
+@pytest.mark.usefixtures("auto")
 def test_gradients_of_the_eager_path() -> None:
     q, k = (t.double().requires_grad_() for t in tensors(3, 2, 2, 1, 7))
     table = table_of(angles(3, 2, 4))

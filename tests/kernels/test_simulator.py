@@ -14,10 +14,15 @@ from torch import Tensor
 
 from nvmm.kernels.activation import GATED, KINDS
 from tests.kernels.accuracy import DTYPES, needs_kernels
-from tests.kernels.simulated import ORDERS, ROOT, SANITIZED, simulator
+from tests.kernels.simulated import ORDERS, ROOT, SANITIZED, Elsewhere, InFloat32, placed, simulator
 
 pytestmark = needs_kernels
-SIZES = [(1, 3), (3, 127), (5, 64), (2, 520)]
+ALL_DTYPES = (*DTYPES, torch.float16)
+SIZES = [(1, 3), (3, 127), (5, 64), (2, 520), (2, 1), (0, 8)]
+LAUNCHES = [  # order of the threads, threads of a block (0: as the launch has it)
+    *(("forward", 0), ("reverse", 0), ("shuffled", 0)),
+    *(("forward", 32), ("shuffled", 32), ("reverse", 64), ("shuffled", 64)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +31,11 @@ def run() -> Iterator[Any]:
     torch.ops.load_library(simulator())
     yield torch.ops.nvmm_simulated
     torch.ops.nvmm_simulated.configure(0, 0)
+
+
+def shifted(run: Any) -> Elsewhere:
+    """The operations on tensors that start one element behind 16 bytes."""
+    return Elsewhere(lambda t: placed(t, "cpu", 1), run)
 
 
 def test_reverses_with_a_barrier_and_not_without(run: Any) -> None:
@@ -67,6 +77,8 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 def norms(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     x, residual, dy, dsum = (numbers(rows, width, dtype=dtype, seed=i) for i in range(4))
     weight, bias = (numbers(width, dtype=dtype, seed=i) for i in (4, 5))
+    if dtype == torch.float16:
+        residual = x  # a sum that needs no rounding: float32 stands in for float16 on the CPU
     found = []
     for rms in (True, False):
         y, total, mean, rstd = ops.norm(x, residual, weight, None if rms else bias, 1e-5, rms, True)
@@ -128,7 +140,7 @@ def merges(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     base, values = numbers(rows, width, dtype=dtype), numbers(2, width, dtype=dtype, seed=1)
     dy = numbers(rows + 2, width, dtype=dtype, seed=2)
     replaced, beside = torch.arange(rows), torch.arange(rows + 2).flip(0)
-    replaced[rows // 2] = rows
+    replaced[rows // 2 : rows // 2 + 1] = rows
     found = [ops.merge(base, values, source) for source in (replaced, beside)]
     for target in (beside, torch.where(beside % 3 == 1, -1, beside)):
         found += ops.merge_backward(dy, target, rows)
@@ -187,41 +199,67 @@ def multi_tensors(ops: Any, rows: int, width: int, dtype: torch.dtype) -> list[T
     for bad in (0.0, float("inf")):
         sources = lists(rows, width, dtype)
         sources[1][-1] += bad
-        flags = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+        flags = [torch.zeros(1, dtype=torch.int32) for _ in range(4)]
         found += [*flags, ops.multi_tensor_l2norm(sources, flags[0])]
-        for kind, flag in zip(DTYPES, flags[1:], strict=True):
+        for kind, flag in zip(ALL_DTYPES, flags[1:], strict=True):
             targets = [torch.empty_like(t, dtype=kind) for t in sources]
             ops.multi_tensor_scale(sources, targets, flag, 0.3)
             found += [torch.cat([t.flatten() for t in targets])]
     return found
 
 
-CASES = (
+Case = Callable[..., list[Tensor]]
+CASES: tuple[Case, ...] = (
     *(norms, activations, gated_residuals, cross_entropies),
     *(joint_norms, adamws, multi_tensors),
     *(ropes, merges, pixel_shuffles),
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """rtol and atol between roundings of one sum."""
+    found = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}.get(dtype, 2e-5)
+    return {"rtol": found, "atol": found}
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), **tolerance(a.dtype))
+
+
+def check(run: Any, case: Case, rows: int, width: int, dtype: torch.dtype) -> None:
+    """Every order gives the same bits; the CPU's loops and other block sizes agree to rounding."""
+    expected = case(InFloat32(), rows, width, dtype)
+    first: dict[int, list[Tensor]] = {}
+    for order, threads in LAUNCHES:
+        run.configure(ORDERS[order], threads)
+        found = case(run, rows, width, dtype)
+        bits = first.setdefault(threads, found)
+        assert all(map(torch.equal, found, bits)), (rows, width, order, threads)
+        if bits is found:
+            close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_cpu_kernels(
-    run: Any, case: Callable[..., list[Tensor]], dtype: torch.dtype
-) -> None:
-    """Every order and block size gives the same bits; the CPU's loops agree to rounding."""
+def test_equals_the_cpu_kernels(run: Any, case: Case, dtype: torch.dtype) -> None:
     for rows, width in SIZES:
-        expected = case(torch.ops.nvmm, rows, width, dtype)
-        run.configure(0, 0)
-        first = case(run, rows, width, dtype)
-        for a, b in zip(first, expected, strict=True):
-            tolerance = 2.0**-7 if a.dtype == torch.bfloat16 else 2e-5
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-        for order in ("reverse", "shuffled"):
-            run.configure(ORDERS[order], 0)
-            assert all(map(torch.equal, case(run, rows, width, dtype), first)), order
-        run.configure(0, 32)  # other sums, so other roundings
-        for a, b in zip(case(run, rows, width, dtype), first, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        check(run, case, rows, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_off_16_bytes(run: Any, case: Case, dtype: torch.dtype) -> None:
+    run.configure(0, 0)
+    close(case(shifted(run), 2, 64, dtype), case(InFloat32(), 2, 64, dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_thread_that_takes_several_columns(run: Any, case: Case, dtype: torch.dtype) -> None:
+    for width in (4097, 4104):  # in scalars, in packs
+        check(run, case, 1, width, dtype)
 
 
 _SANITIZED_RUN = """
@@ -233,8 +271,9 @@ if sys.argv[2] == "fault":
 from tests.kernels import test_simulator as t
 for case in t.CASES:
     for rows, width in t.SIZES:
-        for dtype in t.DTYPES:
+        for dtype in t.ALL_DTYPES:
             case(torch.ops.nvmm_simulated, rows, width, dtype)
+            case(t.shifted(torch.ops.nvmm_simulated), rows, width, dtype)
 """
 
 
