@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoint",
         "conversion",
         "convert",
-        "data.tokenizer",
+        *("data.retrieval", "data.tokenizer"),
         "metadata",
         "modules.lora",
         *PARALLEL,

@@ -182,6 +182,7 @@ def test_what_does_not_fit_is_refused(name: str, value: Tensor, message: str) ->
         torch.ops.nvmm.gated_residual(*(inputs | {name: value}).values(), True)
 
 
+@pytest.mark.usefixtures("auto")
 def test_a_masked_row_ignores_what_the_branch_holds_eagerly() -> None:
     residual, branch, gate, _ = (t.double() for t in tensors(3, 8))
     branch[1] = float("nan")
