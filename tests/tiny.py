@@ -135,7 +135,10 @@ def cross_attending(**changes: Any) -> dict[str, Any]:
 
 
 def config(model: dict[str, Any], *, attended: str | None = None, **optim: Any) -> dict[str, Any]:
-    """A shrunk experiment over one of the models above; attended: as the data builder's."""
+    """A shrunk experiment over one of the models above; attended: as the data builder's.
+
+    AdamW's eps is above the gradients' rounding, which its first steps would take to full size.
+    """
     own = {} if attended is None else {"attended": attended}
     return own | {
         "model": copy.deepcopy(model),
@@ -143,6 +146,7 @@ def config(model: dict[str, Any], *, attended: str | None = None, **optim: Any) 
         "optim": {
             "_target_": "nvmm.optim.Optim",
             "learning_rate": 1e-3,
+            "eps": 1e-6,
             "weight_decay": 0.1,
             "clip_grad": 1.0,
         }
