@@ -17,9 +17,9 @@ def page(request: pytest.FixtureRequest) -> tuple[Path, str]:
 
 
 def test_make_targets_exist(page: tuple[Path, str]) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)", page[1]))
-    named |= set(re.findall(r"^(?:\$ )?make ([a-z-]+)", page[1], re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z0-9-]+)", page[1]))
+    named |= set(re.findall(r"^(?:\$ )?make ([a-z0-9-]+)", page[1], re.MULTILINE))
     assert named <= targets
 
 
