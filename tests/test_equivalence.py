@@ -232,7 +232,6 @@ def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any
     from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
 
     from nvmm.metrics import reduce_metrics
-    from nvmm.optim import Optim
     from nvmm.parallel.setup import Parallel
 
     Parallel().initialize(seed=1, rank=rank, world_size=world_size, init_method=init)
@@ -244,9 +243,14 @@ def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any
         vars(module).update(names)  # the trainer's optimizer has put nvmm's Adam and norm there
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     trainer.models = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in trainer.chunks]
-    optim = Optim(learning_rate=config["optim"]["learning_rate"])
     plain = get_megatron_optimizer(
-        OptimizerConfig(lr=optim.learning_rate, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0),
+        OptimizerConfig(
+            lr=config["optim"]["learning_rate"],
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            adam_eps=config["optim"]["eps"],
+            clip_grad=1.0,
+        ),
         trainer.models,
         use_gloo_process_groups=False,
     )
