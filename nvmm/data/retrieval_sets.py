@@ -73,15 +73,14 @@ def beir(
         unknown = [doc for doc in (*relevant, *mined) if doc not in corpus]
         if query not in queries or unknown:
             raise ValueError(f"{folder}: query {query} or its documents {unknown} are not there")
+        shared = {
+            "query": queries[query],
+            "positive_ids": [f"{name}/{doc}" for doc in relevant],
+            "negatives": [corpus[doc] for doc in mined],
+            "negative_ids": [f"{name}/{doc}" for doc in mined],
+        }
         for positive in relevant:
-            yield {
-                "query": queries[query],
-                "positive": corpus[positive],
-                "positive_id": f"{name}/{positive}",
-                "positive_ids": [f"{name}/{doc}" for doc in relevant],
-                "negatives": [corpus[doc] for doc in mined],
-                "negative_ids": [f"{name}/{doc}" for doc in mined],
-            }
+            yield shared | {"positive": corpus[positive], "positive_id": f"{name}/{positive}"}
 
 
 def triplets(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -234,14 +234,13 @@ class _Candidates:
             )
             # A query's positives are those of every query with its text.
             mask = mask & ~(asked_alike.float() @ is_answer.float()).bool()
-            for answer in texts.answers[asked].unbind(1):
-                mask = mask & (answer[:, None] != texts.document_id[self.documents])
-            answers_too = same("document_id", self.positives[self.own], self.positives) | same(
-                "text_hash", self.positives[self.own], self.positives
+            mask = mask & ~_answered(texts, asked, self.documents)
+            own = self.positives[self.own]
+            answers_too = same("document_id", own, self.positives) | same(
+                "text_hash", own, self.positives
             )
             reverse = reverse & ~asked_alike & ~answers_too
-            for answer in texts.answers[self.queries].unbind(1):  # another query's
-                reverse = reverse & (texts.document_id[self.positives[self.own]][:, None] != answer)
+            reverse = reverse & ~_answered(texts, self.queries, own).t()
         self.mask = mask.scatter(1, self.target[:, None], True)
         self.reverse_mask = reverse.scatter(1, self.own[:, None], True)
         known = ~texts.teacher[self.documents].isnan()
@@ -251,6 +250,15 @@ class _Candidates:
     def scores(self, embeddings: Tensor) -> Tensor:
         """Dot products [own queries, documents]."""
         return embeddings[self._asked] @ embeddings[self.documents].t()
+
+
+def _answered(texts: _Texts, queries: Tensor, documents: Tensor) -> Tensor:
+    """bool [queries, documents]: the document is among the query's `answers`."""
+    ids = texts.document_id[documents]
+    found = torch.zeros(len(queries), len(ids), dtype=torch.bool, device=ids.device)
+    for answer in texts.answers[queries].unbind(1):
+        found |= answer[:, None] == ids
+    return found
 
 
 def _choose(scores: Tensor, mask: Tensor, target: Tensor) -> Tensor:
