@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from nvmm.parallel.fp8 import ALGORITHMS, FORMATS, RECIPES, Fp8
 from nvmm.problems import Problem, View
 
 CHOICES = {
     "precision.dtype": ("fp32", "bf16", "fp64"),
-    "precision.fp8.recipe": ("delayed", "current", "blockwise", "mxfp8"),
-    "precision.fp8.format": ("hybrid", "e4m3"),
-    "precision.fp8.amax_compute_algo": ("max", "most_recent"),
+    "precision.fp8.recipe": tuple(RECIPES),
+    "precision.fp8.format": FORMATS,
+    "precision.fp8.amax_compute_algo": ALGORITHMS,
 }
-FIELDS = (
-    "fp8",
-    "fp8_recipe",
-    "fp8_margin",
-    "fp8_amax_history_len",
-    "fp8_amax_compute_algo",
-    "first_last_layers_bf16",
-    "num_layers_at_start_in_bf16",
-    "num_layers_at_end_in_bf16",
-)
+FIELDS = tuple(Fp8().transformer_kwargs())
 """TransformerConfig's, which precision.fp8 decides."""
-_OF_DELAYED = {"margin": 0, "amax_history_len": 1024, "amax_compute_algo": "max"}
+_OF_DELAYED = {
+    name: getattr(Fp8(), name) for name in ("margin", "amax_history_len", "amax_compute_algo")
+}
 
 
 def fp8(view: View) -> Iterator[Problem]:
@@ -63,4 +57,4 @@ def row_multiple(view: View) -> int:
     if not isinstance(view.get("precision.fp8"), Mapping):
         return 1
     recipe = view.get("precision.fp8.recipe")
-    return {"blockwise": 128, "mxfp8": 32}.get(str(recipe), 16)
+    return Fp8(recipe if recipe in RECIPES else Fp8.recipe).row_multiple(gathered=True)

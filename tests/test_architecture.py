@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "problems": set(),
     "rules": {"data_rules", "precision_rules", "problems"},
     "data_rules": {"problems"},
-    "precision_rules": {"problems"},
+    "precision_rules": {"parallel.fp8", "problems"},  # which is torch-free too
     "synthetic": PARALLEL,
     "config": {"problems", "rules", "signatures"},
     "decoding": PARALLEL,
