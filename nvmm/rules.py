@@ -112,12 +112,7 @@ def _attention_heads(view: View) -> Iterator[Problem]:
     heads = view.integer(f"{prefix}.num_attention_heads")
     groups = view.integer(f"{prefix}.num_query_groups", heads)
     if heads and heads % tensor:
-        yield Problem(
-            f"{prefix}.num_attention_heads",
-            heads,
-            f"must be divisible by parallel.tensor_model_parallel_size={tensor};"
-            f" use a size of {divisors(heads)}",
-        )
+        yield _uneven_heads(f"{prefix}.num_attention_heads", heads, tensor)
     elif groups and groups % tensor and tensor % groups:
         yield Problem(
             f"{prefix}.num_query_groups",
@@ -127,14 +122,19 @@ def _attention_heads(view: View) -> Iterator[Problem]:
 
 
 def _pooling_heads(view: View) -> Iterator[Problem]:
-    heads, tensor = view.integer("model.pooling.num_heads"), view.size("tensor")
+    key, tensor = "model.pooling.num_heads", view.size("tensor")
+    heads = view.integer(key)
     if heads and heads % tensor:
-        yield Problem(
-            "model.pooling.num_heads",
-            heads,
-            f"must be divisible by parallel.tensor_model_parallel_size={tensor};"
-            f" use a size of {divisors(heads)}",
-        )
+        yield _uneven_heads(key, heads, tensor)
+
+
+def _uneven_heads(key: str, heads: int, tensor: int) -> Problem:
+    return Problem(
+        key,
+        heads,
+        f"must be divisible by parallel.tensor_model_parallel_size={tensor};"
+        f" use a size of {divisors(heads)}",
+    )
 
 
 def _transformer_shapes(view: View) -> Iterator[Problem]:
