@@ -9,7 +9,6 @@ gradients, each variant in a process of its own.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import multiprocessing
 import os
@@ -322,9 +321,7 @@ def build(setting: Setting, number: int, rows: int | None = None) -> Steps:
     whole, width, dtype, device, _compile = setting
     torch.set_num_threads(1)
     # A kernel that gave way to eager would be measured as itself.
-    Kernels(
-        **dict.fromkeys((field.name for field in dataclasses.fields(Kernels)), "fused")
-    ).install()
+    Kernels.all("fused").install()
     return list(cases(rows or whole, width, dtype, device).values())[number]()
 
 

@@ -68,6 +68,11 @@ class Kernels:
             if value == "fused" and MISSING:
                 raise ValueError(f"kernels.{name}=fused needs the kernels, but {MISSING}")
 
+    @classmethod
+    def all(cls, value: str) -> Kernels:
+        """One choice for every operation."""
+        return cls(**{field.name: value for field in dataclasses.fields(cls)})
+
     def install(self, device: str = "cpu", *, log: bool = True) -> None:
         """Make these this process's choices; with `log`, say what they come to.
 

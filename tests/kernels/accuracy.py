@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -13,12 +12,7 @@ from nvmm.kernels import library
 
 needs_kernels = pytest.mark.skipif(library.MISSING is not None, reason=str(library.MISSING))
 DTYPES = (torch.float32, torch.bfloat16)
-FUSED = library.Kernels(
-    **dict.fromkeys(
-        (field.name for field in dataclasses.fields(library.Kernels)),
-        "auto" if library.MISSING else "fused",
-    )
-)
+FUSED = library.Kernels.all("auto" if library.MISSING else "fused")
 """What the tests of this folder run on (conftest.py): no kernel gives way to eager unnoticed."""
 BOTH = [pytest.param("fused", marks=needs_kernels), "eager"]
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
