@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,11 @@ def evaluate(folder: Path, *overrides: str) -> Command:
     output = folder / _SCORES
     arguments = ("-W", "ignore", "-m", "nvmm.evaluate", f"checkpoint={folder}", f"output={output}")
     return Command(output, (*arguments, "benchmark=heldout", *overrides))
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an error does, so that `run` stops its commands."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def run(arms: Sequence[Arm], jobs: int) -> None:

@@ -24,9 +24,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,7 +207,7 @@ def main() -> None:
     if unknown := set(names) - ARMS.keys():
         parser.error(f"--arms {','.join(sorted(unknown))}: use {', '.join(ARMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arms.exit_on_sigterm()
     regime = REGIMES[options.regime]
     regime.build_data()
     folder = Path(options.to) / options.regime

@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
-import sys
 from pathlib import Path
 
 from nvmm import arms
@@ -107,7 +105,7 @@ def main() -> None:
     if not set(names) <= set(ARMS):
         parser.error(f"--arms {options.arms}: use {','.join(ARMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arms.exit_on_sigterm()
     digits.build(DATA)
     seeds = range(1234, 1234 + options.seeds)
     arms.run(

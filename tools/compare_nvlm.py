@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 from pathlib import Path
 
 from nvmm import arms
@@ -88,7 +86,7 @@ def main() -> None:
     if not set(systems) <= set(SYSTEMS):
         parser.error(f"--systems {options.systems}: use {','.join(SYSTEMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    arms.exit_on_sigterm()
     digits.build(DATA)
     seeds = range(SEED, SEED + options.seeds)
     planned = [arm(name, seed, options.to, options.steps) for name in systems for seed in seeds]
