@@ -198,8 +198,11 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     sections = {"model": saved["model"], "tokenizer": dict(saved["tokenizer"]), "build": build}
     sections["precision"] = config["precision"] or saved["precision"]
     sections["lora"] = saved.get("lora")
-    choices = [saved.get("kernels") or {}, config.get("kernels") or {}]
-    sections["kernels"] = {"_target_": _KERNELS} | choices[0] | choices[1]
+    sections["kernels"] = {
+        "_target_": _KERNELS,
+        **(saved.get("kernels") or {}),
+        **(config.get("kernels") or {}),
+    }
     if config["tokenizer"] is not None:
         sections["tokenizer"]["path"] = config["tokenizer"]
     if not config["trust_config"]:

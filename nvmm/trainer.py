@@ -292,7 +292,9 @@ class Trainer:
                 surrogates.append(surrogate)
         for model in self.models:
             model.train()
-        means = {name: fmean(each[name] for each in surrogates) for name in surrogates[0]}
+        means = {
+            name: fmean(each[name] for each in surrogates) for name in next(iter(surrogates), {})
+        }
         metrics = reduce_metrics(outputs, self.device) | means
         self.logger.validation(step, metrics)
         return metrics
