@@ -68,21 +68,15 @@ def check(
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 40),
-    st.integers(1, 90),
-    *(st.booleans() for _ in range(4)),
-    st.sampled_from(DTYPES),
+    st.tuples(
+        st.integers(1, 40),
+        st.integers(1, 90),
+        *(st.booleans() for _ in range(4)),
+        st.sampled_from(DTYPES),
+    )
 )
-def test_any_shape(
-    rows: int,
-    width: int,
-    biased: bool,
-    masked: bool,
-    scalar: bool,
-    tanh: bool,
-    dtype: torch.dtype,
-) -> None:
-    check(rows, width, biased, masked, scalar, tanh, dtype)
+def test_any_shape(case: tuple[int, int, bool, bool, bool, bool, torch.dtype]) -> None:
+    check(*case)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])

@@ -46,6 +46,10 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     ("rows", "columns", "chunk"), [(1, 3, 8), (3, 127, 32), (65, 130, 64), (2, 4097, 1000)]
 )
 def test_accuracy(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> None:
+    check(rows, columns, chunk, dtype)
+
+
+def check(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> None:
     check_accuracy(
         lambda *inputs: linear_cross_entropy(*inputs, chunk=chunk),
         eager,
@@ -58,12 +62,7 @@ def test_accuracy(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> No
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(2, 150), st.integers(8, 60), st.sampled_from(DTYPES))
 def test_any_shape(rows: int, columns: int, chunk: int, dtype: torch.dtype) -> None:
-    check_accuracy(
-        lambda *inputs: linear_cross_entropy(*inputs, chunk=chunk),
-        eager,
-        lambda seed: tensors(rows, columns, seed=seed),
-        dtype,
-    )
+    check(rows, columns, chunk, dtype)
 
 
 @needs_kernels
