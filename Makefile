@@ -27,7 +27,7 @@ $(STAMP): setup.py constraints.txt
 
 kernels: $(KERNELS) ## compile csrc/; without a compiler eager PyTorch runs
 
-$(KERNELS): $(STAMP) $(wildcard csrc/*.*)
+$(KERNELS): $(STAMP) $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/python csrc/build.py --to $@
 
 quickstart: venv kernels ## build a dataset, train, evaluate, generate and report on a CPU (11 minutes)

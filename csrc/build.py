@@ -74,8 +74,8 @@ def build_simulated(target: Path, extra: Iterable[Path] = (), flags: Sequence[st
 
 
 def sources(ending: str) -> list[Path]:
-    """Files of csrc/ whose names end so."""
-    return sorted(SOURCES.glob(f"*{ending}"))
+    """Files in the folders of the operations whose names end so."""
+    return sorted(SOURCES.glob(f"*/*{ending}"))
 
 
 def nvcc() -> Path | None:

@@ -58,8 +58,8 @@ class Sample:
     tokens: int64 [n].
     loss_mask: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
     media: kind -> SampleMedia.
-    sample_id: (dataset, epoch, number) as one number (`nvmm.data.ids`), negative where there is no
-        sample. `source` names shard and key for messages.
+    sample_id: (dataset, epoch, number) as one number (`nvmm.data.order.sample_ids`), negative where
+        there is no sample. `source` names shard and key for messages.
     segments: tokens of each text, for a sample of several (a query and its documents); () is one.
         Each becomes a row, or a segment of a packed row, of its own.
     extras: tensors [texts, ...] owned by one objective, for a sample of several texts.

@@ -11,16 +11,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvmm import entry
-from nvmm.evaluate import argument, refusals, restore
+from nvmm.config import compose
+from nvmm.config.compose import refusals
+from nvmm.inference.restore import restore
+from nvmm.parallel import environment
 
 _QUOTES = ("'", '"')
 
 
 def main() -> None:
-    """Compose, check, answer. Exits with entry.BAD_CONFIG when the config is refused."""
-    sys.argv[1:] = [quoted(argument(text)) for text in sys.argv[1:]]
-    job = entry.load("generate")
+    """Compose, check, answer. Exits with compose.BAD_CONFIG when the config is refused."""
+    sys.argv[1:] = [quoted(compose.argument(text)) for text in sys.argv[1:]]
+    job = compose.load("generate")
     if job is None:
         return
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -28,18 +30,18 @@ def main() -> None:
     record(generate)(job)
 
 
-def generate(job: entry.Job) -> str:
+def generate(job: compose.Job) -> str:
     """Answer the job's prompt on all ranks; returns the text."""
     from nvmm.parallel import setup
 
-    entry.log_to_stderr()
+    compose.log_to_stderr()
     config = job.config
     system = {} if config["system"] is None else {"template": {"system": config["system"]}}
     with refusals("generate"):
         restored = restore(config, system)
         prompt = restored.builder.prompt(members(config["prompt"], config["image"]))
         [text] = restored.texts([prompt], config["max_new_tokens"], config)
-    if entry.rank() == 0:
+    if environment.rank() == 0:
         print(text)
     setup.shutdown()
     return text

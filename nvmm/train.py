@@ -14,15 +14,16 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nvmm import config as configs
-from nvmm import entry
-from nvmm import resume as resuming
-from nvmm.problems import Problem
+from nvmm.config import changes as resuming
+from nvmm.config import check as configs
+from nvmm.config import compose
+from nvmm.config.problem import Problem
+from nvmm.parallel import environment
 
 
 def main() -> None:
-    """Compose, check, train. Exits with entry.BAD_CONFIG when the config is refused."""
-    job = entry.load("train")
+    """Compose, check, train. Exits with compose.BAD_CONFIG when the config is refused."""
+    job = compose.load("train")
     if job is None:
         return
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -31,22 +32,22 @@ def main() -> None:
     record(train)(job)
 
 
-def train(job: entry.Job) -> dict[str, Any]:
+def train(job: compose.Job) -> dict[str, Any]:
     """Run one job on this rank; returns the trainer's summary."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
-    from nvmm.metrics import git_revision, machine, update_summary
     from nvmm.parallel import setup
-    from nvmm.report import write_report
+    from nvmm.report.page import write_report
+    from nvmm.training.summary import git_revision, machine, update_summary
 
-    entry.log_to_stderr()
+    compose.log_to_stderr()
     config = job.config
     try:
         kernels = instantiate(config["kernels"], _convert_="all")
         precision = instantiate(config["precision"], _convert_="all")
         parallel = instantiate(config["parallel"], _convert_="all")
-        kernels.install(setup.device_type(), log=entry.rank() == 0)
+        kernels.install(setup.device_type(), log=environment.rank() == 0)
         parallel.initialize(seed=config["seed"])
         _agree(config)
         run_dir = _agree_on_directory(config)
@@ -66,7 +67,7 @@ def train(job: entry.Job) -> dict[str, Any]:
             run_dir=run_dir,
             config=config,
             run_name=f"{config['run']['name']}/{config['run']['id']}",
-            enabled=entry.rank() == 0,
+            enabled=environment.rank() == 0,
         )
         trainer = instantiate(config["trainer"], _convert_="all")(
             **parts,
@@ -84,9 +85,9 @@ def train(job: entry.Job) -> dict[str, Any]:
         # A constructor's ValueError names its key and what is allowed; Hydra's frames say nothing.
         if not isinstance(error.__cause__, ValueError):
             raise
-        entry.refuse("train", [error.__cause__])
+        compose.refuse("train", [error.__cause__])
     except ValueError as error:
-        entry.refuse("train", [error])
+        compose.refuse("train", [error])
     try:
         summary: dict[str, Any] = trainer.fit(started=partial(_write, run_dir, job))
     except RuntimeError as error:
@@ -94,11 +95,11 @@ def train(job: entry.Job) -> dict[str, Any]:
         if stalled is None:
             raise
         raise RuntimeError(
-            f"rank {entry.rank()}: a collective did not complete within"
+            f"rank {environment.rank()}: a collective did not complete within"
             f" parallel.timeout_minutes={parallel.timeout_minutes}, or another rank died: {stalled}"
         ) from error
     logger.close()
-    if entry.rank() == 0:
+    if environment.rank() == 0:
         update_summary(run_dir, **summary, git_revision=git_revision(), machine=machine())
         write_report(run_dir)
     setup.shutdown()
@@ -129,9 +130,11 @@ def _agree(config: dict[str, Any]) -> None:
     ranks = [rank for rank, flag in enumerate(flags) if flag.item()]
     if differs:
         changes = resuming.differences("", theirs, config)
-        entry.refuse("train", [f"{c.key}={c.current!r} is {c.saved!r} on rank 0" for c in changes])
+        compose.refuse(
+            "train", [f"{c.key}={c.current!r} is {c.saved!r} on rank 0" for c in changes]
+        )
     if ranks:
-        entry.refuse(
+        compose.refuse(
             "train", [f"ranks {ranks} composed another config than rank {dist.get_rank()}"]
         )
 
@@ -139,14 +142,14 @@ def _agree(config: dict[str, Any]) -> None:
 def _agree_on_directory(config: dict[str, Any]) -> Path:
     """The run directory, chosen by rank 0 and the same on every rank."""
     chosen = ""
-    if entry.rank() == 0:
+    if environment.rank() == 0:
         chosen = str(run_directory(config["run"]))
         if config["resume"] == "never" and any(Path(chosen).glob("checkpoints/step_*")):
             problem = Problem("resume", "never", f"must be auto where {chosen} has a checkpoint")
             chosen = f"\0{problem}"
     chosen = _from_first_rank(chosen)
     if chosen.startswith("\0"):
-        entry.refuse("train", [chosen[1:]])
+        compose.refuse("train", [chosen[1:]])
     return Path(chosen)
 
 
@@ -160,7 +163,7 @@ def run_directory(run: dict[str, Any], root: Path = Path("runs")) -> Path:
         path = Path(run["dir"])
     else:
         path = root / str(run["name"])
-        given = run["id"] or entry.requeued_id()
+        given = run["id"] or environment.requeued_id()
         if given is None:
             return _timed_directory(path)
         path /= str(given)
@@ -169,7 +172,7 @@ def run_directory(run: dict[str, Any], root: Path = Path("runs")) -> Path:
 
 
 def _timed_directory(parent: Path) -> Path:
-    launch = entry.generated_id()
+    launch = environment.generated_id()
     mark = f"-{launch[:8]}" if launch else ""
     earlier = sorted(parent.glob(f"*{mark}")) if mark else []
     if earlier:
@@ -200,9 +203,9 @@ def _from_first_rank(text: str) -> str:
     return data.numpy().tobytes().decode()
 
 
-def _write(run_dir: Path, job: entry.Job) -> None:
+def _write(run_dir: Path, job: compose.Job) -> None:
     """Keep what the run was started with; a refused resume leaves the earlier start's."""
-    if entry.rank() != 0:
+    if environment.rank() != 0:
         return
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.config)))
     (run_dir / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.overrides)))

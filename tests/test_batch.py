@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvmm.batch import Batch
-from nvmm.synthetic import synthetic_steps
+from nvmm.proof.synthetic import synthetic_steps
 from tests import tiny
 
 

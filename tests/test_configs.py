@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from nvmm.config import check, config_dir, resolve, to_plain
-from nvmm.equivalence import ONE_RANK, run, shrink
+from nvmm.config.check import check, config_dir, resolve, to_plain
+from nvmm.proof.equivalence import ONE_RANK, run, shrink
 
 EXPERIMENTS = sorted(
     str(path.relative_to(config_dir() / "experiment").with_suffix(""))

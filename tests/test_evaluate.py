@@ -16,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from nvmm import entry
-from nvmm.checkpoint import find
-from nvmm.evaluate import argument, output_folder, require_trusted
+from nvmm.checkpoint.files import find
+from nvmm.config import compose
+from nvmm.config.compose import argument
+from nvmm.evaluate import output_folder
 from nvmm.generate import members, quoted
+from nvmm.inference.trust import require_trusted
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -41,7 +43,7 @@ def picture(width: int, height: int) -> bytes:
 
 def write_questions(folder: Path, name: str, answers: Mapping[int, str]) -> str:
     """Five questions of two kinds: one picture of different shapes, one without any."""
-    from nvmm.data.shards import write_shards
+    from nvmm.data.shards.dataset import write_shards
 
     shapes = [(40, 20), (16, 16), None, (20, 45), (17, 16)]
     samples = []
@@ -72,8 +74,8 @@ class NoOptimizer:
 def save(rank: int, world_size: int, init_method: str, folder: Path) -> None:
     from hydra.utils import instantiate
 
-    from nvmm.checkpoint import Checkpoint
-    from nvmm.data.tokenizer import Tokenizer, train_byte_level_bpe
+    from nvmm.checkpoint.save import Checkpoint
+    from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
     from nvmm.parallel.parameters import build_chunks
     from nvmm.parallel.setup import Parallel, Precision
 
@@ -91,20 +93,23 @@ def save(rank: int, world_size: int, init_method: str, folder: Path) -> None:
     model["language"]["transformer"]["init_method_std"] = 0.3
     config = {
         "model": model,
-        "tokenizer": {"_target_": "nvmm.data.tokenizer.Tokenizer", "path": str(tokenizer)},
+        "tokenizer": {"_target_": "nvmm.data.samples.tokenizer.Tokenizer", "path": str(tokenizer)},
         "precision": {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32"},
         "backend": "native",
         "kernels": {"_target_": "nvmm.kernels.library.Kernels", "pixel_shuffle": "eager"},
         "data": {
             "sequence_length": 256,
             "train": {
-                "_target_": "nvmm.data.shards.Dataset",
+                "_target_": "nvmm.data.shards.dataset.Dataset",
                 "shards": "gone/*.tar",
                 "build": {
-                    "_target_": "nvmm.data.instruct.InstructBuilder",
+                    "_target_": "nvmm.data.samples.instruct.InstructBuilder",
                     "_partial_": True,
-                    "template": {"_target_": "nvmm.data.chat.ChatTemplate", "system": "Answer."},
-                    "tags": {"_target_": "nvmm.data.chat.ImageTags"},
+                    "template": {
+                        "_target_": "nvmm.data.samples.chat.ChatTemplate",
+                        "system": "Answer.",
+                    },
+                    "tags": {"_target_": "nvmm.data.samples.chat.ImageTags"},
                     "tokens_per_tile": 4,
                     "tile_size": 16,
                     "max_tiles": 3,
@@ -141,7 +146,7 @@ def command(folder: Path, shards: str, **changes: Any) -> dict[str, Any]:
         "parallel": {"_target_": "nvmm.parallel.setup.Parallel"},
         "precision": None,
         "backend": None,
-        "tokenizer": None,
+        "tokenizer": {"path": None},
         "sequence_length": None,
         "batch_size": 2,
         "num_samples": None,
@@ -166,7 +171,7 @@ def launch(rank: int, world_size: int, init_method: str, config: dict[str, Any])
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     sys.stderr = io.StringIO()
     try:
-        return evaluate(entry.Job(config, []))
+        return evaluate(compose.Job(config, []))
     except SystemExit as exit:
         return exit.code, sys.stderr.getvalue()
 
@@ -239,7 +244,7 @@ def test_answers_in_fp8(folder: Path, unanswered: list[dict[str, Any]]) -> None:
     """Other words than in full precision; delayed scaling wants the scales it was trained with."""
 
     def precision(recipe: str) -> dict[str, Any]:
-        fp8 = {"_target_": "nvmm.parallel.fp8.Fp8", "recipe": recipe}
+        fp8 = {"_target_": "nvmm.parallel.fp8_recipe.Fp8", "recipe": recipe}
         return {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32", "fp8": fp8}
 
     options = {"output": str(folder / "fp8"), "num_samples": 3}
@@ -250,7 +255,7 @@ def test_answers_in_fp8(folder: Path, unanswered: list[dict[str, Any]]) -> None:
     [refused] = run_ranks(
         launch, 1, command(folder, shards, precision=precision("delayed"), **options)
     )
-    assert refused[0] == entry.BAD_CONFIG
+    assert refused[0] == compose.BAD_CONFIG
     assert "FP8 scales (fp8." in refused[1] and "trained with, precision=bf16" in refused[1]
 
 
@@ -260,8 +265,9 @@ def save_adapters(rank: int, world_size: int, init_method: str, folder: Path) ->
 
     from hydra.utils import instantiate
 
-    from nvmm.base import Base
-    from nvmm.checkpoint import Checkpoint, read_state
+    from nvmm.checkpoint.base import Base
+    from nvmm.checkpoint.files import read_state
+    from nvmm.checkpoint.save import Checkpoint
     from nvmm.modules.lora import FACTORS
     from nvmm.parallel.parameters import build_chunks, sharded_parameters
     from nvmm.parallel.setup import Parallel, Precision
@@ -312,7 +318,7 @@ def test_a_lora_run_answers_as_its_merged_weights(
 
 
 def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:
-    from nvmm.data.tokenizer import train_byte_level_bpe
+    from nvmm.data.samples.tokenizer import train_byte_level_bpe
 
     other = train_byte_level_bpe(
         tmp_path,
@@ -338,7 +344,7 @@ def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:
     ]
     for changes, message in cases:
         [(code, text)] = run_ranks(launch, 1, command(folder, shards, **changes))
-        assert code == entry.BAD_CONFIG
+        assert code == compose.BAD_CONFIG
         assert message in text
 
 
@@ -351,7 +357,7 @@ def chosen(
 
     import torch.distributed as dist
 
-    from nvmm.evaluate import restore
+    from nvmm.inference.restore import restore
     from nvmm.kernels import library
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -381,7 +387,7 @@ def ask(rank: int, world_size: int, init_method: str, config: dict[str, Any]) ->
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
-    return generate(entry.Job(config, []))
+    return generate(compose.Job(config, []))
 
 
 def test_generate_answers_with_and_without_pictures(folder: Path, tmp_path: Path) -> None:
@@ -420,9 +426,9 @@ def test_generate_answers_with_and_without_pictures(folder: Path, tmp_path: Path
     "target",
     [
         "os.system",
-        "nvmm.data.shards.tarfile.os.system",
+        "nvmm.data.shards.dataset.tarfile.os.system",
         "nvmm.data.nothing_here",
-        "nvmm.parallel.ranks.run_ranks",
+        "nvmm.proof.ranks.run_ranks",
         "hydra.utils.get_class",
     ],
 )
@@ -449,7 +455,7 @@ def trust_ours(rank: int, world_size: int, init_method: str) -> None:
     for path in ("torch.nn.functional.gelu", "torch.nn.functional.silu", "torch.tanh"):
         require_trusted({"f": tiny.method(path)}, Path("c"))
     require_trusted({"model": tiny.multimodal()}, Path("c"))
-    fp8 = {"_target_": "nvmm.parallel.fp8.Fp8", "recipe": "current"}
+    fp8 = {"_target_": "nvmm.parallel.fp8_recipe.Fp8", "recipe": "current"}
     require_trusted({"precision": {"fp8": fp8}}, Path("c"))
 
 
@@ -474,12 +480,12 @@ def test_every_benchmark_composes_and_scores(name: str) -> None:
     import hydra
     from hydra.utils import instantiate
 
-    from nvmm import config
+    from nvmm.config import check
 
-    with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         overrides = [f"benchmark={name}", "benchmark.shards=x.tar", "checkpoint.path=y"]
         composed = hydra.compose("evaluate", overrides)
-    assert config.check(composed, entry="evaluate", world_size=1) == []
+    assert check.check(composed, entry="evaluate", world_size=1) == []
     benchmark = instantiate(composed.benchmark, _convert_="all")
     assert benchmark.name == name
     for kind in ("all", *benchmark.metric_by_kind):
@@ -491,6 +497,7 @@ def test_words_that_hydra_would_misread() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     assert argument("checkpoint=runs/a") == "checkpoint.path=runs/a"
+    assert argument("tokenizer=dir") == "tokenizer.path=dir"
     assert argument("+checkpoint=a") == "+checkpoint=a"
     assert quoted("image=a.png") == "image=a.png"
     assert quoted("prompt='a, b'") == "prompt='a, b'"

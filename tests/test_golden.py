@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmm.data import digits
+from nvmm.data.prepare import digits
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 10

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from nvmm import entry, train
+from nvmm import train
+from nvmm.config import compose
 from tests.ranks import run_ranks
 
 UUID = "0b8ee7ad-6f3d-4e5b-9a51-0d0c3a1f2b3c"
@@ -114,7 +115,7 @@ def test_ranks_share_the_first_ranks_directory(tmp_path: Path) -> None:
 def test_ranks_refuse_configs_that_differ(tmp_path: Path) -> None:
     configs = [config(), config(seed=2, optim={"eps": 1e-6})]
     first, second = run_ranks(_agree, 2, str(tmp_path), configs)
-    assert first["code"] == second["code"] == entry.BAD_CONFIG
+    assert first["code"] == second["code"] == compose.BAD_CONFIG
     assert "ranks [1]" in first["errors"]
     assert "optim.eps=1e-06 is 1e-08 on rank 0" in second["errors"]
     assert not (tmp_path / "runs").exists()
@@ -124,14 +125,14 @@ def test_resume_never_refuses_a_directory_with_a_checkpoint(tmp_path: Path) -> N
     (tmp_path / "here/checkpoints/step_00000010").mkdir(parents=True)
     both = [config(resume="never", run=run(dir="here"))] * 2
     first, second = run_ranks(_agree, 2, str(tmp_path), both)
-    assert first["code"] == second["code"] == entry.BAD_CONFIG
+    assert first["code"] == second["code"] == compose.BAD_CONFIG
     assert "resume=never must be auto where here has a checkpoint" in first["errors"]
 
 
 def test_config_and_overrides_are_written(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    job = entry.Job({"seed": 1, "run": run()}, ["seed=1", "data.train.shards='a/*.tar'"])
+    job = compose.Job({"seed": 1, "run": run()}, ["seed=1", "data.train.shards='a/*.tar'"])
     train._write(tmp_path, job)
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == job.config
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "overrides.yaml")) == job.overrides

@@ -50,7 +50,7 @@ def multimodal(**changes: Any) -> dict[str, Any]:
         "_partial_": True,
         "language": language(),
         "vision": {
-            "_target_": "nvmm.modules.vision.VisionTransformer",
+            "_target_": "nvmm.modules.encoders.vision.VisionTransformer",
             "_partial_": True,
             "transformer": {
                 "_target_": TRANSFORMER,
@@ -144,7 +144,7 @@ def config(model: dict[str, Any], *, attended: str | None = None, **optim: Any) 
         "model": copy.deepcopy(model),
         "objective": {"_target_": "nvmm.objectives.next_token.NextToken"},
         "optim": {
-            "_target_": "nvmm.optim.Optim",
+            "_target_": "nvmm.training.optim.Optim",
             "learning_rate": 1e-3,
             "eps": 1e-6,
             "weight_decay": 0.1,

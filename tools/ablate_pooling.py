@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvmm.data import retrieval_sets
-from nvmm.data.shards import write_shards
-from nvmm.data.tokenizer import train_byte_level_bpe
-from nvmm.parallel.ranks import run_ranks
+from nvmm.data.prepare import retrieval_sets
+from nvmm.data.samples.tokenizer import train_byte_level_bpe
+from nvmm.data.shards.dataset import write_shards
+from nvmm.proof.ranks import run_ranks
 
 POOLINGS = ("EOS", "Mean", "LatentAttention", "SelfAttention")
 INSTRUCTION = "Given a definition, find the words that it defines"
@@ -124,7 +124,7 @@ def config_of(pooling: str, causal: bool, seed: int, steps: int) -> dict[str, An
     """The run's config: the tiny NV-Embed, two layers of it."""
     import hydra
 
-    from nvmm.config import config_dir, resolve
+    from nvmm.config.check import config_dir, resolve
 
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         plain = resolve(hydra.compose(overrides=["+model=nv_embed_tiny"]))[0]
@@ -147,7 +147,7 @@ def config_of(pooling: str, causal: bool, seed: int, steps: int) -> dict[str, An
             "temperature": 0.05,
         },
         "optim": {
-            "_target_": "nvmm.optim.Optim",
+            "_target_": "nvmm.training.optim.Optim",
             "learning_rate": 1e-3,
             "warmup_steps": steps // 10,
             "decay_steps": steps,
@@ -165,13 +165,13 @@ def train(
     import functools
 
     from nvmm.data.loader import Data
-    from nvmm.data.retrieval import RetrievalBuilder
-    from nvmm.data.shards import Dataset
-    from nvmm.data.tokenizer import Tokenizer
-    from nvmm.embedding import Encoder
-    from nvmm.equivalence import build_trainer
+    from nvmm.data.samples.retrieval import RetrievalBuilder
+    from nvmm.data.samples.tokenizer import Tokenizer
+    from nvmm.data.shards.dataset import Dataset
     from nvmm.evaluation import beir
+    from nvmm.inference.embedding import Encoder
     from nvmm.parallel.setup import Parallel, shutdown
+    from nvmm.proof.equivalence import build_trainer
 
     Parallel().initialize(seed=config["seed"], rank=rank, world_size=world, init_method=init)
     tokenizer = Tokenizer(str(folder / "tokenizer"), image_token="<s>", end_of_turn="</s>")

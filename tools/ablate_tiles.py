@@ -28,8 +28,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvmm import arms
-from nvmm.data import digits
+from nvmm import studies
+from nvmm.data.prepare import digits
 
 DATA = Path("data")
 ARMS = {
@@ -40,7 +40,7 @@ ARMS = {
     },
 }
 BASE = (
-    *arms.ALONE,
+    *studies.ALONE,
     "tokenizer=quickstart_tags",
     "model.language.vocab_size=334",
     "model.language.padded_vocab_size=336",
@@ -106,7 +106,7 @@ REGIMES = {
 
 def arm(
     name: str, seed: int, regime: Regime, folder: Path, steps: int, system: str = "d"
-) -> arms.Arm:
+) -> studies.Arm:
     """The start of `seed`, which arms share, then the stage and the evaluation of one arm."""
     experiment = f"experiment=nvlm_{system}/quickstart"
     base = (*BASE, f"seed={seed}")
@@ -114,18 +114,18 @@ def arm(
     untagged = f"data.train.build.tags.variant={regime.tags}"
     start = folder / f"seed{seed}"
     run = start / name
-    return arms.Arm(
+    return studies.Arm(
         name,
         seed,
         (
-            arms.train(
+            studies.train(
                 start / "text",
                 f"{experiment}_text",
                 *base,
                 f"data.train.shards=[{text}]",
                 "trainer.micro_batch_size=64",
             ),
-            arms.train(
+            studies.train(
                 start / "align",
                 f"{experiment}_align",
                 *base,
@@ -134,7 +134,7 @@ def arm(
                 "trainer.micro_batch_size=64",
                 f"init_from={start / 'text'}",
             ),
-            arms.train(
+            studies.train(
                 run,
                 experiment,
                 *base,
@@ -145,7 +145,7 @@ def arm(
                 f"trainer.micro_batch_size={regime.batch}",
                 f"init_from={start / 'align'}",
             ),
-            arms.evaluate(
+            studies.evaluate(
                 run,
                 f"benchmark.shards={regime.strings}/strings/test-*.tar",
                 "batch_size=64",
@@ -161,22 +161,22 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
     kinds = {"all": "exact_match"} | {kind: f"exact_match_{kind}" for kind in digits.KINDS}
     rows = []
     for name, seeds in found.items():
-        shown = [arms.spread([seed[key] for seed in seeds], 3) for key in kinds.values()]
+        shown = [studies.spread([seed[key] for seed in seeds], 3) for key in kinds.values()]
         for key, places in {
             "tokens_per_sample": 1,
             "tiles_per_sample": 1,
             "cpu_seconds": 0,
         }.items():
-            shown.append(arms.spread([seed[key] for seed in seeds], places))
+            shown.append(studies.spread([seed[key] for seed in seeds], places))
         rows.append([name, str(len(seeds)), *shown])
     head = ("arm", "seeds", *kinds, "tokens", "tiles", "CPU-s")
-    lines = [arms.table(head, rows)]
+    lines = [studies.table(head, rows)]
     if "none" in found:
         lines += [compare(name, found) for name in found if name not in ("none", "low_res")]
     for model, paper in PAPER.items():
         listed = [[name, *map(str, paper[name])] for name in found if name in paper]
         title = f"The paper's, NVLM-{model} 34B (section 3.2):"
-        lines += ["", title, arms.table(("arm", *COLUMNS), listed)]
+        lines += ["", title, studies.table(("arm", *COLUMNS), listed)]
     return "\n".join(lines)
 
 
@@ -188,7 +188,9 @@ def compare(name: str, found: dict[str, list[dict[str, float]]]) -> str:
     ]
     rate = statistics.mean(each["exact_match"] for each in (*found[name], *found["none"]))
     error = math.sqrt(2 * rate * (1 - rate) / (QUESTIONS * len(gains)))
-    return f"{name} - none: {arms.spread(gains, 3)} (standard error of the questions {error:.3f})"
+    return (
+        f"{name} - none: {studies.spread(gains, 3)} (standard error of the questions {error:.3f})"
+    )
 
 
 def main() -> None:
@@ -207,7 +209,7 @@ def main() -> None:
     if unknown := set(names) - ARMS.keys():
         parser.error(f"--arms {','.join(sorted(unknown))}: use {', '.join(ARMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arms.exit_on_sigterm()
+    studies.exit_on_sigterm()
     regime = REGIMES[options.regime]
     regime.build_data()
     folder = Path(options.to) / options.regime
@@ -219,12 +221,12 @@ def main() -> None:
         for name in names
         for seed in seeds
     ]
-    arms.run(planned, options.jobs)
+    studies.run(planned, options.jobs)
     found = {
-        name: [arms.measure(folder / f"seed{seed}" / name) for seed in seeds] for name in names
+        name: [studies.measure(folder / f"seed{seed}" / name) for seed in seeds] for name in names
     }
     settings = {key: getattr(options, key) for key in ("system", "regime", "steps")}
-    arms.save(folder / "results.json", found, **settings)
+    studies.save(folder / "results.json", found, **settings)
     print(report(found))
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nvmm.convert import qwen2
-from nvmm.convert.huggingface import write_safetensors
+from nvmm.convert.formats import qwen2
+from nvmm.convert.safetensors import write_safetensors
 
 _MEASURE = """
 import resource, runpy, sys
@@ -75,7 +75,7 @@ if __name__ == "__main__":
     bridge.save_weights(model, sys.argv[2])
     print("mbridge", middle - start, time.monotonic() - middle)
 """
-_BASE = "import torch, megatron.core.models.gpt, nvmm.conversion.importing"
+_BASE = "import torch, megatron.core.models.gpt, nvmm.convert.importing"
 _LAYER_BYTES = 154_000_000
 
 

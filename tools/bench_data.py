@@ -34,15 +34,15 @@ import torch
 from PIL import Image
 
 from nvmm.batch import Batch
-from nvmm.data import instruct
-from nvmm.data.chat import ChatTemplate, ImageTags
 from nvmm.data.collate import collate
-from nvmm.data.digits import train_tokenizer
-from nvmm.data.images import Tiles, choose_grid, tile_indices
-from nvmm.data.instruct import InstructBuilder
 from nvmm.data.loader import Data
-from nvmm.data.shards import Dataset, write_shards
-from nvmm.data.tokenizer import Tokenizer
+from nvmm.data.prepare.digits import train_tokenizer
+from nvmm.data.samples import instruct
+from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.images import Tiles, choose_grid, tile_indices
+from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset, write_shards
 
 WORKERS = 2
 BATCH_SIZE = 8

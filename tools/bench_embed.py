@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.parallel.ranks import run_ranks
+from nvmm.proof.ranks import run_ranks
 
 TEMPERATURE = 0.05
 LEARNING_RATE = 1e-4
@@ -77,9 +77,9 @@ def ours(
     rank: int, world: int, init: str, config: dict[str, Any], ids: Tensor, chunk: int, steps: int
 ) -> dict[str, float]:
     """Our trainer's step; `chunk` samples a micro-batch, all of them: no GradCache."""
-    from nvmm.equivalence import build_trainer
     from nvmm.parallel.setup import Parallel, shutdown
-    from nvmm.synthetic import SyntheticData
+    from nvmm.proof.equivalence import build_trainer
+    from nvmm.proof.synthetic import SyntheticData
 
     torch.set_num_threads(1)
     Parallel().initialize(seed=1, rank=rank, world_size=world, init_method=init)
@@ -157,9 +157,10 @@ def exported(rank: int, world: int, init: str, config: dict[str, Any]) -> Any:
     """The Transformers model with the weights that ours begins with."""
     from hydra.utils import instantiate
 
-    from nvmm.convert import nv_embed
-    from nvmm.convert.modeling_nvembed import NVEmbedConfig, NVEmbedModel
-    from nvmm.convert.table import ToTheirs, read
+    from nvmm.convert.formats import nv_embed
+    from nvmm.convert.formats.modeling_nvembed import NVEmbedConfig, NVEmbedModel
+    from nvmm.convert.sources import read
+    from nvmm.convert.table import ToTheirs
     from nvmm.parallel.parameters import build_chunks, sharded_parameters
     from nvmm.parallel.setup import Parallel, Precision
 
@@ -214,7 +215,7 @@ def config_of() -> dict[str, Any]:
     """The tiny NV-Embed with the objective's plain settings."""
     import hydra
 
-    from nvmm.config import config_dir, resolve
+    from nvmm.config.check import config_dir, resolve
 
     with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
         plain = resolve(hydra.compose(overrides=["+model=nv_embed_tiny"]))[0]
@@ -225,7 +226,7 @@ def config_of() -> dict[str, Any]:
             "temperature": TEMPERATURE,
         },
         "optim": {
-            "_target_": "nvmm.optim.Optim",
+            "_target_": "nvmm.training.optim.Optim",
             "learning_rate": LEARNING_RATE,
             "weight_decay": 0.1,
         },

@@ -34,8 +34,8 @@ def build_rate(folder: Path, count: int) -> dict[str, Any]:
 
     from PIL import Image
 
-    from nvmm.data.index import open_index
-    from nvmm.data.shards import write_shards
+    from nvmm.data.shards.dataset import write_shards
+    from nvmm.data.shards.index import open_index
 
     buffer = io.BytesIO()
     rng = np.random.default_rng(0)
@@ -57,9 +57,9 @@ def build_rate(folder: Path, count: int) -> dict[str, Any]:
 
 def write_synthetic(folder: Path, count: int) -> None:
     """An index of `count` samples, token counts with it, whose shards are empty files."""
-    from nvmm.data import index as module
-    from nvmm.data.index import open_index
-    from nvmm.data.shards import builder_digest
+    from nvmm.data.shards import index as module
+    from nvmm.data.shards.dataset import builder_digest
+    from nvmm.data.shards.index import open_index
 
     folder.mkdir(parents=True, exist_ok=True)
     shards = [folder / f"s-{i:06d}.tar" for i in range(-(-count // PER_SHARD))]
@@ -97,9 +97,9 @@ class Builder:
 
 def measure(folder: Path) -> dict[str, Any]:
     """What one process sees of an index that lies in `folder`."""
-    from nvmm.data.order import Order, Settings
-    from nvmm.data.parts import Part
-    from nvmm.data.shards import Dataset, builder_digest
+    from nvmm.data.order.mixture import Part
+    from nvmm.data.order.order import Order, Settings
+    from nvmm.data.shards.dataset import Dataset, builder_digest
 
     dataset = Dataset(str(folder / "*.tar"), Builder())
     before = resident()

@@ -24,8 +24,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from nvmm import arms
-from nvmm.config import check, config_dir, to_plain
+from nvmm import studies
+from nvmm.config.check import check, config_dir, to_plain
 
 SYSTEMS = ("x", "h", "d")
 TEXT_TOKENS, TILE_TOKENS, TILE_SIZE, GRID = 256, 64, 128, (3, 2)
@@ -65,7 +65,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = bench(SYSTEMS, options.rounds, options.batch, options.tokenizer)
     options.to.parent.mkdir(parents=True, exist_ok=True)
-    arms.save(options.to, found, rounds=options.rounds, batch=options.batch)
+    studies.save(options.to, found, rounds=options.rounds, batch=options.batch)
     print(report(found))
 
 
@@ -73,9 +73,9 @@ def bench(
     systems: tuple[str, ...], rounds: int, batch: int, tokenizer: str
 ) -> dict[str, dict[str, float]]:
     """CPU and wall seconds of a step of each system; the first round warms up."""
-    from nvmm.equivalence import build_trainer
     from nvmm.parallel.setup import Parallel, shutdown
-    from nvmm.synthetic import SyntheticData
+    from nvmm.proof.equivalence import build_trainer
+    from nvmm.proof.synthetic import SyntheticData
 
     Parallel().initialize(seed=1)
     made = {}
@@ -166,7 +166,7 @@ def report(found: dict[str, dict[str, float]]) -> str:
             ]
         )
     head = ("NVLM", "length", "CPU-ms a step", "samples/CPU-s", "speed over D")
-    return arms.table((*head, "paper's length", "paper's ms", "paper's speed over D"), rows)
+    return studies.table((*head, "paper's length", "paper's ms", "paper's speed over D"), rows)
 
 
 if __name__ == "__main__":

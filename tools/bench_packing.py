@@ -1,9 +1,10 @@
 """Tokens/s of padded, packed and planned rows on a CPU: python tools/bench_packing.py
 
 Forward and backward of one small decoder over the same samples, at three skews of length: padded
-rows, one packed row a micro-batch, rows planned by nvmm.data.pack, and Transformers' model of the
-same sizes with its padding-free collator (sdpa; its flash attention needs a GPU). Ways take turns
-within a round; the medians of the rounds are printed. Tokens are valid ones, pads do not count.
+rows, one packed row a micro-batch, rows planned by nvmm.data.order.packing, and Transformers' model
+of the same sizes with its padding-free collator (sdpa; its flash attention needs a GPU). Ways take
+turns within a round; the medians of the rounds are printed. Tokens are valid ones, pads do
+not count.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from nvmm.batch import Sample
 from nvmm.data.collate import collate
-from nvmm.data.pack import plan
+from nvmm.data.order.packing import plan
 
 VOCABULARY = 2048
 SIZES = {"num_layers": 4, "hidden_size": 256, "heads": 8, "groups": 2, "ffn_hidden_size": 768}

@@ -16,9 +16,9 @@ import os
 import statistics
 from pathlib import Path
 
-from nvmm import arms
-from nvmm.data import digits
-from nvmm.parallel.fp8 import RECIPES
+from nvmm import studies
+from nvmm.data.prepare import digits
+from nvmm.parallel.fp8_recipe import RECIPES
 
 DATA = Path("data/quickstart")  # of the experiments
 _EAGER = ("norm", "activation", "gated_residual", "linear_cross_entropy")
@@ -39,17 +39,17 @@ LAST = 30
 QUESTIONS = 1000
 
 
-def arm(name: str, seed: int, folder: Path, steps: int) -> arms.Arm:
+def arm(name: str, seed: int, folder: Path, steps: int) -> studies.Arm:
     """The start, the last stage and its evaluation of one of ARMS."""
     run = folder / f"seed{seed}"
-    base = (*arms.ALONE, f"seed={seed}")
-    return arms.Arm(
+    base = (*studies.ALONE, f"seed={seed}")
+    return studies.Arm(
         name,
         seed,
         (
-            arms.train(run / "text", f"{EXPERIMENT}_text", *base),
-            arms.train(run / "align", f"{EXPERIMENT}_align", *base, f"init_from={run / 'text'}"),
-            arms.train(
+            studies.train(run / "text", f"{EXPERIMENT}_text", *base),
+            studies.train(run / "align", f"{EXPERIMENT}_align", *base, f"init_from={run / 'text'}"),
+            studies.train(
                 run / name,
                 EXPERIMENT,
                 *base,
@@ -57,7 +57,7 @@ def arm(name: str, seed: int, folder: Path, steps: int) -> arms.Arm:
                 f"trainer.max_steps={steps}",
                 f"init_from={run / 'align'}",
             ),
-            arms.evaluate(
+            studies.evaluate(
                 run / name,
                 f"benchmark.shards={DATA}/strings/test-*.tar",
                 "batch_size=64",
@@ -82,13 +82,13 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
             100 * (own["loss"] / plain["loss"] - 1)
             for own, plain in zip(seeds, found["fp32"], strict=True)
         ]
-        cells = [arms.spread([seed["loss"] for seed in seeds], 4), arms.spread(off, 2)]
+        cells = [studies.spread([seed["loss"] for seed in seeds], 4), studies.spread(off, 2)]
         for key in ("exact_match", *(f"exact_match_{kind}" for kind in digits.KINDS)):
-            cells.append(arms.spread([seed[key] for seed in seeds], 3))
-        cells.append(arms.spread([seed["cpu_seconds"] for seed in seeds], 0))
+            cells.append(studies.spread([seed[key] for seed in seeds], 3))
+        cells.append(studies.spread([seed["cpu_seconds"] for seed in seeds], 0))
         rows.append([name, *cells])
     head = ("arm", "loss", "% of fp32's", "all", *digits.KINDS, "CPU-s")
-    return arms.table(head, rows)
+    return studies.table(head, rows)
 
 
 def main() -> None:
@@ -105,22 +105,22 @@ def main() -> None:
     if not set(names) <= set(ARMS):
         parser.error(f"--arms {options.arms}: use {','.join(ARMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arms.exit_on_sigterm()
+    studies.exit_on_sigterm()
     digits.build(DATA)
     seeds = range(1234, 1234 + options.seeds)
-    arms.run(
+    studies.run(
         [arm(name, seed, options.to, options.steps) for seed in seeds for name in names],
         options.jobs,
     )
     found = {
         name: [
-            arms.measure(options.to / f"seed{seed}" / name)
+            studies.measure(options.to / f"seed{seed}" / name)
             | {"loss": final_loss(options.to / f"seed{seed}" / name)}
             for seed in seeds
         ]
         for name in names
     }
-    arms.save(options.to / "results.json", found, steps=options.steps)
+    studies.save(options.to / "results.json", found, steps=options.steps)
     print(report(found))
 
 

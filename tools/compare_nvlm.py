@@ -13,8 +13,8 @@ import argparse
 import os
 from pathlib import Path
 
-from nvmm import arms
-from nvmm.data import digits
+from nvmm import studies
+from nvmm.data.prepare import digits
 
 DATA = Path("data/quickstart")  # of the experiments
 SYSTEMS = ("d", "x", "h")
@@ -22,25 +22,25 @@ SEED = 1234
 QUESTIONS = 1000
 
 
-def arm(system: str, seed: int, folder: Path, steps: int) -> arms.Arm:
+def arm(system: str, seed: int, folder: Path, steps: int) -> studies.Arm:
     """Three stages and the evaluation of one system."""
     run = folder / f"seed{seed}" / system
     experiment = f"experiment=nvlm_{system}/quickstart"
-    base = (*arms.ALONE, f"seed={seed}")
-    return arms.Arm(
+    base = (*studies.ALONE, f"seed={seed}")
+    return studies.Arm(
         f"nvlm_{system}",
         seed,
         (
-            arms.train(run / "text", f"{experiment}_text", *base),
-            arms.train(run / "align", f"{experiment}_align", *base, f"init_from={run / 'text'}"),
-            arms.train(
+            studies.train(run / "text", f"{experiment}_text", *base),
+            studies.train(run / "align", f"{experiment}_align", *base, f"init_from={run / 'text'}"),
+            studies.train(
                 run / "strings",
                 experiment,
                 *base,
                 f"trainer.max_steps={steps}",
                 f"init_from={run / 'align'}",
             ),
-            arms.evaluate(
+            studies.evaluate(
                 run / "strings",
                 f"benchmark.shards={DATA}/strings/test-*.tar",
                 "batch_size=64",
@@ -65,11 +65,11 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
     rows = []
     for system, seeds in found.items():
         cells = [
-            arms.spread([factor * seed[key] for seed in seeds], places)
+            studies.spread([factor * seed[key] for seed in seeds], places)
             for key, places, factor in columns.values()
         ]
         rows.append([f"NVLM-{system.upper()}", str(len(seeds)), *cells])
-    return arms.table(("system", "seeds", *columns), rows)
+    return studies.table(("system", "seeds", *columns), rows)
 
 
 def main() -> None:
@@ -86,16 +86,16 @@ def main() -> None:
     if not set(systems) <= set(SYSTEMS):
         parser.error(f"--systems {options.systems}: use {','.join(SYSTEMS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    arms.exit_on_sigterm()
+    studies.exit_on_sigterm()
     digits.build(DATA)
     seeds = range(SEED, SEED + options.seeds)
     planned = [arm(name, seed, options.to, options.steps) for name in systems for seed in seeds]
-    arms.run(planned, options.jobs)
+    studies.run(planned, options.jobs)
     found = {
-        name: [arms.measure(options.to / f"seed{seed}" / name / "strings") for seed in seeds]
+        name: [studies.measure(options.to / f"seed{seed}" / name / "strings") for seed in seeds]
         for name in systems
     }
-    arms.save(options.to / "results.json", found, steps=options.steps)
+    studies.save(options.to / "results.json", found, steps=options.steps)
     print(report(found))
 
 

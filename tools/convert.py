@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def import_(options: argparse.Namespace) -> int:
     """Hugging Face folders -> a checkpoint of ours."""
-    from nvmm.conversion.importing import check_given, derive, import_folders
-    from nvmm.conversion.sides import DTYPES, open_checkpoint, open_folder
+    from nvmm.convert.importing import check_given, derive, import_folders
+    from nvmm.convert.models import DTYPES, open_checkpoint, open_folder
 
     folders = {}
     for text in options.sources:
@@ -77,8 +77,8 @@ def import_(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """A checkpoint of ours -> a Hugging Face folder."""
-    from nvmm.conversion.exporting import export
-    from nvmm.conversion.sides import DTYPES, open_checkpoint
+    from nvmm.convert.exporting import export
+    from nvmm.convert.models import DTYPES, open_checkpoint
 
     [source] = options.sources
     export(
@@ -96,8 +96,8 @@ def export(options: argparse.Namespace) -> int:
 
 def rewrite(options: argparse.Namespace) -> int:
     """A weights-only copy of one checkpoint (reshard), or the mean of several (average)."""
-    from nvmm.conversion.exporting import rewrite
-    from nvmm.conversion.sides import DTYPES, open_checkpoint
+    from nvmm.convert.exporting import rewrite
+    from nvmm.convert.models import DTYPES, open_checkpoint
 
     if (options.command == "average") != (len(options.sources) > 1):
         raise ValueError("reshard takes one --from, average several")
@@ -113,8 +113,8 @@ def rewrite(options: argparse.Namespace) -> int:
 
 def merge(options: argparse.Namespace) -> int:
     """A LoRA checkpoint and its base -> one checkpoint without adapters."""
-    from nvmm.conversion.adapter import merge
-    from nvmm.conversion.sides import DTYPES, open_checkpoint
+    from nvmm.convert.adapters import merge
+    from nvmm.convert.models import DTYPES, open_checkpoint
 
     [source] = options.sources
     saved = open_checkpoint(Path(source).expanduser())
@@ -132,8 +132,8 @@ def merge(options: argparse.Namespace) -> int:
 
 def adapter(options: argparse.Namespace) -> int:
     """A LoRA checkpoint's adapters -> a PEFT folder, and back."""
-    from nvmm.conversion.adapter import export_adapter, import_adapter
-    from nvmm.conversion.sides import open_checkpoint
+    from nvmm.convert.adapters import export_adapter, import_adapter
+    from nvmm.convert.models import open_checkpoint
 
     source, to = Path(options.source).expanduser(), Path(options.to).expanduser()
     if (options.direction == "import") != (options.base is not None):
@@ -150,7 +150,7 @@ def adapter(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """Names, shapes, dtypes, config and layout; no tensor is loaded."""
-    from nvmm.conversion.verify import inspect, open_side
+    from nvmm.convert.verify import inspect, open_side
 
     about = inspect(open_side(at(options.path)))
     if options.json:
@@ -168,8 +168,8 @@ def verify(options: argparse.Namespace) -> int:
     """Tensors through the mapping, then logits; the report lies beside b's weights."""
     import torch
 
-    from nvmm.conversion.logits import logits
-    from nvmm.conversion.verify import compare_logits, compare_tensors, open_side
+    from nvmm.convert.logits import logits
+    from nvmm.convert.verify import compare_logits, compare_tensors, open_side
 
     a, b = (open_side(at(name)) for name in (options.a, options.b))
     report: dict[str, Any] = {"a": str(a.path), "b": str(b.path), **compare_tensors(a, b)}
@@ -196,18 +196,18 @@ def _composed(overrides: list[str]) -> dict[str, Any]:
     """What `model=NAME` or `experiment=NAME`, and overrides of it, say about model and data."""
     import hydra
 
-    from nvmm import config
+    from nvmm.config import check
 
     groups = [text for text in overrides if text.startswith(("model=", "experiment="))]
     if len(groups) != 1:
         raise ValueError("give one of model=NAME and experiment=NAME, then overrides of it")
     rest = [text for text in overrides if text not in groups]
-    with hydra.initialize_config_dir(str(config.config_dir()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         if groups[0].startswith("model="):
             composed = hydra.compose(overrides=[f"+model={groups[0][6:]}", *rest])
         else:
             composed = hydra.compose("train", overrides=[*groups, *rest])
-    plain, problems = config.resolve(composed)
+    plain, problems = check.resolve(composed)
     # An experiment's unset data and run settings are of no concern here.
     missing = [str(problem) for problem in problems if problem.key.startswith("model.")]
     if missing:
@@ -222,7 +222,7 @@ def _constructor(model: Any) -> Any:
 
 
 def _trusted_constructor(model: Any) -> Any:
-    from nvmm.evaluate import require_trusted
+    from nvmm.inference.trust import require_trusted
 
     require_trusted(model, Path("the checkpoint"))
     return _constructor(model)

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nvmm import entry
+from nvmm.parallel import environment
 
 
 def main() -> None:
     options = _parser().parse_args()
-    from nvmm.data import retrieval_sets
-    from nvmm.evaluate import refusals
+    from nvmm.config.compose import refusals
+    from nvmm.data.prepare import retrieval_sets
     from nvmm.evaluation import beir, mteb_task
     from nvmm.parallel import setup
 
@@ -34,7 +34,7 @@ def main() -> None:
             instruction=options.instruction or encode.builder.instruction,
             ignore_identical_ids=options.ignore_identical_ids,
         )
-    if entry.rank() == 0:
+    if environment.rank() == 0:
         text = json.dumps(scores, indent=1, default=str)
         print(text)
         if options.output:
@@ -46,8 +46,8 @@ def load(
     checkpoint: str, tensor_parallel: int = 1, batch_size: int = 32, base: str | None = None
 ) -> Any:
     """The encoder of a checkpoint or run directory; base: where a LoRA run's base lies now."""
-    from nvmm.embedding import Encoder
-    from nvmm.evaluate import restore
+    from nvmm.inference.embedding import Encoder
+    from nvmm.inference.restore import restore
 
     parallel = {
         "_target_": "nvmm.parallel.setup.Parallel",

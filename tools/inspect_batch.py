@@ -34,21 +34,21 @@ def main() -> int:
     sys.argv[1:] = overrides
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from nvmm import entry
+    from nvmm.config import compose
 
-    job = entry.load("train", stand_ins=True)
+    job = compose.load("train", stand_ins=True)
     if job is None:
         return 0
     needed = [key for key in job.stand_ins if key.startswith(("data.", "tokenizer."))]
     if needed:
-        entry.refuse(
+        compose.refuse(
             "train", [f"{key} is not set, and reading a sample needs it" for key in needed]
         )
     try:
         numbers = [int(n) for n in chosen[0].split(",")]
         return show(job.config, numbers, options)
     except (ValueError, IndexError, OSError) as error:
-        entry.refuse("train", [error])
+        compose.refuse("train", [error])
 
 
 def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace
     from hydra.utils import instantiate
 
     from nvmm.data.collate import collate
-    from nvmm.inspection import segments, to_html, to_text
+    from nvmm.report.batch import segments, to_html, to_text
 
     try:
         tokenizer = instantiate(config["tokenizer"], _convert_="all")

@@ -11,8 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nvmm.data import digits
-from nvmm.data.chat import VARIANTS
+from nvmm.data.prepare import digits
+from nvmm.data.samples.chat import VARIANTS
 
 
 def progress(name: str, samples: Iterator[Any], total: int) -> Iterator[Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nvmm.data import retrieval_sets
-from nvmm.data.shards import write_shards
+from nvmm.data.prepare import retrieval_sets
+from nvmm.data.shards.dataset import write_shards
 
 
 def main() -> None:

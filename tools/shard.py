@@ -17,14 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nvmm.data import llava, tables
-from nvmm.data.shards import write_shards
-from nvmm.data.storage import expand
+from nvmm.data.prepare import json_records, tables
+from nvmm.data.shards.dataset import write_shards
+from nvmm.data.shards.storage import expand
 
 
 def index_shards(options: argparse.Namespace) -> None:
     """Build the index of some patterns, as a dataset of them would on first use."""
-    from nvmm.data.shards import Dataset
+    from nvmm.data.shards.dataset import Dataset
 
     dataset = Dataset(options.shards, build=dict, index_dir=options.index_dir)
     dataset.skip_damage = True
@@ -35,10 +35,10 @@ def index_shards(options: argparse.Namespace) -> None:
 
 def index_config(overrides: list[str]) -> None:
     """Index the training data of a run and count the tokens of every sample."""
-    from nvmm import entry
+    from nvmm.config import compose
 
     sys.argv[1:] = overrides
-    job = entry.load("train", stand_ins=True)
+    job = compose.load("train", stand_ins=True)
     if job is None:
         return
     from hydra.utils import instantiate
@@ -105,7 +105,7 @@ def samples(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """The samples that a command line asks for."""
     if options.command in ("llava", "jsonl"):
         files = {"image": options.images} if options.command == "llava" else dict(options.files)
-        return llava.samples(llava.read_records(options.json), files)
+        return json_records.samples(json_records.read_records(options.json), files)
     if options.command == "hf":
         return tables.samples(tables.folder_rows(options.source, options.split))
     paths = expand(options.source)

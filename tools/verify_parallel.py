@@ -5,7 +5,7 @@
 
 Takes the overrides of `python -m nvmm.train`. The config is shrunk, data, tokenizer and paths
 become synthetic, more than 4 ranks become 2 of each kind of parallelism; then the layout trains
-5 steps on gloo ranks of this machine beside one rank (nvmm/equivalence.py says what equal means).
+5 steps on gloo ranks of this machine beside one rank (nvmm/proof/equivalence.py defines equal).
 Exit status: 0 equal, 1 different (the parameters are named), 2 a bad config.
 """
 
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nvmm.equivalence import Comparison, Result
-    from nvmm.miniature import Layout, Miniature
+    from nvmm.proof.equivalence import Comparison, Result
+    from nvmm.proof.miniature import Layout, Miniature
 
 DIFFERENT, BAD_CONFIG = 1, 2
 NUM_STEPS = 5
@@ -47,16 +47,16 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.argv[1:] = overrides
 
-    from nvmm import entry
-    from nvmm.miniature import miniature
+    from nvmm.config import compose
+    from nvmm.proof.miniature import miniature
 
-    job = entry.load("train", ranks=options.world_size, stand_ins=True)
+    job = compose.load("train", ranks=options.world_size, stand_ins=True)
     if job is None:
         return 0
     try:
         small = miniature(job.config, options.world_size)
     except ValueError as error:
-        entry.refuse("train", [error])
+        compose.refuse("train", [error])
     packed = bool(job.config["data"].get("pack"))
     describe(small, job, packed=packed, everything=options.all)
     fault = None
@@ -92,8 +92,8 @@ def verify(small: Miniature, *, packed: bool, fault: Callable[[], None] | None =
 
     fault: called first on the ranks of a layout, not on the one rank that it is compared with.
     """
-    from nvmm.equivalence import compare, run
-    from nvmm.miniature import ONE_RANK
+    from nvmm.proof.equivalence import compare, run
+    from nvmm.proof.miniature import ONE_RANK
 
     status = 0
     with tempfile.TemporaryDirectory() as folder:

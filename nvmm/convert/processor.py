@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvmm.convert.config import whole
+from nvmm.convert.formats.config import whole
 
 _BICUBIC = 3
 _SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames a position

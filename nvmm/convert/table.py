@@ -4,39 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nvmm.convert.mapping import GatedMLP, PadVocabulary, Rename, Row, Tied, Unused
-
-
-class Source(Protocol):
-    """Named tensors that are read one at a time."""
-
-    @property
-    def spec(self) -> Mapping[str, Tensor]:
-        """Name -> meta tensor (shape and dtype)."""
-        ...
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor as consecutive blocks of its first axis."""
-        ...
-
-
-def read(source: Source, name: str) -> Tensor:
-    """One whole tensor of a source."""
-    spec = source.spec[name]
-    out, row = torch.empty(0), 0
-    for block in source.blocks(name):
-        if block.shape == spec.shape:
-            return block
-        if row == 0:
-            out = torch.empty(spec.shape, dtype=block.dtype)
-        out[row : row + len(block)] = block
-        row += len(block)
-    return out
+from nvmm.convert.sources import Source, read, refuse
 
 
 class _Lazy(Sequence[Tensor]):
@@ -86,7 +59,7 @@ class ToOurs:
                 problems.append(f"wrong shape: {', '.join(row.theirs)}: {error}")
                 continue
             self.spec[name] = whole
-        _refuse(problems)
+        refuse(problems)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Read what our tensor is made of, as far as the mapping asks for it at a time."""
@@ -113,7 +86,7 @@ class ToOurs:
             for copy, original in self.tied
             if not torch.equal(read(self.source, copy), read(self.source, original))
         ]
-        _refuse(different)
+        refuse(different)
 
 
 class ToTheirs:
@@ -148,7 +121,7 @@ class ToTheirs:
                 problems.append(f"wrong shape: {row.ours}: {error}")
                 continue
             self.spec |= dict(zip(row.theirs, parts, strict=True))
-        _refuse(problems)
+        refuse(problems)
         dtype = next(iter(self.spec.values())).dtype
         for name, mapping in unused.items():
             self.spec[name] = torch.empty(mapping.shape, dtype=dtype, device="meta")
@@ -175,76 +148,6 @@ class ToTheirs:
         yield self._last[1][index]
 
 
-class Cast:
-    """A source with its floating-point tensors in another dtype (None: as they are)."""
-
-    def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
-        self.source = source
-        self.dtype = dtype
-        self.spec = {name: self._cast(tensor) for name, tensor in source.spec.items()}
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        if self.dtype is None or not tensor.is_floating_point():
-            return tensor
-        return tensor.to(self.dtype)
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The cast blocks."""
-        for block in self.source.blocks(name):
-            yield self._cast(block)
-
-
-class Merged:
-    """Several sources with different names as one."""
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self.homes = {name: source for source in sources for name in source.spec}
-        self.spec = {name: source.spec[name] for name, source in self.homes.items()}
-        names = [name for source in sources for name in source.spec]
-        _refuse([f"given twice: {name}" for name, count in Counter(names).items() if count > 1])
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """The blocks of the source that has the name."""
-        yield from self.homes[name].blocks(name)
-
-
-class Average:
-    """The mean of the same tensors of several sources, taken in fp32.
-
-    Raises ValueError listing the names and shapes in which they differ.
-    """
-
-    def __init__(self, sources: Sequence[Source]) -> None:
-        first = sources[0].spec
-        for number, source in enumerate(sources[1:], 2):
-            compare_shapes(source.spec, first, f"source {number}", "source 1")
-        self.sources = sources
-        self.spec = first
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """One block: the mean, in the first source's dtype."""
-        total: Tensor | None = None
-        for source in self.sources:
-            value = read(source, name)
-            total = value.float() if total is None else total.add_(value)
-        assert total is not None
-        yield total.div_(len(self.sources)).to(self.spec[name].dtype)
-
-
-def compare_shapes(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], here: str, there: str
-) -> None:
-    """Raise ValueError listing every name and shape in which two specs differ."""
-    problems = [f"only in {here}: {name}" for name in given if name not in wanted]
-    problems += [f"only in {there}: {name}" for name in wanted if name not in given]
-    problems += [
-        f"{name} is {list(given[name].shape)} in {here}, {list(wanted[name].shape)} in {there}"
-        for name in given
-        if name in wanted and given[name].shape != wanted[name].shape
-    ]
-    _refuse(problems)
-
-
 def _repeated(rows: Sequence[Row]) -> list[str]:
     ours = [row.ours for row in rows if row.ours is not None]
     theirs = [name for row in rows for name in row.theirs]
@@ -254,8 +157,3 @@ def _repeated(rows: Sequence[Row]) -> list[str]:
 
 def _missing(names: Sequence[str] | Mapping[str, Tensor], known: object, word: str) -> list[str]:
     return [f"{word}: {name}" for name in names if name not in known]  # type: ignore[operator]
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError(f"{len(problems)} keys do not fit:\n  " + "\n  ".join(problems))

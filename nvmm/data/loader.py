@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from nvmm.batch import QUERY, Batch, Sample
-from nvmm.data import ids, parts
-from nvmm.data.order import Order, Settings
-from nvmm.data.parts import Part
-from nvmm.data.shards import Dataset, builder_digest
+from nvmm.data.order import mixture, sample_ids
+from nvmm.data.order.mixture import Part
+from nvmm.data.order.order import Order, Settings
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset, builder_digest
 from nvmm.data.steps import Numbers, OnePass, Step, Steps, end_with
-from nvmm.data.tokenizer import Tokenizer
 
 log = logging.getLogger("nvmm")
 SPLITS = ("train", "validation")
@@ -36,8 +36,8 @@ class Data:
     num_workers: processes that read, decode and tile; 0 does it in this one. The batches are the
         same for any number.
     train, validation: datasets whose builders still lack tokenizer and sequence_length.
-    blend: several training datasets with weights (nvmm.data.parts); `train` then names no shards,
-        and what an entry leaves out is `train`'s.
+    blend: several training datasets with weights (nvmm.data.order.mixture); `train` then names no
+        shards, and what an entry leaves out is `train`'s.
     window: samples of the order that are planned together.
     on_error: "skip" samples that cannot be used, leaving a hole, or "stop" at the first.
     max_bad_fraction: the run stops when more of its samples are bad (of 1,000 at least).
@@ -87,7 +87,7 @@ class Data:
         self._template = train
         self.train = train.bind(**self._options)
         self.validation = None if validation is None else validation.bind(**self._options)
-        self.datasets = ["train"] if blend is None else parts.names(blend)
+        self.datasets = ["train"] if blend is None else mixture.names(blend)
         self._numbered = dict(enumerate(self.datasets))
         self._position: dict[str, Any] | None = None
         self._reported: set[tuple[int, int]] = set()
@@ -96,12 +96,12 @@ class Data:
     def parts(self) -> list[Part]:
         """The training datasets; opens their indices."""
         if self.blend is not None:
-            return parts.read(self.blend, self._template, self._options)
+            return mixture.read(self.blend, self._template, self._options)
         return [Part("train", self.train, Fraction(1), None, len(self.train))]
 
     def sample(self, sample_id: int) -> Sample:
         """One training sample by its id."""
-        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
+        ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
         if ordinal >= len(self.parts):
             raise IndexError(f"sample {sample_id} is of dataset {ordinal} of {len(self.parts)}")
         sample = self.parts[ordinal].dataset[number]
@@ -213,7 +213,7 @@ class Data:
         # forkserver: a fork of a process that has run threaded torch ops hangs in the child.
         # It imports torch and the builders once, for all its workers.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["nvmm.data.loader", "nvmm.data.instruct"])
+        context.set_forkserver_preload(["nvmm.data.loader", "nvmm.data.samples.instruct"])
         # generator: without one DataLoader draws its seed from torch's global state.
         yield from DataLoader(
             steps,  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ class Data:
     def _report(self, sample_id: int, problem: str) -> None:
         if self.on_error == "stop":
             raise ValueError(f"{problem} (data.on_error=stop)")
-        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
+        ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
         if (ordinal, number) not in self._reported:
             self._reported.add((ordinal, number))
             log.warning(f"bad sample, left out: {problem}")
@@ -244,12 +244,12 @@ class Data:
             values = {
                 "samples": samples >= 0,
                 "tokens": np.where(samples >= 0, _sample_lengths(batch), 0),
-                "bad": samples < ids.FILLING,
+                "bad": samples < sample_ids.FILLING,
                 "images": images,
                 "tiles": tiles,
             }
-            ordinals = ids.split(samples)[0]
-            for ordinal in np.unique(ordinals[samples != ids.FILLING]).tolist():
+            ordinals = sample_ids.split(samples)[0]
+            for ordinal in np.unique(ordinals[samples != sample_ids.FILLING]).tolist():
                 for what, value in values.items():
                     total = float(value[ordinals == ordinal].sum())
                     counts[f"{self._numbered[ordinal]}/{what}"] += total

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from nvmm.batch import Batch, Sample
-from nvmm.data import ids
 from nvmm.data.collate import collate
-from nvmm.data.guards import check_sample
-from nvmm.data.pack import Pack, deal
-from nvmm.data.problem import BadSample
-from nvmm.data.shards import Dataset
+from nvmm.data.order import sample_ids
+from nvmm.data.order.packing import Pack, deal
+from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.checks import check_sample
+from nvmm.data.shards.dataset import Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class OnePass:
         """Global batch k."""
         first = k * self.global_batch_size
         numbers = range(first, first + self.global_batch_size)
-        return [Pack((n if n < self.num_samples else ids.FILLING,), 0, 0) for n in numbers]
+        return [Pack((n if n < self.num_samples else sample_ids.FILLING,), 0, 0) for n in numbers]
 
     def position(self, k: int) -> None:
         """A pass over held-out data has no place to go on from."""
@@ -99,19 +99,19 @@ class Steps:
 
     def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
         """The sample; one token that is not supervised in the place of a bad one."""
-        if sample_id != ids.FILLING:
+        if sample_id != sample_ids.FILLING:
             try:
                 return self._built(sample_id)
             except ValueError as error:
                 problems.append((sample_id, str(error)))
-                sample_id = int(ids.hole(np.array(sample_id)))
+                sample_id = int(sample_ids.hole(np.array(sample_id)))
         blank = getattr(next(iter(self.datasets.values())).build, "blank", None)
         if blank is not None:  # a builder whose samples are not one text
             return blank(sample_id)
         return Sample(torch.tensor([self.pad_id]), torch.zeros(1), {}, sample_id, "blank")
 
     def _built(self, sample_id: int) -> Sample:
-        ordinal, _, number = (int(part[()]) for part in ids.split(sample_id))
+        ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
         dataset = self.datasets[ordinal]
         sample = dataclasses.replace(dataset[number], sample_id=sample_id)
         check_sample(sample)

@@ -1,7 +1,7 @@
 """What stands between an MLP's two linears: bias, activation, gate; recomputed in backward.
 
 SwiGLU and GEGLU: Shazeer 2020 (arXiv 2002.05202); squared ReLU: So et al. 2021 (arXiv 2109.08668);
-GELU by erf: Hendrycks and Gimpel 2016 (arXiv 1606.08415). Kernels: csrc/activation.*
+GELU by erf: Hendrycks and Gimpel 2016 (arXiv 1606.08415). Kernels: csrc/activation/
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """AdamW over lists of tensors, and behind the interface of Apex's and TE's FusedAdam.
 
 AdamW: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2; Adam: Kingma and Ba 2015 (arXiv
-1412.6980), algorithm 1. Arithmetic is fp32, results are rounded once. Kernels: csrc/adamw.*
+1412.6980), algorithm 1. Arithmetic is fp32, results are rounded once. Kernels: csrc/adamw/
 """
 
 from __future__ import annotations

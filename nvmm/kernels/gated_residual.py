@@ -1,7 +1,7 @@
 """Residual adds of scaled branches: LayerScale and the tanh gate of gated cross-attention.
 
 LayerScale: Touvron et al. 2021 (arXiv 2103.17239), section 2; tanh gates: Alayrac et al. 2022
-(arXiv 2204.14198), section 2.2. Kernels: csrc/gated_residual.*
+(arXiv 2204.14198), section 2.2. Kernels: csrc/gated_residual/
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 InternViT's QK-norm (Chen et al. 2024, arXiv 2312.14238): queries and keys are each normed over the
 features of all heads. Every rank adds up its part, one all-reduce makes the statistics of all
-tensors whole, and another one their gradients. Sums are fp32. Kernels: csrc/joint_norm.*
+tensors whole, and another one their gradients. Sums are fp32. Kernels: csrc/joint_norm/
 """
 
 from __future__ import annotations

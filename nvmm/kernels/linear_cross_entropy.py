@@ -3,7 +3,7 @@
 The vocabulary is walked in chunks: of each one torch multiplies the logits, a kernel takes their
 maximum, sum and label (forward, an online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867)
 or turns them into their gradient (backward, which multiplies them again), and torch multiplies the
-gradients of hidden states and weight. Kernels: csrc/linear_cross_entropy.*
+gradients of hidden states and weight. Kernels: csrc/linear_cross_entropy/
 """
 
 from __future__ import annotations

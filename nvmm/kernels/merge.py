@@ -1,6 +1,6 @@
 """Rows of two tensors put together in a given order, in one pass over memory.
 
-Media features among embeddings, or among the embeddings of their tags. Kernels: csrc/merge.*
+Media features among embeddings, or among the embeddings of their tags. Kernels: csrc/merge/
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """L2 norm and scaling of lists of tensors, called as Apex's and TE's multi-tensor functions are.
 
-Kernels: csrc/multi_tensor.*
+Kernels: csrc/multi_tensor/
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RMSNorm and LayerNorm over the last axis, with the residual add before them if wanted.
 
 RMSNorm: Zhang and Sennrich 2019 (arXiv 1910.07467); LayerNorm: Ba et al. 2016 (arXiv 1607.06450).
-Statistics and products are fp32, results are rounded once. Kernels: csrc/norm.*
+Statistics and products are fp32, results are rounded once. Kernels: csrc/norm/
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pixel shuffle: each block of a grid's tokens becomes one token (InternVL's v2; NVLM section 3.1).
 
-Kernels: csrc/pixel_shuffle.*
+Kernels: csrc/pixel_shuffle/
 """
 
 from __future__ import annotations

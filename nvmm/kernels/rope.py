@@ -2,7 +2,7 @@
 
 Su et al. 2021 (arXiv 2104.09864), in the rotate-half order of Llama, Qwen, Mistral and Nemotron:
 channels i and i + dim / 2 of a head turn by the token's angle i. Angles and products are fp32
-whatever the dtype, results are rounded once. Kernels: csrc/rope.*
+whatever the dtype, results are rounded once. Kernels: csrc/rope/
 """
 
 from __future__ import annotations

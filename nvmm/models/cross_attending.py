@@ -17,14 +17,14 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from torch import Tensor
 
 from nvmm.batch import ATTENDED, IMAGE, Batch, Media
-from nvmm.flops import flops_per_step
 from nvmm.models.language import LanguageModel
 from nvmm.models.multimodal import MultimodalModel
 from nvmm.modules.connector import MLPConnector
 from nvmm.modules.cross_attention import CrossAttention
+from nvmm.modules.encoders.vision import VisionTransformer
+from nvmm.modules.flops import flops_per_step
 from nvmm.modules.merge import behind_tags, merge
 from nvmm.modules.spans import query_spans
-from nvmm.modules.vision import VisionTransformer
 from nvmm.parallel import context_parallel, payload
 from nvmm.parallel.setup import Chunk
 

@@ -13,8 +13,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 
 from nvmm.batch import Batch
-from nvmm.flops import flops_per_step, latent_attention_flops, segment_lengths
 from nvmm.models.language import LanguageModel, packed_seq_params
+from nvmm.modules.flops import flops_per_step, latent_attention_flops, segment_lengths
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.pooling import LatentAttention
 from nvmm.parallel.setup import Chunk

@@ -14,8 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from nvmm.batch import Batch
-from nvmm.flops import flops_per_step, segment_lengths
 from nvmm.modules.cross_attention import CrossAttention
+from nvmm.modules.flops import flops_per_step, segment_lengths
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.output import fused_loss
 from nvmm.modules.rotary import RotaryAttention, rotation_table

@@ -12,12 +12,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from nvmm.batch import ATTENDED, IMAGE, Batch, Media
-from nvmm.flops import flops_per_step, segment_lengths
 from nvmm.models.language import LanguageModel
 from nvmm.modules.connector import MLPConnector
+from nvmm.modules.encoders.vision import VisionTransformer
+from nvmm.modules.flops import flops_per_step, segment_lengths
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.merge import merge
-from nvmm.modules.vision import VisionTransformer
 from nvmm.parallel.setup import Chunk
 
 

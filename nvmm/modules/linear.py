@@ -18,8 +18,8 @@ from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
 from nvmm.kernels.weight_gradient import accumulate, stand_in
-from nvmm.modules.fp8 import E4M3, E5M2, Quantized, amax, quantize, quantize_mx, scale_of
-from nvmm.parallel.fp8 import Fp8
+from nvmm.modules.fp8_quantize import E4M3, E5M2, Quantized, amax, quantize, quantize_mx, scale_of
+from nvmm.parallel.fp8_recipe import Fp8
 
 TENSORS = ("input", "weight", "gradient")
 INPUT, WEIGHT, GRADIENT = range(3)

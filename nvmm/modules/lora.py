@@ -33,9 +33,9 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from nvmm.parallel.collectives import gather
 from nvmm.parallel.parameters import match, sharded_parameters, unmatched
 from nvmm.parallel.setup import Normal
-from nvmm.parallel.weights import gather
 
 FACTORS = (".lora_a", ".lora_b")
 """How the global names of an adapter's two parameters end, after the linear's."""

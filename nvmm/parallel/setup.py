@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-import os
 import re
 import traceback
 import warnings
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nvmm.parallel import generators
-from nvmm.parallel.fp8 import Fp8
+from nvmm.parallel import environment, generators
+from nvmm.parallel.fp8_recipe import Fp8
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -150,8 +149,8 @@ class Parallel:
         prepare_backend()
         from megatron.core import parallel_state
 
-        rank = environment_rank() if rank is None else rank
-        world_size = environment_world_size() if world_size is None else world_size
+        rank = environment.rank() if rank is None else rank
+        world_size = environment.world_size() if world_size is None else world_size
         if world_size % self.model_parallel_size:
             raise ValueError(
                 f"world size {world_size} must be divisible by parallel.tensor_model_parallel_size"
@@ -177,14 +176,14 @@ class Parallel:
             "timeout": datetime.timedelta(minutes=self.timeout_minutes),
         }
         if torch.cuda.is_available():
-            torch.cuda.set_device(environment_local_rank())
+            torch.cuda.set_device(environment.local_rank())
             options["backend"] = "cpu:gloo,cuda:nccl"
-            options["device_id"] = torch.device("cuda", environment_local_rank())
+            options["device_id"] = torch.device("cuda", environment.local_rank())
         else:
             options["backend"] = "gloo"
         if init_method is not None:
             options["init_method"] = init_method
-        elif world_size == 1 and "MASTER_ADDR" not in os.environ:
+        elif world_size == 1 and not environment.has_rendezvous():
             options["store"] = dist.HashStore()
         dist.init_process_group(**options)
 
@@ -354,21 +353,6 @@ def prepare_backend() -> None:
         from nvmm.parallel import cpu
 
         cpu.install()
-
-
-def environment_rank() -> int:
-    """This process's rank as torchrun or srun gives it, else 0."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-
-
-def environment_world_size() -> int:
-    """World size as torchrun or srun gives it, else 1."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-
-
-def environment_local_rank() -> int:
-    """Rank within this machine as torchrun or srun gives it, else 0."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
 
 
 def stalled_collective(error: BaseException) -> str | None:

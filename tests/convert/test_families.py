@@ -15,8 +15,8 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nvmm.checkpoint import load_weights
-from nvmm.conversion import exporting, importing, sides
+from nvmm.checkpoint.load import load_weights
+from nvmm.convert import exporting, importing, models
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
 from tests.models.test_language import batch_of
@@ -27,7 +27,7 @@ TOKENS = torch.arange(24).view(2, 12) * 37 % families.VOCABULARY
 
 def imported(source: Path, to: Path, **options: Any) -> dict[str, Any]:
     """Import one folder as it is; returns our model config."""
-    folders = {"": sides.open_folder(source)}
+    folders = {"": models.open_folder(source)}
     model = importing.derive(folders)
     constructor = instantiate(model, _convert_="all")
     assert importing.import_folders(folders, model, constructor, to, **options) == []
@@ -35,7 +35,7 @@ def imported(source: Path, to: Path, **options: Any) -> dict[str, Any]:
 
 
 def exported(source: Path, to: Path, name: str, **options: Any) -> dict[str, Tensor]:
-    exporting.export(sides.open_checkpoint(source), to, name, **options)
+    exporting.export(models.open_checkpoint(source), to, name, **options)
     return load_file(to / "model.safetensors")
 
 
@@ -143,9 +143,9 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.usefixtures("world")
 def test_exports_generate_as_we_do_in_a_process_without_nvmm(tmp_path: Path) -> None:
-    """Greedy tokens of every family: from_pretrained and generate against nvmm.decoding's."""
+    """Greedy tokens of every family: from_pretrained and generate against ours."""
     from nvmm.batch import Sample
-    from nvmm.decoding import generate
+    from nvmm.inference.decoding import generate
 
     prompt = Sample(TOKENS[0], torch.zeros(len(TOKENS[0])), {}, 0)
     ours, folders = [], []
@@ -177,7 +177,7 @@ def test_exports_generate_as_we_do_in_a_process_without_nvmm(tmp_path: Path) -> 
 @pytest.mark.usefixtures("world")
 def test_llama_3_rope_scaling_is_transformers(tmp_path: Path) -> None:
     reference = families.language("llama3", tmp_path / "theirs")
-    model = sides.open_folder(tmp_path / "theirs").model()
+    model = models.open_folder(tmp_path / "theirs").model()
     chunk = Parallel().chunks(Precision())[0]
     ours = instantiate(model, _convert_="all")(chunk=chunk).rotary_pos_emb.inv_freq
     theirs = reference.model.rotary_emb.inv_freq
@@ -236,7 +236,7 @@ def test_parts_compose_a_model(tmp_path: Path) -> None:
     families.language("qwen2", tmp_path / "language")
     _, vision = families.internvit(True)
     families.save(tmp_path / "vision", families.internvit_config(True), vision)
-    folders = {p: sides.open_folder(tmp_path / p) for p in ("language", "vision")}
+    folders = {p: models.open_folder(tmp_path / p) for p in ("language", "vision")}
     model = importing.derive(folders)
     constructor = instantiate(model, _convert_="all")
     initialised = importing.import_folders(folders, model, constructor, tmp_path / "ours", seed=5)
@@ -254,5 +254,5 @@ def test_parts_compose_a_model(tmp_path: Path) -> None:
     for parameter in sharded_parameters(loaded):
         same = torch.equal(parameter.parameter, values[parameter.name])
         assert same == (parameter.name in initialised) or "layer_norm_bias" in parameter.name
-    saved = sides.open_checkpoint(tmp_path / "ours")
+    saved = models.open_checkpoint(tmp_path / "ours")
     assert saved.state["initialised"] == initialised

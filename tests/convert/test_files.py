@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from nvmm.conversion.sides import open_checkpoint
 from nvmm.convert.files import at, publish
-from nvmm.data.tokenizer import train_byte_level_bpe
+from nvmm.convert.models import open_checkpoint
+from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from tests.convert import families
 from tools.convert import main
 

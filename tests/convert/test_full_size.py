@@ -14,11 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nvmm.config import config_dir
-from nvmm.conversion.importing import parameters
-from nvmm.convert import nvlm_d
-from nvmm.convert.config import mismatches
-from nvmm.convert.families import FORMATS
+from nvmm.config.check import config_dir
+from nvmm.convert.formats import nvlm_d
+from nvmm.convert.formats.all import FORMATS
+from nvmm.convert.formats.config import mismatches
+from nvmm.convert.importing import parameters
 from nvmm.convert.table import ToOurs, ToTheirs
 from tests.models.parameter_names import golden_path
 

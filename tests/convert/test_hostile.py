@@ -15,13 +15,14 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvmm.checkpoint import Checkpoint, find, require_resumable
-from nvmm.conversion import importing, sides
-from nvmm.convert.checkpoint import DistributedSource, write_distributed
+from nvmm.checkpoint.files import find, require_resumable
+from nvmm.checkpoint.index import read_metadata
+from nvmm.checkpoint.load import load
+from nvmm.convert import importing, models
+from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import publish
-from nvmm.convert.huggingface import INDEX, SafetensorsSource, write_safetensors
-from nvmm.convert.table import read
-from nvmm.metadata import read_metadata
+from nvmm.convert.safetensors import INDEX, SafetensorsSource, write_safetensors
+from nvmm.convert.sources import read
 from tests.convert import families
 
 
@@ -129,7 +130,7 @@ def test_a_checkpoints_pickle_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "good" / "state.json").write_text('{"state": {}}')
     (tmp_path / "good" / ".metadata").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="refused"):
-        sides.open_checkpoint(tmp_path / "good")
+        models.open_checkpoint(tmp_path / "good")
     assert not Path("/tmp/nvmm_convert_payload").exists()
 
 
@@ -229,7 +230,7 @@ def test_blocks_dtypes_and_shards_come_back(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("world")
 def test_an_import_is_not_resumed_and_refuses_another_model(tmp_path: Path) -> None:
     families.language("qwen2", tmp_path / "theirs")
-    folders = {"": sides.open_folder(tmp_path / "theirs")}
+    folders = {"": models.open_folder(tmp_path / "theirs")}
     model = importing.derive(folders)
     given = model | {"rotary_base": 5, "transformer": model["transformer"] | {"num_layers": 3}}
     with pytest.raises(ValueError) as error:
@@ -244,9 +245,9 @@ def test_an_import_is_not_resumed_and_refuses_another_model(tmp_path: Path) -> N
     assert not (tmp_path / "ours").exists()
     constructor = instantiate(model, _convert_="all")
     importing.import_folders(folders, model, constructor, tmp_path / "ours", dtype=torch.bfloat16)
-    saved = sides.open_checkpoint(tmp_path / "ours")
+    saved = models.open_checkpoint(tmp_path / "ours")
     assert {spec.dtype for spec in saved.source.spec.values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="start from it with init_from="):
         require_resumable(tmp_path / "ours")
     with pytest.raises(ValueError, match="holds weights alone"):
-        Checkpoint(directory=tmp_path).load(tmp_path / "ours", [], None)
+        load(tmp_path / "ours", [], None)

@@ -22,7 +22,8 @@ from nvmm.convert.mapping import (
     expand,
     prefixed,
 )
-from nvmm.convert.table import Average, Cast, Merged, ToOurs, ToTheirs, read
+from nvmm.convert.sources import Average, Cast, Merged, read
+from nvmm.convert.table import ToOurs, ToTheirs
 
 
 class Tensors:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvmm.conversion import sides
-from nvmm.conversion.importing import derive
-from nvmm.conversion.verify import compare_tensors, open_side
-from nvmm.convert import megatron
+from nvmm.convert import models
+from nvmm.convert.formats import megatron
+from nvmm.convert.importing import derive
+from nvmm.convert.verify import compare_tensors, open_side
 from tests.convert import families
 from tests.convert.test_families import imported, logits
 from tests.convert.test_hostile import Payload
@@ -103,7 +103,7 @@ def write_legacy(
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     """The tiny Qwen2 as a checkpoint of ours, and its weights."""
-    from nvmm.convert.table import read
+    from nvmm.convert.sources import read
     from nvmm.parallel.setup import Parallel, shutdown
 
     folder = tmp_path_factory.mktemp("qwen2")
@@ -111,7 +111,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tens
     Parallel().initialize(seed=1, rank=0, world_size=1)
     imported(folder / "theirs", folder / "ours")
     shutdown()
-    source = sides.open_checkpoint(folder / "ours").source
+    source = models.open_checkpoint(folder / "ours").source
     return folder / "ours", {name: read(source, name) for name in source.spec}
 
 
@@ -122,7 +122,7 @@ def test_legacy_ranks_are_put_together(
     ours: tuple[Path, dict[str, Tensor]], tmp_path: Path, tensor: int, pipeline: int, fused: bool
 ) -> None:
     path = write_legacy(tmp_path / "legacy", ours[1], tensor, pipeline, fused)
-    report = compare_tensors(sides.open_checkpoint(ours[0]), open_side(path))
+    report = compare_tensors(models.open_checkpoint(ours[0]), open_side(path))
     assert report["equal"] == report["tensors"] == len(ours[1]) == 17
     assert not report["only_in_a"] + report["only_in_b"]
 
@@ -133,9 +133,9 @@ def test_an_imported_legacy_model_answers_like_the_original(
 ) -> None:
     path = write_legacy(tmp_path / "legacy", ours[1], 2, 2, True)
     model = imported(path, tmp_path / "again")
-    assert model == derive({"": sides.open_folder(path)})
+    assert model == derive({"": models.open_folder(path)})
     assert (model["vocab_size"], model["padded_vocab_size"]) == (509, 512)
-    first = logits(0, 1, None, {}, sides.open_checkpoint(ours[0]).model, ours[0])
+    first = logits(0, 1, None, {}, models.open_checkpoint(ours[0]).model, ours[0])
     assert torch.equal(first, logits(0, 1, None, {}, model, tmp_path / "again"))
 
 
@@ -145,7 +145,7 @@ def write_distributed(
     """Save a GPT model as Megatron-LM does; this rank's parameters by local name."""
     from nvmm.parallel.parameters import build_chunks
     from nvmm.parallel.setup import Parallel, Precision
-    from tests.training import language_model, save_as_mcore
+    from tests.runs import language_model, save_as_mcore
 
     parallel = Parallel(**layout)
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
@@ -176,9 +176,9 @@ def write_distributed(
 def test_mcores_own_gpt_checkpoints_are_read(stacked: bool, tmp_path: Path) -> None:
     run_ranks(write_distributed, 2, {"tensor_model_parallel_size": 2}, tmp_path / "dist", stacked)
     [whole] = run_ranks(write_distributed, 1, {}, tmp_path / "one", stacked)
-    from nvmm.convert.table import read
+    from nvmm.convert.sources import read
 
-    folder = sides.open_folder(tmp_path / "dist")
+    folder = models.open_folder(tmp_path / "dist")
     found = folder.to_ours(folder.model())
     renamed = {
         name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
@@ -214,11 +214,11 @@ def test_a_hostile_rank_file_is_refused(tmp_path: Path, planted: Any) -> None:
     path.parent.mkdir(parents=True)
     torch.save({"args": args(), "model": {}, "extra": planted()}, path)
     with pytest.raises(ValueError, match=r"model_optim_rng\.pt: refused, nothing of it was run"):
-        sides.open_folder(tmp_path / "iter_0000001")
+        models.open_folder(tmp_path / "iter_0000001")
     assert not Path("/tmp/nvmm_convert_payload").exists()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"model_optim_rng\.pt: refused"):
-        sides.open_folder(tmp_path / "iter_0000001")
+        models.open_folder(tmp_path / "iter_0000001")
 
 
 def test_legacy_checkpoints_we_cannot_read(
@@ -230,7 +230,7 @@ def test_legacy_checkpoints_we_cannot_read(
     content["model"]["decoder.final_layernorm.weight"] += 1
     torch.save(content, second)
     with pytest.raises(ValueError, match=r"ranks hold different decoder\.final_layernorm\.weight"):
-        compare_tensors(sides.open_checkpoint(ours[0]), open_side(path))
+        compare_tensors(models.open_checkpoint(ours[0]), open_side(path))
     second.parent.rename(second.parent.with_name("mp_rank_02"))
     with pytest.raises(ValueError, match="lacks the files of pipeline rank 0, tensor rank 1"):
         open_side(path)

@@ -14,13 +14,13 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nvmm.conversion import exporting, importing, sides
-from nvmm.conversion.embedder import write_embedder
-from nvmm.convert import nv_embed
-from nvmm.data.retrieval import RetrievalBuilder
-from nvmm.data.tokenizer import Tokenizer, train_byte_level_bpe
-from nvmm.embedding import Encoder
+from nvmm.convert import exporting, importing, models
+from nvmm.convert.formats import nv_embed
+from nvmm.convert.sentence_transformers import write_embedder
+from nvmm.data.samples.retrieval import RetrievalBuilder
+from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.evaluation import beir
+from nvmm.inference.embedding import Encoder
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -32,7 +32,7 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
     model = tiny.embedder(**changes)
     model |= {"vocab_size": 300, "padded_vocab_size": 320, "max_sequence_length": 128}
     build = {
-        "_target_": "nvmm.data.retrieval.RetrievalBuilder",
+        "_target_": "nvmm.data.samples.retrieval.RetrievalBuilder",
         "_partial_": True,
         "num_negatives": 1,
         "in_batch_negatives": True,
@@ -45,7 +45,7 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
         "backend": "native",
         "precision": {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32"},
         "tokenizer": {
-            "_target_": "nvmm.data.tokenizer.Tokenizer",
+            "_target_": "nvmm.data.samples.tokenizer.Tokenizer",
             "path": str(folder),
             "image_token": "<s>",
             "end_of_turn": "</s>",
@@ -58,10 +58,11 @@ def save(
     rank: int, world: int, init: str, layout: dict[str, int], config: dict[str, Any], to: Path
 ) -> list[Tensor] | None:
     """Write a checkpoint of random weights; the vectors of TEXTS as queries and documents."""
-    from nvmm.checkpoint import Checkpoint
-    from nvmm.optim import Optim, build_optimizer, wrap
+    from nvmm.checkpoint.save import Checkpoint
     from nvmm.parallel.parameters import build_chunks, sharded_parameters
     from nvmm.parallel.setup import Parallel, Precision, shutdown
+    from nvmm.training.optim import Optim
+    from nvmm.training.optimizer import build_optimizer, wrap
 
     parallel, precision = Parallel(**layout), Precision()
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
@@ -119,7 +120,7 @@ def exported(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     to = tmp_path_factory.mktemp("run")
     config = config_of(tokenizer)
     results = run_ranks(save, 2, {"tensor_model_parallel_size": 2}, config, to)
-    exporting.export(sides.open_checkpoint(to), to / "hf", "nv_embed")
+    exporting.export(models.open_checkpoint(to), to / "hf", "nv_embed")
     return to / "hf", results[0]
 
 
@@ -181,12 +182,12 @@ def test_sentence_transformers_gives_our_vectors(exported: tuple[Path, Any]) -> 
 def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    folders = {"": sides.open_folder(exported[0])}
+    folders = {"": models.open_folder(exported[0])}
     model = importing.derive(folders)
     assert model["pooling"]["num_latents"] == 6
     constructor = instantiate(model, _convert_="all")
     assert importing.import_folders(folders, model, constructor, tmp_path / "ours") == []
-    exporting.export(sides.open_checkpoint(tmp_path / "ours"), tmp_path / "hf", "nv_embed")
+    exporting.export(models.open_checkpoint(tmp_path / "ours"), tmp_path / "hf", "nv_embed")
     before, after = (load_file(f / "model.safetensors") for f in (exported[0], tmp_path / "hf"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -198,14 +199,14 @@ def test_a_lora_run_is_merged_and_exported(tokenizer: Path, tmp_path: Path) -> N
     """As stage 1 trains it: adapters on the decoder, the pooling whole."""
     import transformers
 
-    from nvmm.conversion.adapter import merge
+    from nvmm.convert.adapters import merge
 
     config = config_of(tokenizer) | {"lora": tiny.lora(["decoder.*linear_*"], train=["pooling.*"])}
     [expected] = run_ranks(save, 1, {}, config, tmp_path / "run")
-    saved = sides.open_checkpoint(tmp_path / "run")
+    saved = models.open_checkpoint(tmp_path / "run")
     constructor = instantiate(config["model"], _convert_="all")
     merge(saved, tmp_path / "merged", constructor)
-    exporting.export(sides.open_checkpoint(tmp_path / "merged"), tmp_path / "hf", "nv_embed")
+    exporting.export(models.open_checkpoint(tmp_path / "merged"), tmp_path / "hf", "nv_embed")
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
     framed = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     inputs = framed(TEXTS, padding=True, return_tensors="pt")

@@ -12,9 +12,10 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nvmm.checkpoint import load_weights
-from nvmm.conversion import exporting, importing, sides
-from nvmm.convert.table import ToTheirs, read
+from nvmm.checkpoint.load import load_weights
+from nvmm.convert import exporting, importing, models
+from nvmm.convert.sources import read
+from nvmm.convert.table import ToTheirs
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
 from tests.convert.test_families import assert_equal, exported, imported
@@ -57,7 +58,7 @@ def features(
     parallel = Parallel(**layout)
     if init is not None:
         parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
-    model = sides.open_checkpoint(path).model
+    model = models.open_checkpoint(path).model
     ours = instantiate(model, _convert_="all")(chunk=parallel.chunks(Precision())[0]).eval()
     assert load_weights(path, [ours]) == []
     with torch.no_grad():
@@ -99,7 +100,7 @@ def test_a_whole_folder_gives_its_tower(kind: str, tmp_path: Path) -> None:
     ours = features(0, 1, None, {}, kind, tmp_path / "ours")
     expected = reference_features(kind, reference, model)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
-    left_out = sides.open_checkpoint(tmp_path / "ours").state["dropped"]
+    left_out = models.open_checkpoint(tmp_path / "ours").state["dropped"]
     inside = load_file(tmp_path / "theirs" / "model.safetensors")
     assert left_out and set(left_out) <= inside.keys()
     towers = ("vision_model.encoder.", "vision_model.embeddings.", "model.encoder.")
@@ -146,14 +147,14 @@ def test_llava_next_is_imported(tmp_path: Path) -> None:
         found = ours(batch_of(list(tokens)), output="logits")
     torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-5)
 
-    saved = sides.open_checkpoint(tmp_path / "ours")
+    saved = models.open_checkpoint(tmp_path / "ours")
     left_out = saved.state["dropped"]
     assert "image_newline" in left_out and len(left_out) == 3 + 16
     with pytest.raises(ValueError, match="can only be imported: image_newline"):
         exporting.export(saved, tmp_path / "back", "llava_next")
     # All that was imported goes back to where it came from.
-    folder = sides.open_folder(tmp_path / "theirs")
-    there = ToTheirs(saved.source, sides.FORMATS["llava_next"].table(model, folder.config))
+    folder = models.open_folder(tmp_path / "theirs")
+    there = ToTheirs(saved.source, models.FORMATS["llava_next"].table(model, folder.config))
     for name, original in load_file(tmp_path / "theirs" / "model.safetensors").items():
         if name not in left_out:
             assert torch.equal(read(there, name), original), name
@@ -165,4 +166,4 @@ def test_a_composite_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
     config["vision_feature_layer"] = [-2, -5]
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"vision_feature_layer=\[-2, -5\] is not supported"):
-        importing.derive({"": sides.open_folder(tmp_path / "theirs")})
+        importing.derive({"": models.open_folder(tmp_path / "theirs")})

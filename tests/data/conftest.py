@@ -17,9 +17,9 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from nvmm.data.digits import train_tokenizer
-from nvmm.data.shards import write_shards
-from nvmm.data.tokenizer import Tokenizer
+from nvmm.data.prepare.digits import train_tokenizer
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import write_shards
 
 # The same examples in every run.
 settings.register_profile("same", derandomize=True, database=None, deadline=None)

@@ -22,13 +22,13 @@ from typing import Any
 import psutil
 import pytest
 
-from nvmm.data.chat import ChatTemplate, ImageTags
-from nvmm.data.instruct import InstructBuilder
 from nvmm.data.loader import Data
-from nvmm.data.shards import Dataset, write_shards
-from nvmm.data.tokenizer import Tokenizer
-from nvmm.equivalence import build_trainer
+from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset, write_shards
 from nvmm.parallel.setup import Parallel
+from nvmm.proof.equivalence import build_trainer
 from tests import tiny as tiny_config
 from tests.data.conftest import vqa
 from tests.ranks import run_ranks

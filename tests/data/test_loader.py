@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from nvmm.batch import Batch
-from nvmm.data.chat import ChatTemplate, ImageTags
-from nvmm.data.instruct import InstructBuilder
 from nvmm.data.loader import Data
-from nvmm.data.shards import Dataset, write_shards
-from nvmm.data.tokenizer import Tokenizer
+from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset, write_shards
 from tests.data.conftest import vqa
 
 MakeData = Callable[..., Data]

@@ -34,7 +34,7 @@ def builder() -> ModuleType:
 
 def simulator(sanitized: bool = False) -> Path:
     """The library, built once for each state of the sources (in build/)."""
-    sources = sorted([*(ROOT / "csrc").iterdir(), FAULTS])
+    sources = sorted([*(p for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".pyc"), FAULTS])
     state = hashlib.sha256(torch.__version__.encode())
     for path in sources:
         if path.is_file():

@@ -12,10 +12,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from nvmm.config.rules.all import _CHOICES as CHOICES
 from nvmm.kernels import library
 from nvmm.kernels.library import Kernels, fused
 from nvmm.kernels.norm import eager_norm, norm
-from nvmm.rules import _CHOICES as CHOICES
 from tests.kernels.accuracy import needs_kernels
 from tests.kernels.simulated import ROOT, builder
 

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(builder().nvcc() is None, reason="no nvcc"),
 ]
-SOURCES = sorted(path.name for path in (ROOT / "csrc").glob("*.cu"))
+SOURCES = [str(path.relative_to(ROOT / "csrc")) for path in builder().sources(".cu")]
 # Of a thread: what nvcc 13.0 takes on its greediest architecture, and at most 64, which lets two
 # blocks of 512 threads share a multiprocessor's 65,536.
 REGISTERS = {

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from nvmm.config import config_dir
+from nvmm.config.check import config_dir
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from nvmm.batch import ATTENDED, IMAGE, Batch, Sample, SampleMedia
 from nvmm.data.collate import collate
-from nvmm.decoding import generate
-from nvmm.equivalence import build_trainer, compare, run
-from nvmm.miniature import ONE_RANK, Layout
+from nvmm.inference.decoding import generate
 from nvmm.modules.spans import query_spans
 from nvmm.parallel.parameters import build_chunks, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.synthetic import SyntheticData, synthetic_steps
+from nvmm.proof.equivalence import build_trainer, compare, run
+from nvmm.proof.miniature import ONE_RANK, Layout
+from nvmm.proof.synthetic import SyntheticData, synthetic_steps
 from tests import tiny
 from tests.models.parameter_names import build, golden_path, parameter_names
 from tests.ranks import run_ranks

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from nvmm.modules.lora import Lora
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.synthetic import synthetic_steps
+from nvmm.proof.synthetic import synthetic_steps
 from tests import tiny
 from tests.models.parameter_names import build, golden_path, parameter_names
 

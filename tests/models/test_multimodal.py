@@ -15,9 +15,9 @@ from hydra.utils import instantiate
 from torch import Tensor
 
 from nvmm.batch import Batch, Media
-from nvmm.equivalence import build_trainer
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.synthetic import SyntheticData, synthetic_steps
+from nvmm.proof.equivalence import build_trainer
+from nvmm.proof.synthetic import SyntheticData, synthetic_steps
 from tests import oracle, tiny
 from tests.models.parameter_names import build, golden_path, parameter_names
 from tests.models.test_language import CONFIG, batch_of

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvmm.modules import linear as linears
+from nvmm.modules.fp8_scales import _EngineScales, _in_high_precision
 from nvmm.modules.linear import Quantizer
-from nvmm.modules.scaling import _EngineScales, _in_high_precision
-from nvmm.parallel.fp8 import RECIPES, Fp8
+from nvmm.parallel.fp8_recipe import RECIPES, Fp8
 
 pytestmark = [
     pytest.mark.gpu,

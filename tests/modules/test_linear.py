@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvmm.modules import linear as linears
-from nvmm.modules.fp8 import E4M3, E5M2, amax, quantize, quantize_mx, scale_of
+from nvmm.modules.fp8_quantize import E4M3, E5M2, amax, quantize, quantize_mx, scale_of
 from nvmm.modules.linear import GRADIENT, INPUT, WEIGHT, ColumnParallelLinear, Quantizer
-from nvmm.parallel.fp8 import RECIPES, Fp8
-from tests.modules.test_fp8 import reference, values
+from nvmm.parallel.fp8_recipe import RECIPES, Fp8
+from tests.modules.test_fp8_quantize import reference, values
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("world")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from nvmm.checkpoint import find, read_state
-from nvmm.equivalence import build_trainer
-from nvmm.metadata import read_metadata
+from nvmm.checkpoint.files import find, read_state
+from nvmm.checkpoint.index import read_metadata
 from nvmm.modules.lora import FACTORS, Lora, members, only_adapters_train, stacked
-from nvmm.optim import freeze
 from nvmm.parallel.parameters import initialize, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.synthetic import SyntheticData, synthetic_steps
+from nvmm.proof.equivalence import build_trainer
+from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+from nvmm.training.optimizer import freeze
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from nvmm.batch import IGNORE_INDEX, Batch
 from nvmm.kernels import library
 from nvmm.kernels.library import Kernels
-from nvmm.optim import wrap
 from nvmm.parallel.parameters import initialize
 from nvmm.parallel.setup import Parallel, Precision
+from nvmm.training.optimizer import wrap
 from tests import tiny
 from tests.kernels.accuracy import needs_kernels
 from tests.ranks import run_ranks

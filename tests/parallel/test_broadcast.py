@@ -9,7 +9,7 @@ import torch
 
 from nvmm.parallel.broadcast import broadcast_batches, is_reader
 from nvmm.parallel.setup import Parallel
-from nvmm.synthetic import synthetic_steps
+from nvmm.proof.synthetic import synthetic_steps
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from nvmm.parallel import generators
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.synthetic import synthetic_steps
+from nvmm.proof.synthetic import synthetic_steps
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -1,0 +1,216 @@
+"""Load a checkpoint: a whole run to resume, weights alone, or FP8 scales, at any layout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn import Module
+
+from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.files import read_record, read_state, require_resumable
+from nvmm.checkpoint.index import read_metadata, weight_names
+from nvmm.checkpoint.weights import (
+    checksums,
+    current_layout,
+    global_shapes,
+    pieces,
+    rng_tensor,
+    sharded_weights,
+    without,
+)
+from nvmm.parallel import generators
+from nvmm.parallel.collectives import gather
+
+log = logging.getLogger("nvmm")
+
+
+def load(
+    path: Path, models: Sequence[Module], optimizer: Any, base: Path | None = None
+) -> dict[str, Any]:
+    """Restore weights, optimizer and generators; return the saved state; collective.
+
+    base: where the base of a LoRA checkpoint lies, if it has moved. The layout may differ from
+    the saved one; generators then start from a new seed, with a warning. Raises ValueError when
+    the checkpoint is incomplete or unsafe, is not of this model, or its weights (its base's)
+    do not have the checksums they were saved with.
+    """
+    path = Path(path)
+    require_resumable(path)
+    record = read_record(path)
+    metadata = read_metadata(path)
+    model_state = sharded_weights(models)
+    weights = global_shapes(model_state)
+    missing, unexpected = _compare(path, metadata, weights)
+    found = Base.saved(record["state"])
+    left_out: set[str] = set()
+    if found is not None:
+        found = found.located(base)
+        left_out = set(missing) & found.names()
+    missing = [name for name in missing if name not in left_out]
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} is not of this model: missing in it {missing or 'nothing'}, only in it"
+            f" {unexpected or 'nothing'}"
+        )
+    sharding_type = record["optimizer"]["sharding_type"]
+    same_layout = record["layout"] == current_layout()
+    same_but_dp = record["layout"] | {"world_size": 0} == current_layout() | {"world_size": 0}
+    if sharding_type == "dp_reshardable" and not same_but_dp:
+        raise ValueError(
+            f"{path} was saved with checkpoint.optimizer=dp_reshardable at {record['layout']}"
+            f" and loads at another data parallel size only, not at {current_layout()}"
+        )
+    optimizer_state = optimizer.sharded_state_dict(model_state, True, sharding_type)
+    _refuse_missing_optimizer_state(path, metadata, optimizer_state)
+    if found is not None:
+        load_weights(Path(found.path), models)
+    sharded = {"optimizer": optimizer_state, **without(model_state, left_out)}
+    if same_layout:
+        sharded["rng"] = rng_tensor(None, metadata.state_dict_metadata["rng"].size[1])
+    loaded = _load_sharded(sharded, path)
+    _load_models(models, loaded)
+    # A stage with nothing trainable has no optimizer state; mcore drops empty branches.
+    optimizer_state = loaded.get("optimizer", {})
+    optimizer.load_state_dict(optimizer_state, sharding_type, record["optimizer"]["steps"])
+    _check_weights(path, models, set(weights) - left_out)
+    if same_layout:
+        generators.restore(loaded["rng"].flatten())
+    else:
+        _reseed(path, record)
+    return record["state"]
+
+
+def load_weights(path: Path, models: Sequence[Module], base: Path | None = None) -> list[str]:
+    """Load the weights a checkpoint has in common with the model, into unwrapped chunks.
+
+    Of a LoRA checkpoint, those of its base first; `base` is where that lies if it has moved.
+    Collective. Call `Optimizer.reload_parameters` afterwards if there is an optimizer. Returns
+    the model's global names that are missing in the checkpoint; what only the checkpoint has is
+    logged. Raises ValueError naming both shapes when they differ, when nothing is in common, and
+    when it has adapters that the model has not.
+    """
+    path = Path(path)
+    found = Base.saved(read_state(path))
+    lacking = None
+    if found is not None:
+        lacking = set(load_weights(Path(found.located(base).path), models))
+    model_state = sharded_weights(models)
+    weights = global_shapes(model_state)
+    missing, unexpected = _compare(path, read_metadata(path), weights)
+    if any(name.endswith(".lora_a") for name in unexpected):
+        raise ValueError(
+            f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
+            " with, or put them into the weights with tools/convert.py merge"
+        )
+    if len(missing) == len(weights):
+        raise ValueError(f"{path} has no weight of this model; it has {unexpected[:3]} ...")
+    if unexpected and dist.get_rank() == 0:
+        log.warning("%s has weights this model does not have: %s", path, ", ".join(unexpected))
+    absent = set(missing)
+    _load_models(models, _load_sharded(without(model_state, absent), path))
+    _check_weights(path, models, set(weights) - absent)
+    return missing if lacking is None else sorted(absent & lacking)
+
+
+def load_scales(path: Path, scaling: Any) -> list[str]:
+    """Load the FP8 scales that a checkpoint has in common with an nvmm.modules.fp8_scales.Scaling.
+
+    Collective. Returns the names of those it has not, which are left as they are. Raises ValueError
+    where a history has another length.
+    """
+    path = Path(path)
+    wanted = scaling.sharded_state_dict()
+    saved = {n: list(entry.size) for n, entry in read_metadata(path).state_dict_metadata.items()}
+    shapes = {name: shape for rank in gather(_shapes(wanted)) for name, shape in rank.items()}
+    for name in shapes.keys() & saved.keys():
+        if shapes[name] != saved[name]:
+            raise ValueError(
+                f"{path}: precision.fp8.amax_history_len={shapes[name][0] - 1} must be"
+                f" {saved[name][0] - 1}, as it was saved"
+            )
+    missing = sorted(shapes.keys() - saved.keys())
+    if len(missing) < len(shapes):
+        present = {name: entry for name, entry in wanted.items() if name in saved}
+        scaling.load(_load_sharded({"scaling": present}, path).get("scaling", {}))
+    return missing
+
+
+def _shapes(sharded: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: list(entry.global_shape) for name, entry in sharded.items()}
+
+
+def _compare(
+    path: Path, metadata: Any, weights: dict[str, list[int]]
+) -> tuple[list[str], list[str]]:
+    """(names only in the model, names only in the checkpoint); shapes must agree."""
+    saved = {name: list(metadata.state_dict_metadata[name].size) for name in weight_names(metadata)}
+    wrong = [
+        f"{name} is {saved[name]} in the checkpoint, {shape} in the model"
+        for name, shape in weights.items()
+        if name in saved and saved[name] != shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model: " + "; ".join(wrong))
+    return sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
+
+
+def _refuse_missing_optimizer_state(path: Path, metadata: Any, state: dict[str, Any]) -> None:
+    wanted = {piece.key: None for piece in pieces(state)}
+    missing = sorted(
+        {key for rank in gather(wanted) for key in rank} - metadata.state_dict_metadata.keys()
+    )
+    if missing:
+        raise ValueError(
+            f"{path} has no optimizer state for what is trained here and was not there (is"
+            f" optim.freeze another? start with init_from={path} instead of resuming): {missing}"
+        )
+
+
+def _load_sharded(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import CheckpointingException
+
+    try:
+        return dist_checkpointing.load(sharded, str(path))
+    except CheckpointingException as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+
+
+def _load_models(models: Sequence[Module], loaded: dict[str, Any]) -> None:
+    for index, model in enumerate(models):
+        # Not strict: mcore's modules expect _extra_state entries, which hold nothing.
+        result = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
+        assert not result.unexpected_keys, result.unexpected_keys
+
+
+def _check_weights(path: Path, models: Sequence[Module], names: set[str]) -> None:
+    """Compare the loaded weights' bits with those saved, unless the number format changed."""
+    file = path / "weights.json"
+    if not file.exists():
+        return
+    saved = json.loads(file.read_text())
+    now = checksums(sharded_weights(models))
+    wrong = [
+        name
+        for name in sorted(names & saved.keys())
+        if now[name]["dtype"] == saved[name]["dtype"] and now[name] != saved[name]
+    ]
+    if wrong:
+        raise ValueError(f"{path}: weights differ from those saved (damaged files?): {wrong}")
+
+
+def _reseed(path: Path, record: dict[str, Any]) -> None:
+    content = json.dumps([record["step"], json.loads((path / "weights.json").read_text())])
+    digest = hashlib.blake2b(content.encode(), digest_size=4).digest()
+    generators.reseed(int.from_bytes(digest, "big") % 2**30)
+    if dist.get_rank() == 0:
+        log.warning(
+            f"{path} was saved at {record['layout']}, this run is at {current_layout()}: random"
+            " generators start from a new seed (other dropout masks)"
+        )

@@ -1,0 +1,220 @@
+"""Checkpoints of tensors and JSON through megatron.core.dist_checkpointing.
+
+    <run>/checkpoints/step_00001000/
+        state.json      written last: step, layout, the caller's state (data position, config ...)
+        weights.json    global name -> dtype, shape and checksum of each weight that is saved
+        .metadata, metadata.json, common.pt, *.distcp     torch's distributed format
+
+Weights are stored under their global names, so any layout loads them; `optimizer.state.*` holds
+master weights and running means, `rng` the generator states of each rank, `fp8.*` the scales and
+amax histories of delayed scaling. There are no pickled objects, and loading unpickles none
+(nvmm/checkpoint/index.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import queue
+import shutil
+import tempfile
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn import Module
+
+from nvmm.checkpoint.files import complete, latest, read_record
+from nvmm.checkpoint.weights import checksums, current_layout, rng_tensor, sharded_weights, without
+from nvmm.parallel import generators
+
+SHARDING_TYPES = ("fully_reshardable", "dp_reshardable")
+
+
+class Checkpoint:
+    """Saves and restores a run in one directory.
+
+    A checkpoint is written under a name that starts with .tmp_ and renamed when all ranks are
+    done; what a crash leaves is never loaded, and removed at the next save.
+
+    Args:
+        save_interval: steps between checkpoints (None: only at the end).
+        keep_last: how many to keep, counted from the last one saved (None: all).
+        optimizer: "fully_reshardable" loads at any layout; "dp_reshardable" is written without
+            gathering the optimizer state over data parallel, and loads at another data parallel
+            size only.
+        async_save: write in a forked process while training goes on; `finalize` completes it.
+        directory: <run>/checkpoints.
+    """
+
+    def __init__(
+        self,
+        save_interval: int | None = 1000,
+        keep_last: int | None = 3,
+        optimizer: str = "fully_reshardable",
+        async_save: bool = False,
+        *,
+        directory: Path,
+    ) -> None:
+        if save_interval is not None and save_interval < 1:
+            raise ValueError(f"checkpoint.save_interval={save_interval} must be positive or null")
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={keep_last} must be positive or null")
+        if optimizer not in SHARDING_TYPES:
+            allowed = " or ".join(SHARDING_TYPES)
+            raise ValueError(f"checkpoint.optimizer={optimizer} must be {allowed}")
+        self.save_interval = save_interval
+        self.keep_last = keep_last
+        self.sharding_type = optimizer
+        self.async_save = async_save
+        self.directory = Path(directory)
+        self._pending: Any = None
+
+    def save(
+        self,
+        step: int,
+        models: Sequence[Module],
+        optimizer: Any,
+        state: dict[str, Any],
+        left_out: Set[str] = frozenset(),
+        scaling: Any = None,
+    ) -> Path:
+        """Write step_XXXXXXXX and return its path; collective.
+
+        Args:
+            step: optimizer steps done.
+            models: this rank's unwrapped chunks, with overlapped parameter gathers completed.
+            optimizer: an nvmm.training.optimizer.Optimizer.
+            state: what JSON can hold; `load` and `read_state` give it back. Its `base`, if any,
+                is the nvmm.checkpoint.base.Base that gives the weights left out.
+            left_out: global names of weights that are not saved.
+            scaling: an nvmm.modules.fp8_scales.Scaling, the FP8 scales.
+        """
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self.finalize(blocking=True)
+        final = self.directory / f"step_{step:08d}"
+        temporary = self.directory / f".tmp_{final.name}"
+        if dist.get_rank() == 0:
+            self._remove_leftovers()
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        model_state = sharded_weights(models)
+        saved_state = without(model_state, left_out)
+        record = {
+            "step": step,
+            "layout": current_layout(),
+            "optimizer": {"sharding_type": self.sharding_type, "steps": optimizer.num_steps},
+            "state": json.loads(json.dumps(state)),  # a copy: an asynchronous save writes it later
+        }
+        files = {"weights.json": checksums(saved_state), "state.json": record}
+        sharded = {
+            "rng": rng_tensor(generators.capture()),
+            "optimizer": optimizer.sharded_state_dict(model_state, False, self.sharding_type),
+            **saved_state,
+        }
+        scales = {} if scaling is None else scaling.sharded_state_dict()
+        if scales:  # mcore would keep an empty entry
+            sharded["scaling"] = scales
+        request = dist_checkpointing.save(
+            sharded, str(temporary), self._strategy(), async_sharded_save=True
+        )
+        assert request is not None
+        request.add_finalize_fn(lambda: self._publish(temporary, final, files))
+        if self.async_save:
+            self._pending = self._pending or AsyncCallsQueue(persistent=False)
+            self._pending.schedule_async_request(request)
+        else:
+            request.execute_sync()
+        return final
+
+    def finalize(self, blocking: bool = False) -> None:
+        """Complete an asynchronous save when its writers are done; called by every rank at every
+        step, and with `blocking` before the run ends. Does nothing without one.
+        """
+        if self._pending is not None:
+            self._pending.maybe_finalize_async_calls(blocking=blocking)
+
+    def latest(self) -> Path | None:
+        """The checkpoint of this run saved last; see `nvmm.checkpoint.files.latest`."""
+        return latest(self.directory)
+
+    def _strategy(self) -> Any:
+        """torch's distributed format, the writing shared out over data-parallel replicas."""
+        from megatron.core import parallel_state
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+            FullyParallelSaveStrategyWrapper,
+        )
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+        if not hasattr(filesystem_async, "_results_queue"):
+            raise AttributeError("filesystem_async._results_queue is gone from megatron-core")
+        filesystem_async._results_queue = _Results()
+        return FullyParallelSaveStrategyWrapper(
+            TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+
+    def _publish(self, temporary: Path, final: Path, files: dict[str, Any]) -> None:
+        """Give a written checkpoint its name, then delete the oldest; the work of rank 0."""
+        if dist.get_rank() == 0:
+            earlier = complete(self.directory)
+            number = read_record(earlier[-1])["number"] + 1 if earlier else 1
+            files["state.json"]["number"] = number
+            for name, content in files.items():
+                with (temporary / name).open("w") as stream:
+                    json.dump(content, stream, indent=1)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            if final.exists():
+                self._remove(final)
+            temporary.rename(final)
+            _sync_directory(self.directory)
+            if self.keep_last is not None:
+                for path in complete(self.directory)[: -self.keep_last]:
+                    self._remove(path)
+        dist.barrier()
+
+    def _remove(self, path: Path) -> None:
+        """Delete a checkpoint so that no moment leaves half of it under its name."""
+        doomed = path.with_name(f".tmp_removed_{path.name}")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _remove_leftovers(self) -> None:
+        for path in self.directory.glob(".tmp_*"):
+            shutil.rmtree(path)
+
+
+class _Results:
+    """What a forked writer hands back: a nameless file that both processes hold.
+
+    Stands for mcore's queue, which is a manager process per rank, spawned at the first save and
+    left behind by a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this object
+
+    def put(self, value: Any) -> None:
+        pickle.dump(value, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        self.file.seek(0)
+        data = self.file.read()
+        if not data:
+            raise queue.Empty
+        return pickle.loads(data)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,331 @@
+"""Checks of a composed config, before torch or megatron.core is imported.
+
+`check` compares every `_target_` with its constructor's signature (nvmm.config.signatures), lists
+every `???`, and applies the cross-field rules (nvmm.config.rules): all problems at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from nvmm.config.problem import MISSING, Problem, nearest
+from nvmm.config.rules.all import violations
+from nvmm.config.signatures import Parameter, Signature, UnknownTargetError, signature
+
+_SPECIAL = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+_LOOKUPS = {f"hydra.utils.get_{kind}" for kind in ("class", "method", "object", "static_method")}
+
+# Words that users of other trainers know -> ours.
+_SYNONYMS = {
+    "lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "max_lr": "learning_rate",
+    "max_grad_norm": "clip_grad",
+    "grad_clip": "clip_grad",
+    "lr_scheduler_type": "schedule",
+    "warmup": "warmup_steps",
+    "per_device_train_batch_size": "micro_batch_size",
+    "batch_size": "global_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
+    "logging_steps": "log_interval",
+    "eval_steps": "validation_interval",
+    "save_steps": "save_interval",
+    "save_total_limit": "keep_last",
+    "resume_from_checkpoint": "resume",
+    "output_dir": "dir",
+    "seq_length": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "num_hidden_layers": "num_layers",
+    "intermediate_size": "ffn_hidden_size",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "rope_theta": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "sp": "sequence_parallel",
+}
+
+
+_OPEN_NUMBERS = ("sequence_length", "max_steps", "global_batch_size")
+_OPEN_NUMBERS_STAND_IN = 65_536  # which the usual sizes divide
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def check(
+    config: DictConfig | Mapping[str, Any], *, entry: str = "train", world_size: int | None = None
+) -> list[Problem]:
+    """Everything wrong with `config`, as `configs/<entry>.yaml` composes it; empty when it is good.
+
+    world_size: number of ranks; None leaves out the rules that need it.
+    """
+    plain, problems = resolve(config)
+    schema = _schema(entry)
+    problems += _unknown_keys(plain, schema, "", f"configs/{entry}.yaml")
+    for key, value in plain.items():
+        problems += _check_node(value, key)
+        if schema.get(key) == MISSING and isinstance(value, Mapping) and "_target_" not in value:
+            problems.append(Problem(f"{key}._target_", None, "must name a class or function"))
+    return problems + violations(plain, world_size)
+
+
+def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """`config` resolved, as dicts and lists. Raises ValueError when something is not set."""
+    plain, problems = resolve(config)
+    if problems:
+        raise ValueError("\n".join(str(p) for p in problems))
+    return plain
+
+
+def fill_unset(config: DictConfig) -> list[str]:
+    """Put a stand-in at every `???` but whole groups that were not chosen; returns the keys."""
+    keys = [problem.key for problem in resolve(config)[1] if problem.value == MISSING]
+    keys = [key for key in keys if not (config_dir() / key).is_dir()]
+    for key in keys:
+        number = key.rpartition(".")[2] in _OPEN_NUMBERS
+        OmegaConf.update(config, key, _OPEN_NUMBERS_STAND_IN if number else "synthetic")
+    return keys
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a resolved config, independent of the order of its keys."""
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Follow every interpolation. What is not set stays `???` and is a problem, as is a bad one."""
+    problems: list[Problem] = []
+
+    def plain(node: Any, key: str) -> Any:
+        if isinstance(node, DictConfig) and not node._is_none():
+            return {str(name): child(node, name, f"{key}.{name!s}".lstrip(".")) for name in node}
+        if isinstance(node, ListConfig) and not node._is_none():
+            return [child(node, i, f"{key}[{i}]") for i in range(len(node))]
+        return None if isinstance(node, DictConfig | ListConfig) else node
+
+    def child(node: Any, name: Any, key: str) -> Any:
+        if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_missing(node, name):
+            problems.append(Problem(key, MISSING, _unset(key)))
+            return MISSING
+        try:
+            return plain(node[name], key)
+        except InterpolationToMissingValueError:
+            return MISSING  # the key it refers to is reported
+        except OmegaConfBaseException as error:
+            raw = OmegaConf.to_container(node, resolve=False)
+            text = raw[name]  # type: ignore[index,call-overload]
+            problems.append(Problem(key, text, f"cannot be resolved: {_first_line(error)}"))
+            return MISSING
+
+    if not isinstance(config, DictConfig):
+        config = OmegaConf.create(dict(config))
+    return plain(config, ""), problems
+
+
+def suggestion(key: str, config: DictConfig | Mapping[str, Any]) -> str | None:
+    """The key most like `key` that exists in `config` or in the constructor it belongs to."""
+    node: Any = resolve(config)[0]
+    done: list[str] = []
+    for part in key.split("."):
+        if not isinstance(node, Mapping):
+            return ".".join(done) or None
+        names = {str(name) for name in node} - _SPECIAL
+        names |= {p.name for p in _parameters(node).values()}
+        if part not in node:
+            found = _closest(part, names)
+            return ".".join([*done, found]) if found else None
+        done.append(part)
+        node = node[part]
+    return None
+
+
+@functools.cache
+def _schema(entry: str) -> dict[str, Any]:
+    schema = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{entry}.yaml"), resolve=False)
+    items = schema.items() if isinstance(schema, dict) else ()
+    return {str(key): value for key, value in items if key not in ("defaults", "hydra")}
+
+
+def _unset(key: str) -> str:
+    if "." in key:
+        return f"is not set; add {key}=... to the command"
+    return f"is not chosen; add experiment=... or {key}=... to the command (--help lists both)"
+
+
+def _unknown_keys(
+    node: Mapping[str, Any], schema: Mapping[str, Any], prefix: str, where: str
+) -> Iterator[Problem]:
+    """Keys outside any constructor: those of the primary config, and nothing else."""
+    for key, value in node.items():
+        if key not in schema:
+            yield Problem(prefix + key, value, _unknown(f"a key of {where}", key, schema))
+        elif isinstance(schema[key], Mapping) and "_target_" not in schema[key]:
+            if isinstance(value, Mapping):
+                yield from _unknown_keys(value, schema[key], f"{prefix}{key}.", where)
+
+
+def _check_node(node: Any, key: str) -> Iterator[Problem]:
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _check_node(item, f"{key}[{index}]")
+    if not isinstance(node, Mapping):
+        return
+    if "_target_" in node:
+        yield from _check_target(node, key)
+    for name, value in node.items():
+        yield from _check_node(value, f"{key}.{name}")
+
+
+def _check_target(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
+    target = str(node["_target_"])
+    try:
+        accepted = signature(target)
+    except UnknownTargetError as error:
+        yield Problem(f"{key}._target_", target, _not_found(error))
+        return
+    if target in _LOOKUPS and isinstance(node.get("path"), str):
+        try:
+            signature(node["path"])
+        except UnknownTargetError as error:
+            yield Problem(f"{key}.path", node["path"], _not_found(error))
+    filled = list(node.get("_args_") or [])
+    by_position = [p.name for p in accepted.parameters.values() if p.positional]
+    if len(filled) > len(by_position) and not accepted.any_positional:
+        yield Problem(
+            f"{key}._args_", filled, f"must have at most {len(by_position)} values for {target}"
+        )
+    given = set(by_position[: len(filled)])
+    for name, value in node.items():
+        if name in _SPECIAL:
+            continue
+        parameter = accepted.parameters.get(name)
+        if parameter is not None:
+            yield from _check_type(parameter, value, f"{key}.{name}")
+        elif not accepted.any_keyword:
+            allowed = _unknown(f"a parameter of {target}", name, accepted.parameters)
+            yield Problem(f"{key}.{name}", value, allowed)
+    for parameter in accepted.parameters.values():
+        if parameter.name in node or parameter.name in given or not parameter.required:
+            continue
+        if _left_to_caller(parameter, node, target):
+            continue
+        yield Problem(f"{key}.{parameter.name}", None, f"must be given: {target} requires it")
+
+
+def _left_to_caller(parameter: Parameter, node: Mapping[str, Any], target: str) -> bool:
+    """Whether a partial may lack `parameter`: in nvmm the code adds keyword-only parameters."""
+    if not node.get("_partial_"):
+        return False
+    return not parameter.positional or not target.startswith("nvmm.")
+
+
+def _parameters(node: Mapping[str, Any]) -> dict[str, Parameter]:
+    try:
+        accepted = signature(str(node["_target_"])) if "_target_" in node else Signature({})
+    except UnknownTargetError:
+        return {}
+    return accepted.parameters
+
+
+def _not_found(error: UnknownTargetError) -> str:
+    found = nearest(error.missing, error.names)
+    return f"does not exist: {error}" + (f"; did you mean {found}?" if found else "")
+
+
+def _unknown(what: str, name: str, names: Mapping[str, Any]) -> str:
+    found = _closest(name, names)
+    hint = f"; did you mean {found}?" if found else f"; use one of {', '.join(sorted(names))}"
+    return f"is not {what}" + (hint if names else "")
+
+
+def _closest(name: str, names: Any) -> str | None:
+    known = _SYNONYMS.get(name)
+    return known if known in names else nearest(name, names)
+
+
+def _check_type(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]:
+    if value == MISSING or parameter.annotation is None:
+        return
+    if value is None and parameter.nullable:
+        return
+    if isinstance(value, Mapping) and "_target_" in value:
+        return
+    allowed = _allowed(parameter.annotation)
+    if allowed and not any(_fits(value, kind) for kind in allowed):
+        names = [k if isinstance(k, str) else repr(k[0]) for k in allowed]
+        yield Problem(key, repr(value), f"must be {' or '.join(names)}")
+
+
+def _allowed(node: ast.expr) -> list[str | tuple[Any]] | None:
+    """Kinds of value an annotation admits, a tuple for a literal; None when it says too little."""
+    match node:
+        case ast.Constant(value=None):
+            return ["null"]
+        case ast.Constant(value=str(text)):
+            return _allowed(ast.parse(text, mode="eval").body)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _union([left, right])
+        case ast.Subscript(value=value, slice=inner):
+            name = ast.unparse(value).rpartition(".")[2]
+            items = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            if name == "Optional":
+                return _union([*items, ast.Constant(None)])
+            if name == "Union":
+                return _union(items)
+            if name == "Literal":
+                return [(item.value,) for item in items if isinstance(item, ast.Constant)]
+            return _allowed(value)
+        case ast.Name(id=name) | ast.Attribute(attr=name):
+            return _KINDS.get(name)
+    return None
+
+
+def _union(nodes: list[ast.expr]) -> list[str | tuple[Any]] | None:
+    kinds = [_allowed(node) for node in nodes]
+    return None if None in kinds else [kind for part in kinds if part for kind in part]
+
+
+_KINDS: dict[str, list[str | tuple[Any]]] = {
+    **{name: [name] for name in ("int", "float", "bool", "str")},
+    **{name: ["a list"] for name in ("list", "tuple", "List", "Tuple", "Sequence")},
+    **{name: ["a mapping"] for name in ("dict", "Dict", "Mapping")},
+}
+
+
+def _fits(value: Any, kind: str | tuple[Any]) -> bool:
+    if isinstance(kind, tuple):
+        return bool(value == kind[0])
+    if isinstance(value, bool):
+        return kind == "bool"
+    return {
+        "null": value is None,
+        "int": isinstance(value, int),
+        "float": isinstance(value, int | float),
+        "bool": False,
+        "str": isinstance(value, str),
+        "a list": isinstance(value, list),
+        "a mapping": isinstance(value, Mapping),
+    }[kind]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

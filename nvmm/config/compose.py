@@ -1,0 +1,238 @@
+"""What the entry points share: compose with Hydra, refuse a bad config, know the launcher.
+
+Nothing here imports torch or megatron.core: --help, --cfg and every refusal come without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nvmm.config import check
+from nvmm.config.moved import MOVED
+from nvmm.config.problem import Problem, nearest
+from nvmm.parallel.environment import rank, world_size
+
+BAD_CONFIG = 2
+"""Exit code of a refused config: starting again cannot help."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed and checked run.
+
+    config: resolved and plain; overrides: as typed; stand_ins: keys that were left open.
+    """
+
+    config: dict[str, Any]
+    overrides: list[str]
+    stand_ins: list[str] = field(default_factory=list)
+
+
+def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Job | None:
+    """Compose `configs/<entry>.yaml` with the command line and check it.
+
+    Args:
+        ranks: with stand-ins, the world size to check for; None leaves its rules out.
+        stand_ins: give every `???` a value that no one reads, instead of refusing it.
+
+    Returns None when the command line asked for something else, which is then done: --help,
+    --cfg, --info, or --multirun (each job in a process of its own). Exits with BAD_CONFIG, every
+    problem printed to stderr, when the config is bad.
+    """
+    # Hydra then raises what goes wrong instead of printing it and leaving with status 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    jobs: list[Job] = []
+
+    def collect(composed: DictConfig) -> None:
+        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+        for old in sorted(_rename_targets(composed)):
+            if rank() == 0:
+                print(f"nvmm.{entry}: {old} is now {MOVED[old]}", file=sys.stderr)
+        filled = check.fill_unset(composed) if stand_ins else []
+        size = ranks if stand_ins else world_size()
+        problems = check.check(composed, entry=entry, world_size=size)
+        if multirun and world_size() > 1:
+            problems.append(
+                Problem("--multirun", "", "runs one process a job; start torchrun once per job")
+            )
+        if problems:
+            refuse(entry, problems)
+        if multirun:
+            command = [sys.executable, "-m", f"nvmm.{entry}", *overrides]
+            status = subprocess.run(command, check=False).returncode
+            if status:
+                sys.exit(status)
+            return
+        plain = check.to_plain(composed)
+        if "run" in plain and plain["run"]["name"] is None:
+            plain["run"]["name"] = HydraConfig.get().runtime.choices.get("experiment") or entry
+        jobs.append(Job(plain, overrides, filled))
+
+    path = str(check.config_dir())
+    try:
+        hydra.main(version_base="1.3", config_path=path, config_name=entry)(collect)()
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        refuse(entry, _explain(entry, error))
+    return jobs[0] if jobs else None
+
+
+def _rename_targets(node: DictConfig | ListConfig) -> set[str]:
+    """Exchange every old `_target_` below `node` for its new name; returns the old ones."""
+    if node._is_none() or node._is_missing() or node._is_interpolation():
+        return set()
+    found: set[str] = set()
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
+        child: Any = node._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            found |= _rename_targets(child)
+        elif key == "_target_" and child._value() in MOVED:
+            found.add(child._value())
+            node[key] = MOVED[child._value()]
+    return found
+
+
+def refuse(entry: str, problems: Sequence[object]) -> NoReturn:
+    """Print what is wrong with the config, one line each, and exit with BAD_CONFIG."""
+    plural = "problem" if len(problems) == 1 else "problems"
+    if rank() == 0:
+        lines = [f"nvmm.{entry}: {len(problems)} {plural} in the config", *problems]
+        print("\n  ".join(str(line) for line in lines), file=sys.stderr)
+    else:
+        print(f"nvmm.{entry}: rank {rank()}: config refused: {problems[0]}", file=sys.stderr)
+    sys.exit(BAD_CONFIG)
+
+
+@contextlib.contextmanager
+def refusals(name: str) -> Iterator[None]:
+    """Turns a ValueError, also one behind Hydra's, into the exit that a bad config gets."""
+    from hydra.errors import InstantiationException
+
+    try:
+        yield
+    except ValueError as error:
+        refuse(name, [error])
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError | TypeError):
+            raise
+        refuse(name, [error.__cause__])
+
+
+def instantiate(node: Any) -> Any:
+    from hydra.utils import instantiate
+
+    return instantiate(node, _convert_="all")
+
+
+def argument(text: str) -> str:
+    """`checkpoint=DIR` and `tokenizer=DIR` as the keys they mean: alone they choose from groups."""
+    return re.sub(r"^(checkpoint|tokenizer)=", r"\1.path=", text)
+
+
+def log_to_stderr() -> None:
+    """Let this process say what nvmm does, without names and times."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nvmm").setLevel(logging.INFO)
+
+
+def _explain(entry: str, error: Exception) -> list[object]:
+    """Say what Hydra refused: every override it cannot place, with the nearest that it can."""
+    if isinstance(error, OverrideParseException):
+        return [f"{error.override!r} is no override: {_message(error)} (no spaces around =)"]
+    arguments = get_args_parser().parse_args()
+    overrides = list(arguments.overrides)
+    if arguments.config_dir:
+        overrides.append(f"hydra.searchpath=[file://{os.path.abspath(arguments.config_dir)}]")
+    name = arguments.config_name or entry
+    problems: list[object] = []
+    unknown: list[str] = []
+    groups = False
+    with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        composed = None
+        while composed is None:
+            try:
+                composed = hydra.compose(name, overrides)
+            except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as failure:
+                culprit = _culprit(failure, overrides)
+                if culprit is None:
+                    return [*problems, _message(failure)]
+                overrides.remove(culprit)
+                if isinstance(failure, MissingConfigException):
+                    groups = True
+                    problems.append(_unknown_option(culprit, failure.options or (), loader))
+                else:
+                    unknown.append(culprit)
+        for override in unknown:
+            problems.append(_unknown_key(override, composed, loader))
+    if problems and not groups:
+        problems += check.check(composed, entry=entry, world_size=world_size())
+    return problems or [_message(error)]
+
+
+def _culprit(error: Exception, overrides: list[str]) -> str | None:
+    """The override that `error` is about."""
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        missing = getattr(error, "missing_cfg_file", None)
+        if missing and missing == f"{override.key_or_group}/{override.value()}":
+            return text
+        named = re.search(r"'([^']+)'", str(error))
+        if named and str(error).startswith("Could not override"):
+            if named[1] in (override.key_or_group, override.get_key_element().lstrip("+~")):
+                return text
+    return None
+
+
+def _unknown_option(override: str, known: Sequence[str], loader: ConfigLoader) -> Problem:
+    group, _, option = override.lstrip("+~").partition("=")
+    options = sorted({*known, *_options(loader, group.partition("@")[0])})
+    found = nearest(option, options)
+    hint = f"; did you mean {found}?" if found else ""
+    return Problem(group, option, f"does not exist{hint} (there are {', '.join(options)})")
+
+
+def _unknown_key(override: str, composed: DictConfig, loader: ConfigLoader) -> Problem:
+    key, _, value = override.lstrip("+~").partition("=")
+    if "=" in override and not override.startswith(("+", "~")):
+        found = check.suggestion(key, composed)
+        if found == key:
+            return Problem(key, value, f"is not in the YAML yet; add it with +{override}")
+        names = {str(name) for name in composed} | set(loader.list_groups(""))
+        found = found or nearest(key, names)
+        return Problem(key, value, "does not exist" + (f"; did you mean {found}?" if found else ""))
+    return Problem(key, value, "does not exist")
+
+
+def _options(loader: ConfigLoader, group: str) -> list[str]:
+    options = loader.get_group_options(group, ObjectType.CONFIG)
+    for name in loader.get_group_options(group, ObjectType.GROUP):
+        options += [f"{name}/{option}" for option in _options(loader, f"{group}/{name}")]
+    return options
+
+
+def _message(error: BaseException) -> str:
+    """An error's own words on one line, with those of its cause."""
+    texts = [str(e).split("\nConfig search path")[0] for e in (error, error.__cause__) if e]
+    return "; ".join(" ".join(text.split()) for text in dict.fromkeys(texts) if text.strip())

@@ -1,0 +1,40 @@
+"""Old names of constructors: saved configs and users' YAMLs that name them go on working."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MOVED = {
+    "nvmm.checkpoint.Checkpoint": "nvmm.checkpoint.save.Checkpoint",
+    "nvmm.data.chat.ChatTemplate": "nvmm.data.samples.chat.ChatTemplate",
+    "nvmm.data.chat.ImageTags": "nvmm.data.samples.chat.ImageTags",
+    "nvmm.data.forms.Caption": "nvmm.data.samples.forms.Caption",
+    "nvmm.data.forms.Chat": "nvmm.data.samples.forms.Chat",
+    "nvmm.data.forms.MultipleChoice": "nvmm.data.samples.forms.MultipleChoice",
+    "nvmm.data.forms.Ocr": "nvmm.data.samples.forms.Ocr",
+    "nvmm.data.instruct.InstructBuilder": "nvmm.data.samples.instruct.InstructBuilder",
+    "nvmm.data.interleaved.Document": "nvmm.data.samples.forms.Document",
+    "nvmm.data.retrieval.RetrievalBuilder": "nvmm.data.samples.retrieval.RetrievalBuilder",
+    "nvmm.data.shards.Dataset": "nvmm.data.shards.dataset.Dataset",
+    "nvmm.data.storage.Storage": "nvmm.data.shards.storage.Storage",
+    "nvmm.data.tokenizer.Tokenizer": "nvmm.data.samples.tokenizer.Tokenizer",
+    "nvmm.metrics.Logger": "nvmm.training.logger.Logger",
+    "nvmm.modules.audio.AudioEncoder": "nvmm.modules.encoders.audio.AudioEncoder",
+    "nvmm.modules.vision.VisionTransformer": "nvmm.modules.encoders.vision.VisionTransformer",
+    "nvmm.optim.Optim": "nvmm.training.optim.Optim",
+    "nvmm.parallel.fp8.Fp8": "nvmm.parallel.fp8_recipe.Fp8",
+    "nvmm.trainer.Trainer": "nvmm.training.trainer.Trainer",
+}
+"""Every `_target_` that a config could name before it moved -> where it is now."""
+
+
+def renamed(config: Any) -> Any:
+    """A copy of a plain config in which every `_target_` has its new name."""
+    if isinstance(config, list):
+        return [renamed(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    copy = {key: renamed(value) for key, value in config.items()}
+    if copy.get("_target_") in MOVED:
+        copy["_target_"] = MOVED[copy["_target_"]]
+    return copy

@@ -1,0 +1,140 @@
+"""Rules of a config's data: what the model takes of an image, and how datasets blend. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nvmm.config.problem import Problem, View, divisors
+
+CHOICES = {
+    "data.on_error": ("skip", "stop"),
+    "data.train.build.tags.variant": ("none", "1d", "2d_grid", "2d_bbox"),
+    "data.train.build.tags.form": ("megatron", "hf"),
+    "data.train.build.template.style": ("chatml", "yi", "pretraining"),
+}
+_NESTED_KEYS = ("name", "weight", "temperature", "blend")
+_DATASET_KEYS = (
+    *("name", "weight", "repeat", "epochs", "samples"),
+    *("shards", "build", "local_window", "index_dir", "storage"),
+)
+
+
+def vision(view: View) -> Iterator[Problem]:
+    image, patch = view.integer("model.vision.image_size"), view.integer("model.vision.patch_size")
+    if not image or not patch:
+        return
+    if image % patch:
+        allowed = f"must be divisible by model.vision.patch_size={patch}"
+        yield Problem("model.vision.image_size", image, allowed)
+        return
+    grid, downsample = image // patch, view.integer("model.connector.downsample", 1) or 1
+    if grid % downsample:
+        yield Problem(
+            "model.connector.downsample",
+            downsample,
+            f"must divide the ViT grid ({grid}x{grid}); use one of {divisors(grid)}",
+        )
+        return
+    per_tile = (grid // downsample) ** 2
+    length = view.integer("data.sequence_length")
+    for split in ("train", "validation"):
+        build = f"data.{split}.build"
+        size = view.integer(f"{build}.tile_size")
+        if size is not None and size != image:
+            yield Problem(f"{build}.tile_size", size, f"must equal model.vision.image_size={image}")
+        tokens = view.integer(f"{build}.tokens_per_tile")
+        if tokens is not None and tokens != per_tile:
+            yield Problem(
+                f"{build}.tokens_per_tile",
+                tokens,
+                f"must be {per_tile}, what model.vision and model.connector make of a tile",
+            )
+        most = view.integer(f"{build}.max_tiles")
+        least = view.integer(f"{build}.min_tiles")
+        if most is None:
+            continue
+        if least is not None and least > most:
+            yield Problem(f"{build}.min_tiles", least, f"must be at most max_tiles={most}")
+        thumbnail = most > 1 and view.get(f"{build}.use_thumbnail") is not False
+        tiles = most + thumbnail
+        attended = view.get(f"{build}.attended")
+        placed = {"all": 0, "regular": 1}.get(attended, tiles)
+        tagged = view.get(f"{build}.tags.variant") != "none"
+        # A tag has at least one token, and one target must follow the image.
+        needed = placed * per_tile + (placed or tiles) * tagged + 1
+        if length is not None and length < needed:
+            yield Problem(
+                "data.sequence_length",
+                length,
+                f"must hold an image of {tiles} tiles ({build}.max_tiles={most}), {placed} of them"
+                f" x {per_tile} tokens, their tags and text: at least {needed}, or fewer tiles",
+            )
+
+
+def attended(view: View) -> Iterator[Problem]:
+    """The data leave tiles to cross-attention exactly where the model has it."""
+    if view.get("model.vision") is None:
+        return
+    attends = view.get("model.cross_attention") is not None
+    for split in ("train", "validation"):
+        build = view.get(f"data.{split}.build")
+        if not isinstance(build, Mapping) or "tokens_per_tile" not in build:
+            continue
+        key, value = f"data.{split}.build.attended", build.get("attended") or "none"
+        if attends and value == "none":
+            yield Problem(key, value, "must be all (NVLM-X) or regular (NVLM-H) with this model")
+        if not attends and value != "none":
+            yield Problem(key, value, "must be none: the model has no model.cross_attention")
+    if attends and view.size("pipeline") > 1:
+        key = "parallel.variable_seq_lengths"
+        if view.get(key) is False:
+            yield Problem(key, False, "must be true: what a stage sends depends on the tiles")
+
+
+def blend(view: View) -> Iterator[Problem]:
+    fraction = view.number("data.max_bad_fraction")
+    if fraction is not None and not 0 <= fraction <= 1:
+        yield Problem("data.max_bad_fraction", fraction, "must be in [0, 1]")
+    entries = view.get("data.blend")
+    shards = view.get("data.train.shards")
+    if entries is not None:
+        if shards is not None:
+            yield Problem("data.train.shards", shards, "must be null where data.blend is given")
+        yield from _blend_entries(entries, "data.blend")
+    elif isinstance(view.get("data.train"), Mapping) and "blend" in view.get("data"):
+        if view.config["data"]["train"].get("shards") is None:
+            yield Problem("data.train.shards", None, "must name files, or give data.blend")
+
+
+def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
+    if not isinstance(entries, list) or not entries:
+        yield Problem(key, entries, "must be a list of datasets, or null")
+        return
+    for index, entry in enumerate(entries):
+        where = f"{key}[{index}]"
+        if not isinstance(entry, Mapping):
+            yield Problem(where, entry, "must be a mapping: {name: ..., weight: ..., shards: ...}")
+            continue
+        nested = entry.get("blend") is not None
+        known = _NESTED_KEYS if nested else _DATASET_KEYS
+        for name in entry.keys() - known:
+            yield Problem(f"{where}.{name}", entry[name], f"must be one of {', '.join(known)}")
+        if nested:
+            yield from _blend_entries(entry["blend"], f"{where}.blend")
+        elif entry.get("shards") is None:
+            yield Problem(f"{where}.shards", None, "must name files, or give a nested blend")
+        for name in ("weight", "temperature", "repeat", "samples", "local_window"):
+            value = entry.get(name)
+            if isinstance(value, int | float) and value <= 0:
+                yield Problem(f"{where}.{name}", value, "must be greater than 0")
+        epochs = entry.get("epochs")
+        if epochs is not None and not (isinstance(epochs, int) and epochs >= 0):
+            yield Problem(f"{where}.epochs", epochs, "must be a whole number, 0 or more, or null")
+    weighted = [isinstance(e, Mapping) and e.get("weight") is not None for e in entries]
+    if any(weighted) and not all(weighted):
+        where = f"{key}[{weighted.index(False)}].weight"
+        yield Problem(where, None, "must be given: other datasets of this list have a weight")
+
+
+RULES = (vision, attended, blend)

@@ -1,0 +1,195 @@
+"""Rules of a config's parallel layout: what must divide what, and what needs what. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from nvmm.config.problem import Problem, View, divisors
+from nvmm.config.rules import precision
+
+
+def _attention_heads(view: View) -> Iterator[Problem]:
+    tensor = view.size("tensor")
+    if view.language is None:
+        return
+    prefix = f"{view.language}.transformer"
+    heads = view.integer(f"{prefix}.num_attention_heads")
+    groups = view.integer(f"{prefix}.num_query_groups", heads)
+    if heads and heads % tensor:
+        yield _uneven_heads(f"{prefix}.num_attention_heads", heads, tensor)
+    elif groups and groups % tensor and tensor % groups:
+        yield Problem(
+            f"{prefix}.num_query_groups",
+            groups,
+            f"must be a multiple or a divisor of parallel.tensor_model_parallel_size={tensor}",
+        )
+
+
+def _pooling_heads(view: View) -> Iterator[Problem]:
+    key, tensor = "model.pooling.num_heads", view.size("tensor")
+    heads = view.integer(key)
+    if heads and heads % tensor:
+        yield _uneven_heads(key, heads, tensor)
+
+
+def _uneven_heads(key: str, heads: int, tensor: int) -> Problem:
+    return Problem(
+        key,
+        heads,
+        f"must be divisible by parallel.tensor_model_parallel_size={tensor};"
+        f" use a size of {divisors(heads)}",
+    )
+
+
+def _pipeline_layers(view: View) -> Iterator[Problem]:
+    pipeline = view.size("pipeline")
+    virtual = view.integer("parallel.virtual_pipeline_model_parallel_size")
+    if virtual is not None and pipeline == 1:
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size",
+            virtual,
+            "needs parallel.pipeline_model_parallel_size > 1; use null",
+        )
+        return
+    key = f"{view.language}.transformer.num_layers"
+    layers = view.integer(key) if view.language else None
+    chunks = virtual or 1
+    ends = {
+        f"parallel.num_layers_in_{end}_pipeline_stage": view.integer(
+            f"parallel.num_layers_in_{end}_pipeline_stage"
+        )
+        for end in ("first", "last")
+    }
+    given = {name: count for name, count in ends.items() if count is not None}
+    for name, count in given.items():
+        if pipeline == 1:
+            yield Problem(name, count, "needs parallel.pipeline_model_parallel_size > 1; use null")
+        elif count % chunks:
+            yield Problem(name, count, f"must be divisible by the {chunks} virtual stages")
+    if layers is None or pipeline == 1:
+        return
+    middle, stages = layers - sum(given.values()), pipeline - len(given)
+    if middle < 0 or bool(middle) != bool(stages):
+        yield Problem(key, layers, f"leaves {middle} layers for the {stages} stages in the middle")
+    elif stages and middle % (stages * chunks):
+        counted = f"minus the {sum(given.values())} of the first and last stages " if given else ""
+        yield Problem(
+            key,
+            layers,
+            f"{counted}must be divisible by {stages} pipeline stages x {chunks} virtual stages"
+            f" = {stages * chunks}",
+        )
+
+
+def _sequence_parallel(view: View) -> Iterator[Problem]:
+    if view.get("parallel.sequence_parallel") is not True:
+        return
+    tensor = view.size("tensor")
+    if tensor == 1:
+        yield Problem(
+            "parallel.sequence_parallel",
+            True,
+            "needs parallel.tensor_model_parallel_size > 1; use false",
+        )
+
+
+def _sequence_length(view: View) -> Iterator[Problem]:
+    length = view.integer("data.sequence_length")
+    context = max(1, view.integer("parallel.context_parallel_size", 1) or 1)
+    chunks = 2 * context if context > 1 else 1
+    split = view.size("tensor") if view.get("parallel.sequence_parallel") is True else 1
+    block = precision.row_multiple(view) if split > 1 else 1
+    multiple = math.lcm(chunks, context * split * block)
+    if not length or length % multiple == 0:
+        return
+    reasons = []
+    if context > 1:
+        reasons.append(f"two chunks on each of parallel.context_parallel_size={context}")
+    if split > 1:
+        reasons.append(
+            f"parallel.tensor_model_parallel_size={split} with parallel.sequence_parallel"
+        )
+    if block > 1:
+        reasons.append(f"blocks of {block} tokens with precision.fp8")
+    yield Problem(
+        "data.sequence_length",
+        length,
+        f"must be divisible by {multiple} ({' and '.join(reasons)})",
+    )
+
+
+def _context_parallel(view: View) -> Iterator[Problem]:
+    key = "parallel.context_parallel_size"
+    size = view.integer(key, 1) or 1
+    if size > 1 and view.get("backend") == "transformer_engine":
+        yield Problem(key, size, "must be 1 with backend=transformer_engine; use backend=native")
+
+
+def _overlap(view: View) -> Iterator[Problem]:
+    if view.get("parallel.overlap_param_gather") is True:
+        if view.get("parallel.overlap_grad_reduce") is not True:
+            yield Problem(
+                "parallel.overlap_param_gather", True, "needs parallel.overlap_grad_reduce=true"
+            )
+
+
+def _recompute(view: View) -> Iterator[Problem]:
+    if view.get("parallel.recompute_granularity") == "full":
+        return
+    for key in ("parallel.recompute_method", "parallel.recompute_num_layers"):
+        if view.get(key) is not None:
+            yield Problem(key, view.get(key), "needs parallel.recompute_granularity=full; use null")
+
+
+def _batches(view: View) -> Iterator[Problem]:
+    whole = view.integer("trainer.global_batch_size")
+    micro = view.integer("trainer.micro_batch_size", 1)
+    pipeline = view.size("pipeline")
+    context = view.integer("parallel.context_parallel_size", 1) or 1
+    model = view.size("tensor") * pipeline * max(1, context)
+    data_parallel = 1
+    if view.world_size is not None:
+        if view.world_size % model:
+            yield Problem(
+                "WORLD_SIZE",
+                view.world_size,
+                "must be divisible by parallel.tensor_model_parallel_size x"
+                f" pipeline_model_parallel_size x context_parallel_size = {model};"
+                f" launch a multiple of {model} ranks",
+            )
+            return
+        data_parallel = view.world_size // model
+    if not whole or not micro or whole < 1 or micro < 1:
+        return
+    if whole % (micro * data_parallel):
+        ranks = f" x {data_parallel} data-parallel ranks" if view.world_size is not None else ""
+        yield Problem(
+            "trainer.global_batch_size",
+            whole,
+            f"must be divisible by trainer.micro_batch_size={micro}{ranks}"
+            f" = {micro * data_parallel}",
+        )
+        return
+    virtual = view.integer("parallel.virtual_pipeline_model_parallel_size")
+    micro_batches = whole // (micro * data_parallel)
+    if view.world_size is not None and virtual is not None and micro_batches % pipeline:
+        yield Problem(
+            "trainer.global_batch_size",
+            whole,
+            f"gives {micro_batches} micro-batches a rank, which must be divisible by"
+            f" parallel.pipeline_model_parallel_size={pipeline} with virtual stages",
+        )
+
+
+RULES = (
+    _attention_heads,
+    _pooling_heads,
+    _pipeline_layers,
+    _sequence_parallel,
+    _sequence_length,
+    _context_parallel,
+    _overlap,
+    _recompute,
+    _batches,
+)

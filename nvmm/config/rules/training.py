@@ -1,0 +1,114 @@
+"""Rules of a config's training: sizes, schedule, adapters, profile. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from nvmm.config.problem import Problem, View
+
+_GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
+
+
+def _positive_sizes(view: View) -> Iterator[Problem]:
+    for key in (
+        "parallel.tensor_model_parallel_size",
+        "parallel.pipeline_model_parallel_size",
+        "parallel.context_parallel_size",
+        "parallel.virtual_pipeline_model_parallel_size",
+        "parallel.num_layers_in_first_pipeline_stage",
+        "parallel.num_layers_in_last_pipeline_stage",
+        "trainer.max_steps",
+        "trainer.global_batch_size",
+        "trainer.micro_batch_size",
+        "trainer.log_interval",
+        "trainer.validation_interval",
+        "trainer.validation_batches",
+        "checkpoint.save_interval",
+        "checkpoint.keep_last",
+        "data.sequence_length",
+        "data.window",
+        "data.train.local_window",
+    ):
+        value = view.integer(key)
+        if value is not None and value < 1:
+            yield Problem(key, value, "must be at least 1")
+
+
+def _seed(view: View) -> Iterator[Problem]:
+    seed = view.get("seed")
+    if seed is not None and (view.integer("seed") is None or seed < 0):
+        yield Problem("seed", seed, "must be a whole number of at least 0")
+
+
+def _schedule(view: View) -> Iterator[Problem]:
+    groups = view.get("optim.groups")
+    prefixes = ["optim"]
+    flat = {"optim": view.get("optim") or {}}
+    for index, group in enumerate(groups if isinstance(groups, list) else []):
+        if isinstance(group, Mapping):
+            prefixes.append(f"optim.groups[{index}]")
+            flat[prefixes[-1]] = group
+    for prefix in prefixes[1:]:
+        for name in flat[prefix].keys() - _GROUP_KEYS:
+            allowed = f"is unknown; use {', '.join(sorted(_GROUP_KEYS))}"
+            yield Problem(f"{prefix}.{name}", flat[prefix][name], allowed)
+    for prefix in prefixes:
+        low, high = flat[prefix].get("min_learning_rate"), flat[prefix].get("learning_rate")
+        if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+            yield Problem(
+                f"{prefix}.min_learning_rate", low, f"must be at most learning_rate={high}"
+            )
+    warmup, steps = view.integer("optim.warmup_steps"), view.integer("trainer.max_steps")
+    if warmup is not None and steps is not None and warmup > steps:
+        yield Problem("optim.warmup_steps", warmup, f"must be at most trainer.max_steps={steps}")
+    decay = view.integer("optim.decay_steps")
+    if warmup is not None and decay is not None and decay < warmup:
+        yield Problem("optim.decay_steps", decay, f"must be at least optim.warmup_steps={warmup}")
+    betas = view.get("optim.betas")
+    if view.get("optim.moments_dtype") == "bf16" and isinstance(betas, list):
+        if any(isinstance(beta, int | float) and beta > 0.99 for beta in betas):
+            yield Problem(
+                "optim.betas", betas, "must be at most 0.99 with optim.moments_dtype=bf16"
+            )
+
+
+def _lora(view: View) -> Iterator[Problem]:
+    lora = view.get("lora")
+    if lora is None:
+        return
+    if not isinstance(lora, Mapping) or "_target_" not in lora:
+        yield Problem("lora", lora, "must be one of its options; add lora=default")
+        return
+    for key in ("targets", "train"):
+        patterns = lora.get(key)
+        if isinstance(patterns, list) and not all(isinstance(p, str) for p in patterns):
+            yield Problem(f"lora.{key}", patterns, "must be a list of patterns")
+    if lora.get("targets") == []:
+        yield Problem("lora.targets", [], "must name at least one linear")
+    rank, alpha, dropout = (view.number(f"lora.{key}") for key in ("rank", "alpha", "dropout"))
+    if rank is not None and rank < 1:
+        yield Problem("lora.rank", rank, "must be at least 1")
+    if alpha is not None and alpha <= 0:
+        yield Problem("lora.alpha", alpha, "must be positive")
+    if dropout is not None and not 0 <= dropout < 1:
+        yield Problem("lora.dropout", dropout, "must be at least 0 and less than 1")
+    if view.get("backend") == "transformer_engine":
+        yield Problem("lora", lora["_target_"], "needs backend=native")
+
+
+def _profile(view: View) -> Iterator[Problem]:
+    profile = view.get("trainer.profile")
+    if profile is None:
+        return
+    steps = profile if isinstance(profile, list) and len(profile) == 2 else [1, 0]
+    if not all(isinstance(s, int) for s in steps) or steps[0] >= steps[1]:
+        yield Problem("trainer.profile", profile, "must be [start, stop], start < stop, or null")
+
+
+RULES = (
+    _positive_sizes,
+    _seed,
+    _schedule,
+    _lora,
+    _profile,
+)

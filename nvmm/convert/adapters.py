@@ -1,0 +1,245 @@
+"""LoRA adapters of our checkpoints: merged into the weights, and to and from PEFT's folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvmm.checkpoint.base import Base
+from nvmm.convert.exporting import layout
+from nvmm.convert.files import publish
+from nvmm.convert.formats import peft
+from nvmm.convert.formats.peft import Factors
+from nvmm.convert.importing import on_meta
+from nvmm.convert.models import Saved, open_checkpoint, write_state, write_weights
+from nvmm.convert.sources import Cast, Held, Over, Source, read
+from nvmm.modules.lora import FACTORS, Lora, linears, stacked
+
+_BLOCK = 4_194_304  # elements merged at a time
+_STATE = ("config", "tokenizer_digest", "sources", "initialised")
+
+
+class Updated:
+    """Weights with their adapters' updates: W + alpha / rank * B A in fp32, rounded once.
+
+    masks: linear -> [rows, members], of every linear with an adapter. dtype: None for W's own.
+    """
+
+    def __init__(
+        self, source: Source, masks: Mapping[str, Tensor], scale: float, dtype: torch.dtype | None
+    ) -> None:
+        self.source = source
+        self.masks = masks
+        self.scale = scale
+        self.dtype = dtype
+        weights = {n: t for n, t in source.spec.items() if not n.endswith(FACTORS)}
+        self.spec = {
+            name: tensor.to(dtype) if dtype and self._linear(name) else tensor
+            for name, tensor in weights.items()
+        }
+
+    def _linear(self, name: str) -> str | None:
+        linear = name.removesuffix(".weight")
+        return linear if linear != name and linear in self.masks else None
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Some rows at a time."""
+        linear = self._linear(name)
+        if linear is None:
+            yield from self.source.blocks(name)
+            return
+        a, b = (read(self.source, f"{linear}{factor}").float() for factor in FACTORS)
+        b = stacked(b, self.masks[linear])
+        first, step = 0, max(1, _BLOCK // a.shape[1])
+        for block in self.source.blocks(name):
+            for rows in block.split(step):
+                update = b[first : first + rows.shape[0]] @ a
+                first += rows.shape[0]
+                yield (rows.float() + self.scale * update).to(self.dtype or rows.dtype)
+
+
+def adapters(saved: Saved) -> Lora:
+    """What a checkpoint's run says about its adapters. Raises ValueError when it has none."""
+    config = saved.state["config"].get("lora")
+    if not saved.has_adapters or config is None:
+        raise ValueError(f"{saved.path} has no LoRA adapters")
+    return Lora(**{key: value for key, value in config.items() if key != "_target_"})
+
+
+def merge(
+    saved: Saved,
+    to: Path,
+    constructor: Callable[..., Any],
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    workers: int = 1,
+) -> None:
+    """Write a LoRA checkpoint and its base as one weights-only checkpoint without adapters.
+
+    constructor: of the checkpoint's model. base: where its base lies, if it has moved.
+    """
+    lora = adapters(saved)
+    below, source = _whole(saved, base)
+    names = [n.removesuffix(FACTORS[0]) for n in source.spec if n.endswith(FACTORS[0])]
+    merged = Updated(source, _masks(constructor, names), lora.alpha / lora.rank, dtype)
+    state = {k: v for entry in (*below, saved) for k, v in entry.state.items() if k in _STATE}
+    state["config"] = {**saved.state["config"], "lora": None}
+    state["merged_from"] = [str(entry.path) for entry in (*below, saved)]
+    with publish(to) as temporary:
+        write_weights(temporary, Cast(merged, dtype), "merge", workers)
+        write_state(temporary, state)
+
+
+def _whole(saved: Saved, moved: Path | None = None) -> tuple[list[Saved], Source]:
+    """The checkpoints below a LoRA checkpoint, lowest first, and the weights of them all."""
+    base = Base.saved(saved.state)
+    if base is None:
+        return [], saved.source
+    under = open_checkpoint(Path(base.located(moved).path))
+    below, source = _whole(under)
+    return [*below, under], Over(saved.source, source)
+
+
+def _masks(constructor: Callable[..., Any], names: Sequence[str]) -> dict[str, Tensor]:
+    with on_meta(constructor) as model:
+        found = linears([model])
+        return {name: found[name].mask() for name in names}
+
+
+def export_adapter(
+    saved: Saved,
+    to: Path,
+    format_name: str,
+    constructor: Callable[..., Any],
+    *,
+    part: str | None = None,
+) -> None:
+    """Write a LoRA checkpoint's adapters as a PEFT folder for the base exported in a format.
+
+    Raises ValueError when the run trained other weights of the part too: those are not adapters.
+    """
+    lora = adapters(saved)
+    prefix = f"{part}." if part else ""
+    own = [name for name in saved.source.spec if name.startswith(prefix)]
+    trained = [name for name in own if not name.endswith(FACTORS)]
+    if saved.state.get("base") is not None and trained:
+        raise ValueError(
+            f"{saved.path} trained more than adapters ({', '.join(trained[:3])} ...): `merge` them"
+            " and export the model, or name a part without them with --part"
+        )
+    _, rows = layout(saved, format_name, part)
+    names = [name.removesuffix(FACTORS[0]) for name in own if name.endswith(FACTORS[0])]
+    if not names:
+        raise ValueError(f"{saved.path} has no adapters in {part or 'the model'}")
+    masks = _masks(constructor, names)
+    modules: dict[str, Factors] = {}
+    for row in rows:
+        linear = f"{prefix}{row.ours}".removesuffix(".weight")
+        if row.ours is not None and row.ours.endswith(".weight") and linear in masks:
+            a, b = (read(saved.source, f"{linear}{factor}") for factor in FACTORS)
+            b = stacked(b, masks[linear].to(b.dtype))
+            modules |= peft.to_theirs(row, Factors(a, b, lora.alpha / lora.rank))
+    every = [n.removesuffix(".weight") for r in rows for n in r.theirs if n.endswith(".weight")]
+    base = (saved.state.get("base") or {}).get("path", "")
+    with publish(to) as temporary:
+        peft.write(
+            temporary,
+            modules,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            base=base,
+            every=every,
+        )
+
+
+def import_adapter(
+    folder: Path,
+    base: Saved,
+    to: Path,
+    format_name: str,
+    constructor: Callable[..., Any],
+    *,
+    part: str | None = None,
+) -> None:
+    """Write a PEFT folder as a LoRA checkpoint over a base of ours.
+
+    Modules of smaller rank are filled with zeros up to the largest; of another scale, their B is
+    multiplied by the ratio. Raises ValueError listing modules that the format's table has not.
+    """
+    config, theirs = peft.load(folder)
+    scale = peft.scale(config)
+    theirs = {name: f.rescaled(scale) for name, f in theirs.items()}
+    prefix = f"{part}." if part else ""
+    _, rows = layout(base, format_name, part)
+    with on_meta(constructor) as model:
+        known = {name: (f.mask(), f.module.weight) for name, f in linears([model]).items()}
+    ours: dict[str, tuple[Tensor, Tensor]] = {}
+    mapped: set[str] = set()
+    for row in rows:
+        linear = f"{prefix}{row.ours}".removesuffix(".weight")
+        if row.ours is None or not row.ours.endswith(".weight") or linear not in known:
+            continue
+        mask, weight = known[linear]
+        found = peft.to_ours(row, theirs, weight)
+        mapped |= {name.removesuffix(".weight") for name in row.theirs}
+        if found is not None:
+            ours[linear] = _folded(found, mask)
+    strange = sorted(theirs.keys() - mapped)
+    if strange or not ours:
+        raise ValueError(
+            f"{folder} adapts what --format {format_name} has no linear for:"
+            f" {', '.join(strange) or 'nothing at all'}"
+        )
+    rank = max(b.shape[1] for _, b in ours.values())
+    tensors = {}
+    for linear, (a, b) in ours.items():
+        missing = rank - b.shape[1]
+        blocks = a.unflatten(0, (-1, b.shape[1]))
+        tensors[linear + FACTORS[0]] = torch.nn.functional.pad(blocks, (0, 0, 0, missing)).flatten(
+            0, 1
+        )
+        tensors[linear + FACTORS[1]] = torch.nn.functional.pad(b, (0, missing))
+    lora = {
+        "_target_": "nvmm.modules.lora.Lora",
+        "targets": _patterns(set(ours), set(known)),
+        "rank": rank,
+        "alpha": scale * rank,
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "train": [],
+    }
+    state = {key: base.state[key] for key in _STATE if key in base.state}
+    state["config"] = {**base.state["config"], "lora": lora}
+    state |= {"base": asdict(Base.of(base.path)), "adapter_from": str(folder)}
+    with publish(to) as temporary:
+        write_weights(temporary, Held(tensors), "adapter", 1)
+        write_state(temporary, state)
+
+
+def _folded(found: Factors, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """a [members * r, in] and b [out, r] of stacked factors, or of one A that all members share."""
+    count = mask.shape[1]
+    rank, left = divmod(found.a.shape[0], count)
+    if not left:
+        blocks = found.b.unflatten(1, (count, rank))
+        mask = mask.to(blocks.dtype).unsqueeze(-1)
+        if not (blocks * (1 - mask)).any():
+            return found.a, (blocks * mask).sum(1)
+    return found.a.repeat(count, 1), found.b
+
+
+def _patterns(adapted: set[str], every: set[str]) -> list[str]:
+    """Names with a * for the layer where all layers are adapted, else as they are."""
+    patterns = set()
+    for name in adapted:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        alike = {n for n in every if re.sub(r"(?<=\.)\d+(?=\.)", "*", n) == pattern}
+        patterns.add(pattern if alike <= adapted else name)
+    return sorted(patterns)

@@ -1,0 +1,157 @@
+"""A checkpoint of ours -> a Hugging Face folder, or another weights-only checkpoint of ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvmm.convert.files import at, publish
+from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
+from nvmm.convert.mapping import Row
+from nvmm.convert.models import Saved, write_state, write_weights
+from nvmm.convert.processor import processor
+from nvmm.convert.progress import Progress
+from nvmm.convert.safetensors import write_safetensors
+from nvmm.convert.sentence_transformers import write_embedder
+from nvmm.convert.sources import Average, Cast, Part, Source
+from nvmm.convert.table import ToTheirs
+
+
+def export(
+    saved: Saved,
+    to: Path,
+    format_name: str,
+    *,
+    part: str | None = None,
+    dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a checkpoint of ours as a Hugging Face folder.
+
+    Args:
+        part: language or vision, of a model that has parts; None for the whole model.
+        vocab_size: rows of the vocabulary; None for an imported model's own number, else the
+            model's vocab_size.
+
+    Raises ValueError when the format cannot express the model, or keys do not fit.
+    """
+    if saved.has_adapters:
+        raise ValueError(
+            f"{saved.path} has LoRA adapters: put them into the weights with `merge` first, or"
+            " export them alone with `adapter export`"
+        )
+    config, rows = layout(saved, format_name, part, vocab_size)
+    source: Source = saved.source if part is None else Part(saved.source, f"{part}.")
+    original = _original(saved, format_name, part)
+    converted = Cast(ToTheirs(source, rows), dtype)
+    stored = next(iter(converted.spec.values())).dtype
+    tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
+    folder = at(tokenizer) if tokenizer and at(tokenizer).is_dir() else None
+    with publish(to) as temporary:
+        progress = Progress(sum(t.nbytes for t in converted.spec.values()), "export")
+        write_safetensors(temporary, converted, max_shard_bytes=max_shard_bytes, progress=progress)
+        progress.close()
+        write_folder(
+            temporary,
+            exported_config(config, original, stored),
+            None if part == "vision" else folder,
+            _card(saved, format_name, part, converted),
+            processor(_model(saved, part), format_name),
+        )
+        if format_name == "nv_embed":
+            write_embedder(temporary, saved.state["config"], config["hidden_size"])
+
+
+def layout(
+    saved: Saved, format_name: str, part: str | None, vocab_size: int | None = None
+) -> tuple[dict[str, Any], list[Row]]:
+    """config.json of a checkpoint's model, or part of it, in a format, and the format's table."""
+    model, family = _model(saved, part), FORMATS[format_name]
+    config = family.from_model(model)
+    _set_vocabulary(config, model, _original(saved, format_name, part), vocab_size)
+    return config, family.table(model, config)
+
+
+def _model(saved: Saved, part: str | None) -> Mapping[str, Any]:
+    if part is None:
+        return saved.model
+    if not isinstance(saved.model.get(part), Mapping):
+        raise ValueError(f"--part {part}: the model of {saved.path} has no {part}")
+    return saved.model[part]
+
+
+def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any] | None:
+    """The config.json that this model, or this part of it, was imported from."""
+    sources = saved.state.get("sources") or {}
+    found = sources.get(part or "") or {}
+    if found.get("format") != format_name:
+        return None
+    config: dict[str, Any] = found["config"]
+    # Of a whole CLIP or SigLIP only the tower was taken.
+    return config.get("vision_config", config) if format_name in ("clip", "siglip") else config
+
+
+def _set_vocabulary(
+    config: dict[str, Any],
+    model: Mapping[str, Any],
+    original: Mapping[str, Any] | None,
+    given: int | None,
+) -> None:
+    """Choose the rows of the exported vocabulary: padding of ours is removed, theirs is kept."""
+    inner = config.get("llm_config") or config.get("text_config") or config
+    if "vocab_size" not in inner:
+        return
+    language = model.get("language", model)
+    padded = language["padded_vocab_size"]
+    before = (original or {}).get("llm_config", original or {}).get("vocab_size")
+    rows = given or before or language["vocab_size"]
+    if rows > padded:
+        raise ValueError(f"--vocab-size {rows} is more than the model's {padded} rows")
+    inner["vocab_size"] = rows
+
+
+def _card(saved: Saved, format_name: str, part: str | None, source: Source) -> str:
+    count = sum(tensor.numel() for tensor in source.spec.values())
+    sources = saved.state.get("sources") or {}
+    lines = [f"- {name or 'model'}: {entry['folder']}" for name, entry in sources.items()]
+    imported = "\nIt was imported from\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return (
+        f"---\nlibrary_name: transformers\n---\n\n# {saved.path.name}\n\n"
+        f"{count:,} parameters{f' (the {part} part)' if part else ''} in the {format_name} layout,"
+        f" exported by nvmm on {time.strftime('%Y-%m-%d')} from `{saved.path}`, training step"
+        f" {saved.state.get('step', 0)}.\n{imported}"
+    )
+
+
+def rewrite(
+    saved: Sequence[Saved], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
+) -> None:
+    """A weights-only copy of one checkpoint, or the average of several.
+
+    Any layout loads any checkpoint, so a copy serves to leave out the optimizer state, change the
+    dtype or join the pieces that many ranks wrote.
+    """
+    if len(saved) > 1 and any(entry.has_adapters for entry in saved):
+        raise ValueError("the mean of LoRA factors is no mean of updates: `merge` each first")
+    sources = [entry.source for entry in saved]
+    source: Source = sources[0] if len(sources) == 1 else Average(sources)
+    state: dict[str, Any] = {
+        key: saved[0].state[key]
+        for key in ("config", "tokenizer_digest", "sources", "initialised", "base")
+        if key in saved[0].state
+    }
+    state["rewritten_from"] = [str(entry.path) for entry in saved]
+    with publish(to) as temporary:
+        label = "average" if len(saved) > 1 else "reshard"
+        write_weights(temporary, Cast(source, dtype), label, workers)
+        tokenizer = saved[0].path / "tokenizer"
+        if tokenizer.is_dir() and copy_tokenizer(tokenizer, temporary / "tokenizer"):
+            path = str((to / "tokenizer").resolve())
+            config = state["config"]
+            state["config"] = config | {"tokenizer": config["tokenizer"] | {"path": path}}
+        write_state(temporary, state)

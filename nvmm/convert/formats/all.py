@@ -1,0 +1,146 @@
+"""Which module converts which format, and Hugging Face folders apart from their tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from nvmm.convert.formats import (
+    clip,
+    internvit,
+    llama,
+    llava_next,
+    megatron,
+    mistral,
+    nemotron,
+    nv_embed,
+    nvlm_d,
+    qwen2,
+    siglip,
+    whisper,
+)
+
+FORMATS: dict[str, ModuleType] = {
+    "qwen2": qwen2,
+    "llama": llama,
+    "yi": llama,
+    "mistral": mistral,
+    "nemotron": nemotron,
+    "internvit": internvit,
+    "clip": clip,
+    "siglip": siglip,
+    "whisper": whisper,
+    "nvlm_d": nvlm_d,
+    "llava_next": llava_next,
+    megatron.LEGACY: megatron,
+    megatron.DISTRIBUTED: megatron,
+    "nv_embed": nv_embed,
+}
+_MODEL_TYPES = {
+    "qwen2": "qwen2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "nemotron": "nemotron",
+    "intern_vit_6b": "internvit",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "whisper": "whisper",
+    "NVLM_D": "nvlm_d",
+    "llava_next": "llava_next",
+    "nvembed": "nv_embed",
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+# Fields that say how weights were stored, or in two ways what we write in one.
+_STALE = ("torch_dtype", "dtype", "rope_parameters", "transformers_version", "auto_map")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises ValueError when there is none or it is no object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder} has no readable config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json is not an object")
+    return config
+
+
+def detect(hf: Mapping[str, Any], folder: Path) -> str:
+    """The format of a folder by its model_type. Raises ValueError when there is no table for it."""
+    kind = hf.get("model_type")
+    if kind not in _MODEL_TYPES:
+        raise ValueError(
+            f"{folder}/config.json: model_type={kind!r} has no table; there are"
+            f" {', '.join(_MODEL_TYPES)}"
+        )
+    return _MODEL_TYPES[kind]
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer and processor files of a folder; whether it has a tokenizer."""
+    names = [name for name in (*_TOKENIZER_FILES, *_OTHER_FILES) if (source / name).is_file()]
+    if not set(names) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
+        return False
+    target.mkdir(exist_ok=True)
+    for name in names:
+        (target / name).write_bytes((source / name).read_bytes())
+    return True
+
+
+def exported_config(
+    derived: Mapping[str, Any], source: Mapping[str, Any] | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """config.json of an export: the model's fields, and what an imported one said besides."""
+    merged = _merged(source or {}, derived)
+    return merged | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def write_folder(
+    folder: Path,
+    config: Mapping[str, Any],
+    tokenizer: Path | None,
+    card: str,
+    processor: Mapping[str, Any] | None = None,
+) -> None:
+    """Everything of a Hugging Face folder but its weights; config.json, which makes it, last."""
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+    generation = folder / "generation_config.json"
+    inner = config.get("llm_config", config)
+    if not generation.exists() and "num_key_value_heads" in inner:
+        ids = {k: inner[k] for k in ("bos_token_id", "eos_token_id") if inner.get(k) is not None}
+        _write_json(generation, ids)
+    if processor is not None and not (folder / "preprocessor_config.json").exists():
+        _write_json(folder / "preprocessor_config.json", processor)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = {key: value for key, value in base.items() if key not in _STALE}
+    for key, value in changes.items():
+        before = base.get(key)
+        nested = isinstance(value, Mapping) and isinstance(before, Mapping)
+        out[key] = _merged(before, value) if nested else value  # type: ignore[arg-type]
+    return out

@@ -1,0 +1,188 @@
+"""CLIP's vision tower, from a folder of the tower alone or of the whole model.
+
+Its last norm acts on the pooled class token, which our encoder does not compute: it is left out on
+import and written as the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nvmm.convert.formats import decoder
+from nvmm.convert.formats.config import GELU, GELU_TANH, QUICK_GELU, need, transformer, whole
+from nvmm.convert.mapping import QKV, Drop, Rename, Reshape, Row, Unused, expand
+
+MEAN = [0.48145466, 0.4578275, 0.40821073]
+STD = [0.26862954, 0.26130258, 0.27577711]
+PREFIX = "tower_prefix"
+"""Not a field of any config.json; `complete` finds it in the names."""
+_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "quick_gelu": QUICK_GELU,
+    "gelu": GELU,
+    "gelu_pytorch_tanh": GELU_TANH,
+}
+_PARTS = ("weight", "bias")
+
+
+def activation(hf: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """Ours of a tower's hidden_act. Raises ValueError for one that we do not have."""
+    name = hf.get("hidden_act", default)
+    if name not in _ACTIVATIONS:
+        choices = ", ".join(_ACTIVATIONS)
+        raise ValueError(f"config.json: hidden_act={name!r} is not supported; use one of {choices}")
+    return _ACTIVATIONS[name]
+
+
+def activation_name(config: Mapping[str, Any]) -> str:
+    """Theirs of our TransformerConfig's activation."""
+    for name, target in _ACTIVATIONS.items():
+        if target == config["activation_func"]:
+            return name
+    raise ValueError(f"activation_func={config['activation_func']} has no name in a config.json")
+
+
+def tower(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The vision tower's part of a config.json."""
+    return hf.get("vision_config", hf)  # type: ignore[no-any-return]
+
+
+def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dict[str, Any]:
+    """Our config of a pre-norm LayerNorm ViT with biases; act and epsilon: Transformers' defaults.
+
+    more: what differs between the towers.
+    """
+    heads = need(hf, "num_attention_heads")
+    return {
+        "_target_": "nvmm.modules.encoders.vision.VisionTransformer",
+        "_partial_": True,
+        "transformer": transformer(
+            num_layers=need(hf, "num_hidden_layers"),
+            hidden_size=need(hf, "hidden_size"),
+            num_attention_heads=heads,
+            kv_channels=need(hf, "hidden_size") // heads,
+            ffn_hidden_size=need(hf, "intermediate_size"),
+            normalization="LayerNorm",
+            layernorm_epsilon=hf.get("layer_norm_eps", epsilon),
+            activation_func=activation(hf, act),
+            add_bias_linear=True,
+            add_qkv_bias=True,
+            init_method_std=hf.get("initializer_range", 0.02),
+        ),
+        "image_size": need(hf, "image_size"),
+        "patch_size": need(hf, "patch_size"),
+        **more,
+    }
+
+
+def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json -> our model config; the features are those of all layers, without the norm."""
+    return encoder(
+        tower(hf),
+        "quick_gelu",
+        1e-5,
+        patch_bias=False,
+        pre_layernorm=True,
+        image_mean=MEAN,
+        image_std=STD,
+    )
+
+
+def encoder_fields(model: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The fields that both towers' config.json have."""
+    if "patch_size" not in model:
+        raise ValueError(f"--format {family} is an image encoder; name it with --part vision")
+    full = whole(model)
+    config = full["transformer"]
+    return {
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["ffn_hidden_size"],
+        "num_hidden_layers": config["num_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_channels": 3,
+        "image_size": full["image_size"],
+        "patch_size": full["patch_size"],
+        "hidden_act": activation_name(config),
+        "layer_norm_eps": config["layernorm_epsilon"],
+        "attention_dropout": 0.0,
+        "initializer_range": config.get("init_method_std", 0.02),
+    }
+
+
+def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Our model config -> config.json of the tower alone."""
+    hf = encoder_fields(model, "clip") | {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+    }
+    decoder.expressible(model, to_model(hf), "clip")
+    return hf
+
+
+def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
+    """config.json with the prefix of the tower's names: none, or vision_model."""
+    found = [n for n in spec if n.endswith("embeddings.patch_embedding.weight")]
+    prefix = found[0].removesuffix("embeddings.patch_embedding.weight") if found else ""
+    return {**hf, PREFIX: prefix}
+
+
+def layers(model: Mapping[str, Any], prefix: str) -> list[Row]:
+    """Rows of positions, patches and layers of either tower."""
+    full = whole(model)
+    config = full["transformer"]
+    heads, head_dim = config["num_attention_heads"], config["kv_channels"]
+    layer, theirs = "decoder.layers.*.", f"{prefix}encoder.layers.*."
+    attention, theirs_attention = f"{layer}self_attention.", f"{theirs}self_attn."
+    rows = [
+        Row("conv1.weight", (f"{prefix}embeddings.patch_embedding.weight",)),
+        Row("position_embeddings.weight", (f"{prefix}embeddings.position_embedding.weight",)),
+        # A buffer that Transformers saved before version 4.31.
+        Row(None, (f"{prefix}embeddings.position_ids",), Drop()),
+    ]
+    for kind in _PARTS:
+        names = tuple(f"{theirs_attention}{x}_proj.{kind}" for x in "qkv")
+        rows += [
+            Row(f"{attention}linear_qkv.{kind}", names, QKV(heads, heads, head_dim)),
+            Row(f"{attention}linear_qkv.layer_norm_{kind}", (f"{theirs}layer_norm1.{kind}",)),
+            Row(
+                f"{attention}linear_proj.{kind}", (f"{theirs_attention}out_proj.{kind}",), Rename()
+            ),
+            Row(f"{layer}mlp.linear_fc1.layer_norm_{kind}", (f"{theirs}layer_norm2.{kind}",)),
+            Row(f"{layer}mlp.linear_fc1.{kind}", (f"{theirs}mlp.fc1.{kind}",)),
+            Row(f"{layer}mlp.linear_fc2.{kind}", (f"{theirs}mlp.fc2.{kind}",)),
+        ]
+    return expand(rows, config["num_layers"])
+
+
+def text_tower(hf: Mapping[str, Any]) -> list[Row]:
+    """The text tower's names, which an encoder of images has no use for."""
+    if "text_config" not in hf:
+        return []
+    layer, count = "text_model.encoder.layers.*.", hf["text_config"].get("num_hidden_layers", 12)
+    linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
+    parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
+    names = [f"{layer}{part}.{kind}" for part in parts for kind in _PARTS]
+    names += [f"text_model.final_layer_norm.{kind}" for kind in _PARTS]
+    names += [f"text_model.head.{kind}" for kind in _PARTS]
+    names += [f"text_model.embeddings.{x}_embedding.weight" for x in ("token", "position")]
+    names += ["text_model.embeddings.position_ids", "logit_scale", "logit_bias"]
+    names += ["text_projection.weight", "visual_projection.weight"]
+    return expand([Row(None, (name,), Drop()) for name in names], count)
+
+
+def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
+    """Rows of the tower; everything else of a whole CLIP is left out."""
+    prefix = hf.get(PREFIX, "vision_model.")
+    width = model["transformer"]["hidden_size"]
+    token = Reshape((1, 1, width), (width,))
+    rows = [Row("class_token", (f"{prefix}embeddings.class_embedding",), token)]
+    for kind, value in (("weight", 1.0), ("bias", 0.0)):
+        rows += [
+            Row(f"ln_pre.{kind}", (f"{prefix}pre_layrnorm.{kind}",)),
+            Row(None, (f"{prefix}post_layernorm.{kind}",), Unused((width,), value)),
+        ]
+    # Kept by folders of CLIPVisionModelWithProjection too.
+    projection = [] if "text_config" in hf else [Row(None, ("visual_projection.weight",), Drop())]
+    return [*rows, *layers(model, prefix), *projection, *text_tower(hf)]

@@ -1,0 +1,181 @@
+"""What the decoder-only families share: fields of their configs and rows of their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nvmm.convert.formats.config import (
+    SILU,
+    integral,
+    mismatches,
+    need,
+    only,
+    padded,
+    transformer,
+    whole,
+)
+from nvmm.convert.mapping import QKV, Drop, GatedMLP, PadVocabulary, Rename, Row, Tied, expand
+
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""The constants of Llama 3's RoPE scaling that megatron-core has built in."""
+
+
+def to_language(
+    hf: Mapping[str, Any], changes: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Our config of a SwiGLU, RMSNorm decoder without biases.
+
+    changes: of its TransformerConfig; more: of the model.
+    """
+    heads = need(hf, "num_attention_heads")
+    vocab_size = need(hf, "vocab_size")
+    fields = {
+        "num_layers": need(hf, "num_hidden_layers"),
+        "hidden_size": need(hf, "hidden_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": hf.get("num_key_value_heads") or heads,
+        "kv_channels": hf.get("head_dim") or need(hf, "hidden_size") // heads,
+        "ffn_hidden_size": need(hf, "intermediate_size"),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "gated_linear_unit": True,
+        "activation_func": SILU,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "init_method_std": hf.get("initializer_range", 0.02),
+    }
+    return {
+        "_target_": "nvmm.models.language.LanguageModel",
+        "_partial_": True,
+        "transformer": transformer(**(fields | dict(changes or {}))),
+        "vocab_size": vocab_size,
+        "padded_vocab_size": padded(vocab_size),
+        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
+        "max_sequence_length": hf.get("max_position_embeddings", 4096),
+        **_rope(hf),
+        **more,
+    }
+
+
+def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The fields that all families' config.json have."""
+    model = whole(model)
+    if "vocab_size" not in model:
+        raise ValueError(f"--format {family} is a language model; name its part with --part")
+    config = model["transformer"]
+    hf: dict[str, Any] = {
+        "vocab_size": model["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["ffn_hidden_size"],
+        "num_hidden_layers": config["num_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_key_value_heads": config["num_query_groups"],
+        "max_position_embeddings": model.get("max_sequence_length", 4096),
+        "rope_theta": float(model["rotary_base"]),
+        "rope_scaling": None,
+        "tie_word_embeddings": model["share_embeddings_and_output_weights"],
+        "initializer_range": config.get("init_method_std", 0.02),
+        "use_cache": True,
+    }
+    if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
+        hf["head_dim"] = config["kv_channels"]
+    if model["rope_scaling"]:
+        factor = model["rope_scaling_factor"]
+        hf["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    elif model["seq_len_interpolation_factor"] is not None:
+        factor = model["seq_len_interpolation_factor"]
+        hf["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    return hf
+
+
+def expressible(model: Mapping[str, Any], back: Mapping[str, Any], family: str) -> None:
+    """Raise ValueError naming what of `model` is lost in `back`, its way through a format."""
+    lost = mismatches(model, back, "this model", f"--format {family}")
+    if lost:
+        raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lost))
+
+
+def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = hf.get("rope_parameters") or {}
+    scaling = hf.get("rope_scaling") or parameters
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
+    out: dict[str, Any] = {"rotary_base": integral(base)}
+    if kind == "llama3":
+        for key, value in _LLAMA3.items():
+            if need(scaling, key) != value:
+                raise ValueError(
+                    f"config.json: rope_scaling.{key}={scaling[key]} is not supported;"
+                    f" megatron-core has {value} built in"
+                )
+        out |= {"rope_scaling": True, "rope_scaling_factor": need(scaling, "factor")}
+    elif kind == "linear":
+        out["seq_len_interpolation_factor"] = need(scaling, "factor")
+    elif kind != "default":
+        raise ValueError(
+            f"config.json: rope_scaling.rope_type={kind!r} is not supported; it must be 'default',"
+            " 'linear' or 'llama3'"
+        )
+    return out
+
+
+def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
+    """config.json with what the shapes alone tell: nothing here."""
+    return dict(hf)
+
+
+def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
+    """Rows of a decoder in Llama's names, with whatever biases the config has."""
+    model = whole(model)
+    config = model["transformer"]
+    vocabulary = PadVocabulary(model["padded_vocab_size"], need(hf, "vocab_size"))
+    qkv = QKV(config["num_attention_heads"], config["num_query_groups"], config["kv_channels"])
+    layer, theirs = "decoder.layers.*.", "model.layers.*."
+    norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
+    qkv_kinds = ["weight", "bias"] if config["add_qkv_bias"] else ["weight"]
+    kinds = ["weight", "bias"] if config["add_bias_linear"] else ["weight"]
+    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    for kind in norm_kinds:
+        rows += [
+            Row(
+                f"{layer}self_attention.linear_qkv.layer_norm_{kind}",
+                (f"{theirs}input_layernorm.{kind}",),
+            ),
+            Row(
+                f"{layer}mlp.linear_fc1.layer_norm_{kind}",
+                (f"{theirs}post_attention_layernorm.{kind}",),
+            ),
+        ]
+    for kind in qkv_kinds:
+        names = tuple(f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
+        rows.append(Row(f"{layer}self_attention.linear_qkv.{kind}", names, qkv))
+    for kind in kinds:
+        up = f"{theirs}mlp.up_proj.{kind}"
+        gate = f"{theirs}mlp.gate_proj.{kind}"
+        rows += [
+            Row(f"{layer}self_attention.linear_proj.{kind}", (f"{theirs}self_attn.o_proj.{kind}",)),
+            Row(f"{layer}mlp.linear_fc1.{kind}", (gate, up), GatedMLP())
+            if config["gated_linear_unit"]
+            else Row(f"{layer}mlp.linear_fc1.{kind}", (up,), Rename()),
+            Row(f"{layer}mlp.linear_fc2.{kind}", (f"{theirs}mlp.down_proj.{kind}",)),
+        ]
+    rows += [Row(f"decoder.final_layernorm.{kind}", (f"model.norm.{kind}",)) for kind in norm_kinds]
+    if model["share_embeddings_and_output_weights"]:
+        rows.append(Row(None, ("lm_head.weight",), Tied("model.embed_tokens.weight")))
+    else:
+        rows.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
+    # Buffers that Transformers saved before version 4.32.
+    rows.append(Row(None, (f"{theirs}self_attn.rotary_emb.inv_freq",), Drop()))
+    return expand(rows, config["num_layers"])
+
+
+def activation(hf: Mapping[str, Any], key: str = "hidden_act") -> None:
+    """Refuse an activation other than SwiGLU's."""
+    only(hf, key, "silu", "swish")

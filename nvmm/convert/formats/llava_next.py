@@ -1,0 +1,106 @@
+"""LLaVA-NeXT (LLaVA 1.6) as Transformers has it: CLIP, a two-layer projector, Llama or Mistral.
+
+Read only. Our graph takes the features that LLaVA takes (CLIP's layer before the last, without the
+class token), but lays pictures out as tiles in a row. `image_newline`, which LLaVA puts between the
+rows of a picture that it unpads, the last CLIP layer and CLIP's last norm have no place in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from nvmm.convert.formats import clip, llama, mistral
+from nvmm.convert.formats.config import GELU, need, only, whole
+from nvmm.convert.mapping import Drop, Row, prefixed
+
+_FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
+_SIZES = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+}
+# What a nested config leaves out because it is Transformers' default.
+_TEXT_DEFAULTS = {
+    "llama": {**_SIZES, "vocab_size": 32000, "intermediate_size": 11008},
+    "mistral": {
+        **_SIZES,
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+_KINDS = ("weight", "bias")
+
+
+def _language(hf: Mapping[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
+    text = need(hf, "text_config")
+    kind = only(text, "model_type", *_FAMILIES)
+    return _FAMILIES[kind], {**_TEXT_DEFAULTS[kind], **text}
+
+
+def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json -> our model config: tiles of the encoder's native size, every patch a token."""
+    only(hf, "vision_feature_layer", -2)
+    only(hf, "vision_feature_select_strategy", "default")
+    only(hf, "projector_hidden_act", "gelu")
+    family, text = _language(hf)
+    language = family.to_model(text)
+    vision = clip.to_model(need(hf, "vision_config"))
+    layers = vision["transformer"]["num_layers"]
+    return {
+        "_target_": "nvmm.models.multimodal.MultimodalModel",
+        "_partial_": True,
+        "language": language,
+        "vision": vision | {"transformer": vision["transformer"] | {"num_layers": layers - 1}},
+        "connector": {
+            "_target_": "nvmm.modules.connector.MLPConnector",
+            "_partial_": True,
+            "downsample": 1,
+            "hidden_size": language["transformer"]["hidden_size"],
+            "layernorm": False,
+            "bias": only(hf, "multimodal_projector_bias", True, False),
+            "activation_func": GELU,
+        },
+    }
+
+
+def from_model(model: Mapping[str, Any]) -> NoReturn:
+    """Refused with ValueError: the export would lack what the import leaves out."""
+    raise ValueError(
+        "--format llava_next can only be imported: image_newline, the last CLIP layer and CLIP's"
+        " last norm are no part of our model; export --part language or --part vision"
+    )
+
+
+def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
+    """config.json with the prefix of the encoder's names."""
+    return {**hf, "vision_config": clip.complete(need(hf, "vision_config"), spec)}
+
+
+def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
+    """Rows of the three parts; what has no place in ours is left out."""
+    family, text = _language(hf)
+    tower = hf["vision_config"][clip.PREFIX]
+    vision = clip.table(model["vision"], hf["vision_config"])
+    last = model["vision"]["transformer"]["num_layers"]
+    linears = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+    parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
+    left_out = [f"{tower}encoder.layers.{last}.{part}.{k}" for part in parts for k in _KINDS]
+    rows = [
+        Row(f"connector.linear_fc{i}.{kind}", (f"multi_modal_projector.linear_{i}.{kind}",))
+        for i in (1, 2)
+        for kind in (_KINDS if whole(model)["connector"]["bias"] else _KINDS[:1])
+    ]
+    return [
+        *prefixed(vision, "vision.", ""),
+        *(Row(None, (name,), Drop()) for name in [*left_out, "image_newline"]),
+        *rows,
+        *prefixed(family.table(model["language"], text), "language.", "language_model."),
+    ]

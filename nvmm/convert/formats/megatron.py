@@ -1,0 +1,341 @@
+"""GPT models as Megatron-LM writes them: `mp_rank_XX/model_optim_rng.pt` or distributed; read only.
+
+Both have mcore's names, which are ours, and Megatron-LM's arguments, of which the model's config is
+derived. What differs: legacy files hold one rank's slices under the rank's own layer numbers,
+distributed checkpoints may stack all layers into one tensor, and the vocabulary is padded further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import pickle
+import re
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from nvmm.convert.files import is_local
+from nvmm.convert.formats.config import (
+    GELU,
+    SILU,
+    SQUARED_RELU,
+    integral,
+    only,
+    padded,
+    transformer,
+)
+from nvmm.convert.mapping import Rename, Row
+
+LEGACY, DISTRIBUTED = "megatron_legacy", "megatron_distributed"
+_FILE = "model_optim_rng.pt"
+_TRACKER = "latest_checkpointed_iteration.txt"
+_RANK = re.compile(r"mp_rank_(\d{2,3})(?:_(\d{3}))?(?:_\d{3})?")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_STACKED = "decoder.layers."
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+# The norms' names without Transformer Engine.
+_FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+_COLUMNS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
+_ROWS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def locate(path: Path) -> tuple[Path, str] | None:
+    """(folder of the iteration, LEGACY or DISTRIBUTED) of a Megatron-LM checkpoint; None if none.
+
+    path: an iteration's folder, or the one above with `latest_checkpointed_iteration.txt`.
+    """
+    tracker = path / _TRACKER
+    if tracker.is_file():
+        text = tracker.read_text().strip()
+        if not (text == "release" or text.isdigit()):
+            raise ValueError(f"{tracker} names {text!r}, no iteration")
+        path = path / (text if text == "release" else f"iter_{int(text):07d}")
+    if any(_RANK.fullmatch(entry.name) for entry in path.glob("mp_rank_*")):
+        return path, LEGACY
+    if (path / ".metadata").is_file() and not (path / "state.json").is_file():
+        return path, DISTRIBUTED
+    return None
+
+
+def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """What torch.save wrote, with `weights_only`: tensors, plain values and Megatron's arguments.
+
+    Raises ValueError naming the file for anything else in it; nothing of it is run.
+    """
+    try:
+        with _allowed():
+            if mmap:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            else:
+                with path.open("rb") as stream:
+                    content = torch.load(stream, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()
+        detail = next((line for line in reason if "GLOBAL" in line), reason[0])
+        raise ValueError(f"{path}: refused, nothing of it was run: {detail.strip()}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict")
+    return content
+
+
+def _allowed() -> AbstractContextManager[None]:
+    """What Megatron-LM's arguments and generator states name besides plain values."""
+    from megatron.core.enums import ModelType
+    from megatron.core.transformer.enums import AttnBackend
+
+    reconstruct = numpy.empty(0).__reduce__()[0]
+    allowed: list[Any] = [argparse.Namespace, signal.Signals, ModelType, AttnBackend, reconstruct]
+    allowed += [numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
+    # Some Pythons (3.11.2, say) pickle a member of an enum by its module's name or by getattr.
+    allowed += [(member, f"signal.{member.name}") for member in signal.Signals]
+    allowed.append((_enum_member, "builtins.getattr"))
+    return torch.serialization.safe_globals(allowed)
+
+
+def _enum_member(owner: Any, name: Any) -> Any:
+    """What `getattr` may do in such a file: name a member of an enum."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
+        return owner[name]
+    raise pickle.UnpicklingError(f"GLOBAL getattr of {name!r} from {owner!r}")
+
+
+def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Megatron-LM's arguments in what it saved. Raises ValueError where there are none."""
+    args = content.get("args")
+    if not isinstance(args, argparse.Namespace):
+        raise ValueError(f"{path} has no args of Megatron-LM, which describe the model")
+    return {key: value for key, value in vars(args).items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron-LM's arguments -> our model config. Raises ValueError for what we do not have."""
+    only(args, "position_embedding_type", "rope")
+    only(args, "rotary_interleaved", False, None)
+    only(args, "qk_layernorm", False, None)
+    only(args, "num_experts", None)
+    only(args, "multi_latent_attention", False, None)
+    heads, hidden = args["num_attention_heads"], args["hidden_size"]
+    grouped = bool(args.get("group_query_attention"))
+    gated, squared = bool(args.get("swiglu")), bool(args.get("squared_relu"))
+    activation = SILU if gated else SQUARED_RELU if squared else GELU
+    rows = args["padded_vocab_size"]
+    return {
+        "_target_": "nvmm.models.language.LanguageModel",
+        "_partial_": True,
+        "transformer": transformer(
+            num_layers=args["num_layers"],
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            num_query_groups=args["num_query_groups"] if grouped else heads,
+            kv_channels=args.get("kv_channels") or hidden // heads,
+            ffn_hidden_size=args["ffn_hidden_size"],
+            normalization=args.get("normalization", "LayerNorm"),
+            layernorm_epsilon=args.get("norm_epsilon", 1e-5),
+            layernorm_zero_centered_gamma=bool(args.get("apply_layernorm_1p")),
+            gated_linear_unit=gated,
+            activation_func=activation,
+            add_bias_linear=bool(args.get("add_bias_linear", True)),
+            add_qkv_bias=bool(args.get("add_qkv_bias")),
+            init_method_std=args.get("init_method_std", 0.02),
+        ),
+        "vocab_size": args.get("vocab_size") or rows,
+        "padded_vocab_size": padded(args.get("vocab_size") or rows),
+        "share_embeddings_and_output_weights": not args.get("untie_embeddings_and_output_weights"),
+        "max_sequence_length": args.get("max_position_embeddings") or args.get("seq_length", 4096),
+        "rotary_base": integral(args.get("rotary_base") or 10000),
+        "rotary_percent": args.get("rotary_percent", 1.0),
+        "rope_scaling": bool(args.get("use_rope_scaling")),
+        "rope_scaling_factor": args.get("rope_scaling_factor") or 8.0,
+        "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
+    }
+
+
+def from_model(model: Mapping[str, Any]) -> NoReturn:
+    """Refused with ValueError: Megatron-LM reads the Hugging Face exports of its own tools."""
+    raise ValueError("Megatron-LM's checkpoints are read only; export a Hugging Face format")
+
+
+def complete(args: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments as they are."""
+    return dict(args)
+
+
+@dataclass(frozen=True)
+class _CutVocabulary(Rename):
+    """The first rows of a vocabulary, then zeros up to ours."""
+
+    our_rows: int
+    kept: int
+
+    def to_ours(self, theirs: Sequence[Tensor]) -> Iterator[Tensor]:
+        tensor = theirs[0]
+        if tensor.shape[0] < self.kept:
+            raise ValueError(f"{tensor.shape[0]} vocabulary rows, fewer than {self.kept}")
+        yield tensor[: self.kept].clone()
+        if self.our_rows > self.kept:
+            yield tensor.new_zeros(self.our_rows - self.kept, *tensor.shape[1:])
+
+
+def table(model: Mapping[str, Any], args: Mapping[str, Any]) -> list[Row]:
+    """Rows of a GPT model: the names are ours, the vocabulary's padding is not."""
+    config = model["transformer"]
+    kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
+    has_bias = config["add_bias_linear"]
+    linear = ["weight", "bias"] if has_bias else ["weight"]
+    parts = ["self_attention.linear_qkv.weight"]
+    if has_bias or config["add_qkv_bias"]:
+        parts.append("self_attention.linear_qkv.bias")
+    for kind in kinds:
+        parts += [fused + kind for fused in _FUSED.values()]
+    for kind in linear:
+        parts += [f"{x}.{kind}" for x in ("self_attention.linear_proj", "mlp.linear_fc1")]
+        parts.append(f"mlp.linear_fc2.{kind}")
+    names = [f"{_STACKED}{i}.{part}" for i in range(config["num_layers"]) for part in parts]
+    names += [f"decoder.final_layernorm.{kind}" for kind in kinds]
+    tied = model["share_embeddings_and_output_weights"]
+    vocabulary = _CutVocabulary(model["padded_vocab_size"], model["vocab_size"])
+    rows = [Row(name, (name,)) for name in names]
+    return rows + [Row(name, (name,), vocabulary) for name in _VOCABULARY[: 1 if tied else 2]]
+
+
+class LegacySource:
+    """The tensors of all ranks' files, put together over tensor and pipeline parallel ranks.
+
+    The files are mapped, and a tensor is made of its slices when it is read. Raises ValueError for
+    missing ranks, for files that hold more than tensors and plain values, and for ranks that
+    disagree.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not is_local(folder):
+            raise ValueError(f"{folder}: copy it to a local disk first, its files are mapped")
+        found: dict[tuple[int, int], Path] = {}
+        for entry in folder.glob("mp_rank_*"):
+            if match := _RANK.fullmatch(entry.name):
+                found[int(match[2] or 0), int(match[1])] = entry / _FILE
+        self.pipeline, self.tensor = (max(x) + 1 for x in zip(*found, strict=True))
+        absent = [
+            f"pipeline rank {p}, tensor rank {t}"
+            for p in range(self.pipeline)
+            for t in range(self.tensor)
+            if (p, t) not in found
+        ]
+        if absent:
+            raise ValueError(f"{folder} lacks the files of {', '.join(absent)}")
+        first: dict[str, Any] | None = None
+        self._slices: dict[str, list[Tensor]] = {}
+        states = {}
+        for place, path in sorted(found.items()):
+            states[place] = load(path, mmap=True)
+            first = first or states[place]
+        assert first is not None
+        self.args = arguments(first, found[0, 0])
+        for rank in range(self.tensor):
+            for name, tensor in self._named([states[p, rank] for p in range(self.pipeline)]):
+                self._slices.setdefault(name, []).append(tensor)
+        self.spec = {name: self._merged(name, meta=True) for name in self._slices}
+
+    def _named(self, stages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+        """One tensor rank's tensors under global names, chunk after chunk, stage after stage."""
+        virtual = [k for k in ("model", *(f"model{i}" for i in range(64))) if k in stages[0]]
+        offset = 0
+        for key in virtual:
+            for stage in stages:
+                layers = 0
+                for name, tensor in stage[key].items():
+                    if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
+                        continue
+                    if match := _LAYER.fullmatch(name):
+                        layers = max(layers, int(match[1]) + 1)
+                        name = f"{_STACKED}{int(match[1]) + offset}.{_fused(match[2])}"
+                    # A tied embedding's copy on the last stage.
+                    if name != _VOCABULARY[1] or self.args.get(
+                        "untie_embeddings_and_output_weights"
+                    ):
+                        yield name, tensor
+                offset += layers
+
+    def _merged(self, name: str, meta: bool = False) -> Tensor:
+        slices = self._slices[name]
+        if len(slices) != self.tensor:
+            raise ValueError(f"{name} is in {len(slices)} of {self.tensor} tensor-parallel ranks")
+        if meta:
+            slices = [tensor.to("meta") for tensor in slices]
+        if name in _VOCABULARY:
+            return torch.cat(slices)
+        if name.endswith(_COLUMNS):
+            if "linear_fc1" in name and self.args.get("swiglu"):
+                halves = [tensor.chunk(2) for tensor in slices]
+                return torch.cat([half for side in zip(*halves, strict=True) for half in side])
+            return torch.cat(slices)
+        if name.endswith(_ROWS):
+            return torch.cat(slices, dim=1)
+        if not meta and not all(torch.equal(slices[0], other) for other in slices[1:]):
+            raise ValueError(f"the tensor-parallel ranks hold different {name}")
+        return slices[0]
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The whole tensor."""
+        yield self._merged(name)
+
+
+def _fused(name: str) -> str:
+    for plain, fused in _FUSED.items():
+        if name.startswith(plain):
+            return fused + name.removeprefix(plain)
+    return name
+
+
+def unstacked(metadata: Metadata, num_layers: int) -> Metadata:
+    """The index with each layer of a stacked tensor [layers, ...] under a name of its own.
+
+    Optimizer state and what is no tensor is left out: neither is read.
+    """
+    entries: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata) or name.startswith("optimizer."):
+            continue
+        stacked = name.startswith(_STACKED) and not _LAYER.fullmatch(name)
+        if not stacked:
+            entries[name] = entry
+            for chunk in entry.chunks:
+                index = MetadataIndex(name, chunk.offsets)
+                storage[index] = metadata.storage_data.get(index)
+            continue
+        if entry.size[0] != num_layers:
+            raise ValueError(f"{name} stacks {entry.size[0]} layers; args say {num_layers}")
+        rest = name.removeprefix(_STACKED)
+        for chunk in entry.chunks:
+            if chunk.sizes[0] != 1:
+                raise ValueError(f"{name} is stored in pieces of {chunk.sizes[0]} layers, not 1")
+            layer = f"{_STACKED}{chunk.offsets[0]}.{rest}"
+            part = ChunkStorageMetadata(chunk.offsets[1:], chunk.sizes[1:])
+            here = entries.setdefault(
+                layer, TensorStorageMetadata(entry.properties, entry.size[1:], [])
+            )
+            here.chunks.append(part)
+            index = MetadataIndex(name, chunk.offsets)
+            storage[MetadataIndex(layer, part.offsets)] = metadata.storage_data.get(index)
+    return Metadata(dict(entries), storage_data=storage)

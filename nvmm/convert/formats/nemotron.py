@@ -1,0 +1,44 @@
+"""Nemotron-4: LayerNorm that stores gamma - 1, squared ReLU without a gate, RoPE on half a head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvmm.convert.formats import decoder
+from nvmm.convert.formats.config import SQUARED_RELU, only, whole
+
+complete = decoder.complete
+table = decoder.table
+
+
+def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json -> our model config."""
+    only(hf, "hidden_act", "relu2")
+    only(hf, "attention_bias", False)
+    only(hf, "mlp_bias", False)
+    rope = hf.get("rope_parameters") or {}
+    percent = hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))
+    changes = {
+        "normalization": "LayerNorm",
+        "layernorm_epsilon": hf.get("norm_eps", 1e-5),
+        "layernorm_zero_centered_gamma": True,
+        "gated_linear_unit": False,
+        "activation_func": SQUARED_RELU,
+    }
+    return decoder.to_language(hf, changes, rotary_percent=percent)
+
+
+def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Our model config -> config.json."""
+    hf = decoder.from_language(model, "nemotron") | {
+        "architectures": ["NemotronForCausalLM"],
+        "model_type": "nemotron",
+        "hidden_act": "relu2",
+        "norm_eps": model["transformer"].get("layernorm_epsilon", 1e-5),
+        "partial_rotary_factor": whole(model)["rotary_percent"],
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    decoder.expressible(model, to_model(hf), "nemotron")
+    return hf

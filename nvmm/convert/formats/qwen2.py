@@ -1,0 +1,32 @@
+"""Qwen2 and Qwen2.5: biases on q, k and v alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nvmm.convert.formats import decoder
+from nvmm.convert.formats.config import only
+
+complete = decoder.complete
+table = decoder.table
+
+
+def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json -> our model config."""
+    decoder.activation(hf)
+    only(hf, "use_sliding_window", False)
+    return decoder.to_language(hf, {"add_qkv_bias": True})
+
+
+def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Our model config -> config.json."""
+    hf = decoder.from_language(model, "qwen2") | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "rms_norm_eps": model["transformer"].get("layernorm_epsilon", 1e-5),
+        "use_sliding_window": False,
+    }
+    decoder.expressible(model, to_model(hf), "qwen2")
+    return hf

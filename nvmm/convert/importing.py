@@ -1,0 +1,259 @@
+"""Hugging Face folders -> a weights-only checkpoint of ours, checked against the model it is of."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvmm.convert.files import publish
+from nvmm.convert.formats import nvlm_d
+from nvmm.convert.formats.all import copy_tokenizer
+from nvmm.convert.formats.config import mismatches
+from nvmm.convert.models import PARTS, Folder, write_state, write_weights
+from nvmm.convert.sources import Cast, Merged, Named, compare_shapes
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.parallel.parameters import draw_row
+
+_BLOCK = 16_777_216  # elements drawn at a time
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
+_PLACEHOLDER = "<|vision_pad|>"
+
+
+def derive(folders: Mapping[str, Folder]) -> dict[str, Any]:
+    """Our model config of one folder (part "") or of several that compose a model.
+
+    Raises ValueError when the parts are not those of NVLM-D.
+    """
+    if "" in folders:
+        if len(folders) > 1:
+            raise ValueError("several --from need their parts: --from language=DIR --from ...")
+        return folders[""].model()
+    if set(folders) != set(PARTS):
+        raise ValueError(
+            f"--from gives {', '.join(sorted(folders))}; without model= or experiment= it must give"
+            f" {' and '.join(PARTS)}"
+        )
+    language, vision = (folders[part].model() for part in PARTS)
+    return {
+        "_target_": "nvmm.models.multimodal.MultimodalModel",
+        "_partial_": True,
+        "language": language,
+        "vision": vision,
+        "connector": nvlm_d.connector(language["transformer"]["ffn_hidden_size"], 1e-6),
+    }
+
+
+def check_given(folders: Mapping[str, Folder], given: Mapping[str, Any]) -> None:
+    """Compare a given model config with the sources' config.json, part by part.
+
+    Raises ValueError naming every key that differs, with both values.
+    """
+    problems: list[str] = []
+    for part, folder in folders.items():
+        if part and not isinstance(given.get(part), Mapping):
+            raise ValueError(f"--from {part}={folder.path}: the given model has no {part}")
+        wanted = given[part] if part else given
+        found = mismatches(folder.model(), wanted, str(folder.path), "the given config")
+        problems += [f"{part}: {line}" if part else line for line in found]
+    if problems:
+        raise ValueError("the sources are not the given model:\n  " + "\n  ".join(problems))
+
+
+def import_folders(
+    folders: Mapping[str, Folder],
+    model: Mapping[str, Any],
+    constructor: Callable[..., Any],
+    to: Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 1234,
+    workers: int = 1,
+) -> list[str]:
+    """Write a weights-only checkpoint of ours; returns the names that no source gave.
+
+    Args:
+        folders: part ("" for the whole model) -> folder.
+        model: the model's config; constructor: its partial, to build it on the meta device.
+        config: more of the config to save beside `model` (data, tokenizer).
+        dtype: of the written weights; None keeps them.
+
+    Raises ValueError listing every key that does not fit, before anything is written.
+    """
+    converted = {
+        part: folder.to_ours(model[part] if part else model) for part, folder in folders.items()
+    }
+    given = Merged([Named(ours, f"{part}." if part else "") for part, ours in converted.items()])
+    wanted = parameters(constructor)
+    missing = {
+        name: tensor
+        for name, tensor in wanted.items()
+        if name not in given.spec and "" not in folders and name.split(".")[0] not in folders
+    }
+    first = next(iter(given.spec.values()))
+    std = (model.get("connector") or {}).get("init_method_std", 0.02)
+    source = Merged([given, Initial(missing, seed, std, first.dtype)])
+    compare_shapes(source.spec, wanted, "the sources", "the model")
+    cast = Cast(source, dtype)
+    saved = {
+        "backend": "native",
+        "seed": seed,
+        "precision": {
+            "_target_": "nvmm.parallel.setup.Precision",
+            "dtype": "fp32" if next(iter(cast.spec.values())).dtype == torch.float32 else "bf16",
+        },
+        "tokenizer": None,
+        "data": None,
+        **(config or {}),
+        "model": dict(model),
+    }
+    sources = {
+        part: {
+            "folder": str(folder.path),
+            "format": folder.format,
+            "config": folder.published(),
+        }
+        for part, folder in folders.items()
+    }
+    words = folders.get("") or folders.get("language")
+    with publish(to) as temporary:
+        write_weights(temporary, cast, "import", workers)
+        digest = None
+        if words is not None and copy_tokenizer(words.path, temporary / "tokenizer"):
+            saved, digest = _with_tokenizer(saved, words.path, to / "tokenizer")
+        write_state(
+            temporary,
+            {
+                "config": saved,
+                "tokenizer_digest": digest,
+                "sources": sources,
+                "initialised": sorted(missing),
+                "dropped": [name for ours in converted.values() for name in ours.dropped],
+            },
+        )
+    return sorted(missing)
+
+
+def _with_tokenizer(
+    saved: Mapping[str, Any], source: Path, final: Path
+) -> tuple[dict[str, Any], str]:
+    """The saved config with its tokenizer, and a sample builder if that has ChatML's tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        here = Path(name)
+        copy_tokenizer(source, here)
+        return _with_local_tokenizer(saved, here, final)
+
+
+def _with_local_tokenizer(
+    saved: Mapping[str, Any], here: Path, final: Path
+) -> tuple[dict[str, Any], str]:
+    given = dict(saved["tokenizer"] or {"_target_": "nvmm.data.samples.tokenizer.Tokenizer"})
+    options = {k: v for k, v in given.items() if k not in ("_target_", "path")}
+    if not options:
+        options = _tokenizer_options(here)
+    tokenizer = Tokenizer(str(here), **options)
+    out = {**saved, "tokenizer": given | options | {"path": str(final.resolve())}}
+    if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
+        out["data"] = _chat(saved["model"])
+    return out, tokenizer.digest
+
+
+def _tokenizer_options(folder: Path) -> dict[str, Any]:
+    vocabulary = Tokenizer(str(folder), end_of_turn=_PLACEHOLDER, extra_tokens=[_PLACEHOLDER])
+    ends = [token for token in _TURN_ENDS if vocabulary.token_id(token) is not None]
+    if not ends:
+        eos = [vocabulary.decode([vocabulary.eos_id], skip_special_tokens=False)]
+        ends = eos if vocabulary.token_id(eos[0]) is not None else [_PLACEHOLDER]
+    return {
+        "image_token": _PLACEHOLDER,
+        "end_of_turn": ends[0],
+        "extra_tokens": [_PLACEHOLDER],
+    }
+
+
+def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
+    language = model.get("language", model)
+    build: dict[str, Any] = {
+        "_target_": "nvmm.data.samples.instruct.InstructBuilder",
+        "_partial_": True,
+        "template": {"_target_": "nvmm.data.samples.chat.ChatTemplate", "style": "chatml"},
+        "tags": {"_target_": "nvmm.data.samples.chat.ImageTags"},
+        "tokens_per_tile": 1,
+    }
+    if "vision" in model:
+        size = model["vision"]["image_size"]
+        side = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 2)
+        build |= {"tile_size": size, "tokens_per_tile": side * side}
+    length = language.get("max_sequence_length", 4096)
+    return {"sequence_length": length, "train": {"build": build}}
+
+
+def parameters(constructor: Callable[..., Any]) -> dict[str, Tensor]:
+    """Every parameter of a model, whole, as a meta tensor under its global name."""
+    from nvmm.parallel.parameters import sharded_parameters
+
+    with on_meta(constructor) as model:
+        found = sharded_parameters(model)
+    return {p.name: torch.empty(p.global_shape, device="meta") for p in found}
+
+
+@contextmanager
+def on_meta(constructor: Callable[..., Any]) -> Iterator[Any]:
+    """The whole model on the meta device, in a world of one rank."""
+    from nvmm.parallel.setup import Chunk, Parallel, Precision, prepare_backend, shutdown
+
+    prepare_backend()
+    from megatron.core import parallel_state
+
+    alone = not parallel_state.model_parallel_is_initialized()
+    if alone:
+        Parallel().initialize(seed=0, rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = constructor(chunk=Chunk(Parallel(), Precision(), meta=True))
+        yield model
+    finally:
+        if alone:
+            shutdown()
+
+
+class Initial:
+    """The values that a run from this seed would begin with, for a connector no source gives.
+
+    std: spread of its linears; norms begin as ones, biases as zeros.
+    Raises ValueError for other parameters.
+    """
+
+    def __init__(
+        self, missing: Mapping[str, Tensor], seed: int, std: float, dtype: torch.dtype
+    ) -> None:
+        self.seed = seed
+        self.std = std
+        self.spec = {name: tensor.to(dtype) for name, tensor in missing.items()}
+        others = [name for name in missing if not name.startswith("connector.")]
+        if others:
+            raise ValueError("no source gives " + ", ".join(others))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Rows drawn one by one, some megabytes at a time."""
+        spec = self.spec[name]
+        if spec.dim() == 1:
+            yield torch.full(
+                spec.shape, 1.0 if name.endswith("layer_norm_weight") else 0.0, dtype=spec.dtype
+            )
+            return
+        rows, width = spec.shape
+        step = max(1, _BLOCK // width)
+        for first in range(0, rows, step):
+            yield torch.stack(
+                [
+                    draw_row(self.seed, name, row, width, self.std).to(spec.dtype)
+                    for row in range(first, min(first + step, rows))
+                ]
+            )

@@ -1,0 +1,123 @@
+"""fp32 logits of either side of a conversion, on the same tokens and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvmm.batch import IGNORE_INDEX, Batch, Media
+from nvmm.convert.files import is_local
+from nvmm.convert.models import Folder, Saved
+from nvmm.convert.sources import Source, read
+
+_CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
+"""Formats of language models that Transformers has a class for."""
+
+
+def logits(
+    side: Folder | Saved, tokens: Tensor, constructor: Callable[[Any], Any], seed: int = 0
+) -> Tensor | None:
+    """Logits [b, s, vocabulary] in fp32; None of an encoder alone.
+
+    A language model's folder is run by Transformers, with its own class and `from_pretrained`;
+    everything else by our model with the side's weights. A model with an encoder gets one random
+    picture from `seed` in front of each row of tokens, at the encoder's native size.
+
+    constructor: makes a model's partial of its (trusted) config.
+    """
+    model = side.model if isinstance(side, Saved) else side.model()
+    if "vocab_size" not in model.get("language", model):
+        return None
+    if isinstance(side, Saved):
+        return _ours(model, side.source, tokens, constructor, seed)
+    if side.format in _CLASSES and is_local(side.path):
+        return _transformers(side, tokens)
+    return _ours(model, side.to_ours(model), tokens, constructor, seed)
+
+
+def _transformers(folder: Folder, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder.path,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    if problems := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
+        raise ValueError(f"{folder.path} does not fit Transformers' class: {', '.join(problems)}")
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+def _ours(
+    config: dict[str, Any],
+    source: Source,
+    tokens: Tensor,
+    constructor: Callable[[Any], Any],
+    seed: int,
+) -> Tensor:
+    from nvmm.parallel.parameters import sharded_parameters
+    from nvmm.parallel.setup import Parallel, Precision, prepare_backend, shutdown
+
+    prepare_backend()
+    from megatron.core import parallel_state
+
+    alone = not parallel_state.model_parallel_is_initialized()
+    if alone:
+        Parallel().initialize(seed=0, rank=0, world_size=1)
+    try:
+        [chunk] = Parallel().chunks(Precision())
+        model = constructor(config)(chunk=chunk).eval()
+        with torch.no_grad():
+            for entry in sharded_parameters(model):
+                entry.parameter.copy_(read(source, entry.name))
+            return model(_batch(model, tokens, seed), output="logits")
+    finally:
+        if alone:
+            shutdown()
+
+
+def _batch(model: Any, tokens: Tensor, seed: int) -> Batch:
+    """Rows of tokens, each behind a picture where the model takes any."""
+    count = len(tokens)
+    media = {}
+    if getattr(model, "vision", None) is not None:
+        picture = _pictures(model, count, seed)
+        media["image"] = picture
+        places = torch.full((count, picture.tokens_per_item), picture.placeholder_id)
+        tokens = torch.cat([places, tokens], dim=1)
+    length = tokens.shape[1]
+    return Batch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE_INDEX),
+        loss_mask=torch.zeros(tokens.shape),
+        position_ids=torch.arange(length).expand_as(tokens),
+        lengths=torch.full((count,), length, dtype=torch.int32),
+        sample_ids=torch.arange(count),
+        media=media,
+    )
+
+
+def _pictures(model: Any, count: int, seed: int) -> Media:
+    size = model.vision.image_size
+    shape = (count, 3, size, size)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    rows, columns = model.vision.grid(values)
+    first = torch.arange(count)
+    return Media(
+        values=values,
+        rows=first,
+        positions=torch.zeros_like(first),
+        samples=first,
+        items=torch.zeros_like(first),
+        tiles=first,
+        # Outside the vocabulary: features take the place of every one.
+        placeholder_id=model.language.unpadded_vocab_size,
+        tokens_per_item=rows * columns // model.connector.downsample**2,
+    )

@@ -1,0 +1,166 @@
+"""Tensors by name, read block by block: what conversion reads from, and how sources combine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Held:
+    """Tensors in memory as a source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.spec = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor."""
+        yield self.tensors[name]
+
+
+class Over:
+    """One source's tensors in the place of another's, and those that only either has."""
+
+    def __init__(self, own: Source, base: Source) -> None:
+        self.homes = {name: source for source in (base, own) for name in source.spec}
+        self.spec = {name: source.spec[name] for name, source in self.homes.items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The blocks of the source that has it."""
+        yield from self.homes[name].blocks(name)
+
+
+class Part:
+    """The tensors of a source whose names begin with a prefix, without it."""
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.source = source
+        self.prefix = prefix
+        self.spec = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in source.spec.items()
+            if name.startswith(prefix)
+        }
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Blocks of the tensor."""
+        yield from self.source.blocks(self.prefix + name)
+
+
+class Named:
+    """A source with a prefix before its names."""
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.source = source
+        self.prefix = prefix
+        self.spec = {prefix + name: tensor for name, tensor in source.spec.items()}
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Blocks of the tensor."""
+        yield from self.source.blocks(name.removeprefix(self.prefix))
+
+
+class Source(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def spec(self) -> Mapping[str, Tensor]:
+        """Name -> meta tensor (shape and dtype)."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor as consecutive blocks of its first axis."""
+        ...
+
+
+def read(source: Source, name: str) -> Tensor:
+    """One whole tensor of a source."""
+    spec = source.spec[name]
+    out, row = torch.empty(0), 0
+    for block in source.blocks(name):
+        if block.shape == spec.shape:
+            return block
+        if row == 0:
+            out = torch.empty(spec.shape, dtype=block.dtype)
+        out[row : row + len(block)] = block
+        row += len(block)
+    return out
+
+
+class Cast:
+    """A source with its floating-point tensors in another dtype (None: as they are)."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
+        self.source = source
+        self.dtype = dtype
+        self.spec = {name: self._cast(tensor) for name, tensor in source.spec.items()}
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.dtype)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The cast blocks."""
+        for block in self.source.blocks(name):
+            yield self._cast(block)
+
+
+class Merged:
+    """Several sources with different names as one."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.homes = {name: source for source in sources for name in source.spec}
+        self.spec = {name: source.spec[name] for name, source in self.homes.items()}
+        names = [name for source in sources for name in source.spec]
+        refuse([f"given twice: {name}" for name, count in Counter(names).items() if count > 1])
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The blocks of the source that has the name."""
+        yield from self.homes[name].blocks(name)
+
+
+class Average:
+    """The mean of the same tensors of several sources, taken in fp32.
+
+    Raises ValueError listing the names and shapes in which they differ.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        first = sources[0].spec
+        for number, source in enumerate(sources[1:], 2):
+            compare_shapes(source.spec, first, f"source {number}", "source 1")
+        self.sources = sources
+        self.spec = first
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """One block: the mean, in the first source's dtype."""
+        total: Tensor | None = None
+        for source in self.sources:
+            value = read(source, name)
+            total = value.float() if total is None else total.add_(value)
+        assert total is not None
+        yield total.div_(len(self.sources)).to(self.spec[name].dtype)
+
+
+def compare_shapes(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], here: str, there: str
+) -> None:
+    """Raise ValueError listing every name and shape in which two specs differ."""
+    problems = [f"only in {here}: {name}" for name in given if name not in wanted]
+    problems += [f"only in {there}: {name}" for name in wanted if name not in given]
+    problems += [
+        f"{name} is {list(given[name].shape)} in {here}, {list(wanted[name].shape)} in {there}"
+        for name in given
+        if name in wanted and given[name].shape != wanted[name].shape
+    ]
+    refuse(problems)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError(f"{len(problems)} keys do not fit:\n  " + "\n  ".join(problems))

@@ -1,0 +1,101 @@
+"""Whether two models are the same: tensor by tensor through the mapping, then by their logits."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nvmm.convert.formats import megatron
+from nvmm.convert.models import Folder, Saved, open_checkpoint, open_folder
+from nvmm.convert.sources import Source, read
+
+
+def open_side(path: Path) -> Folder | Saved:
+    """A Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
+    if (path / "config.json").is_file() or megatron.locate(path) is not None:
+        return open_folder(path)
+    return open_checkpoint(path)
+
+
+def compare_tensors(a: Folder | Saved, b: Folder | Saved) -> dict[str, Any]:
+    """Compare two models under our names, in fp32 where their dtypes differ.
+
+    Returns {"tensors": how many both have, "equal": how many are bit-equal, "only_in_a",
+    "only_in_b", "different": name -> largest absolute difference}.
+    """
+    first, second = _sources(a, b)
+    both = [name for name in first.spec if name in second.spec]
+    different: dict[str, Any] = {}
+    for name in both:
+        mine, other = read(first, name), read(second, name)
+        if mine.shape != other.shape:
+            different[name] = f"shapes {list(mine.shape)} and {list(other.shape)}"
+        elif mine.dtype != other.dtype or not torch.equal(mine, other):
+            gap = float((mine.float() - other.float()).abs().max())
+            if gap or mine.dtype == other.dtype:
+                different[name] = gap
+    return {
+        "tensors": len(both),
+        "equal": len(both) - len(different),
+        "only_in_a": [name for name in first.spec if name not in second.spec],
+        "only_in_b": [name for name in second.spec if name not in first.spec],
+        "different": different,
+    }
+
+
+def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Logits [b, s, vocabulary] of two models on the same tokens, over the vocabulary both have.
+
+    KL is of a's distribution from b's, in nats, the mean over positions.
+    """
+    width = min(a.shape[-1], b.shape[-1])
+    a, b = a[..., :width].double(), b[..., :width].double()
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    gap = (a - b).abs()
+    return {
+        "max_difference": float(gap.max()),
+        "mean_difference": float(gap.mean()),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean()),
+        "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+    }
+
+
+def inspect(side: Folder | Saved) -> dict[str, Any]:
+    """What a model is, without loading tensors.
+
+    digest: of names, shapes and dtypes, and of the checksums where a checkpoint has them.
+    """
+    spec = side.source.spec
+    content = "\n".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in sorted(spec.items()))
+    about: dict[str, Any] = {"path": str(side.path)}
+    if isinstance(side, Folder):
+        about |= {"format": side.format, "config": side.config}
+    else:
+        about |= side.record()
+        weights = side.path / "weights.json"
+        content += weights.read_text() if weights.is_file() else ""
+    return about | {
+        "parameters": sum(tensor.numel() for tensor in spec.values()),
+        "bytes": sum(tensor.nbytes for tensor in spec.values()),
+        "digest": hashlib.sha256(content.encode()).hexdigest(),
+        "tensors": {
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in spec.items()
+        },
+    }
+
+
+def _sources(a: Folder | Saved, b: Folder | Saved) -> tuple[Source, Source]:
+    """Both under our names; a folder takes the model config of a checkpoint it is compared with."""
+    saved = [side for side in (a, b) if isinstance(side, Saved)]
+    converted: list[Source] = [
+        side.to_ours(saved[0].model if saved else side.model())
+        if isinstance(side, Folder)
+        else side.source
+        for side in (a, b)
+    ]
+    return converted[0], converted[1]

@@ -1,0 +1,373 @@
+"""The quickstart's data: strings of real handwritten digits, written as webdataset shards.
+
+The digits are scikit-learn's `load_digits` (UCI optical recognition of handwritten digits, 1,797
+pictures of 8x8); layouts, questions and the training augmentation are synthetic.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nvmm.data.samples.chat import IMAGE_MARKER, ImageTags
+from nvmm.data.samples.tokenizer import train_byte_level_bpe
+from nvmm.data.shards.dataset import write_shards
+
+BLANK = "<|blank|>"
+"""Stands for a picture patch without a digit where the task is given as text."""
+
+MAX_DIGITS = 6
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_pad|>",
+    BLANK,
+    "<Image>",
+    "</Image>",
+    *(f"<tile_{k}>" for k in range(1, MAX_DIGITS + 1)),
+    "<tile_global_thumbnail>",
+)
+KINDS = ("read", "digit", "count")
+SAMPLES_PER_SHARD = 2000
+TILE_SIZE = 32
+FORMAT = 1
+"""Raised when the data made from the same arguments change."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Number of samples of each part, and the seed."""
+
+    text: int = 30_000
+    single: int = 10_000
+    strings: int = 40_000
+    validation: int = 400
+    test: int = 1_000
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the samples of `text` and `strings` look like; the default is the quickstart's.
+
+    tags: how `text` announces its tiles (`nvmm.data.samples.chat.ImageTags.variant`).
+    max_images: with more than 1 the number of a sample's images varies from 1 on, and a question
+        names the image that it is about. In training each image is asked about, in random order.
+    """
+
+    tags: str = "1d"
+    max_images: int = 1
+
+    def __post_init__(self) -> None:
+        ImageTags(self.tags)
+        if self.max_images < 1:
+            raise ValueError(f"max_images={self.max_images} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Digit pictures of one split: pixels uint8 [n, 10, 10] with a black frame, n labels."""
+
+    pixels: np.ndarray
+    labels: tuple[int, ...]
+
+
+def load_splits() -> dict[str, Digits]:
+    """train (1,257 pictures), validation (180) and test (360): no picture is in two of them."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    pixels = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    pixels = np.pad(pixels, ((0, 0), (1, 1), (1, 1)))
+    order = np.random.RandomState(1234).permutation(len(pixels))
+    bounds = {"train": (0, 1257), "validation": (1257, 1437), "test": (1437, 1797)}
+    return {
+        split: Digits(pixels[order[a:b]], tuple(int(x) for x in raw.target[order[a:b]]))
+        for split, (a, b) in bounds.items()
+    }
+
+
+def draw_digit(pixels: np.ndarray, size: int, rng: random.Random, augment: bool) -> Image.Image:
+    """One digit as a grey picture of size x size; `augment` distorts it a little."""
+    angle = shear = shift_x = shift_y = 0.0
+    scale_x = scale_y = 1.0
+    if augment:
+        angle, shear = rng.uniform(-0.22, 0.22), rng.uniform(-0.2, 0.2)
+        scale_x, scale_y = 1 + rng.uniform(-0.15, 0.2), 1 + rng.uniform(-0.15, 0.2)
+        shift_x, shift_y = rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)
+        pixels = np.minimum(pixels * rng.uniform(0.75, 1.1), 255).astype(np.uint8)
+    # maps a pixel of the result to one of the source, both in [-1, 1]; 0.85 crops the frame
+    row_x = (0.85 * math.cos(angle) * scale_x, 0.85 * (shear - math.sin(angle) * scale_x))
+    row_y = (0.85 * math.sin(angle) * scale_y, 0.85 * math.cos(angle) * scale_y)
+    half, ratio = len(pixels) / 2, len(pixels) / size
+    coefficients = []
+    for (a, b), shift in ((row_x, 0.85 * shift_x), (row_y, 0.85 * shift_y)):
+        coefficients += [a * ratio, b * ratio, half * (1 + shift - a - b)]
+    return Image.fromarray(pixels).transform(
+        (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR
+    )
+
+
+def draw_string(
+    digits: Digits, chosen: list[int], rng: random.Random, augment: bool
+) -> Image.Image:
+    """The chosen digits on a black ground, in reading order, one row or (one in five) two."""
+    size = rng.randint(24, 32)
+    two = len(chosen) > 1 and rng.random() < 0.2
+    top = (len(chosen) + 1) // 2 if two else len(chosen)
+    rows = [chosen[:top], chosen[top:]] if two else [chosen]
+    margin_x, margin_y, gap = rng.randint(0, 8), rng.randint(0, 6), rng.randint(0, 8)
+    width = top * (size + gap) + 2 * margin_x
+    height = len(rows) * (size + 4) + 2 * margin_y
+    canvas = Image.new("L", (width, height))
+    for r, row in enumerate(rows):
+        for c, number in enumerate(row):
+            x = margin_x + c * (size + gap) + rng.randint(0, gap)
+            y = margin_y + r * (size + 4) + rng.randint(0, 4)
+            canvas.paste(draw_digit(digits.pixels[number], size, rng, augment), (x, y))
+    return canvas
+
+
+def ask(labels: list[int], kind: str, rng: random.Random) -> tuple[str, str]:
+    """Question and answer of one kind about a string."""
+    if kind == "read":
+        return "Read the number.", "".join(map(str, labels))
+    if kind == "count":
+        return "How many digits are there?", str(len(labels))
+    place = rng.randrange(len(labels))
+    return f"Which digit is number {place + 1}?", str(labels[place])
+
+
+def choose_kind(rng: random.Random) -> str:
+    """A kind of question; reading is asked most, as it teaches most."""
+    return rng.choices(KINDS, weights=(80, 12, 8))[0]
+
+
+def ask_in_turn(strings: list[list[int]], rng: random.Random) -> list[tuple[str, str, str]]:
+    """(question, answer, kind) about every image of a sample, in random order."""
+    turns = []
+    for place in rng.sample(range(len(strings)), len(strings)):
+        kind = choose_kind(rng)
+        question, answer = ask(strings[place], kind, rng)
+        turns.append((f"Image {place + 1}: {question}", answer, kind))
+    return turns
+
+
+def conversation(images: str, turns: list[tuple[str, str, str]]) -> dict[str, object]:
+    """LLaVA's form of a sample, with `images` before the first question."""
+    messages = []
+    for question, answer, _ in turns:
+        messages.append({"from": "human", "value": f"{images}{question}"})
+        messages.append({"from": "gpt", "value": answer})
+        images = ""
+    return {"conversations": messages}
+
+
+def text_sample(rng: random.Random, form: Form = Form()) -> dict[str, object]:
+    """The task as text: in each tile's 2x2 slots stand digits instead of picture features."""
+    tags = ImageTags(form.tags)
+    if form.max_images == 1:
+        labels, block = text_image(rng, tags)
+        kind = choose_kind(rng)
+        return conversation(f"{block}\n", [(*ask(labels, kind, rng), kind)])
+    images = [text_image(rng, tags) for _ in range(rng.randint(1, form.max_images))]
+    turns = ask_in_turn([labels for labels, _ in images], rng)
+    return conversation("".join(f"{block}\n" for _, block in images), turns)
+
+
+def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
+    """The digits of a string, and text in the place of its tiled picture."""
+    count = rng.randint(1, MAX_DIGITS)
+    labels = [rng.randrange(10) for _ in range(count)]
+    if rng.random() < 0.3:
+        tiles = rng.randint(max(1, (count + 1) // 2), MAX_DIGITS)
+    else:
+        tiles = max(1, min(MAX_DIGITS, count + rng.randint(-1, 1)))
+    halves = [BLANK] * (2 * tiles)
+    for label, place in zip(labels, sorted(rng.sample(range(2 * tiles), count)), strict=True):
+        halves[place] = str(label)
+    text = tags.image_start
+    for tile in range(tiles):
+        left, right = halves[2 * tile], halves[2 * tile + 1]
+        # a digit may fill its tile, or show in the upper or lower slot only
+        if left == BLANK and rng.random() < 0.5:
+            left = right
+        if right == BLANK and rng.random() < 0.5:
+            right = left
+        slots = [left, right, left, right]
+        for slot, value in ((rng.choice((0, 2)), left), (rng.choice((1, 3)), right)):
+            if rng.random() >= 0.5 and value != BLANK:
+                slots[slot] = BLANK
+        number = 0 if tiles == 1 else tile + 1
+        text += tags.tag(number, (tiles, 1), TILE_SIZE) + "".join(slots)
+    if tiles > 1:
+        text += tags.tag(0, (tiles, 1), TILE_SIZE) + BLANK * 4
+    return labels, text + tags.image_end
+
+
+def draw_image(
+    digits: Digits, rng: random.Random, *, count: int, augment: bool
+) -> tuple[list[int], bytes]:
+    """The digits of a string, and its picture as PNG bytes."""
+    chosen = [rng.randrange(len(digits.labels)) for _ in range(count)]
+    buffer = io.BytesIO()
+    draw_string(digits, chosen, rng, augment).save(buffer, "PNG", compress_level=1)
+    return [digits.labels[number] for number in chosen], buffer.getvalue()
+
+
+def image_sample(
+    digits: Digits, rng: random.Random, *, count: int, kind: str, augment: bool
+) -> tuple[dict[str, object], bytes]:
+    """A picture as PNG bytes, and its question."""
+    labels, picture = draw_image(digits, rng, count=count, augment=augment)
+    question, answer = ask(labels, kind, rng)
+    return {"question": question, "answer": answer, "kind": kind}, picture
+
+
+def images_sample(
+    digits: Digits, rng: random.Random, *, counts: list[int], train: bool
+) -> tuple[dict[str, object], list[bytes]]:
+    """Several pictures; a question about each of them in training, about one elsewhere."""
+    images = [draw_image(digits, rng, count=count, augment=train) for count in counts]
+    pictures = [picture for _, picture in images]
+    turns = ask_in_turn([labels for labels, _ in images], rng)
+    if train:
+        return conversation(f"{IMAGE_MARKER}\n" * len(images), turns), pictures
+    question, answer, kind = turns[0]
+    return {"question": question, "answer": answer, "kind": kind}, pictures
+
+
+def _samples(
+    part: str, split: str, amount: int, digits: Digits, seed: int, form: Form
+) -> Iterator[dict[str, bytes | str]]:
+    rng = random.Random(f"{seed}/{part}/{split}")
+    for number in range(amount):
+        members: dict[str, bytes | str] = {"__key__": f"{number:06d}"}
+        if part == "text":
+            record = text_sample(rng, form)
+        elif part == "strings" and form.max_images > 1:
+            counts = [_count(rng) for _ in range(rng.randint(1, form.max_images))]
+            record, pictures = images_sample(digits, rng, counts=counts, train=split == "train")
+            members |= {f"{place}.png": picture for place, picture in enumerate(pictures)}
+        else:
+            count = _count(rng) if part == "strings" else 1
+            kind = "read" if part == "single" else choose_kind(rng)
+            record, members["png"] = image_sample(
+                digits, rng, count=count, kind=kind, augment=split == "train"
+            )
+        members["json"] = json.dumps(record, separators=(",", ":")).encode("utf-8")
+        yield members
+
+
+def _count(rng: random.Random) -> int:
+    return rng.randint(2, MAX_DIGITS) if rng.random() >= 0.05 else 1
+
+
+def train_tokenizer(folder: str | Path, seed: int = 1234) -> Path:
+    """The quickstart's tokenizer: every tag and digit is one token, so is every frequent word."""
+    rng = random.Random(f"{seed}/tokenizer")
+    texts = ["system\nuser\nassistant\n"] * 100
+    for _ in range(500):
+        labels = [rng.randrange(10) for _ in range(MAX_DIGITS)]
+        texts += ["\n".join(ask(labels, kind, rng)) for kind in KINDS]
+    return train_byte_level_bpe(
+        folder,
+        texts,
+        vocab_size=384,
+        special_tokens=SPECIAL_TOKENS,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+
+
+def build(
+    folder: str | Path,
+    amounts: Amounts = Amounts(),
+    progress: Callable[[str, Iterator[dict[str, bytes | str]], int], Iterator] | None = None,
+    form: Form = Form(),
+) -> bool:
+    """Write the data set, its card and its tokenizer; False if it was there already.
+
+    folder/{text,single,strings}/{train,validation,test}-*.tar, folder/tokenizer, folder/README.md.
+    The same arguments give the same bytes. `progress(name, samples, total)` may watch the samples.
+    """
+    folder = Path(folder)
+    stamp = folder / "complete.json"
+    wanted = {"format": FORMAT, **asdict(amounts), **asdict(form)}
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return False
+    stamp.unlink(missing_ok=True)
+    splits = load_splits()
+    for part, split, amount in _parts(amounts):
+        for old in (folder / part).glob(f"{split}-*.tar"):
+            old.unlink()
+        stream = _samples(part, split, amount, splits[split], amounts.seed, form)
+        if progress is not None:
+            stream = progress(f"{part}/{split}", stream, amount)
+        write_shards(folder / part, split, stream, samples_per_shard=SAMPLES_PER_SHARD)
+    train_tokenizer(folder / "tokenizer")
+    (folder / "README.md").write_text(_card(amounts, splits, form), encoding="utf-8")
+    stamp.write_text(json.dumps(wanted, indent=2) + "\n")
+    return True
+
+
+def _parts(amounts: Amounts) -> list[tuple[str, str, int]]:
+    return [
+        ("text", "train", amounts.text),
+        ("single", "train", amounts.single),
+        ("strings", "train", amounts.strings),
+        ("strings", "validation", amounts.validation),
+        ("strings", "test", amounts.test),
+    ]
+
+
+def _card(amounts: Amounts, splits: dict[str, Digits], form: Form) -> str:
+    rows = "\n".join(f"| {part}/{split} | {n} |" for part, split, n in _parts(amounts))
+    pictures = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
+    return _CARD.format(rows=rows, pictures=pictures, seed=amounts.seed, **asdict(form))
+
+
+_CARD = """# Handwritten digit strings
+
+Made by `tools/quickstart_data.py` of nvmm (seed {seed}); the same arguments give the same bytes.
+
+## What is real
+The digits: 1,797 pictures of 8x8 written by 43 people, *Optical Recognition of Handwritten Digits*
+(E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning Repository, doi:10.24432/C50P49), licence
+CC BY 4.0, as shipped with scikit-learn (`sklearn.datasets.load_digits`). They are split by
+picture: {pictures}. No picture is in two splits; writers are not told apart, so one writer may be.
+
+## What is synthetic
+- Layout: digits are enlarged to 24 to 32 pixels and set in one row or (one string in five) two,
+  with random gaps and margins. 5 % of the strings have one digit, the others 2 to 6 alike often.
+- Questions: "Read the number." (80 %), "Which digit is number k?" (12 %), "How many digits are
+  there?" (8 %). Answers follow from the labels.
+- Training pictures only: each digit is rotated up to 0.22 rad, sheared, scaled, shifted and
+  dimmed. Validation and test digits are shown as they are.
+- `text`: the same task without pictures. Digits stand as text in the four slots of each tile (tags:
+  {tags}). It stands in for the language pretraining of a real system, in this task's own format.
+- Pictures in a sample of `text` and `strings`: at most {max_images}.
+
+## Parts
+| part | samples |
+|---|---|
+{rows}
+
+`text` and `single` (one digit, one tile) prepare, `strings` is the task. Recipes are chosen on
+`strings/validation`; `strings/test` is for reporting.
+
+## Format
+Webdataset tar shards. A sample is `KEY.json`, either `question`, `answer` and `kind`, or
+`conversations`, and, but for `text`, `KEY.png` (8-bit grey; `KEY.0.png`, `KEY.1.png`, ... where a
+sample may have several). `tokenizer/` is a byte-level BPE in
+the Hugging Face format, where every digit and tile tag is one token.
+"""

@@ -1,0 +1,158 @@
+"""Public layouts of retrieval and classification data -> records for retrieval shards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_NEGATIVE = re.compile(r"negative(_\d+)?")
+
+
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Objects of a .jsonl file. Raises ValueError naming file and line for anything else."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: no JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}:{number}: must be an object")
+            yield record
+
+
+def read_corpus(folder: str | Path) -> dict[str, str]:
+    """BEIR's corpus.jsonl: document id -> title and text, as BEIR and mteb join them."""
+    return {
+        str(line["_id"]): f"{line.get('title', '')} {line['text']}".strip()
+        for line in read_lines(Path(folder) / "corpus.jsonl")
+    }
+
+
+def read_queries(folder: str | Path) -> dict[str, str]:
+    """BEIR's queries.jsonl: query id -> text."""
+    return {
+        str(line["_id"]): str(line["text"]) for line in read_lines(Path(folder) / "queries.jsonl")
+    }
+
+
+def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:
+    """BEIR's qrels/<split>.tsv: query id -> document id -> relevance above 0."""
+    qrels: dict[str, dict[str, int]] = defaultdict(dict)
+    path = Path(folder) / "qrels" / f"{split}.tsv"
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
+            try:
+                relevance = int(row["score"])
+                if relevance > 0:
+                    qrels[row["query-id"]][row["corpus-id"]] = relevance
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}: needs query-id, corpus-id, score: {row}") from error
+    return dict(qrels)
+
+
+def beir(
+    folder: str | Path, split: str, negatives: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """One record a relevant pair of a BEIR folder; ids begin with the folder's name.
+
+    negatives: query id -> ids of mined hard negatives; a relevant one among them is left out.
+    Raises ValueError when qrels or negatives name what is not there.
+    """
+    folder = Path(folder)
+    corpus, queries, qrels = read_corpus(folder), read_queries(folder), read_qrels(folder, split)
+    name = folder.resolve().name
+    for query, relevant in qrels.items():
+        mined = [doc for doc in (negatives or {}).get(query, []) if doc not in relevant]
+        unknown = [doc for doc in (*relevant, *mined) if doc not in corpus]
+        if query not in queries or unknown:
+            raise ValueError(f"{folder}: query {query} or its documents {unknown} are not there")
+        shared = {
+            "query": queries[query],
+            "positive_ids": [f"{name}/{doc}" for doc in relevant],
+            "negatives": [corpus[doc] for doc in mined],
+            "negative_ids": [f"{name}/{doc}" for doc in mined],
+        }
+        for positive in relevant:
+            yield shared | {"positive": corpus[positive], "positive_id": f"{name}/{positive}"}
+
+
+def triplets(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Sentence-transformers' columns: anchor (or query), positive, negative, negative_2, ...
+
+    Raises ValueError naming the row's number, from 1, for one with other columns or no texts.
+    """
+    for number, record in enumerate(records, 1):
+        rest = dict(record)
+        query = rest.pop("anchor", None) or rest.pop("query", None)
+        positive = rest.pop("positive", None)
+        texts = [query, positive, *rest.values()]
+        if not all(_NEGATIVE.fullmatch(name) for name in rest) or not all(
+            isinstance(text, str) for text in texts
+        ):
+            raise ValueError(
+                f"row {number}: needs texts anchor (or query), positive and any of negative,"
+                f" negative_2, ...: {dict(record)}"
+            )
+        yield {"query": query, "positive": positive, "negatives": list(rest.values())}
+
+
+def classes(
+    texts: Sequence[str],
+    labels: Sequence[Any],
+    *,
+    num_negatives: int,
+    instruction: str,
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Classification or clustering by examples (NV-Embed v2, section 4.2).
+
+    The positive is another text of the same class, the negatives are texts of other classes, drawn
+    by the seed. Other samples of a batch may be of the same class: no in-batch negatives. All
+    texts get the instruction (our choice: the paper says so of similarity tasks). Texts of a class
+    of one are left out, texts of two classes are nobody's negative.
+    """
+    rng = random.Random(seed)
+    members: dict[Any, dict[str, int]] = defaultdict(dict)  # text -> its place in its class
+    classes_of: dict[str, set[Any]] = defaultdict(set)
+    for text, label in zip(texts, labels, strict=True):
+        members[label].setdefault(text, len(members[label]))
+        classes_of[text].add(label)
+    if len(members) < 2:
+        raise ValueError(f"classes need two labels, got {sorted(map(str, members))}")
+    listed = {label: list(places) for label, places in members.items()}
+    # Class after class, so that other classes' texts are all places but one range.
+    pool: list[str] = []
+    ranges: dict[Any, range] = {}
+    for label, own_texts in listed.items():
+        start = len(pool)
+        pool += [text for text in own_texts if len(classes_of[text]) == 1]
+        ranges[label] = range(start, len(pool))
+    for text, label in zip(texts, labels, strict=True):
+        same, own = listed[label], ranges[label]
+        if len(same) < 2:
+            continue
+        positive = rng.randrange(len(same) - 1)
+        available = len(pool) - len(own)
+        chosen = rng.sample(range(available), min(num_negatives, available))
+        yield {
+            "query": text,
+            "positive": same[positive + (positive >= members[label][text])],
+            "negatives": [pool[i if i < own.start else i + len(own)] for i in chosen],
+            "instruction": instruction,
+            "symmetric": True,
+            "in_batch_negatives": False,
+        }
+
+
+def members(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, bytes | str]]:
+    """Records as samples for `write_shards`."""
+    for number, record in enumerate(records):
+        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+        yield {"__key__": f"{number:08d}", "json": text.encode("utf-8")}

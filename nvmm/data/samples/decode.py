@@ -1,0 +1,134 @@
+"""Members of a shard to values: one function for each extension.
+
+A decoder takes the bytes, the sample's `shard:key` and the limits, and raises BadSample for bytes
+that it cannot read. Put one of your own into `DECODERS` under its extension.
+Pickled members are never read: unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.images import MAX_PIXELS, decode_image
+
+PICTURES = ("png", "jpg", "jpeg", "webp")
+PICKLES = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "ten", "npy", "npz"})
+"""Extensions that webdataset would unpickle, or whose formats may hold pickles."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a member may grow to: width * height of a picture, seconds of a sound."""
+
+    max_pixels: int = MAX_PIXELS
+    max_seconds: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Sound:
+    """values: float32 [channels, n] in [-1, 1]. rate: samples a second."""
+
+    values: Tensor
+    rate: int
+
+
+def decode(member: str, data: bytes, *, source: str, limits: Limits | None = None) -> Any:
+    """The value of a member; what follows the last dot of its name says how to read it.
+
+    source: `shard:key`. Raises BadSample for damaged bytes, naming the member, ValueError for an
+    extension without a decoder.
+    """
+    extension = member.rpartition(".")[2]
+    check_extension(extension)
+    with naming(member):
+        return DECODERS[extension](data, source, limits or Limits())
+
+
+@contextmanager
+def naming(member: str) -> Iterator[None]:
+    """Let a BadSample say which member it is about."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadSample(error.source, f"member {member}: {error.reason}") from error
+
+
+def check_extension(extension: str) -> None:
+    """Raise ValueError unless members of this extension can be decoded."""
+    if extension in PICKLES:
+        raise ValueError(f"member .{extension}: pickled members are not read; they can run code")
+    if extension not in DECODERS:
+        raise ValueError(f"member .{extension} has no decoder; use one of {', '.join(DECODERS)}")
+
+
+def decode_json(data: bytes, source: str, limits: Limits) -> Any:
+    """Any JSON value."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(source, f"damaged JSON ({error})") from error
+
+
+def decode_text(data: bytes, source: str, limits: Limits) -> str:
+    """UTF-8 without its byte order mark and the white space around it."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(source, f"no UTF-8 text ({error})") from error
+
+
+def decode_sound(data: bytes, source: str, limits: Limits) -> Sound:
+    """WAV, FLAC or OGG. A file that ends early is bad, also where libsndfile would not mind."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError(f"{source}: sounds need pip install 'nvmm[audio]'") from error
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.format not in ("WAV", "FLAC", "OGG"):
+                raise BadSample(source, f"sound format {file.format}; allowed are WAV, FLAC, OGG")
+            frames, rate = file.frames, file.samplerate
+            if frames > limits.max_seconds * rate:
+                raise BadSample(
+                    source,
+                    f"sound of {frames / rate:.0f} s exceeds max_seconds={limits.max_seconds:g}",
+                )
+            values = file.read(dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise BadSample(source, f"cannot decode sound ({error})") from error
+    if len(values) < frames or not len(values) or _ends_early(data):
+        raise BadSample(source, f"truncated sound: {len(values)} frames of {frames}")
+    return Sound(torch.from_numpy(values.T.copy()), rate)
+
+
+def _ends_early(data: bytes) -> bool:
+    if data[:4] == b"RIFF":
+        promised = int.from_bytes(data[4:8], "little") + 8
+        # encoders that cannot seek write 0 or the greatest number
+        return len(data) < promised < 0xFFFFFFFF
+    if data[:4] == b"OggS":
+        last_page = data.rfind(b"OggS")
+        return not data[last_page + 5] & 4  # the flag of the stream's last page
+    return False
+
+
+def _picture(data: bytes, source: str, limits: Limits) -> Image.Image:
+    return decode_image(data, source=source, max_pixels=limits.max_pixels)
+
+
+DECODERS: dict[str, Callable[[bytes, str, Limits], Any]] = {
+    **dict.fromkeys(PICTURES, _picture),
+    **dict.fromkeys(("wav", "flac", "ogg"), decode_sound),
+    "json": decode_json,
+    **dict.fromkeys(("txt", "text", "caption"), decode_text),
+}

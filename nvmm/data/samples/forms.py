@@ -1,0 +1,313 @@
+"""What a sample says, as turns: conversations, questions, captions, choices, words with boxes.
+
+A form turns a `Record` and its pictures into an `Example`; `names` are the fields it reads. Where
+a question holds no `<image>`, its pictures come first.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from nvmm.data.samples.chat import DOCUMENT, IMAGE_MARKER, Turn
+from nvmm.data.samples.images import Picture
+from nvmm.data.samples.record import Record
+
+ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample to render.
+
+    turns: with one `<image>` for each of `pictures`. accepted: every right answer to the last turn.
+    """
+
+    turns: list[Turn]
+    pictures: Sequence[Picture]
+    accepted: list[str]
+
+
+class Form(Protocol):
+    """How the fields of a sample become a conversation."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example: ...
+
+
+def asked(question: str, answer: str | None, num_pictures: int) -> list[Turn]:
+    """A question with its pictures, and the answer where there is one."""
+    if IMAGE_MARKER not in question:
+        question = f"{IMAGE_MARKER}\n" * num_pictures + question
+    answers = [] if answer is None else [Turn("assistant", answer)]
+    return [Turn("user", question), *answers]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns (`conversations` or `messages`), or `question` with `answer` or `answers`.
+
+    An answer is a text or `{"answer": text}` (VQAv2); `weights` go with `answers`, 1 each by
+    default, and those of equal answers add up.
+
+    choice: which answer is trained. heaviest (the first on a tie), or drawn: by weight, the same
+        one for a key at all times.
+    """
+
+    choice: str = "heaviest"
+    names: ClassVar[tuple[str, ...]] = (
+        "conversations",
+        "messages",
+        "question",
+        "answer",
+        "answers",
+        "weights",
+    )
+
+    def __post_init__(self) -> None:
+        if self.choice not in ("heaviest", "drawn"):
+            raise ValueError(f"form.choice={self.choice} is unknown; use heaviest or drawn")
+
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+        if record.get("question") is not None:
+            answers, weights = self._answers(record)
+            answer = self._choose(answers, weights, record) if answers else None
+            question = record.text("question")
+            return Example(asked(question, answer, len(pictures)), pictures, answers)
+        turns = self._turns(record)
+        last = turns[-1]
+        return Example(turns, pictures, [last.text] if last.role == "assistant" else [])
+
+    def _turns(self, record: Record) -> list[Turn]:
+        messages = record.get("conversations")
+        if messages is None:
+            messages = record.get("messages")
+        if messages is None:
+            raise record.missing("conversations, messages or question")
+        if not isinstance(messages, list) or not messages:
+            raise record.bad(f"a conversation must be a list that is not empty, got {messages!r}")
+        turns = []
+        for message in messages:
+            if not isinstance(message, dict):
+                raise record.bad(f"a turn must be an object, got {message!r}")
+            name = message.get("from", message.get("role"))
+            if name not in ROLES:
+                raise record.bad(f"role {name!r} is unknown; use one of {', '.join(ROLES)}")
+            text = message.get("value", message.get("content"))
+            if not isinstance(text, str):
+                raise record.bad(f"turn must be text, got {text!r}")
+            if ROLES[name] == "assistant" and not text.strip():
+                raise record.bad("an assistant turn is empty")
+            turns.append(Turn(ROLES[name], text))
+        return turns
+
+    def _answers(self, record: Record) -> tuple[list[str], list[float]]:
+        """Accepted answers and their weights."""
+        answers = record.get("answers")
+        if answers is None:
+            answers = record.get("answer")
+        if answers is None:
+            return [], []
+        answers = answers if isinstance(answers, list) else [answers]
+        texts = [
+            record.checked_text(
+                "answer", answer.get("answer") if isinstance(answer, dict) else answer
+            )
+            for answer in answers
+        ]
+        weights = record.get("weights")
+        weights = [1.0] * len(texts) if weights is None else weights
+        if not isinstance(weights, list) or len(weights) != len(texts):
+            raise record.bad(f"weights must be a list of {len(texts)} numbers, got {weights!r}")
+        if not all(_is_number(weight) and weight >= 0 for weight in weights):
+            raise record.bad(f"weights {weights!r} must be numbers from 0 on")
+        return texts, weights
+
+    def _choose(self, answers: list[str], weights: list[float], record: Record) -> str:
+        sums: dict[str, float] = {}
+        for answer, weight in zip(answers, weights, strict=True):
+            sums[answer] = sums.get(answer, 0.0) + weight
+        total = sum(sums.values())
+        if total <= 0:
+            raise record.bad("every answer has weight 0")
+        if self.choice == "heaviest":
+            return max(sums, key=lambda answer: sums[answer])
+        digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") / 2**64 * total
+        return list(sums)[bisect.bisect(list(itertools.accumulate(sums.values())), place)]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A picture and its `caption`. prompt: what is asked; null: the pictures alone."""
+
+    prompt: str | None = None
+    names: ClassVar[tuple[str, ...]] = ("caption",)
+
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+        if not pictures:
+            raise record.bad("a caption needs a picture")
+        caption = record.text("caption")
+        markers = "\n".join([IMAGE_MARKER] * len(pictures))
+        question = markers if self.prompt is None else f"{markers}\n{self.prompt}"
+        turns = [Turn("user", question), Turn("assistant", caption)]
+        return Example(turns, pictures, [caption])
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """`question`, `choices` and `answer`: a letter, a number from 0 on, or the choice itself.
+
+    The answer is the letter. instruction: the last line of the question. A `hint` comes first.
+    """
+
+    instruction: str = "Answer with the option's letter from the given choices directly."
+    names: ClassVar[tuple[str, ...]] = ("question", "choices", "answer", "hint")
+
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+        choices = [record.checked_text("choice", choice) for choice in record.sequence("choices")]
+        if len(choices) > len(LETTERS):
+            raise record.bad(f"{len(choices)} choices; at most {len(LETTERS)} have a letter")
+        lines = [f"{LETTERS[number]}. {choice}" for number, choice in enumerate(choices)]
+        hint = record.get("hint")
+        first = [record.text("hint")] if hint else []
+        question = "\n".join([*first, record.text("question"), *lines, self.instruction])
+        answer = self._letter(record, choices)
+        accepted = [] if answer is None else [answer]
+        return Example(asked(question, answer, len(pictures)), pictures, accepted)
+
+    def _letter(self, record: Record, choices: list[str]) -> str | None:
+        answer = record.get("answer")
+        if answer is None:
+            return None
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+            return LETTERS[answer]
+        if answer in choices:
+            return LETTERS[choices.index(answer)]
+        if isinstance(answer, str) and answer in LETTERS[: len(choices)] and len(answer) == 1:
+            return answer
+        raise record.bad(f"answer {answer!r} is none of {len(choices)} choices")
+
+
+@dataclass(frozen=True)
+class Ocr:
+    """`words` and their `boxes`, read out line by line as `word<box>(x0,y0),(x1,y1)</box>`.
+
+    A box is [x0, y0, x1, y1] or a polygon [x, y, ...] in pixels of the upright picture; it is
+    written in units of 1 / `box_scale` of the picture's sides. Without boxes the words come alone.
+    """
+
+    prompt: str = "Read the text in the image, with a box for each word."
+    box_scale: int = 1000
+    names: ClassVar[tuple[str, ...]] = ("words", "boxes")
+
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+        if len(pictures) != 1:
+            raise record.bad(f"{len(pictures)} pictures; reading takes one")
+        words = [record.checked_text("word", word) for word in record.sequence("words")]
+        boxes = record.get("boxes")
+        if boxes is not None:
+            if not isinstance(boxes, list) or len(boxes) != len(words):
+                raise record.bad(f"boxes must be a list of {len(words)}, as words")
+            size = (pictures[0].width, pictures[0].height)
+            marks = [self._box(record, box, size) for box in boxes]
+            words = [f"{word}{mark}" for word, mark in zip(words, marks, strict=True)]
+        answer = "\n".join(words)
+        return Example(asked(self.prompt, answer, 1), pictures, [answer])
+
+    def _box(self, record: Record, box: Any, size: tuple[int, int]) -> str:
+        numbers = box if isinstance(box, list) else []
+        if len(numbers) < 4 or len(numbers) % 2 or not all(map(_is_number, numbers)):
+            raise record.bad(f"box {box!r} must be [x0, y0, x1, y1] or a polygon")
+        across, down = numbers[::2], numbers[1::2]
+        x0, y0, x1, y1 = min(across), min(down), max(across), max(down)
+        if x0 < 0 or y0 < 0 or x1 > size[0] or y1 > size[1]:
+            raise record.bad(f"box {box!r} leaves the picture of {size[0]}x{size[1]} pixels")
+        x0, x1 = (round(x * self.box_scale / size[0]) for x in (x0, x1))
+        y0, y1 = (round(y * self.box_scale / size[1]) for y in (y0, y1))
+        return f"<box>({x0},{y0}),({x1},{y1})</box>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One of three forms:
+
+    - `texts` and `images` of one length, in each place one of them null (OBELICS);
+    - `text_list`, and `image_info` whose `matched_text_index` names the sentence that a picture
+      comes before (MMC4);
+    - `text` alone, with `<image>` where its pictures go.
+
+    Picture 0 is that of the first `image_info`, or of the first image that is not null. What is
+    longer than data.sequence_length is cut at the end, whole pictures too.
+
+    separator: between texts.
+    """
+
+    separator: str = "\n"
+    names: ClassVar[tuple[str, ...]] = ("text", "texts", "images", "text_list", "image_info")
+
+    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+        if record.get("texts") is not None:
+            parts = self._alternating(record)
+        elif record.get("text_list") is not None:
+            parts, order = self._matched(record)
+            if len(order) != len(pictures):
+                raise record.bad(
+                    f"image_info lists {len(order)} images, the sample {len(pictures)}"
+                )
+            pictures = [pictures[number] for number in order]
+        else:
+            parts = [record.text("text")]
+        text = self.separator.join(parts)
+        if not text.replace(IMAGE_MARKER, "").strip():
+            raise record.bad("the document has no text")
+        return Example([Turn(DOCUMENT, text)], pictures, [])
+
+    def _alternating(self, record: Record) -> list[str]:
+        texts, images = record.sequence("texts"), record.sequence("images")
+        if len(texts) != len(images):
+            raise record.bad(f"{len(texts)} texts and {len(images)} images; they must alternate")
+        parts = []
+        for text, image in zip(texts, images, strict=True):
+            if (text is None) == (image is None):
+                raise record.bad("each place of texts and images needs one of the two")
+            parts.append(IMAGE_MARKER if text is None else self._plain(record, text))
+        return parts
+
+    def _matched(self, record: Record) -> tuple[list[str], list[int]]:
+        """The parts of the document, and the numbers of the pictures between them."""
+        sentences = [self._plain(record, text) for text in record.sequence("text_list")]
+        infos = record.get("image_info") or []
+        before: list[list[int]] = [[] for _ in sentences]
+        for number, info in enumerate(infos):
+            place = info.get("matched_text_index") if isinstance(info, dict) else None
+            if not isinstance(place, int) or not 0 <= place < len(sentences):
+                raise record.bad(f"image_info[{number}] matches none of {len(sentences)} sentences")
+            before[place].append(number)
+        parts = []
+        for text, numbers in zip(sentences, before, strict=True):
+            parts += [*[IMAGE_MARKER] * len(numbers), text]
+        return parts, [number for numbers in before for number in numbers]
+
+    def _plain(self, record: Record, text: Any) -> str:
+        plain = record.checked_text("text", text)
+        if IMAGE_MARKER in plain:
+            raise record.bad(f"{IMAGE_MARKER} is written in a text")
+        return plain

@@ -1,0 +1,287 @@
+"""Members of a shard -> `Sample`: pictures are tiled, turns rendered, and both made to fit.
+
+What the sample says is a form's business (`nvmm.data.samples.forms`), under which names it says
+it, `fields` (`nvmm.data.samples.record`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nvmm.batch import ATTENDED, IMAGE, Sample, SampleMedia
+from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.chat import (
+    ATTENDED_CHOICES,
+    DOCUMENT,
+    IMAGE_MARKER,
+    ChatTemplate,
+    ImageLayout,
+    ImageTags,
+    Rendered,
+    Turn,
+    is_attended,
+    render,
+)
+from nvmm.data.samples.decode import Limits
+from nvmm.data.samples.forms import Chat, Example, Form
+from nvmm.data.samples.images import MAX_PIXELS, Picture, Tiles, choose_grid, tile_image
+from nvmm.data.samples.record import Fields, Record, check_fields
+from nvmm.data.samples.tokenizer import Tokenizer
+
+TILE_LADDER = (12, 8, 6, 4, 2, 1)
+"""Tile limits tried one after another until a sample fits (Megatron-LM's ladder)."""
+
+
+class InstructBuilder:
+    """Builds a training example, or a prompt, from the members of one sample.
+
+    template, tags: see `nvmm.data.samples.chat`.
+    tokens_per_tile: placeholders a tile occupies, after the model's downsampling.
+    min_tiles, max_tiles: limits of the grid; the thumbnail comes on top. 1 and 1: a plain resize.
+    max_pixels: larger pictures are refused before they are decompressed.
+    attended: which tiles stay outside the sequence for cross-attention to read: none (NVLM-D),
+        regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
+        tags stand in the text: NVLM-X).
+    form: what a sample says; null: Chat().
+    fields: our names of fields and members -> the data set's.
+    sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
+        its end; media are never cut. Attended tiles cost no places: text goes first.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        tags: ImageTags,
+        tokens_per_tile: int,
+        tile_size: int = 448,
+        min_tiles: int = 1,
+        max_tiles: int = 6,
+        use_thumbnail: bool = True,
+        max_pixels: int = MAX_PIXELS,
+        attended: str = "none",
+        form: Form | None = None,
+        fields: Fields | None = None,
+        *,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+    ) -> None:
+        if tokens_per_tile < 1 or tile_size < 1:
+            raise ValueError(
+                f"tokens_per_tile={tokens_per_tile}, tile_size={tile_size}: both must be at least 1"
+            )
+        if not 1 <= min_tiles <= max_tiles:
+            raise ValueError(f"min_tiles={min_tiles}, max_tiles={max_tiles}: need 1 <= min <= max")
+        if attended not in ATTENDED_CHOICES:
+            raise ValueError(
+                f"attended={attended} is unknown; use one of {', '.join(ATTENDED_CHOICES)}"
+            )
+        if attended != "none" and tags.form != "megatron":
+            raise ValueError(
+                f"tags.form={tags.form} with attended={attended}: a tag that is tokenised together"
+                " with its neighbours has no tokens of its own; use megatron"
+            )
+        template.check(tokenizer)
+        self.template = template
+        self.tags = tags
+        self.tokens_per_tile = tokens_per_tile
+        self.tile_size = tile_size
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.use_thumbnail = use_thumbnail
+        self.limits = Limits(max_pixels=max_pixels)
+        self.attended = attended
+        self.form = form or Chat()
+        self.fields = fields or {}
+        check_fields(self.fields, self.form.names)
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+
+    def __call__(self, members: Mapping[str, Any]) -> Sample:
+        """One training example.
+
+        members: extension -> bytes, and `__url__`, `__key__` (shard and key, as webdataset has).
+        Raises BadSample naming both for damaged members, a wrong number of image markers, a
+        placeholder written in the text, no supervised token, and media that cannot fit.
+        """
+        return self._build(members, prompt=False)
+
+    def prompt(self, members: Mapping[str, Any]) -> Sample:
+        """The sample up to where its last assistant turn begins; nothing is supervised."""
+        return self._build(members, prompt=True)
+
+    def references(self, members: Mapping[str, Any]) -> list[str]:
+        """The accepted answers to `prompt(members)`; empty where the sample brings none."""
+        return self._example(members, Record.sizes)[1].accepted
+
+    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens and tiles of the training example, from text and the headers of the pictures."""
+        source, example = self._example(members, Record.sizes)
+        rendered, _ = self._fit(example.turns, example.pictures, source, prompt=False)
+        return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
+
+    def _example(
+        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[Picture]]
+    ) -> tuple[str, Example]:
+        """Source and example; `read` gives the pictures, or their sizes."""
+        record = Record(members, self.fields, self.limits)
+        example = self.form(record, read(record))
+        if example.turns[0].role == DOCUMENT:
+            example = self._cut(example, record.source)
+        return record.source, example
+
+    def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
+        source, example = self._example(members, Record.pictures)
+        turns = example.turns
+        if prompt and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        rendered, limit = self._fit(turns, example.pictures, source, prompt)
+        if not prompt and not any(rendered.weights):
+            raise BadSample(source, "no supervised token; a sample needs an assistant turn")
+        tiles = [
+            tile_image(
+                picture,
+                min_tiles=min(self.min_tiles, limit),
+                max_tiles=limit,
+                tile_size=self.tile_size,
+                use_thumbnail=self.use_thumbnail,
+            )
+            for picture in example.pictures
+            if isinstance(picture, Image.Image)
+        ]
+        placeholder = self.tokenizer.image_id
+        found = rendered.tokens.count(placeholder)
+        expected = self.tokens_per_tile * len(rendered.positions)
+        if found != expected:
+            raise BadSample(
+                source,
+                f"{found} placeholders {self.tokenizer.image_token}, but the tiles need "
+                f"{expected}; the text must not contain the placeholder itself",
+            )
+        weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
+        return Sample(
+            tokens=torch.tensor(rendered.tokens),
+            loss_mask=torch.tensor(weights),
+            media=self._media(tiles, rendered),
+            sample_id=0,
+            source=source,
+        )
+
+    def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[str, SampleMedia]:
+        """The tiles by the way they take: placed in the sequence, or attended."""
+        if not images:
+            return {}
+        values = torch.cat([cut.values for cut in images])
+        tiles = torch.cat([cut.tiles for cut in images])
+        counts = torch.tensor([len(cut.tiles) for cut in images])
+        items = torch.repeat_interleave(torch.arange(len(images)), counts)
+        outside = torch.tensor([is_attended(tile, self.attended) for tile in tiles.tolist()])
+
+        def chosen(which: Tensor, **fields: Any) -> SampleMedia:
+            return SampleMedia(
+                values=values[which],
+                items=items[which],
+                tiles=tiles[which],
+                tokens_per_item=self.tokens_per_tile,
+                **fields,
+            )
+
+        media = {}
+        if not outside.all():
+            media[IMAGE] = chosen(
+                ~outside,
+                positions=torch.tensor(rendered.positions),
+                placeholder_id=self.tokenizer.image_id,
+            )
+        if outside.any():
+            tags = [torch.tensor(tile.tag_ids, dtype=torch.int64) for tile in rendered.attended]
+            media[ATTENDED] = chosen(
+                outside,
+                positions=torch.tensor([tile.start for tile in rendered.attended]),
+                placeholder_id=-1,
+                ends=torch.tensor([tile.stop for tile in rendered.attended]),
+                tag_ids=torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-1),
+            )
+        return media
+
+    def _fit(
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], source: str, prompt: bool
+    ) -> tuple[Rendered, int]:
+        """Render with as many tiles as fit; returns the rendering and the tile limit used."""
+        ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
+        for limit in ladder if pictures else ladder[:1]:
+            rendered = self._render(turns, pictures, limit, source, prompt)
+            if len(rendered.tokens) <= self.sequence_length:
+                return rendered, limit
+            if self.attended != "none" and not prompt and self._may_be_cut(rendered):
+                break  # fewer tiles would save next to nothing
+        needed, length = len(rendered.tokens), self.sequence_length
+        if prompt or not self._may_be_cut(rendered):
+            raise BadSample(
+                source,
+                f"needs {needed} tokens with one tile an image, and cutting text at "
+                f"data.sequence_length={length} would cut "
+                f"{'the prompt' if prompt else 'an image or every answer'}",
+            )
+        cut = replace(rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length])
+        return cut, limit
+
+    def _may_be_cut(self, rendered: Rendered) -> bool:
+        """Whether all media and some answer stand within the sequence length."""
+        length = self.sequence_length
+        return max(self._ends(rendered), default=0) <= length and any(rendered.weights[:length])
+
+    def _ends(self, rendered: Rendered) -> list[int]:
+        """Where the places of every tile in the sequence, or its tag's, end."""
+        placed = [start + self.tokens_per_tile for start in rendered.positions]
+        return placed + [tile.stop for tile in rendered.attended]
+
+    def _render(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Picture],
+        limit: int,
+        source: str,
+        prompt: bool = False,
+    ) -> Rendered:
+        """The turns with at most `limit` tiles a picture, whatever their length."""
+        layouts = [
+            ImageLayout.of(
+                choose_grid(
+                    picture.width,
+                    picture.height,
+                    min_tiles=min(self.min_tiles, limit),
+                    max_tiles=limit,
+                    tile_size=self.tile_size,
+                ),
+                use_thumbnail=self.use_thumbnail,
+            )
+            for picture in pictures
+        ]
+        return render(
+            turns,
+            layouts,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            tags=self.tags,
+            tile_size=self.tile_size,
+            tokens_per_tile=self.tokens_per_tile,
+            attended=self.attended,
+            generation_prompt=prompt,
+            source=source,
+        )
+
+    def _cut(self, example: Example, source: str) -> Example:
+        """A document without what follows the last picture that fits at one tile each."""
+        document, pictures = example.turns[0], example.pictures
+        if not pictures:
+            return example
+        rendered = self._render([document], pictures, 1, source)
+        kept = sum(end <= self.sequence_length for end in self._ends(rendered))
+        text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: kept + 1])
+        return replace(example, turns=[Turn(DOCUMENT, text)], pictures=pictures[:kept])

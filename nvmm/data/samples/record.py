@@ -1,0 +1,144 @@
+"""One sample of a shard under the names that builders use, whatever its data set calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.decode import PICTURES, Limits, check_extension, decode, naming
+from nvmm.data.samples.images import Size, read_size
+
+Fields = Mapping[str, str | Sequence[str]]
+"""Our name -> theirs. `.img.jpg` is a member; `meta.caption` a key of the member `record`.
+
+`record` itself is the member `.json` unless it is named, and `image` may name several members.
+"""
+
+
+def check_fields(fields: Fields, names: Sequence[str]) -> None:
+    """Raise ValueError for a name that no form reads, and for members that cannot be decoded."""
+    for name, places in fields.items():
+        if name not in ("record", "image", *names):
+            allowed = ", ".join(("record", "image", *names))
+            raise ValueError(f"build.fields.{name} is unknown; use one of {allowed}")
+        if not isinstance(places, str) and name != "image":
+            raise ValueError(f"build.fields.{name}={places} must be one place")
+        for place in [places] if isinstance(places, str) else places:
+            if place.startswith("."):
+                check_extension(place.rpartition(".")[2])
+            elif name in ("record", "image"):
+                raise ValueError(f"build.fields.{name}={place} must be a member, as .{place}")
+
+
+class Record:
+    """The values of one sample. Everything that is missing or wrong raises BadSample.
+
+    members: extension -> bytes, and `__url__` and `__key__`.
+    """
+
+    def __init__(self, members: Mapping[str, Any], fields: Fields, limits: Limits) -> None:
+        self.key = str(members.get("__key__", ""))
+        self.source = f"{members.get('__url__', '')}:{self.key}"
+        self._members = members
+        self._fields = fields
+        self._limits = limits
+
+    def bad(self, reason: str) -> BadSample:
+        """The error that names this sample."""
+        return BadSample(self.source, reason)
+
+    def missing(self, names: str) -> BadSample:
+        """The error of a sample that lacks what a form cannot do without."""
+        members = sorted(name for name in self._members if not name.startswith("__"))
+        return self.bad(f"no {names}; its members are {', '.join(members)}")
+
+    def get(self, name: str) -> Any:
+        """A value, None where the sample has none."""
+        place = str(self._fields.get(name, name))
+        if place.startswith("."):
+            return self._decoded(place[1:]) if place[1:] in self._members else None
+        value: Any = self._object
+        if place in value:
+            return value[place]
+        for key in place.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                return None
+            value = value[key]
+        return value
+
+    def text(self, name: str) -> str:
+        """A text that is not empty."""
+        value = self.get(name)
+        if value is None:
+            raise self.missing(name)
+        return self.checked_text(name, value)
+
+    def checked_text(self, name: str, value: Any) -> str:
+        """`value` itself, which messages call `name`, if it is a text that is not empty."""
+        if not isinstance(value, str):
+            raise self.bad(f"{name} must be text, got {value!r}")
+        if not value.strip():
+            raise self.bad(f"{name} is empty")
+        return value
+
+    def sequence(self, name: str) -> list[Any]:
+        """A list that is not empty."""
+        value = self.get(name)
+        if value is None:
+            raise self.missing(name)
+        if not isinstance(value, list) or not value:
+            raise self.bad(f"{name} must be a list that is not empty, got {value!r}")
+        return value
+
+    def pictures(self) -> list[Image.Image]:
+        """The pictures, upright, 8 bits, in RGB or L, in their order."""
+        return [self._decoded(name) for name in self._picture_names()]
+
+    def sizes(self) -> list[Size]:
+        """Sizes of `pictures()`, from the pictures' headers."""
+        found = []
+        for name in self._picture_names():
+            with naming(name):
+                data, limit = self._members[name], self._limits.max_pixels
+                found.append(read_size(data, source=self.source, max_pixels=limit))
+        return found
+
+    def _picture_names(self) -> list[str]:
+        places = self._fields.get("image")
+        if places is None:
+            return self._numbered()
+        listed = [places] if isinstance(places, str) else places
+        return [place[1:] for place in listed if place[1:] in self._members]
+
+    def _numbered(self) -> list[str]:
+        """Members `png` or `0.png`, `1.png`, ...; others must be asked for by name."""
+        found: list[tuple[int, str]] = []
+        for member in self._members:
+            number, _, kind = member.rpartition(".")
+            if kind not in PICTURES:
+                continue
+            if number and not number.isdecimal():
+                raise self.bad(f"picture {member} has no number; name it in build.fields.image")
+            found.append((int(number) if number else -1, member))
+        found.sort()
+        if len({number for number, _ in found}) != len(found):
+            names = ", ".join(member for _, member in found)
+            raise self.bad(f"order of pictures {names} is ambiguous; number them")
+        return [member for _, member in found]
+
+    def _decoded(self, member: str) -> Any:
+        return decode(member, self._members[member], source=self.source, limits=self._limits)
+
+    @cached_property
+    def _object(self) -> Mapping[str, Any]:
+        place = str(self._fields.get("record", ".json"))[1:]
+        if place not in self._members:
+            return {}
+        value = self._decoded(place)
+        if not isinstance(value, dict):
+            raise self.bad(f"member {place} must be an object, got {type(value).__name__}")
+        return value

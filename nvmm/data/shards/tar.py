@@ -1,0 +1,129 @@
+"""Tar shards of webdataset: which members a tar holds, and which of them are one sample.
+
+Nothing is extracted to disk, and only regular files count: links and devices are passed over.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import re
+import tarfile
+from typing import Any, NamedTuple
+
+from nvmm.data.samples.bad_sample import BadSample
+
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_BLOCK = 512
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member as webdataset splits them: at the file name's first dot."""
+    match = _NAME.match(name)
+    return (match.group(1), match.group(2).lower()) if match else None
+
+
+class Member(NamedTuple):
+    """A regular file of a tar: where its first header starts and its data lie, in bytes."""
+
+    name: str
+    start: int
+    offset: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """The end of its last block."""
+        return self.offset + -(-self.size // _BLOCK) * _BLOCK
+
+
+def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], BadSample | None]:
+    """The whole regular files of a tar, in order, and what is wrong with the tar, if anything.
+
+    A tar that is no tar, compressed, truncated or has a damaged header gives the members before
+    the damage; the problem names the key near it.
+    """
+    if not data:
+        return [], BadSample(shard, "empty file, no tar shard")
+    plain = _list_plain(data)
+    if plain is not None:
+        return plain, None
+    members: list[Member] = []
+    key, end, problem = "?", 0, None
+    try:
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[arg-type]
+            for header in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
+                key = (split_name(header.name) or (header.name,))[0]
+                if header.isreg() and header.offset_data + header.size <= len(data):
+                    members.append(
+                        Member(header.name, header.offset, header.offset_data, header.size)
+                    )
+            end = tar.offset
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        reason = f"truncated or damaged here, or no uncompressed tar ({error})"
+        return members, BadSample(f"{shard}:{key}", reason)
+    # tarfile takes a damaged header for the end of the archive
+    if data[end : end + _BLOCK].strip(b"\0"):
+        reason = f"damaged tar header after this sample, at byte {end}"
+        problem = BadSample(f"{shard}:{key}", reason)
+    return members, problem
+
+
+def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
+    """What tarfile would list, six times faster; None wherever it sees more than plain files."""
+    members: list[Member] = []
+    start = at = 0
+    while at < len(data):
+        header = data[at : at + _BLOCK]
+        if not header.strip(b"\0"):
+            break
+        # no long names, links, sparse files, base-256 sizes: tarfile knows those
+        if len(header) < _BLOCK or header[156] not in b"0\0x" or header[124] & 128:
+            return None
+        try:
+            size = int(header[124:136].strip(b" \0"), 8)
+            checksum = int(header[148:156].strip(b" \0"), 8)
+            name = header[:100].rstrip(b"\0").decode("ascii")
+            prefix = header[345:500].rstrip(b"\0").decode("ascii")
+        except ValueError:
+            return None
+        body = at + _BLOCK
+        if sum(header) - sum(header[148:156]) + 8 * 32 != checksum or body + size > len(data):
+            return None
+        at = body + -(-size // _BLOCK) * _BLOCK
+        if header[156] in b"x":
+            # webdataset writes such a header before every member, for fractions of mtime
+            if any(key in data[body : body + size] for key in (b"path=", b"size=", b"GNU.")):
+                return None
+            continue
+        if prefix:
+            if header[257:263] != b"ustar\0":
+                return None
+            name = f"{prefix}/{name}"
+        members.append(Member(name, start, body, size))
+        start = at
+    return members
+
+
+def parse(data: bytes, shard: str) -> dict[str, Any]:
+    """Members of one sample's bytes: extension -> bytes, and its `__url__` and `__key__`.
+
+    Raises BadSample for damage, two members of one kind, and more than one sample.
+    """
+    found, problem = list_members(data, shard)
+    if problem is not None:
+        raise problem
+    members: dict[str, Any] = {"__url__": shard}
+    for member in found:
+        name = split_name(member.name)
+        if name is None:
+            continue
+        key, extension = name
+        if members.setdefault("__key__", key) != key:
+            raise BadSample(f"{shard}:{key}", "the file changed after it was indexed")
+        if extension in members:
+            raise BadSample(f"{shard}:{key}", f"two members {extension}")
+        members[extension] = data[member.offset : member.offset + member.size]
+    return members

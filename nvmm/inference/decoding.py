@@ -1,0 +1,317 @@
+"""Text from a model: batched generation with a KV cache, and scoring of given continuations.
+
+Both run the training schedule forward-only, at any tensor and pipeline parallel size. Prompts of
+different lengths are padded on the LEFT, so that every row's next token has one cache slot. A row's
+positions begin behind its padding, and the pad keys are masked, so no answer depends on padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
+
+from nvmm.batch import IGNORE_INDEX, Batch, Media, Sample
+from nvmm.parallel import schedule
+
+
+def left_padded(samples: Sequence[Sample], pad_id: int) -> tuple[Batch, Tensor | None]:
+    """Prompts -> one Batch, rows padded on the left with `pad_id`, and its key spans.
+
+    Returns the batch (tokens [b, s], no labels, media columns moved by the padding) and int32
+    [b, 2] (first, last + 1) valid keys of each row, or None when all rows have one length.
+    """
+    if not samples:
+        raise ValueError("left_padded needs at least one sample")
+    lengths = torch.tensor([len(sample.tokens) for sample in samples])
+    if int(lengths.min()) == 0:
+        raise ValueError(f"{samples[int(lengths.argmin())].source}: a prompt has no tokens")
+    width = int(lengths.max())
+    padding = width - lengths
+    tokens = torch.full((len(samples), width), pad_id, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        tokens[row, padding[row] :] = sample.tokens
+    batch = Batch(
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE_INDEX),
+        loss_mask=torch.zeros(tokens.shape),
+        position_ids=(torch.arange(width) - padding[:, None]).clamp(min=0),
+        lengths=lengths.int(),
+        sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+        media={
+            kind: _merge_media(samples, kind, padding)
+            for kind in dict.fromkeys(kind for sample in samples for kind in sample.media)
+        },
+    )
+    if not padding.any():
+        return batch, None
+    return batch, torch.stack([padding, torch.full_like(padding, width)], dim=1).int()
+
+
+def _merge_media(samples: Sequence[Sample], kind: str, padding: Tensor) -> Media:
+    rows = [row for row, sample in enumerate(samples) if kind in sample.media]
+    parts = [samples[row].media[kind] for row in rows]
+    rows_of_items = torch.cat(
+        [torch.full_like(part.positions, row) for row, part in zip(rows, parts, strict=True)]
+    )
+    moved = padding[rows_of_items]
+    ends = [part.ends for part in parts if part.ends is not None]
+    tags = [part.tag_ids for part in parts if part.tag_ids is not None]
+    width = max((ids.shape[1] for ids in tags), default=0)
+    return Media(
+        values=torch.cat([part.values for part in parts]),
+        rows=rows_of_items,
+        positions=torch.cat([part.positions for part in parts]) + moved,
+        samples=rows_of_items.clone(),
+        items=torch.cat([part.items for part in parts]),
+        tiles=torch.cat([part.tiles for part in parts]),
+        placeholder_id=parts[0].placeholder_id,
+        tokens_per_item=parts[0].tokens_per_item,
+        ends=torch.cat(ends) + moved if ends else None,
+        tag_ids=torch.cat([F.pad(t, (0, width - t.shape[1]), value=-1) for t in tags])
+        if tags
+        else None,
+    )
+
+
+def generate(
+    model: Sequence[Module],
+    prompts: Sequence[Sample],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Continue every prompt; all ranks of a model-parallel group call it alike and get the result.
+
+    Args:
+        model: this rank's one chunk, in eval mode, built without sequence, context and virtual
+            pipeline parallelism.
+        prompts: samples up to where the answer begins. Media take part in the prompt pass.
+        stop_ids: tokens that end an answer; they are not part of it.
+        pad_id: a token that is no media placeholder.
+        temperature: 0 for the most likely token, else the softmax's temperature.
+        top_p: sample from the smallest set of tokens with at least this probability
+            (Holtzman et al. 2019, arXiv:1904.09751).
+        seed: a sampled answer depends on the seed and its prompt's `sample_id`, not on the batch
+            that it is decoded in.
+        use_cache: False runs the whole sequence for every token (to check the cache).
+
+    Returns: the new tokens of each prompt, at most `max_new_tokens`.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+    _check_layout(model)
+    batch, spans = left_padded(prompts, pad_id)
+    device = next(model[0].parameters()).device
+    batch = batch.to(device)
+    spans = None if spans is None else spans.to(device)
+    context = _cache(batch, max_new_tokens) if use_cache else None
+    generators = [_generator(seed, int(i)) for i in batch.sample_ids]
+    stops = set(stop_ids)
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+
+    for _ in range(max_new_tokens):
+        outputs = _forward(
+            model, [batch], "logits", key_spans=spans, inference_context=context, last_only=True
+        )
+        chosen = torch.empty(len(prompts), dtype=torch.long, device=device)
+        if outputs:
+            uniforms = [float(torch.rand((), generator=g)) for g in generators]
+            chosen.copy_(choose(outputs[0], temperature, top_p, uniforms))
+        _broadcast_from_last_stage(chosen)
+        for row in sorted(running):
+            token = int(chosen[row])
+            if token in stops:
+                running.remove(row)
+            else:
+                answers[row].append(token)
+        if not running:
+            break
+        if context is not None:
+            context.sequence_len_offset += batch.tokens.shape[1]
+            context.enable_decode_mode()
+        batch, spans = _advance(batch, spans, chosen, keep=context is None)
+    return answers
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Sequence[float]) -> Tensor:
+    """One token for each row of logits [b, vocab]: the likeliest, or a draw from the nucleus.
+
+    uniforms: for each row a number in [0, 1) that decides the draw. Returns int64 [b].
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    # A token is in the nucleus when those before it do not reach top_p yet; the first always is.
+    inside = probabilities.cumsum(-1) - probabilities < top_p
+    inside[:, 0] = True
+    mass = torch.where(inside, probabilities, 0.0).cumsum(-1)
+    targets = torch.tensor(uniforms, device=logits.device)[:, None] * mass[:, -1:]
+    index = torch.searchsorted(mass, targets, right=True)
+    index = torch.minimum(index, inside.sum(-1, keepdim=True) - 1)
+    return order.gather(-1, index)[:, 0]
+
+
+def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float, int]]:
+    """Log-probability of each sample's supervised tokens, as (sum, number of tokens), in order.
+
+    Positions count where `loss_mask` is not 0, whatever its weight there. Packed and padded rows
+    are both fine. All ranks of a model-parallel group call it alike and get the result.
+    """
+    if model[0].training:
+        raise ValueError("score needs the model in eval mode")
+    device = next(model[0].parameters()).device
+    batches = [batch.to(device) for batch in batches]
+    sizes = [len(batch.sample_ids) for batch in batches]
+    table = torch.zeros(sum(sizes), 2, dtype=torch.float64, device=device)
+    losses = [output for batch in batches for output in _forward(model, [batch], "loss")]
+    if losses:
+        rows = [_per_sample(loss, batch) for loss, batch in zip(losses, batches, strict=True)]
+        table.copy_(torch.cat(rows))
+    _broadcast_from_last_stage(table)
+    return [(float(total), int(count)) for total, count in table.tolist()]
+
+
+def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
+    """Vectors [texts, h] of an embedder for the texts of all batches, fp32.
+
+    Every rank of a model-parallel group calls it alike and gets the result.
+    """
+    _check_layout(model)
+    outputs = _forward(model, batches, "embedding")
+    count = sum(int((batch.lengths > 0).sum()) for batch in batches)
+    config: Any = model[0].config
+    device = batches[0].tokens.device
+    found = torch.cat(outputs) if outputs else torch.empty(count, config.hidden_size, device=device)
+    _broadcast_from_last_stage(found)
+    return found
+
+
+def deal(num_samples: int, rank: int, size: int) -> range:
+    """Indices of the samples that data-parallel rank `rank` of `size` evaluates."""
+    return range(rank, num_samples, size)
+
+
+def gather(local: Sequence[Any], num_samples: int) -> list[Any]:
+    """Results of `deal`'s samples from all data-parallel ranks, in the samples' order."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    size = dist.get_world_size(group)
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, list(local), group=group)
+    found: list[Any] = [None] * num_samples
+    for rank, part in enumerate(parts):
+        found[rank::size] = part
+    return found
+
+
+def _check_layout(model: Sequence[Module]) -> None:
+    if len(model) != 1:
+        raise ValueError(
+            "parallel.virtual_pipeline_model_parallel_size must be null in generation, not"
+            f" {len(model)}"
+        )
+    if model[0].training:
+        raise ValueError("generate needs the model in eval mode")
+    config: Any = model[0].config
+    if config.sequence_parallel:
+        raise ValueError("parallel.sequence_parallel must be false in generation (one new token)")
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"parallel.context_parallel_size={config.context_parallel_size} must be 1 in generation"
+        )
+
+
+def _cache(batch: Batch, max_new_tokens: int) -> Any:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    rows, width = batch.tokens.shape
+    return StaticInferenceContext(rows, width + max_new_tokens)
+
+
+def _generator(seed: int, sample_id: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{sample_id}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _advance(
+    batch: Batch, spans: Tensor | None, chosen: Tensor, *, keep: bool
+) -> tuple[Batch, Tensor | None]:
+    """The next step's batch: only the new tokens, or with `keep` the sequence with them."""
+    new = chosen[:, None]
+    tokens = torch.cat([batch.tokens, new], 1) if keep else new
+    positions = batch.position_ids[:, -1:] + 1
+    step = replace(
+        batch,
+        tokens=tokens,
+        labels=torch.full_like(tokens, IGNORE_INDEX),
+        loss_mask=torch.zeros(tokens.shape, device=tokens.device),
+        position_ids=torch.cat([batch.position_ids, positions], 1) if keep else positions,
+        lengths=batch.lengths + 1,
+        media=batch.media if keep else {},
+    )
+    if spans is not None:
+        spans = torch.stack([spans[:, 0], spans[:, 1] + 1], dim=1)
+    return step, spans
+
+
+def _forward(
+    model: Sequence[Module],
+    batches: Sequence[Batch],
+    output: str,
+    *,
+    last_only: bool = False,
+    **keywords: Any,
+) -> list[Tensor]:
+    """One forward-only pass; the outputs on the last pipeline stage, nothing elsewhere.
+
+    last_only: keep the last position of each output.
+    """
+    return schedule.outputs(
+        model,
+        batches,
+        lambda chunk, batch: chunk(batch, output=output, **keywords),
+        keep=(lambda value: value[:, -1].clone()) if last_only else (lambda value: value),
+    )
+
+
+def _broadcast_from_last_stage(tensor: Tensor) -> None:
+    """Fill `tensor` on the whole model-parallel group from a rank of its last pipeline stage."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    dist.broadcast(tensor, dist.get_process_group_ranks(group)[-1], group=group)
+
+
+def _per_sample(loss: Tensor, batch: Batch) -> Tensor:
+    """Per-token loss [b, s] -> [num_samples, 2]: sum of log-probabilities, number of tokens."""
+    num_samples = len(batch.sample_ids)
+    if batch.cu_seqlens is None:
+        owners = torch.arange(num_samples, device=loss.device)[:, None].expand_as(loss)
+    else:
+        segments = torch.diff(batch.cu_seqlens).long()
+        owners = torch.arange(len(segments), device=loss.device).repeat_interleave(segments)[None]
+    counted = (batch.loss_mask != 0) & (owners < num_samples)
+    owners = owners[counted]
+    table = torch.zeros(num_samples, 2, dtype=torch.float64, device=loss.device)
+    table[:, 0].index_add_(0, owners, -loss[counted].double())
+    table[:, 1].index_add_(0, owners, torch.ones_like(owners, dtype=torch.float64))
+    return table

@@ -1,0 +1,75 @@
+"""Which constructors a checkpoint's config may name: opening one runs nothing else."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+_TRUSTED = (
+    *("nvmm.models.", "nvmm.modules.", "nvmm.data.", "nvmm.parallel.setup.", "nvmm.parallel.fp8."),
+    *("nvmm.kernels.library.", "megatron.core."),
+)
+
+
+# Functions of torch say that they live in one of these.
+_TRUSTED_FUNCTIONS = ("torch", "torch.nn.functional", "torch._C._nn")
+
+
+_GET_METHOD = "hydra.utils.get_method"
+
+
+def require_trusted(config: Any, path: Path) -> None:
+    """Refuse a checkpoint's config that would run anything but nvmm's and mcore's constructors.
+
+    Raises ValueError naming every such `_target_`, and every interpolation: a saved config is
+    resolved and has none.
+    """
+    foreign = sorted(set(_foreign(config)))
+    if foreign:
+        raise ValueError(
+            f"{path}: its config would run {', '.join(foreign)}; if you trust whoever wrote it,"
+            " add trust_config=true"
+        )
+
+
+def _foreign(node: Any) -> Iterator[str]:
+    if isinstance(node, str) and "${" in node:
+        yield node
+    if isinstance(node, list):
+        for item in node:
+            yield from _foreign(item)
+    if not isinstance(node, Mapping):
+        return
+    for value in node.values():
+        yield from _foreign(value)
+    target = str(node.get("_target_", ""))
+    if target == _GET_METHOD:
+        if _home(str(node.get("path")), ("torch.",)) not in _TRUSTED_FUNCTIONS:
+            yield f"{_GET_METHOD}({node.get('path')})"
+    elif target and not f"{_home(target, _TRUSTED)}.".startswith(_TRUSTED):
+        yield target
+
+
+def _home(name: str, prefixes: tuple[str, ...]) -> str:
+    """Module that defines what `name` leads to, empty where `name` has none of the prefixes.
+
+    A name alone says little: `torch.nn.functional.torch.os.system` is os.system.
+    """
+    if not name.startswith(prefixes):
+        return ""
+    module, _, rest = name.partition(".")
+    found: Any = importlib.import_module(module)
+    path = module
+    for part in rest.split("."):
+        path = f"{path}.{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(path)
+            except ImportError:
+                return ""
+        found = getattr(found, part, None)
+    return str(getattr(found, "__module__", "")) if callable(found) else ""

@@ -1,0 +1,122 @@
+"""An audio encoder on mcore's TransformerBlock: Whisper's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import Parameter
+
+from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.parallel.setup import Chunk
+
+_LONGEST_WAVELENGTH = 10_000
+_KERNEL = 3
+
+
+class AudioEncoder(EncoderTower):
+    """Whisper's encoder (Radford et al. 2022, section 2.2) over log-mel windows.
+
+    Two convolutions of three frames with GELU, the second at stride 2, fixed sinusoidal positions,
+    pre-norm LayerNorm blocks and a final norm. How it is laid out over ranks is EncoderTower's.
+
+    The positions are a parameter that is never trained, so that a checkpoint holds them as the
+    published models do. Adding a vector to all keys changes no softmax: a key bias, which Whisper
+    does not have, changes nothing here whatever it holds.
+
+    Args:
+        transformer: partial of mcore's TransformerConfig.
+        num_mel_bins: 80, or 128 from large-v3 on.
+        max_source_positions: most tokens of a window, half its frames.
+        chunk: which part of the model this rank builds.
+    """
+
+    def __init__(
+        self,
+        transformer: Callable[..., Any],
+        num_mel_bins: int = 80,
+        max_source_positions: int = 1500,
+        *,
+        chunk: Chunk,
+    ) -> None:
+        super().__init__(
+            transformer,
+            "audio",
+            qk_norm=None,
+            layer_scale=None,
+            post_layernorm=True,
+            chunk=chunk,
+        )
+        width = self.config.hidden_size
+        if width % 2 or width < 4:
+            raise ValueError(
+                f"model.audio.transformer.hidden_size={width} must be even and at least 4: half of"
+                " it are sines, half cosines"
+            )
+        self.num_mel_bins = num_mel_bins
+        self.max_source_positions = max_source_positions
+        self.conv1 = Convolution(self.config, num_mel_bins, stride=1)
+        self.conv2 = Convolution(self.config, width, stride=2)
+        self.position_embeddings = SinusoidalPositions(self.config, max_source_positions)
+        self.mark_replicated()
+
+    def encode(self, windows: Tensor) -> Tensor:
+        """Log-mel windows [n, num_mel_bins, frames] -> [n, ceil(frames / 2), hidden_size].
+
+        Raises ValueError for another number of bins and for windows longer than the positions.
+        """
+        bins, frames = windows.shape[1:]
+        if bins != self.num_mel_bins or -(-frames // 2) > self.max_source_positions:
+            raise ValueError(
+                f"audio windows of {bins} bins x {frames} frames must have model.audio.num_mel_bins"
+                f"={self.num_mel_bins} bins and at most 2 * model.audio.max_source_positions="
+                f"{2 * self.max_source_positions} frames"
+            )
+        x = F.gelu(self.conv1(windows.to(self.config.params_dtype)))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)
+        return self.transform(x + self.position_embeddings.weight[: x.shape[1]])
+
+
+class Convolution(torch.nn.Module):
+    """A 1-D convolution of three frames over all channels, with bias.
+
+    weight: [hidden_size, input_size * 3], the three taps of a channel side by side.
+    """
+
+    def __init__(self, config: TransformerConfig, input_size: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.weight = Parameter(empty(config, config.hidden_size, input_size * _KERNEL))
+        config.init_method(self.weight)
+        self.bias = Parameter(empty(config, config.hidden_size).zero_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, input_size, frames] -> [n, hidden_size, ceil(frames / stride)]."""
+        weight = self.weight.unflatten(1, (-1, _KERNEL))
+        return F.conv1d(x, weight, self.bias, stride=self.stride, padding=_KERNEL // 2)
+
+
+class SinusoidalPositions(torch.nn.Module):
+    """Sines, then cosines, of wavelengths from 2 pi to 2 pi * 10,000 (Vaswani et al. 2017).
+
+    weight: [positions, hidden_size], not trained.
+    """
+
+    def __init__(self, config: TransformerConfig, positions: int) -> None:
+        super().__init__()
+        values = sinusoids(positions, config.hidden_size)
+        weight = empty(config, positions, config.hidden_size)
+        self.weight = Parameter(weight.copy_(values), requires_grad=False)
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """[positions, width] in fp32."""
+    step = math.log(_LONGEST_WAVELENGTH) / (width // 2 - 1)
+    frequencies = torch.exp(-step * torch.arange(width // 2, dtype=torch.float32))
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

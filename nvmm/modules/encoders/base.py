@@ -1,0 +1,162 @@
+"""What encoders of media have in common: a bidirectional block, whole or split over TP ranks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nvmm.modules.encoders.layers import EncoderAttention, EncoderLayer, padded_heads
+from nvmm.modules.specs import backend_provider, block_spec, layer_spec
+from nvmm.parallel.groups import encoder_groups
+from nvmm.parallel.setup import Chunk, default_device
+
+
+class EncoderTower(MegatronModule):
+    """A bidirectional pre-norm encoder in front of the language model.
+
+    `parallel.encoder=replicated` keeps it whole on every tensor-parallel rank: each encodes a share
+    of the media, and its parameters, marked `sum_gradients_over_tensor_parallel`, get partial
+    gradients. `sharded` splits heads and MLP; heads are padded with zeros where they do not divide.
+    Both have the same parameters in a checkpoint. Where no parameter is trained it runs without
+    autograd.
+
+    A subclass builds its front end, calls `mark_replicated`, and gives `encode`.
+
+    Args:
+        transformer: partial of mcore's TransformerConfig.
+        part: what the model calls this encoder, for errors (`model.<part>.transformer...`).
+        qk_norm: "joint" or None.
+        layer_scale: initial LayerScale, None for none.
+        post_layernorm: norm after the last layer.
+        chunk: which part of the model this rank builds.
+    """
+
+    def __init__(
+        self,
+        transformer: Callable[..., Any],
+        part: str,
+        *,
+        qk_norm: str | None,
+        layer_scale: float | None,
+        post_layernorm: bool,
+        chunk: Chunk,
+    ) -> None:
+        config, num_heads = _config(transformer, part, chunk)
+        super().__init__(config=config)
+        groups = encoder_groups(chunk.parallel)
+        self.tp_group = groups.tp
+        self.model_tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.is_replicated = self.tp_group.size() < self.model_tp_group.size()
+        self.num_attention_heads = num_heads
+        backend = backend_provider(chunk.backend)
+        layer = layer_spec(config, backend, AttnMaskType.no_mask, EncoderLayer, EncoderAttention)
+        layer.params["layer_scale"] = layer_scale
+        layer.submodules.self_attention.params |= {"num_heads": num_heads, "qk_norm": qk_norm}
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(config, backend, layer),
+            post_layer_norm=post_layernorm,
+            pg_collection=groups,
+        )
+
+    def mark_replicated(self) -> None:
+        """Tell the gradients' reduction about parameters that are whole on every rank."""
+        if not self.is_replicated:
+            return
+        for parameter in self.parameters():
+            # mcore marks its linears as split even in a group of one.
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            parameter.sum_gradients_over_tensor_parallel = True  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def encode(self, media: Tensor) -> Tensor:
+        """Media [n, ...] -> features [n, tokens, hidden_size], without thought of TP."""
+
+    def forward(self, media: Tensor) -> Tensor:
+        """Encode media [n, ...], n > 0, the same on every tensor-parallel rank.
+
+        Returns: [n, tokens, hidden_size] on every tensor-parallel rank.
+        """
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            if not self.is_replicated:
+                return self.encode(media)
+            features = self.encode(self._share(media))
+            # The connector's input gradient is whole on every rank: backward takes a part of it.
+            gathered = tensor_parallel.gather_from_sequence_parallel_region(
+                features, tensor_parallel_output_grad=False, group=self.model_tp_group
+            )
+            return gathered[: media.shape[0]]
+
+    def _share(self, media: Tensor) -> Tensor:
+        """This rank's media, as many on every rank; the last are zeros where they do not divide."""
+        size, rank = self.model_tp_group.size(), self.model_tp_group.rank()
+        count = -(-media.shape[0] // size)
+        mine = media[rank * count : (rank + 1) * count]
+        missing = count - mine.shape[0]
+        return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The layers: [n, tokens, hidden_size] -> the same shape."""
+        x = x.transpose(0, 1).contiguous()
+        recompute = self.config.recompute_granularity == "full" and self.training
+        if recompute and torch.is_grad_enabled() and not x.requires_grad:
+            # mcore's reentrant checkpoint gives no gradients behind an input that needs none.
+            x = x.detach().requires_grad_()
+        return self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """mcore's; a replicated encoder's entries name their true tensor-parallel rank."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.is_replicated:
+            # Built in a group of one, every rank would claim to be the one that saves.
+            rank = self.model_tp_group.rank()
+            for entry in state.values():
+                entry.replica_id = (*entry.replica_id[:-2], rank, entry.replica_id[-1])
+        return state
+
+
+def _config(
+    transformer: Callable[..., Any], part: str, chunk: Chunk
+) -> tuple[TransformerConfig, int]:
+    """The encoder's config, with heads padded to its tensor-parallel size, and its real heads."""
+    given: dict[str, Any] = getattr(transformer, "keywords", {})
+    num_heads = given["num_attention_heads"]
+    groups = given.get("num_query_groups") or num_heads
+    if groups != num_heads:
+        raise ValueError(
+            f"model.{part}.transformer.num_query_groups={groups} must equal"
+            f" num_attention_heads={num_heads}: an encoder has no grouped queries"
+        )
+    kv_channels = given.get("kv_channels") or given["hidden_size"] // num_heads
+    sharded = chunk.parallel.encoder == "sharded"
+    padded = padded_heads(num_heads, chunk.parallel.tensor_model_parallel_size if sharded else 1)
+    config = chunk.encoder_config(
+        transformer,
+        num_attention_heads=padded,
+        num_query_groups=padded,
+        kv_channels=kv_channels,
+    )
+    for name in ("hidden_dropout", "attention_dropout"):
+        if getattr(config, name) != 0:
+            raise ValueError(f"model.{part}.transformer.{name}={getattr(config, name)} must be 0.0")
+    return config, num_heads
+
+
+def empty(config: TransformerConfig, *shape: int) -> Tensor:
+    """Room for a parameter of an encoder."""
+    return torch.empty(*shape, dtype=config.params_dtype, device=default_device(config))

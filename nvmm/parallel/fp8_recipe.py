@@ -1,0 +1,119 @@
+"""What FP8 means in a run: the recipe, as Transformer Engine 2.11 defines it, and its exceptions.
+
+Which module does it is the backend's business: mcore's own fields drive Transformer Engine,
+`nvmm.modules.fp8_quantize` emulates the recipe in the native backend's linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RECIPES = {
+    "delayed": "delayed",
+    "current": "tensorwise",
+    "blockwise": "blockwise",
+    "mxfp8": "mxfp8",
+}
+"""Ours -> mcore's names."""
+FORMATS = ("hybrid", "e4m3")
+ALGORITHMS = ("max", "most_recent")
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """FP8 products in the linears of all transformer blocks; everything else keeps its precision.
+
+    Args:
+        recipe: "delayed" (a scale a tensor, from the amaxes of past steps), "current" (from the
+            tensor itself), "blockwise" (powers of two of 128 values, 128 x 128 of weights), or
+            "mxfp8" (E8M0 scales of 32 values).
+        format: "hybrid" (E4M3 forward, E5M2 for gradients) or "e4m3"; None: the recipe's own,
+            hybrid for the first two, e4m3 for the others.
+        margin: delayed scales are divided by 2^margin.
+        amax_history_len: steps that delayed scaling remembers.
+        amax_compute_algo: "max" of them, or the "most_recent".
+        num_layers_at_start_in_bf16, num_layers_at_end_in_bf16: first and last layers of every
+            transformer block that keep their precision.
+        exclude: patterns of linears by global name (without `.weight`) that keep theirs.
+    """
+
+    recipe: str = "delayed"
+    format: str | None = None
+    margin: int = 0
+    amax_history_len: int = 1024
+    amax_compute_algo: str = "max"
+    num_layers_at_start_in_bf16: int = 0
+    num_layers_at_end_in_bf16: int = 0
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "recipe": tuple(RECIPES),
+            "format": (*FORMATS, None),
+            "amax_compute_algo": ALGORITHMS,
+        }
+        for name, choices in allowed.items():
+            if getattr(self, name) not in choices:
+                listed = ", ".join(map(str, choices)).replace("None", "null")
+                raise ValueError(
+                    f"precision.fp8.{name}={getattr(self, name)} must be one of {listed}"
+                )
+        if self.amax_history_len < 1:
+            raise ValueError(
+                f"precision.fp8.amax_history_len={self.amax_history_len} must be at least 1"
+            )
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether a tensor has one scale."""
+        return self.recipe in ("delayed", "current")
+
+    @property
+    def gradients_in_e5m2(self) -> bool:
+        """Whether gradients have another format than the rest."""
+        return (self.format or ("hybrid" if self.per_tensor else "e4m3")) == "hybrid"
+
+    @property
+    def feature_multiple(self) -> int:
+        """What input and output features of a linear must divide by."""
+        return 32 if self.recipe == "mxfp8" else 16
+
+    def row_multiple(self, gathered: bool) -> int:
+        """What a linear's tokens must divide by; gathered: over tensor-parallel ranks, in FP8.
+
+        Transformer Engine asks the same of the features of an input that it gathers.
+        """
+        if self.recipe == "blockwise" and gathered:
+            return 128
+        return self.feature_multiple
+
+    def sequence_multiple(self, tensor: int, context: int, sequence_parallel: bool) -> int:
+        """What the length of a row must divide by in this layout.
+
+        Under sequence parallelism each rank's part of the tokens is quantised before it is
+        gathered; elsewhere tokens are padded inside the linears.
+        """
+        return self.row_multiple(True) * tensor * context if sequence_parallel else 1
+
+    def keeps_precision(self, layer: int, num_layers: int) -> bool:
+        """Whether layer `layer`, from 0, of a block is one of the first or last left out."""
+        return (
+            layer < self.num_layers_at_start_in_bf16
+            or layer >= num_layers - self.num_layers_at_end_in_bf16
+        )
+
+    def transformer_kwargs(self) -> dict[str, Any]:
+        """mcore's fields, for Transformer Engine: any other backend would ignore them."""
+        ends = (self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16)
+        return {
+            "fp8": "hybrid" if self.gradients_in_e5m2 else "e4m3",
+            "fp8_recipe": RECIPES[self.recipe],
+            "fp8_margin": self.margin,
+            "fp8_amax_history_len": self.amax_history_len,
+            "fp8_amax_compute_algo": self.amax_compute_algo,
+            "first_last_layers_bf16": any(ends),
+            "num_layers_at_start_in_bf16": ends[0],
+            "num_layers_at_end_in_bf16": ends[1],
+        }

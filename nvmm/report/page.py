@@ -1,0 +1,409 @@
+"""A run directory as one HTML page: `python -m nvmm.report RUN_DIR` writes RUN_DIR/report.html.
+
+The page needs no network, script or library. A section whose file is missing says so. Read are:
+
+- `summary.json` (`nvmm.training.summary`); `stages`, if there, lists the run directories this one
+  was started from, oldest first; else they are found by `init_from` of `config.yaml`.
+- `metrics.jsonl`, `validation.jsonl` (`nvmm.training.logger`), `config.yaml`, `overrides.yaml`.
+- `evaluation/<benchmark>/<checkpoint>/predictions.jsonl` (`nvmm.evaluate`; of each benchmark the
+  newest checkpoint), one held-out sample a line: {sample_id, source, kind (of the question),
+  question, answers: [...], prediction, score (1 is right)}, and for the samples to be drawn also
+  the fields that `picture_fields` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import datetime
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nvmm.report.charts import (
+    Series,
+    figure,
+    format_duration,
+    format_number,
+    line_chart,
+    log_switch_figure,
+)
+from nvmm.report.style import STYLE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from nvmm.batch import SampleMedia
+
+MAX_PICTURES = 12
+_STATS = {
+    "steps": "steps",
+    "samples_seen": "samples seen",
+    "train_seconds": "training time",
+    "tokens_per_second": "tokens a second",
+    "num_parameters": "parameters",
+    "world_size": "ranks",
+}
+_PICTURE_SIZE, _TILE_SIZE = 640, 112
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `run_dir/report.html` from the files of the run directory and return its path."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"run directory {run_dir} does not exist")
+    summary = _json(run_dir / "summary.json")
+    config = _yaml(run_dir / "config.yaml") or {}
+    steps = _lines(run_dir / "metrics.jsonl")
+    evaluations = _evaluations(run_dir)
+    earlier = stages(run_dir, summary, config)
+    about = config.get("run") or {}
+    name = str(about.get("name") or run_dir.name)
+    note = f"<p>{escape(str(about['note']))}</p>" if about.get("note") else ""
+    sections = {
+        "Held-out accuracy": _accuracy(summary, evaluations),
+        "Held-out pictures": _pictures([line for lines in evaluations.values() for line in lines]),
+        "Training": _training(steps, _lines(run_dir / "validation.jsonl")),
+        "Stages": _stages([*earlier, run_dir]) if earlier else None,
+        "Configuration": _configuration(run_dir, config, earlier),
+        "Run": _table(summary) if summary else _missing("summary.json", "training writes it"),
+    }
+    body = "".join(
+        f"<section><h2>{title}</h2>{content}</section>"
+        for title, content in sections.items()
+        if content is not None
+    )
+    written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body><main>"
+        f"<header><p class=eyebrow>nvmm training report</p><h1>{escape(name)}</h1>"
+        f"<p class=quiet>{escape(str(run_dir))}, written {escape(written)}</p>{note}</header>"
+        f"{_headline(summary, steps)}{body}</main></body></html>\n"
+    )
+    (run_dir / "report.html").write_text(page, encoding="utf-8")
+    return run_dir / "report.html"
+
+
+def picture_fields(members: Mapping[str, Any], media: SampleMedia) -> dict[str, Any]:
+    """What a line of `predictions.jsonl` needs for its first picture to be drawn.
+
+    Args:
+        members: of the shard's sample (extension -> bytes).
+        media: the tiles that a sample builder has cut from it.
+
+    Returns: {image: base64 PNG of the picture, tiles: [base64 PNG of each tile, the grid
+    row-major, then the thumbnail], grid: [cols, rows]}, pictures made smaller for the page;
+    empty if the sample has none.
+    """
+    from PIL.Image import fromarray
+
+    from nvmm.data.samples.decode import PICTURES
+    from nvmm.data.samples.images import choose_grid, decode_image
+
+    numbers = {}  # "png" alone, or numbered: "0.png", "1.png", ...
+    for name in members:
+        number, _, kind = name.rpartition(".")
+        if kind in PICTURES and (not number or number.isdecimal()):
+            numbers[name] = int(number or 0)
+    if not numbers:
+        return {}
+    first = min(numbers, key=numbers.__getitem__)
+    picture = decode_image(members[first], source=first)
+    own = media.items == 0
+    count = max(1, int((media.tiles[own] != 0).sum()))
+    grid = choose_grid(picture.width, picture.height, min_tiles=count, max_tiles=count)
+    tiles = [fromarray(tile.permute(1, 2, 0).numpy()) for tile in media.values[own]]
+    return {
+        "image": _encode(picture, _PICTURE_SIZE),
+        "tiles": [_encode(tile, _TILE_SIZE) for tile in tiles],
+        "grid": list(grid),
+    }
+
+
+def _encode(picture: Image, size: int) -> str:
+    picture = picture.convert("RGB")
+    picture.thumbnail((size, size))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def stages(run_dir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:
+    """Run directories this run's weights come from, oldest first."""
+    if "stages" in summary:
+        return [
+            path for s in summary["stages"] if (path := run_dir / s).resolve() != run_dir.resolve()
+        ]
+    found: list[Path] = []
+    while config.get("init_from"):
+        # init_from names a checkpoint: RUN_DIR/checkpoints/step_XXXXXXXX
+        path = Path(config["init_from"]).resolve().parent.parent
+        if path in found or path == run_dir.resolve() or not (path / "config.yaml").exists():
+            break
+        found.insert(0, path)
+        config = _yaml(path / "config.yaml") or {}
+    return found
+
+
+def _headline(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+    exact = summary.get("heldout_exact_match")
+    overall = exact.get("overall") if isinstance(exact, Mapping) else exact
+    loss = next((s["loss"] for s in reversed(steps) if s.get("loss") is not None), None)
+    stats = {
+        "held-out exact match": None if overall is None else f"{100 * overall:.1f} %",
+        "last training loss": None if loss is None else f"{loss:.4g}",
+        **{label: _stat(summary, key) for key, label in _STATS.items()},
+    }
+    items = (
+        f"<div class=stat><span>{label}</span><b>{value}</b></div>"
+        for label, value in stats.items()
+        if value is not None
+    )
+    return f"<div class=stats>{''.join(items)}</div>"
+
+
+def _stat(summary: Mapping[str, Any], key: str) -> str | None:
+    value = summary.get(key)
+    if value is None:
+        return None
+    return format_duration(value) if key == "train_seconds" else format_number(value)
+
+
+def _evaluations(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """Predictions by "benchmark, checkpoint", of each benchmark those of the newest checkpoint."""
+    newest: dict[str, Path] = {}
+    for path in sorted(run_dir.glob("evaluation/*/*/predictions.jsonl")):
+        newest[path.parent.parent.name] = path
+    return {f"{name}, {path.parent.name}": _lines(path) for name, path in newest.items()}
+
+
+def _accuracy(
+    summary: Mapping[str, Any], evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    tables = []
+    for name, predictions in evaluations.items():
+        scores: dict[str, list[float]] = {"overall": []}
+        for line in predictions:
+            for kind in ("overall", str(line["kind"])):
+                scores.setdefault(kind, []).append(float(line["score"]))
+        scores.pop("all", None)  # the kind of samples that have none
+        means = {kind: (sum(s) / len(s), str(len(s))) for kind, s in scores.items() if s}
+        tables.append(f"<h3>{escape(name)}</h3>{_accuracy_table(means)}")
+    if not tables and (exact := summary.get("heldout_exact_match")) is not None:
+        given = exact if isinstance(exact, Mapping) else {"overall": exact}
+        tables.append(_accuracy_table({kind: (mean, "–") for kind, mean in given.items()}))
+    return "".join(tables) or _missing("evaluation", "nvmm.evaluate writes it")
+
+
+def _accuracy_table(means: Mapping[str, tuple[float, str]]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(kind)}</th><td class=bar><i style='--share:{100 * mean:.1f}%'></i></td>"
+        f"<td class=num>{100 * mean:.1f} %</td><td class='num quiet'>{count}</td></tr>"
+        for kind, (mean, count) in means.items()
+    )
+    return (
+        "<table class=accuracy><thead><tr><th>question</th><th></th><th class=num>right</th>"
+        f"<th class=num>samples</th></tr></thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _pictures(predictions: Sequence[Mapping[str, Any]]) -> str:
+    if not predictions:
+        return _missing("evaluation", "nvmm.evaluate writes it")
+    drawn = [line for line in predictions if line.get("image") or line.get("tiles")]
+    cards = "".join(_card(line) for line in (drawn or predictions)[:MAX_PICTURES])
+    note = (
+        "The picture, the tiles the encoder sees (numbered in the order of the sequence, the"
+        " thumbnail last), and the model's answer."
+        if drawn
+        else "The predictions carry no pictures; the first answers:"
+    )
+    return f"<p class=quiet>{note}</p><div class=cards>{cards}</div>"
+
+
+def _card(line: Mapping[str, Any]) -> str:
+    right = float(line["score"]) >= 1
+    verdict = "✓ right" if right else "✗ wrong"
+    if 0 < float(line["score"]) < 1:
+        verdict = f"score {float(line['score']):.2f}"
+    answers = " or ".join(map(str, line.get("answers", [])))
+    source = str(line.get("source") or line.get("sample_id", ""))
+    return (
+        f"<article class='card {'right' if right else 'wrong'}'>"
+        f"<div class=shown>{_picture(line.get('image'), 'picture')}{_tiles(line)}</div>"
+        f"<dl><dt>Question</dt><dd>{escape(str(line.get('question', '')))}</dd>"
+        f"<dt>Answer</dt><dd>{escape(answers)}</dd>"
+        f"<dt>Model</dt><dd><b>{escape(str(line.get('prediction', ''))) or '(nothing)'}</b>"
+        f" <span class=verdict>{verdict}</span></dd></dl>"
+        f"<p class='quiet source'>{escape(source)}</p>"
+        "</article>"
+    )
+
+
+def _tiles(line: Mapping[str, Any]) -> str:
+    tiles = list(line.get("tiles") or [])
+    if not tiles:
+        return ""
+    if len(tiles) == 1:
+        return f"<figure>{_picture(tiles[0], 'tile')}<figcaption>1 tile</figcaption></figure>"
+    cols, rows = (int(n) for n in line.get("grid") or (len(tiles) - 1, 1))
+    cells = "".join(
+        f"<span class=cell>{_picture(tile, f'tile {i}')}<em>{i}</em></span>"
+        for i, tile in enumerate(tiles[: cols * rows], start=1)
+    )
+    thumbnails = (
+        f"<figure>{_picture(tile, 'thumbnail')}<figcaption>thumbnail</figcaption></figure>"
+        for tile in tiles[cols * rows :]
+    )
+    return (
+        f"<figure><div class=mosaic style='--cols:{cols}'>{cells}</div>"
+        f"<figcaption>{cols} x {rows} tiles</figcaption></figure>{''.join(thumbnails)}"
+    )
+
+
+def _picture(data: object, alt: str) -> str:
+    if not isinstance(data, str) or not _BASE64.fullmatch(data):
+        return ""
+    return f'<img class="{alt.split()[0]}" alt="{alt}" src="data:image/png;base64,{data}">'
+
+
+def _training(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> str:
+    if not steps:
+        return _missing("metrics.jsonl", "training writes it")
+    loss = _loss_series(steps, validations)
+    charts = [log_switch_figure("Loss", loss, label="loss", identity="main")]
+    panels = {
+        "Learning rate": ("learning_rate", "learning rate", True),
+        "Throughput": ("tokens_per_second", "tokens a second", True),
+        "Gradient norm": ("grad_norm", "norm before clipping", False),
+    }
+    for title, (key, label, from_zero) in panels.items():
+        points = [(s["step"], s.get(key)) for s in steps]
+        series = Series(label, points, noisy=key != "learning_rate")
+        chart = line_chart([series], label=label, from_zero=from_zero)
+        charts.append(figure(title, chart))
+    return f"<div class=charts>{''.join(charts)}</div>"
+
+
+def _loss_series(
+    steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
+) -> list[Series]:
+    series = [Series("training", [(s["step"], s.get("loss")) for s in steps], 0)]
+    if validations:
+        points = [(v["step"], v.get("validation_loss")) for v in validations]
+        series.append(Series("validation", points, 1, markers=True))
+    return series
+
+
+def _stages(runs: Sequence[Path]) -> str:
+    panels, rows = [], []
+    for i, run in enumerate(runs):
+        about = (_yaml(run / "config.yaml") or {}).get("run") or {}
+        name = str(about.get("name") or run.name)
+        summary = _json(run / "summary.json")
+        cells = [name, *(_stat(summary, key) for key in list(_STATS)[:3]), about.get("note")]
+        rows.append("<tr>" + "".join(f"<td>{escape(c or '–')}</td>" for c in cells) + "</tr>")
+        if run != runs[-1]:  # whose curves are above
+            series = _loss_series(_lines(run / "metrics.jsonl"), _lines(run / "validation.jsonl"))
+            title = f"{i + 1}. {name}"
+            panels.append(log_switch_figure(title, series, label="loss", identity=f"stage-{i}"))
+    return (
+        "<p class=quiet>Each stage starts from the weights of the one before; the last is this run."
+        "</p><table><thead><tr><th>stage</th><th>steps</th><th>samples</th><th>time</th><th>note</th></tr>"
+        f"</thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<div class=charts>{''.join(panels)}</div>"
+    )
+
+
+def _configuration(run_dir: Path, config: Mapping[str, Any], earlier: Sequence[Path]) -> str:
+    overrides = _yaml(run_dir / "overrides.yaml")
+    if overrides is None:
+        parts = [_missing("overrides.yaml", "training writes it")]
+    else:
+        lines = "\n".join(map(str, overrides)) or "(none)"
+        parts = [f"<p class=quiet>Given on the command line:</p><pre>{escape(lines)}</pre>"]
+    if not config:
+        return "".join([*parts, _missing("config.yaml", "training writes it")])
+    if earlier:
+        before, now = dict(_flat(_yaml(earlier[-1] / "config.yaml") or {})), dict(_flat(config))
+        rows = "".join(
+            f"<tr><th>{escape(key)}</th><td>{escape(str(before.get(key, '–')))}</td>"
+            f"<td>{escape(str(now.get(key, '–')))}</td></tr>"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        )
+        parts.append(
+            "<details><summary>What differs from the stage before</summary><div class=wide><table>"
+            "<thead><tr><th>key</th><th>stage before</th><th>this run</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table></div></details>"
+        )
+    text = (run_dir / "config.yaml").read_text(encoding="utf-8")
+    parts.append(f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>")
+    return "".join(parts)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = (
+        f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>"
+        for key, value in _flat(values)
+    )
+    return f"<div class=wide><table class=facts>{''.join(rows)}</table></div>"
+
+
+def _missing(name: str, writer: str) -> str:
+    return f"<p class=missing>{escape(name)} is not there ({escape(writer)}).</p>"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings by their dotted key."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield prefix, value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; a last line without its end (a run being written) is left out."""
+    if not path.exists():
+        return []
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in complete.split("\n") if line]
+
+
+def _scores(summary: Mapping[str, Any]) -> list[str]:
+    """The held-out exact match, overall and by question kind, as one line's parts."""
+    exact = summary.get("heldout_exact_match")
+    if not isinstance(exact, Mapping):
+        return []
+    shares = ", ".join(f"{kind} {value:.3f}" for kind, value in exact.items())
+    return [f"held-out exact match: {shares}"]
+
+
+def main() -> None:
+    """Entry point of `python -m nvmm.report`."""
+    parser = argparse.ArgumentParser(prog="nvmm.report", description="Write a run's report.html.")
+    parser.add_argument("run_dir", type=Path, help="run directory, as training printed it")
+    arguments = parser.parse_args()
+    try:
+        page = write_report(arguments.run_dir)
+        print(" | ".join([f"report: {page}", *_scores(_json(page.parent / "summary.json"))]))
+    except ValueError as error:
+        parser.error(str(error))

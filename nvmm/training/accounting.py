@@ -1,0 +1,119 @@
+"""What a run counts: tokens, samples, pictures and FLOPs of its steps, and of each dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.nn import Module
+
+from nvmm.batch import Batch
+from nvmm.modules.flops import segment_lengths
+from nvmm.parallel.broadcast import is_reader
+from nvmm.training.metrics import memory_peak_bytes
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave: the objective's reduced means, summed counters, norm and rate.
+
+    sample_ids: of all ranks, sorted, where the data ask for them to be logged.
+    """
+
+    metrics: dict[str, float]
+    counters: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    sample_ids: list[int] | None = None
+
+
+class Accounting:
+    """Counts of one run.
+
+    Args:
+        data: counts its datasets (`count`) and stops a run with too many bad samples (`check_bad`).
+        model: this rank's first chunk, which knows its FLOPs.
+        peak_flops: of one device, for the utilisation; None where it is not known.
+    """
+
+    def __init__(self, data: Any, model: Module, peak_flops: float | None) -> None:
+        self.data = data
+        self.model: Any = model
+        self.peak_flops = peak_flops
+        self.totals: dict[str, Any] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
+        self.totals["datasets"] = {}
+
+    def count(self, batches: list[Batch]) -> dict[str, float]:
+        """What this rank adds to the step's counters: its replica's batches where it reads them.
+
+        Every context-parallel rank's group reads the same batches: the first one counts.
+        """
+        names = ("tokens", "places", "samples", "images", "tiles", "language", "vision")
+        counts = dict.fromkeys(names, 0.0)
+        if not _speaks_for_replica():
+            return counts | self.data.count([])
+        for batch in batches:
+            lengths = segment_lengths(batch)
+            counts["tokens"] += sum(lengths)
+            counts["places"] += batch.tokens.numel()
+            counts["samples"] += int((batch.sample_ids >= 0).sum())
+            images, tiles = batch.count_media().sum(1).tolist()
+            counts["images"] += images
+            counts["tiles"] += tiles
+            for part, flops in self.model.flops(batch).items():
+                counts[part] += flops
+        return counts | self.data.count(batches)
+
+    def add(self, counters: dict[str, float]) -> None:
+        """Add a step's counters, summed over all ranks; too many bad samples stop the run."""
+        self.totals["samples"] += int(counters["samples"])
+        self.totals["tokens"] += int(counters["tokens"])
+        datasets = self.totals["datasets"]
+        for name in self.data.count([]):
+            dataset, _, what = name.rpartition("/")
+            of_dataset = datasets.setdefault(dataset, {})
+            of_dataset[what] = of_dataset.get(what, 0) + int(counters[name])
+        self.data.check_bad(datasets)
+
+    def sample_ids(self, batches: list[Batch]) -> list[int]:
+        """Ids of the samples of this step on all ranks, those of holes negative; collective."""
+        own: list[int] = []
+        if _speaks_for_replica():
+            own = [i for batch in batches for i in batch.sample_ids.tolist()]
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return sorted(i for ids in found for i in ids)
+
+    def record(self, step: int, seconds: dict[str, float], result: StepResult) -> dict[str, Any]:
+        """A step as one object of metrics.jsonl."""
+        counts = {
+            f"num_{n}": int(result.counters[n]) for n in ("tokens", "samples", "images", "tiles")
+        }
+        flops = {part: result.counters[part] for part in ("language", "vision")}
+        peak = self.peak_flops
+        elapsed = seconds["step_seconds"]
+        record = {
+            "step": step,
+            "loss": result.metrics["loss"],
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            **counts,
+            "packing_efficiency": counts["num_tokens"] / result.counters["places"],
+            "tokens_per_second": counts["num_tokens"] / elapsed,
+            "samples_per_second": counts["num_samples"] / elapsed,
+            **seconds,
+            "memory_peak_bytes": memory_peak_bytes(),
+            "skipped_steps": self.totals["skipped_steps"],
+            "model_flops": flops,
+            "mfu": sum(flops.values()) / (elapsed * peak * dist.get_world_size()) if peak else None,
+            "datasets": self.totals["datasets"],
+        }
+        if result.sample_ids is not None:
+            record["sample_ids"] = result.sample_ids
+        return record | result.metrics
+
+
+def _speaks_for_replica() -> bool:
+    return is_reader() and parallel_state.get_context_parallel_rank() == 0

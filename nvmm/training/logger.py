@@ -1,0 +1,194 @@
+"""Where a run's numbers go: log files, TensorBoard, W&B and a progress line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from nvmm.training.summary import finite, replace_text
+
+_LINE_SECONDS = 10.0
+
+
+_LINE_FORMAT = (
+    "{desc}: step {n_fmt}/{total_fmt} ({percentage:.0f}%),"
+    " {elapsed} gone, {remaining} left{postfix}"
+)
+
+
+class Logger:
+    """Writes a run's log files and its progress line. Does nothing where it is not enabled.
+
+    Args:
+        tensorboard: also write event files to `run_dir/tensorboard`.
+        wandb: also log to Weights & Biases; offline (`run_dir/wandb`) unless logged in.
+        wandb_project: its project.
+        run_dir: the run directory, which exists.
+        config: the resolved config, shown by wandb.
+        run_name: the run's name on the progress line and in wandb.
+        enabled: True on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        wandb_project: str = "nvmm",
+        *,
+        run_dir: str | Path,
+        config: Mapping[str, Any],
+        run_name: str,
+        enabled: bool,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_name = run_name
+        self.enabled = enabled
+        self._done = 0
+        self._files: dict[str, TextIO] = {}
+        self._progress: tqdm | None = None
+        self._config = config
+        self._use_tensorboard = tensorboard
+        self._wandb_project = wandb_project if wandb else None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        for package, wanted in {"tensorboard": tensorboard, "wandb": wandb}.items():
+            # On every rank: one that stops alone would leave the others waiting.
+            if wanted and find_spec(package) is None:
+                raise ValueError(f"logger.{package}=true needs a package: pip install {package}")
+
+    def resume(self, step: int) -> None:
+        """Go on after `step` steps: lines that a run left behind its last checkpoint are dropped.
+
+        Without this call the run starts at 0 and its files anew.
+        """
+        self._done = step
+
+    def step(self, record: Mapping[str, Any], max_steps: int) -> None:
+        """Log one step: `record["step"]` steps of `max_steps` are done."""
+        if not self.enabled:
+            return
+        self._write("metrics.jsonl", record)
+        shown = {"loss": record["loss"], "tokens/s": record["tokens_per_second"]}
+        postfix = {name: f"{value:.4g}" for name, value in shown.items()}
+        if self._progress is None:
+            self._progress = _progress(self.run_name, record["step"], max_steps, postfix)
+        self._progress.set_postfix(postfix, refresh=False)
+        self._progress.update(record["step"] - self._progress.n)
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log a validation after `step`: {"step", "validation_<name>": mean of each metric}."""
+        if self.enabled:
+            record = {f"validation_{name}": value for name, value in metrics.items()}
+            self._write("validation.jsonl", {"step": step, **record})
+
+    def close(self) -> None:
+        """Flush and close everything. Idempotent."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        if self._progress is not None:
+            self._progress.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._progress = self._tensorboard = self._wandb = None
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        if not self._files:
+            self._open()
+        self._files[name].write(json.dumps(finite(record), allow_nan=False) + "\n")
+        self._files[name].flush()
+        self._done = record["step"]
+        scalars = dict(_scalars(record))
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
+
+    def _open(self) -> None:
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            path = self.run_dir / name
+            _drop_after(path, self._done)
+            self._files[name] = path.open("a", encoding="utf-8")
+        if self._use_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(self.run_dir / "tensorboard")
+            self._tensorboard = SummaryWriter(folder, purge_step=self._done + 1)
+        if self._wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=self._wandb_project,
+                name=self.run_name,
+                id=re.sub(r"[^\w.-]+", "-", f"{self.run_name}-{self.run_dir.name}"),
+                resume="allow",
+                dir=str(self.run_dir),
+                config=dict(self._config),
+                mode=None if wandb.login(prompt=False) else "offline",
+            )
+
+
+def _progress(name: str, step: int, max_steps: int, postfix: dict[str, str]) -> tqdm:
+    terminal = sys.stderr.isatty()
+    return _Progress(
+        total=max_steps,
+        initial=step,
+        desc=name,
+        unit="step",
+        postfix=postfix,
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        mininterval=0.1 if terminal else _LINE_SECONDS,
+        miniters=1,
+        dynamic_ncols=terminal,
+        bar_format=None if terminal else _LINE_FORMAT,
+    )
+
+
+class _Progress(tqdm):
+    # tqdm's monitor is a thread, and a process that forks should have none; miniters=1 needs none.
+    monitor_interval = 0
+
+
+class _Lines:
+    """Turns tqdm's redrawn line into one line a refresh, for log files."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self._stream.write(line + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the complete lines of `path` up to `step`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A process that died while writing leaves a last line without its end.
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    replace_text(path, "".join(kept))
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of a nested record by their path: ("model_flops/vision", 1.0)."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif value is not None and key not in ("step", "sample_ids"):
+            yield f"{prefix}{key}", value

@@ -1,0 +1,303 @@
+"""mcore's distributed optimizer over frozen and grouped parameters, with our AdamW and norms."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from nvmm.kernels.adamw import FusedAdam
+from nvmm.kernels.multi_tensor import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
+from nvmm.parallel.collectives import gather
+from nvmm.parallel.parameters import match, sharded_parameters, unmatched
+from nvmm.parallel.setup import Parallel, Precision
+from nvmm.training.optim import MOMENTS, Group, Optim, learning_rate
+
+
+def freeze(models: Sequence[Module], patterns: Sequence[str]) -> list[str]:
+    """Set requires_grad to False by pattern, before `wrap`: frozen parameters then hold no
+    gradient buffer, fp32 copy or optimizer state. Collective; returns the whole model's frozen
+    global names. Raises ValueError for a pattern that matches nothing on any pipeline stage.
+    """
+    parameters = sharded_parameters(models)
+    names = _union(parameter.name for parameter in parameters)
+    _refuse_unmatched("optim.freeze", patterns, names)
+    for parameter in parameters:
+        if any(match(pattern, parameter.name) for pattern in patterns):
+            parameter.parameter.requires_grad_(False)
+    return [name for name in names if any(match(pattern, name) for pattern in patterns)]
+
+
+def wrap(models: Sequence[Module], parallel: Parallel, precision: Precision) -> list[Any]:
+    """mcore's DistributedDataParallel around each chunk, always for the distributed optimizer:
+    its plain optimizer writes another checkpoint format.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+    )
+    return [
+        # Only the first chunk's reduction is on the critical path of an interleaved schedule.
+        DistributedDataParallel(model.config, config, model, disable_bucketing=index > 0)  # type: ignore[arg-type]
+        for index, model in enumerate(models)
+    ]
+
+
+def install_adam(moments_dtype: torch.dtype = torch.float32) -> None:
+    """Make mcore build `FusedAdam`: it picks TE's, Apex's or torch's at import and takes no
+    argument. torch's keeps a step in every parameter's state, which mcore cannot load afresh.
+    Raises AttributeError when this mcore has other names.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    adam = functools.partial(FusedAdam, moments_dtype=moments_dtype)
+    _replace(optimizer, "its Adam", Adam=adam, USING_PYTORCH_OPTIMIZER=False)
+    names = {"Adam": FusedAdam, "HAVE_APEX_OR_TE": True, "USING_APEX_OPTIMIZER": True}
+    _replace(distrib_optimizer, "its Adam", **names)
+
+
+def install_multi_tensor() -> None:
+    """Give mcore our norm and scaling of gradient lists in the place of TE's, Apex's or its own
+    loops, so that every machine computes alike. Raises AttributeError when this mcore has other
+    names. Megatron FSDP, which nvmm does not use, keeps its own.
+    """
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+
+    names = {
+        "multi_tensor_applier": multi_tensor_applier,
+        "multi_tensor_scale_impl": multi_tensor_scale,
+    }
+    _replace(optimizer, "its scaling of lists", **names)
+    _replace(clip_grads, "its gradient norm", l2_norm_impl=multi_tensor_l2norm, **names)
+
+
+def _replace(module: ModuleType, what: str, **values: Any) -> None:
+    for name, value in values.items():
+        if not hasattr(module, name):
+            raise AttributeError(
+                f"{module.__name__}.{name} is gone from megatron-core: {what} cannot be replaced"
+            )
+        setattr(module, name, value)
+
+
+def build_optimizer(
+    ddp_models: Sequence[Any], optim: Optim, precision: Precision, max_steps: int
+) -> Optimizer:
+    """mcore's distributed optimizer over the trainable parameters of `wrap`ped chunks.
+
+    Collective: patterns are matched against the whole model. Raises ValueError for a pattern of
+    `optim.no_decay` that matches nothing, of `optim.groups` that matches nothing trainable, for a
+    parameter in two groups, and when nothing is trainable.
+    """
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    install_adam(MOMENTS[optim.moments_dtype])
+    install_multi_tensor()
+    groups = optim.param_groups()
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.learning_rate,
+        min_lr=optim.min_learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=precision.dtype == "bf16",
+        params_dtype=precision.torch_dtype,
+        use_distributed_optimizer=True,
+    )
+    mcore = get_megatron_optimizer(
+        config,
+        list(ddp_models),
+        config_overrides=_overrides(ddp_models, optim, groups),
+        use_gloo_process_groups=False,
+    )
+    return Optimizer(mcore, optim, groups, max_steps)
+
+
+def _overrides(
+    ddp_models: Sequence[Any], optim: Optim, groups: list[Group]
+) -> dict[Any, dict[str, float]]:
+    """mcore's param-group overrides, by parameter: mcore itself passes names local to a stage.
+
+    Group i carries lr_mult = i + 1. mcore 0.16.1 reads that number nowhere but tells groups apart
+    by it when it loads a state; without it all groups would get one of their learning rates.
+    """
+    from megatron.core.optimizer import ParamKey, ParamPredicate
+
+    parameters = sharded_parameters([model.module for model in ddp_models])
+    _refuse_unmatched("optim.no_decay", optim.no_decay, _union(p.name for p in parameters))
+    trainable = _union(p.name for p in parameters if p.parameter.requires_grad)
+    if not trainable:
+        raise ValueError(f"optim.freeze={list(optim.freeze)} leaves nothing to train")
+    patterns = [group.pattern for group in groups if group.pattern is not None]
+    _refuse_unmatched("optim.groups", patterns, trainable, "no trainable parameter")
+    for name in trainable:
+        several = [pattern for pattern in patterns if match(pattern, name)]
+        if len(several) > 1:
+            raise ValueError(f"optim.groups: {name} matches more than one pattern: {several}")
+
+    members: list[set[int]] = [set() for _ in groups]
+    undecayed: set[int] = set()
+    for p in parameters:
+        for index, group in enumerate(groups):
+            if group.pattern is not None and match(group.pattern, p.name):
+                members[index].add(id(p.parameter))
+        vector = p.parameter.dim() == 1 or p.name.endswith(".bias")
+        if vector or any(match(pattern, p.name) for pattern in optim.no_decay):
+            undecayed.add(id(p.parameter))
+
+    def key(name: str, identities: set[int]) -> Any:
+        return ParamKey(predicate=ParamPredicate(name=name, fn=lambda p: id(p) in identities))
+
+    overrides = {
+        key(f"group {index}", members[index]): {
+            "lr_mult": float(index + 1),
+            "max_lr": group.learning_rate,
+            "min_lr": group.min_learning_rate,
+        }
+        for index, group in enumerate(groups)
+        if group.pattern is not None
+    }
+    overrides[key("no decay", undecayed)] = {"wd_mult": 0.0}
+    return overrides
+
+
+class Optimizer:
+    """One step in two halves, so that the norm is known before any parameter changes.
+
+    Every method but `set_step` is collective. `mcore` is megatron-core's ChainedOptimizer around
+    its DistributedOptimizer; `distributed` is the latter.
+    """
+
+    def __init__(self, mcore: Any, optim: Optim, groups: list[Group], max_steps: int) -> None:
+        self.mcore = mcore
+        self.distributed = mcore.chained_optimizers[0]
+        self.optim = optim
+        self.groups = groups
+        self.decay_steps = optim.decay_steps or max_steps
+        self.grad_norm = 0.0
+        self.adam: FusedAdam = self.distributed.optimizer
+        self.adam.initialize_state()
+        for group in mcore.param_groups:
+            group["weight_decay"] = self._group(group).weight_decay * group["wd_mult"]
+        self.set_step(0)
+
+    def _group(self, group: dict[str, Any]) -> Group:
+        return self.groups[int(group["lr_mult"]) - 1]
+
+    def set_step(self, step: int) -> float:
+        """Set every group's learning rate for 0-based `step`; return the default group's."""
+        rates = [
+            learning_rate(
+                step,
+                peak=group.learning_rate,
+                floor=group.min_learning_rate,
+                warmup_steps=self.optim.warmup_steps,
+                decay_steps=self.decay_steps,
+                schedule=self.optim.schedule,
+            )
+            for group in self.groups
+        ]
+        for group in self.mcore.param_groups:
+            group["lr"] = rates[int(group["lr_mult"]) - 1]
+        return rates[0]
+
+    def zero_grad(self) -> None:
+        """Clear the gradients before a forward pass, DDP's buffers included."""
+        for model in self.mcore.model_chunks:
+            model.zero_grad_buffer()
+        self.mcore.zero_grad()
+
+    def prepare(self) -> float:
+        """Take over the reduced gradients; return their global L2 norm, unclipped, the same on
+        every rank. Each parameter counts once, however many ranks hold it.
+        """
+        self.mcore.prepare_grads()
+        self.grad_norm = float(self.mcore.get_grad_norm())
+        return self.grad_norm
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Clip by the norm of `prepare` and update the parameters."""
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        parameters = self.distributed.get_parameters()
+        if self.optim.clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, self.optim.clip_grad, self.grad_norm)
+        self.mcore.step_with_ready_grads()
+
+    def discard(self) -> None:
+        """Drop the prepared gradients: parameters and optimizer state stay as they are."""
+        self.mcore.zero_grad()
+
+    def step(self) -> tuple[bool, float]:
+        """`prepare`, then `apply` if the norm is finite, else `discard`. (applied, norm)."""
+        norm = self.prepare()
+        finite = math.isfinite(norm)
+        if finite:
+            self.apply()
+        else:
+            self.discard()
+        return finite, norm
+
+    def reload_parameters(self) -> None:
+        """Take the fp32 master weights from the model again, after it loaded other weights."""
+        self.mcore.reload_model_params()
+
+    def sharded_state_dict(
+        self, model_state: dict[str, Any], is_loading: bool, sharding_type: str
+    ) -> dict[str, Any]:
+        """The sharded tensors of master weights and running means: nothing but tensors.
+
+        mcore's own adds its param groups and bucket sizes, pickled; learning rates and decays are
+        the config's here, and the step is `num_steps`.
+        """
+        from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+
+        state = self.mcore.sharded_state_dict(
+            model_state, is_loading, metadata={"distrib_optim_sharding_type": sharding_type}
+        )["param_state"]
+        for key, value in state.items():
+            if isinstance(value, ShardedObject):
+                state[key] = LocalNonpersistentObject(value.data)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], sharding_type: str, num_steps: int) -> None:
+        """Load what `sharded_state_dict` described. num_steps: updates made so far."""
+        self.mcore.load_state_dict(
+            self.mcore.state_dict()
+            | {"param_state": state, "param_state_sharding_type": sharding_type}
+        )
+        for group in self.mcore.param_groups:
+            group["step"] = num_steps
+
+    @property
+    def num_steps(self) -> int:
+        """Updates made so far: AdamW's bias correction. Skipped steps do not count."""
+        return int(self.mcore.param_groups[0]["step"])
+
+
+def _union(names: Iterable[str]) -> list[str]:
+    return sorted({name for rank in gather(dict.fromkeys(names)) for name in rank})
+
+
+def _refuse_unmatched(
+    key: str, patterns: Sequence[str], names: Sequence[str], what: str = "no parameter"
+) -> None:
+    lost = unmatched(patterns, names)
+    if lost:
+        raise ValueError(f"{key}: {lost} matches {what}; names are like {', '.join(names[:3])}")

@@ -1,0 +1,106 @@
+"""Where a run begins: at step 0 from the seed or from given weights, or where it stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.nn import Module
+
+from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.files import find, latest, read_state, require_resumable
+from nvmm.checkpoint.load import load, load_scales, load_weights
+from nvmm.config.changes import Change, compare
+from nvmm.modules.fp8_scales import Scaling
+from nvmm.training.optimizer import Optimizer
+
+log = logging.getLogger("nvmm")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    step: optimizer steps done. position: where the data order stands, None at its beginning.
+    counters: what the run has counted so far. base: the checkpoint whose frozen weights this run's
+    checkpoints leave out (LoRA). checkpoint: what was loaded, and whether it was a resume.
+    """
+
+    step: int = 0
+    position: dict[str, Any] | None = None
+    counters: dict[str, Any] = field(default_factory=dict)
+    base: Base | None = None
+
+
+def start(
+    run_dir: Path,
+    chunks: list[Module],
+    optimizer: Optimizer,
+    scaling: Scaling,
+    *,
+    config: dict[str, Any],
+    tokenizer_digest: str,
+    resume: str,
+    init_from: str | None,
+    adapts: bool,
+    command: str,
+    say: Callable[[str], None],
+) -> Start:
+    """Fill model and optimizer with what the run begins from; collective.
+
+    Args:
+        config: the run's; a resume compares it with the checkpoint's.
+        resume: "auto", "never", or the checkpoint or run directory to go on from.
+        init_from: the checkpoint whose weights a new run starts from.
+        adapts: whether the run trains adapters on what `init_from` gives.
+        command: the command that resumes this run, for the log.
+
+    Raises ValueError when the checkpoint is of another model or config, or `resume=never` and the
+    run has one.
+    """
+    path = checkpoint_to_resume(run_dir, resume)
+    if path is None:
+        base = None
+        if init_from is not None:
+            path = find(init_from)
+            missing = load_weights(path, chunks)
+            optimizer.reload_parameters()
+            base = Base.of(path) if adapts else None
+            say(f"weights from {path}; not in it: {missing or 'none'}")
+        say(f"starting {run_dir} from step 0; resume it with: {command}")
+        return Start(base=base)
+    require_resumable(path)
+    state = read_state(path)
+    refused, notable = compare(state["config"], config)
+    if state["tokenizer_digest"] != tokenizer_digest:
+        refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer_digest))
+    if refused:
+        listing = "\n  ".join(map(str, refused))
+        raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
+    moved = Path(init_from).expanduser() if init_from is not None else None
+    base = Base.saved(state)
+    base = base.located(moved) if base is not None else None
+    load(path, chunks, optimizer, moved)
+    fresh = load_scales(path, scaling)
+    if fresh:
+        say(f"{path.name} lacks {len(fresh)} FP8 scales, which start anew: {fresh[:3]} ...")
+    for change in notable:
+        say(f"changed since {path.name}: {change}")
+    say(f"resuming {path} at step {state['step']}; again with: {command}")
+    return Start(int(state["step"]), state["position"], state["counters"], base)
+
+
+def checkpoint_to_resume(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `resume` asks for, None for a new run; collective."""
+    newest = latest(run_dir / "checkpoints")
+    if resume == "never":
+        if newest is not None:
+            raise ValueError(
+                f"resume=never, but {run_dir} already has {newest.name}; use resume=auto"
+                " or another run.dir"
+            )
+        return None
+    return newest if resume == "auto" else find(resume)

@@ -1,0 +1,77 @@
+"""summary.json of a run: what it took, and on which machine and revision."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nvmm.training.metrics import device_name
+
+
+def update_summary(run_dir: str | Path, **values: Any) -> dict[str, Any]:
+    """Merge `values` into `run_dir/summary.json` (whole, or not at all) and return it.
+
+    Training writes train_seconds, steps, samples_seen, tokens_per_second, num_parameters,
+    world_size, git_revision, machine; evaluation adds heldout_exact_match
+    ({"overall": ..., question kind: ...}).
+    """
+    path = Path(run_dir) / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    summary.update(values)
+    replace_text(path, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+    return summary
+
+
+def git_revision() -> str | None:
+    """Commit of the checkout this package runs from ("-dirty" if changed), None outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(FileNotFoundError):
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return result.stdout.strip() or None
+    return None
+
+
+def machine() -> dict[str, str | int]:
+    """What this rank runs on."""
+    return {
+        "device": device_name() or _processor(),
+        "cpu_cores": os.cpu_count() or 1,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole, or leave the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: a non-finite number is null."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

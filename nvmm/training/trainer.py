@@ -1,0 +1,488 @@
+"""The training loop, readable from top to bottom: fit, train_step, validate."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shlex
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.nn import Module
+
+from nvmm.batch import Batch
+from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.save import Checkpoint
+from nvmm.modules.fp8_scales import Scaling
+from nvmm.modules.lora import Lora
+from nvmm.objectives.objective import Objective
+from nvmm.parallel import context_parallel, generators, schedule
+from nvmm.parallel.broadcast import broadcast_batches, is_reader
+from nvmm.parallel.gradients import GradientCheck
+from nvmm.parallel.parameters import build_chunks, sharded_parameters
+from nvmm.parallel.setup import Parallel, Precision
+from nvmm.training.accounting import Accounting, StepResult
+from nvmm.training.logger import Logger
+from nvmm.training.metrics import peak_flops, reduce_counters, reduce_metrics
+from nvmm.training.optim import Optim
+from nvmm.training.optimizer import Optimizer, build_optimizer, freeze, wrap
+from nvmm.training.start import start
+
+log = logging.getLogger("nvmm")
+
+
+class Trainer:
+    """Trains one model with one objective on one dataset.
+
+    Args:
+        max_steps: optimizer steps of the whole run.
+        global_batch_size: samples per step over all data-parallel ranks and micro-batches; packs
+            where the data are packed.
+        micro_batch_size: samples, or packs, per forward pass of one rank.
+        log_interval: steps between lines of metrics.jsonl.
+        validation_interval: steps between validations (None: never).
+        validation_batches: global batches of one validation (None: the whole split once).
+        max_minutes: save and stop after this wall time.
+        profile: [start, stop] steps of a torch profiler trace.
+        on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the step.
+        run_dir: where everything is written; config: the resolved config; overrides: the command
+            line's, for the message that says how to resume.
+        lora: adapters; all of the base but what it names is then frozen.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        global_batch_size: int,
+        micro_batch_size: int = 1,
+        log_interval: int = 1,
+        validation_interval: int | None = None,
+        validation_batches: int | None = None,
+        max_minutes: float | None = None,
+        profile: list[int] | None = None,
+        on_nonfinite: str = "stop",
+        *,
+        model: Callable[..., Module],
+        objective: Objective,
+        optim: Optim,
+        data: Any,
+        parallel: Parallel,
+        precision: Precision,
+        checkpoint: Checkpoint,
+        logger: Logger,
+        run_dir: Path,
+        config: dict[str, Any],
+        overrides: list[str] | None = None,
+        lora: Lora | None = None,
+        backend: str = "native",
+        seed: int = 1234,
+        resume: str = "auto",
+        init_from: str | None = None,
+    ) -> None:
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"trainer.on_nonfinite={on_nonfinite} must be stop or skip")
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        if global_batch_size % (micro_batch_size * self.data_parallel_size):
+            raise ValueError(
+                f"trainer.global_batch_size={global_batch_size} must be a multiple of"
+                f" trainer.micro_batch_size={micro_batch_size} x data parallel size"
+                f" {self.data_parallel_size}"
+            )
+        self.max_steps = max_steps
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.log_interval = log_interval
+        self.validation_interval = validation_interval
+        self.validation_batches = validation_batches
+        self.max_minutes = max_minutes
+        self.profile = profile
+        self.on_nonfinite = on_nonfinite
+        self.objective = objective
+        self.data = data
+        self.parallel = parallel
+        self.precision = precision
+        self.checkpoint = checkpoint
+        self.logger = logger
+        self.run_dir = run_dir
+        self.config = config
+        self.overrides = overrides or []
+        self.resume = resume
+        self.init_from = init_from
+
+        adapt = None if lora is None else lora.attach
+        self.chunks: list[Any] = build_chunks(model, parallel, precision, backend, seed, adapt)
+        self.frozen = freeze(self.chunks, optim.freeze)
+        if lora is not None:
+            lora.freeze(self.chunks)
+        self.scaling = Scaling(self.chunks, precision.fp8)
+        self.models = wrap(self.chunks, parallel, precision)
+        self.optimizer: Optimizer = build_optimizer(self.models, optim, precision, max_steps)
+        self.device = next(self.chunks[0].parameters()).device
+        self.accounting = Accounting(data, self.chunks[0], peak_flops(precision.torch_dtype))
+        self.position: dict[str, Any] | None = None
+        self.lora = lora
+        self.base: Base | None = None
+        self.started = time.monotonic()
+        self._stop_signal = 0
+        self._configure_schedule()
+
+    def fit(self, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Train to max_steps (or a signal, or max_minutes); return the run's summary.
+
+        `started` is called once nothing refuses the start or the resume any more.
+        """
+        first = self._start()
+        started()
+        step = first
+        batches = self._batches("train", first)
+        self._catch_signals()
+        stalled = 0.0
+        with self._profiler() as profiler:
+            while step < self.max_steps:
+                begin = time.monotonic()
+                micro_batches = next(batches)
+                waited = time.monotonic() - begin
+                if step == first:
+                    self._say_payload(micro_batches)
+                result = self.train_step(step, micro_batches, check=step == first)
+                step += 1
+                profiler.step()
+                seconds = {
+                    "step_seconds": time.monotonic() - begin + stalled,
+                    "data_wait_seconds": waited,
+                    "checkpoint_stall_seconds": stalled,
+                }
+                # Before the save: what a checkpoint has is in the log, whatever kills the run.
+                self._log_step(step, seconds, result)
+                stalled = self._save_if_due(step)
+                if self.validation_interval and step % self.validation_interval == 0:
+                    self.validate(step)
+                if self._must_stop():
+                    break
+        self._finish(step)
+        return self._summary(first, step)
+
+    def train_step(self, step: int, batches: list[Batch], *, check: bool = False) -> StepResult:
+        """One optimizer step over this rank's micro-batches.
+
+        Counts, forward and backward, the decision on non-finite numbers (the same on all ranks),
+        the update. With `check`, a trainable parameter that was used but got no gradient stops
+        the run.
+        """
+        with GradientCheck(self.chunks) if check else contextlib.nullcontext() as gradients:
+            metrics = self.forward_backward(batches)
+        if gradients is not None:
+            gradients.raise_on_missing()
+        counters = reduce_counters(self.accounting.count(batches), self.device)
+        grad_norm, learning_rate = self.update(step, metrics["loss"], batches)
+        self.accounting.add(counters)
+        sample_ids = self.accounting.sample_ids(batches) if self.data.log_samples else None
+        return StepResult(metrics, counters, grad_norm, learning_rate, sample_ids)
+
+    def update(self, step: int, loss: float, batches: list[Batch]) -> tuple[float, float]:
+        """Apply the gradients, unless the loss or their norm is not finite; the same everywhere.
+
+        Returns the gradient norm before clipping and the learning rate.
+        """
+        learning_rate = self.optimizer.set_step(step)
+        grad_norm = self.optimizer.prepare()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.apply()
+            self.scaling.update()
+        elif self.on_nonfinite == "skip":
+            self.optimizer.discard()
+            self.scaling.discard()
+            self.accounting.totals["skipped_steps"] += 1
+        else:
+            raise FloatingPointError(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; samples of this rank"
+                f" {[batch.sample_ids.tolist() for batch in batches]}"
+            )
+        return grad_norm, learning_rate
+
+    def forward_backward(self, batches: list[Batch]) -> dict[str, float]:
+        """Fill the gradients of one step and return its metrics, reduced over all ranks."""
+        self.optimizer.zero_grad()
+        batches, surrogate = self._prepare(batches)
+        outputs = schedule.run_schedule(
+            self.models, batches, self._forward_step, forward_only=False
+        )
+        return reduce_metrics(outputs, self.device) | surrogate
+
+    def _prepare(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        prepare = getattr(self.objective, "prepare", None)
+        return (batches, {}) if prepare is None else prepare(self.run, batches)
+
+    def _forward_step(self, batches: Iterator[Batch], model: Module) -> tuple[Tensor, Any]:
+        """The single adapter to mcore's schedules."""
+        batch = next(batches)
+        own = context_parallel.share(batch)
+        return self.objective.forward(model, batch), partial(self.objective.loss, batch=own)
+
+    def run(self, batches: list[Batch], weights: str = "current") -> list[Tensor]:
+        """A forward-only pass for `Objective.prepare`: outputs per micro-batch on the last stage.
+
+        The random numbers of the training pass that follows are the ones used here.
+        """
+        if weights != "current":
+            raise ValueError(f"weights={weights}: only the current weights are kept")
+
+        with generators.replayed():
+            return schedule.outputs(self.models, batches, self.objective.forward)
+
+    def validate(self, step: int) -> dict[str, float]:
+        """Mean of the objective's metrics over held-out batches; weights are left alone.
+
+        A loss over the whole batch is one here too: `Objective.prepare` runs as in training.
+        """
+        count = -(-len(self.data.validation) // self.global_batch_size)
+        count = min(count, self.validation_batches or count)
+        batches = self._batches("validation", 0)
+        for model in self.models:
+            model.eval()
+        outputs: list[dict[str, Tensor]] = []
+        surrogates: list[dict[str, float]] = []
+        with torch.no_grad(), self._gathered_parameters():
+            for _ in range(count):
+                prepared, surrogate = self._prepare(next(batches))
+                outputs += schedule.run_schedule(
+                    self.models, prepared, self._forward_step, forward_only=True
+                )
+                surrogates.append(surrogate)
+        for model in self.models:
+            model.train()
+        means = {
+            name: fmean(each[name] for each in surrogates) for name in next(iter(surrogates), {})
+        }
+        metrics = reduce_metrics(outputs, self.device) | means
+        self.logger.validation(step, metrics)
+        return metrics
+
+    # -- schedule ---------------------------------------------------------------------------
+
+    def _configure_schedule(self) -> None:
+        """Give mcore's schedule our gradient finalisation and DDP's overlap hooks."""
+        config = self.chunks[0].config
+        config.finalize_model_grads_func = schedule.finalize_model_grads
+        if self.parallel.overlap_grad_reduce:
+            several = len(self.models) > 1
+            no_sync = [model.no_sync for model in self.models]
+            config.no_sync_func = no_sync if several else no_sync[0]
+            if several:
+                config.grad_sync_func = [model.start_grad_sync for model in self.models]
+        for chunk in self.chunks[1:]:
+            for name in ("finalize_model_grads_func", "no_sync_func", "grad_sync_func"):
+                setattr(chunk.config, name, getattr(config, name))
+
+    @contextlib.contextmanager
+    def _gathered_parameters(self) -> Iterator[None]:
+        """With overlapped parameter gathers, complete them and pause the hooks."""
+        if not self.parallel.overlap_param_gather:
+            yield
+            return
+        for model in self.models:
+            model.disable_forward_pre_hook(param_sync=True)
+        yield
+        for model in self.models:
+            model.enable_forward_pre_hook()
+
+    # -- data -------------------------------------------------------------------------------
+
+    def _batches(self, split: str, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step from `start` on, read once per replica."""
+        source: Iterator[list[Batch]] | None = None
+        if is_reader():
+            source = self.data.batches(
+                split=split,
+                global_batch_size=self.global_batch_size,
+                micro_batch_size=self.micro_batch_size,
+                rank=parallel_state.get_data_parallel_rank(),
+                size=self.data_parallel_size,
+                start=start,
+                position=self.position if split == "train" else None,
+                pad_multiple=self.precision.sequence_multiple(self.parallel),
+                segment_multiple=self.parallel.segment_multiple,
+            )
+        while True:
+            read, error = None, None
+            if source is not None:
+                try:
+                    read = next(source)
+                except (ValueError, OSError) as failure:
+                    error = str(failure)
+            yield broadcast_batches(read, error, self.device)
+
+    # -- start, save, stop ------------------------------------------------------------------
+
+    def _start(self) -> int:
+        """Resume, or start from `init_from` or from the seed; return the first step."""
+        begin = start(
+            self.run_dir,
+            self.chunks,
+            self.optimizer,
+            self.scaling,
+            config=self.config,
+            tokenizer_digest=self.data.tokenizer.digest,
+            resume=self.resume,
+            init_from=self.init_from,
+            adapts=self.lora is not None,
+            command=self._command(),
+            say=self._say,
+        )
+        self.accounting.totals |= begin.counters
+        self.position, self.base = begin.position, begin.base
+        if begin.step:
+            self.logger.resume(begin.step)
+        return begin.step
+
+    def _command(self) -> str:
+        overrides = [o for o in self.overrides if not o.startswith(("run.dir=", "resume="))]
+        words = ["python", "-m", "nvmm.train", *overrides, f"run.dir={self.run_dir}"]
+        size = dist.get_world_size()
+        launcher = f"torchrun --standalone --nproc-per-node {size} -m nvmm.train"
+        return shlex.join(words) if size == 1 else f"{launcher} {shlex.join(words[3:])}"
+
+    def _save_if_due(self, step: int) -> float:
+        """Save when the interval says so; seconds the loop waited, logged with the next step."""
+        begin = time.monotonic()
+        self.checkpoint.finalize()
+        interval = self.checkpoint.save_interval
+        if interval and step % interval == 0 and step < self.max_steps:
+            self.save(step)
+        return time.monotonic() - begin
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint after `step` steps."""
+        with self._gathered_parameters():
+            return self.checkpoint.save(
+                step,
+                self.chunks,
+                self.optimizer,
+                {
+                    "step": step,
+                    "position": self.data.position(step),
+                    "counters": self.accounting.totals,
+                    "config": self.config,
+                    "tokenizer_digest": self.data.tokenizer.digest,
+                    "world_size": dist.get_world_size(),
+                    "base": asdict(self.base) if self.base is not None else None,
+                },
+                self._left_out,
+                self.scaling,
+            )
+
+    @cached_property
+    def _left_out(self) -> set[str]:
+        """This rank's weights that a LoRA run does not save: frozen, and given by its base.
+
+        Neither changes once the run has started.
+        """
+        if self.base is None:
+            return set()
+        frozen = {p.name for p in sharded_parameters(self.chunks) if not p.parameter.requires_grad}
+        return frozen & self.base.names()
+
+    def _catch_signals(self) -> None:
+        def remember(number: int, frame: Any) -> None:
+            self._stop_signal = number
+
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            with contextlib.suppress(ValueError):
+                signal.signal(number, remember)
+
+    def _must_stop(self) -> bool:
+        """Whether any rank got a signal or rank 0's time is up: all ranks agree on the step."""
+        minutes = (time.monotonic() - self.started) / 60
+        late = self.max_minutes is not None and minutes >= self.max_minutes
+        flag = torch.tensor([float(self._stop_signal != 0 or late)], device=self.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _finish(self, step: int) -> None:
+        self.checkpoint.finalize(blocking=True)
+        latest = self.checkpoint.latest()
+        if step > 0 and (latest is None or latest.name != f"step_{step:08d}"):
+            self.save(step)
+            self.checkpoint.finalize(blocking=True)
+        if step < self.max_steps:
+            self._say(f"stopped at step {step} of {self.max_steps}; go on: {self._command()}")
+
+    # -- reporting --------------------------------------------------------------------------
+
+    def _log_step(self, step: int, seconds: dict[str, float], result: StepResult) -> None:
+        """One object of metrics.jsonl."""
+        if step % self.log_interval and step != self.max_steps:
+            return
+        self.logger.step(self.accounting.record(step, seconds, result), self.max_steps)
+
+    def _summary(self, first: int, step: int) -> dict[str, Any]:
+        seconds = time.monotonic() - self.started
+        return {
+            "train_seconds": seconds,
+            "steps": step,
+            "samples_seen": self.accounting.totals["samples"],
+            "tokens_per_second": self.accounting.totals["tokens"] / seconds,
+            "num_parameters": count_parameters(self.chunks),
+            "world_size": dist.get_world_size(),
+            "skipped_steps": self.accounting.totals["skipped_steps"],
+            "first_step": first,
+        }
+
+    def _say_payload(self, batches: list[Batch]) -> None:
+        """What a model packs behind the hidden states between pipeline stages, if it does."""
+        size_of = getattr(self.chunks[0], "payload_bytes", None)
+        if size_of is None or self.parallel.pipeline_model_parallel_size == 1:
+            return
+        hidden, media = max(map(size_of, batches), key=sum)
+        self._say(
+            f"the first step's largest micro-batch sends {hidden + media} bytes over each stage"
+            f" boundary and back: {hidden} of hidden states, {media} of media"
+        )
+
+    def _say(self, message: str) -> None:
+        if dist.get_rank() == 0:
+            log.info(message)
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Any]:
+        """A torch profiler trace of steps [start, stop) of this process, on rank 0."""
+        if self.profile is None or dist.get_rank() != 0:
+            yield _NoProfiler()
+            return
+        start, stop = self.profile
+        trace = str(self.run_dir / "profile.json")
+        with torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=start, warmup=0, active=stop - start, repeat=1),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(trace),
+        ) as profiler:
+            yield profiler
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        """Nothing is profiled."""
+
+
+def count_parameters(chunks: list[Module]) -> int:
+    """Parameters of the whole model, each counted once; collective."""
+    own = sum(
+        piece.numel()
+        for sharded in sharded_parameters(chunks)
+        if sharded.is_main_replica
+        for _, piece in sharded.pieces(sharded.parameter.data)
+    )
+    total = torch.tensor([own], dtype=torch.int64, device=next(chunks[0].parameters()).device)
+    dist.all_reduce(total)
+    return int(total.item())

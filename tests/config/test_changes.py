@@ -1,0 +1,67 @@
+"""Which keys may change at a resume."""
+
+from __future__ import annotations
+
+from nvmm.config.changes import compare
+
+SAVED = {
+    "model": {"vocab_size": 10, "transformer": {"num_layers": 2}},
+    "objective": {"_target_": "a"},
+    "tokenizer": {"path": "t", "image_token": "a"},
+    "optim": {"learning_rate": 1.0},
+    "parallel": {"tensor_model_parallel_size": 1},
+    "data": {"num_workers": 0, "train": {"shards": ["a.tar"]}},
+    "trainer": {"global_batch_size": 4, "micro_batch_size": 2, "log_interval": 1},
+    "seed": 1,
+}
+
+
+def _changed(**sections: object) -> dict[str, object]:
+    return SAVED | sections
+
+
+def test_nothing_changed() -> None:
+    assert compare(SAVED, SAVED) == ([], [])
+
+
+def test_layout_workers_and_logging_are_free() -> None:
+    current = _changed(
+        parallel={"tensor_model_parallel_size": 2, "encoder": "sharded"},
+        data={"num_workers": 3, "train": {"shards": ["a.tar"]}},
+        trainer={"global_batch_size": 4, "micro_batch_size": 1, "log_interval": 5},
+        logger={"wandb": True},
+    )
+    assert compare(SAVED, current) == ([], [])
+
+
+def test_training_changes_are_listed() -> None:
+    current = _changed(
+        optim={"learning_rate": 2.0},
+        data={"num_workers": 0, "train": {"shards": ["b.tar"]}},
+        trainer={"global_batch_size": 8, "micro_batch_size": 2, "log_interval": 1},
+    )
+    refused, notable = compare(SAVED, current)
+    assert refused == []
+    assert [str(change) for change in notable] == [
+        "data.train.shards: ['a.tar'] -> ['b.tar']",
+        "optim.learning_rate: 1.0 -> 2.0",
+        "trainer.global_batch_size: 4 -> 8",
+    ]
+
+
+def test_another_model_objective_tokenizer_or_seed_is_refused() -> None:
+    current = _changed(
+        model={"vocab_size": 11, "transformer": {"num_layers": 2, "kv_channels": 4}},
+        objective={"_target_": "b"},
+        tokenizer={"path": "u", "image_token": "b"},
+        seed=2,
+    )
+    refused, notable = compare(SAVED, current)
+    assert notable == []
+    assert {change.key for change in refused} == {
+        "model.vocab_size",
+        "model.transformer.kv_channels",
+        "objective._target_",
+        "tokenizer.image_token",
+        "seed",
+    }

@@ -1,0 +1,280 @@
+"""Checks against constructors, and what a user sees on the command line."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nvmm.config.check import check, digest, resolve, suggestion, to_plain
+
+ROOT = Path(__file__).parents[2]
+MODULE = """
+    from dataclasses import dataclass
+    from typing import Any, Literal, Optional
+
+    class Part:
+        def __init__(
+            self, size: int, rate: float = 0.1, mode: Literal["a", "b"] | None = None,
+            flag: bool = False, name: str = None, items: Optional[list[int]] = None, any=None,
+        ): ...
+
+    @dataclass
+    class Base:
+        width: int = 1
+
+    @dataclass
+    class Child(Base):
+        depth: int = 2
+
+    def open_ended(path: str, **options): ...
+    def many(*values: int): ...
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def user_module(tmp_path_factory: pytest.TempPathFactory):
+    """A module of the user's own, found on sys.path and never imported."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "user_parts.py").write_text(textwrap.dedent(MODULE) + "\nraise SystemExit\n")
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    assert "user_parts" not in sys.modules
+
+
+def lines(node: Any) -> list[str]:
+    """Problems of a config whose component `objective` is `node`, those of other keys left out."""
+    config = OmegaConf.create({"objective": node})
+    return [str(p) for p in check(config) if p.key.startswith("objective")]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("Part", {"size": 1}, None),
+        ("Part", {"siz": 1, "size": 1}, "objective.siz=1 is not a parameter of user_parts.Part; d"),
+        ("Part", {}, "objective.size=null must be given: user_parts.Part requires it"),
+        ("Part", {"_partial_": True}, None),
+        ("Part", {"_args_": [1]}, None),
+        ("Part", {"_args_": list(range(9))}, "objective._args_=[0, 1, 2, 3, 4, 5, 6, 7, 8] must"),
+        ("Part", {"size": "1"}, "objective.size='1' must be int"),
+        ("Part", {"size": True}, "objective.size=True must be int"),
+        ("Part", {"size": 1.5}, "objective.size=1.5 must be int"),
+        ("Part", {"size": 1, "rate": 1}, None),
+        ("Part", {"size": 1, "mode": "c"}, "objective.mode='c' must be 'a' or 'b' or null"),
+        ("Part", {"size": 1, "mode": None, "name": None, "items": [1]}, None),
+        ("Part", {"size": 1, "flag": 1}, "objective.flag=1 must be bool"),
+        ("Part", {"size": 1, "items": 3}, "objective.items=3 must be a list or null"),
+        ("Part", {"size": 1, "any": {"free": ["form"]}}, None),
+        ("Part", {"size": 1, "_recursive_": False, "_convert_": "all"}, None),
+        ("Child", {"width": 1, "depth": 2}, None),
+        (
+            "Child",
+            {"widht": 1},
+            "objective.widht=1 is not a parameter of user_parts.Child; did you",
+        ),
+        ("open_ended", {"path": "x", "whatever": 1}, None),
+        ("many", {"_args_": [1, 2, 3]}, None),
+        (
+            "Prt",
+            {},
+            "objective._target_=user_parts.Prt does not exist: user_parts has no 'Prt'; did",
+        ),
+    ],
+)
+def test_a_target_is_checked_against_its_constructor(
+    name: str, values: dict[str, Any], expected: str | None
+) -> None:
+    found = lines({"_target_": f"user_parts.{name}", **values})
+    assert [line[: len(expected)] for line in found] == [expected] if expected else found == []
+
+
+def test_nested_targets_and_lists_are_checked() -> None:
+    part = {"_target_": "user_parts.Part", "sizee": 1, "size": 1}
+    found = lines({"_target_": "user_parts.open_ended", "path": "x", "a": [{"b": part}], "c": part})
+    assert [line.partition("=")[0] for line in found] == [
+        "objective.a[0].b.sizee",
+        "objective.c.sizee",
+    ]
+
+
+def test_a_looked_up_function_must_exist() -> None:
+    node = {"_target_": "hydra.utils.get_method", "path": "torch.nn.functional.sillu"}
+    assert lines(node) == [
+        "objective.path=torch.nn.functional.sillu does not exist: torch.nn.functional has no "
+        "'sillu'; did you mean silu?"
+    ]
+
+
+def test_a_partial_of_ours_needs_what_the_code_does_not_add() -> None:
+    """In nvmm the code adds keyword-only parameters; a YAML must give the others."""
+    node = {"_target_": "nvmm.models.language.LanguageModel", "_partial_": True, "transformer": 1}
+    assert [line.partition("=")[0] for line in lines(node)] == [
+        "objective.vocab_size",
+        "objective.padded_vocab_size",
+    ]
+
+
+def test_words_of_other_trainers_are_understood() -> None:
+    node = {"_target_": "nvmm.parallel.setup.Parallel", "tp": 2}
+    assert "did you mean tensor_model_parallel_size?" in lines(node)[0]
+
+
+def test_keys_outside_every_constructor() -> None:
+    config = OmegaConf.create({"sed": 1, "run": {"name": "x", "idd": 3}, "objective": {"a": 1}})
+    found = {p.key: p.allowed for p in check(config)}
+    assert "did you mean seed?" in found["sed"]
+    assert "did you mean id?" in found["run.idd"]
+    assert found["objective._target_"] == "must name a class or function"
+
+
+def test_every_missing_value_is_listed_once() -> None:
+    config = OmegaConf.create(
+        {"a": "???", "b": {"c": "???", "d": "${a}", "e": ["???", 1]}, "f": "${b.c}"}
+    )
+    plain, problems = resolve(config)
+    assert [p.key for p in problems] == ["a", "b.c", "b.e[0]"]
+    assert plain["b"]["d"] == "???"
+    with pytest.raises(ValueError, match=r"b\.c=\?\?\?"):
+        to_plain(config)
+
+
+def test_a_dangling_reference_is_a_problem() -> None:
+    _, problems = resolve(OmegaConf.create({"a": {"b": "${no.such}"}}))
+    assert [(p.key, p.value) for p in problems] == [("a.b", "${no.such}")]
+
+
+def test_digest_depends_on_values_alone() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 1.5})
+    assert to_plain(OmegaConf.create({"a": 1, "b": "${a}"})) == {"a": 1, "b": 1}
+
+
+def test_suggestion_looks_into_constructors() -> None:
+    config = {"model": {"_target_": "user_parts.Part", "size": 1}}
+    assert suggestion("model.rat", config) == "model.rate"
+    assert suggestion("modl.size", config) == "model"
+
+
+# ---- the command line: one process each
+
+HEAVY = """
+import atexit, runpy, sys
+heavy = lambda: [m for m in ("torch", "megatron.core", "transformers") if m in sys.modules]
+atexit.register(lambda: print("HEAVY", heavy()))
+sys.argv = ["nvmm.train", *sys.argv[1:]]
+runpy.run_module("nvmm.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`python -m nvmm.train` in another process, in an empty folder, reporting what it loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        timeout=60,
+    )
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    if "--multirun" not in arguments:
+        assert list(cwd.iterdir()) == [], "Hydra left files behind"
+    return done
+
+
+def test_help_shows_groups_and_examples(tmp_path: Path) -> None:
+    done = train("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "experiment/language: tiny" in done.stdout
+    assert "torchrun --standalone" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shows"),
+    [
+        (["--cfg", "job"], "micro_batch_size: 8"),
+        (["--cfg", "job", "--package", "optim", "--resolve"], "learning_rate: 0.003"),
+        (["--cfg", "hydra"], "output_subdir: null"),
+        (["--info", "defaults"], "experiment/language/tiny"),
+    ],
+)
+def test_hydra_shows_the_config(tmp_path: Path, arguments: list[str], shows: str) -> None:
+    done = train("experiment=language/tiny", *arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    assert shows in done.stdout + done.stderr
+
+
+def test_a_refusal_lists_everything(tmp_path: Path) -> None:
+    done = train(
+        "experiment=language/tiny",
+        "optim.learnin_rate=1",
+        "seeed=1",
+        "+fooo=1",
+        "+optim.lr=1",
+        "model.transformer.qk_layernorm=true",
+        "+model.transformer.num_layer=2",
+        "optim.warmup_steps=1000",
+        "parallel.tensor_model_parallel_size=3",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    for line in (
+        "optim.learnin_rate=1 does not exist; did you mean optim.learning_rate?",
+        "seeed=1 does not exist; did you mean seed?",
+        "fooo=1 is not a key of configs/train.yaml",
+        "optim.lr=1 is not a parameter of nvmm.training.optim.Optim; did you mean learning_rate?",
+        "add it with +model.transformer.qk_layernorm=true",
+        "did you mean num_layers?",
+        "optim.warmup_steps=1000 must be at most trainer.max_steps=200",
+        "num_attention_heads=4 must be divisible by parallel.tensor_model_parallel_size=3",
+        "tokenizer.path=??? is not set",
+        "WORLD_SIZE=1 must be divisible",
+    ):
+        assert line in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "model=??? is not chosen; add experiment=..."),
+        (["experiment=language/tini"], "did you mean language/tiny?"),
+        (["model=langage_tiny"], "did you mean language_tiny?"),
+        (["modle=language_tiny"], "modle=language_tiny does not exist; did you mean model?"),
+        (["seed=", "1"], "no spaces around ="),
+        (["--multirun", "seed=1,2", "precision.dtype=fp16"], "one of fp32, bf16"),
+        (["--resolve"], "--resolve"),
+        (["experiment=language/tiny", "seed=1.5"], "seed=1.5 must be"),
+        (["experiment=language/tiny", "seed=${sede}"], "seed=${sede} cannot be resolved"),
+    ],
+)
+def test_other_refusals(tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = train(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_groups_of_the_users_own(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    folder = tmp_path_factory.mktemp("groups")
+    (folder / "optim").mkdir()
+    (folder / "optim" / "mine.yaml").write_text("defaults: [adamw]\nlearning_rate: 0.125\n")
+    for where in (["--config-dir", str(folder)], [f"hydra.searchpath=[file://{folder}]"]):
+        done = train(*where, "optim=mine", "--cfg", "job", "--package", "optim", cwd=tmp_path)
+        assert "learning_rate: 0.125" in done.stdout
+    done = train("--config-dir", str(folder), "optim=mime", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean mine?" in done.stderr
+
+
+def test_other_ranks_say_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvmm.config import compose
+
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as stopped:
+        compose.refuse("train", ["first", "second"])
+    assert stopped.value.code == compose.BAD_CONFIG

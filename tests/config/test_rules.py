@@ -1,0 +1,355 @@
+"""Each cross-field rule: the key it names and what it says, and that a good config breaks none."""
+
+import copy
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from nvmm.config.problem import nearest
+from nvmm.config.rules.all import violations
+
+TRANSFORMER = {
+    "_target_": "megatron.core.transformer.transformer_config.TransformerConfig",
+    "_partial_": True,
+    "num_layers": 8,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+}
+LANGUAGE = {"transformer": TRANSFORMER, "vocab_size": 509, "padded_vocab_size": 512}
+GOOD: dict[str, Any] = {
+    "backend": "native",
+    "model": {
+        "language": LANGUAGE,
+        "vision": {
+            "transformer": {
+                **TRANSFORMER,
+                "num_attention_heads": 5,
+                "num_query_groups": 5,
+                "hidden_size": 160,
+            },
+            "image_size": 448,
+            "patch_size": 14,
+        },
+        "connector": {"downsample": 2},
+    },
+    "data": {
+        "sequence_length": 2048,
+        "train": {"build": {"max_tiles": 6, "tile_size": 448, "tokens_per_tile": 256}},
+        "validation": None,
+    },
+    "optim": {
+        "learning_rate": 1e-4,
+        "min_learning_rate": 1e-5,
+        "warmup_steps": 10,
+        "decay_steps": None,
+        "groups": [{"pattern": "*", "learning_rate": 1e-5, "min_learning_rate": 0}],
+    },
+    "parallel": {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "context_parallel_size": 1,
+    },
+    "precision": {"dtype": "bf16"},
+    "trainer": {
+        "max_steps": 100,
+        "global_batch_size": 16,
+        "micro_batch_size": 2,
+        "profile": [2, 4],
+    },
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """GOOD with values changed; `__` stands for the dots of a key."""
+    config = copy.deepcopy(GOOD)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return config
+
+
+LM = "model.language"
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+CP = "parallel__context_parallel_size"
+VPP = "parallel__virtual_pipeline_model_parallel_size"
+FIRST = "parallel__num_layers_in_first_pipeline_stage"
+LAST = "parallel__num_layers_in_last_pipeline_stage"
+T = "model__language__transformer__"
+FP8 = "precision__fp8"
+LORA = {"_target_": "nvmm.modules.lora.Lora", "targets": ["*.linear_qkv"]}
+CASES: list[tuple[dict[str, Any], str, str]] = [
+    ({TP: 3}, f"{LM}.transformer.num_attention_heads=4", "size of 1, 2, 4"),
+    ({"model__pooling": {"num_heads": 3}}, "model.pooling.num_heads=3", "size of 1, 3"),
+    ({TP: 3}, f"{LM}.padded_vocab_size=512", "divisible by"),
+    (
+        {TP: 4, f"{T}num_attention_heads": 12, f"{T}num_query_groups": 6, f"{T}kv_channels": 32},
+        f"{LM}.transformer.num_query_groups=6",
+        "a multiple or a divisor",
+    ),
+    ({f"{T}num_query_groups": 3}, f"{LM}.transformer.num_query_groups=3", "use one of 1, 2, 4"),
+    ({f"{T}hidden_size": 130}, f"{LM}.transformer.hidden_size=130", "num_attention_heads=4"),
+    ({f"{T}num_layers": 6}, f"{LM}.transformer.num_layers=6", "2 pipeline stages x 2 virtual"),
+    ({FIRST: 2, f"{T}num_layers": 7}, f"{LM}.transformer.num_layers=7", "minus the 2 of"),
+    ({FIRST: 3}, "parallel.num_layers_in_first_pipeline_stage=3", "2 virtual stages"),
+    ({FIRST: 2, LAST: 2}, f"{LM}.transformer.num_layers=8", "leaves 4 layers for the 0 stages"),
+    ({FIRST: 2, PP: 1, VPP: None}, "parallel.num_layers_in_first_pipeline_stage=2", "use null"),
+    ({PP: 1}, "parallel.virtual_pipeline_model_parallel_size=2", "use null"),
+    ({TP: 1}, "parallel.sequence_parallel=True", "tensor_model_parallel_size > 1"),
+    ({"data__sequence_length": 2049}, "data.sequence_length=2049", "with parallel.sequence"),
+    ({"data__sequence_length": 2050, CP: 3}, "data.sequence_length=2050", "divisible by 6 (two"),
+    (
+        {"data__sequence_length": 2052, CP: 2, TP: 4, f"{T}num_attention_heads": 8},
+        "data.sequence_length=2052",
+        "divisible by 8 (two chunks",
+    ),
+    ({CP: 2, "backend": "transformer_engine"}, "parallel.context_parallel_size=2", "use backend=n"),
+    ({CP: 0}, "parallel.context_parallel_size=0", "at least 1"),
+    (
+        {"parallel__overlap_param_gather": True},
+        "parallel.overlap_param_gather=True",
+        "needs parallel.overlap_grad_reduce=true",
+    ),
+    (
+        {"parallel__recompute_num_layers": 2, "parallel__recompute_granularity": "selective"},
+        "parallel.recompute_num_layers=2",
+        "recompute_granularity=full",
+    ),
+    ({"parallel__encoder": "split"}, "parallel.encoder=split", "replicated, sharded"),
+    (
+        {"data__train__build__tags": {"variant": "3d"}},
+        "data.train.build.tags.variant=3d",
+        "none, 1d, 2d_grid, 2d_bbox",
+    ),
+    ({"precision__dtype": "fp16"}, "precision.dtype=fp16", "one of fp32, bf16, fp64"),
+    ({"model__language__padded_vocab_size": 508}, f"{LM}.padded_vocab_size=508", "at least"),
+    ({"trainer__global_batch_size": 3}, "trainer.global_batch_size=3", "micro_batch_size=2"),
+    ({"trainer__global_batch_size": 0}, "trainer.global_batch_size=0", "at least 1"),
+    ({f"{T}tensor_model_parallel_size": 2}, f"{LM}.transformer.tensor_model", "set parallel."),
+    ({f"{T}bf16": True}, f"{LM}.transformer.bf16=True", "set precision.dtype"),
+    ({f"{T}fp8": "hybrid"}, f"{LM}.transformer.fp8=hybrid", "set precision.fp8"),
+    ({f"{T}fp8_param": True}, f"{LM}.transformer.fp8_param=True", "backend=transformer_engine"),
+    ({f"{T}fp4": "e2m1"}, f"{LM}.transformer.fp4=e2m1", "backend=transformer_engine"),
+    ({FP8: {"recipe": "row"}}, "precision.fp8.recipe=row", "one of delayed, current, blockwise"),
+    ({FP8: {"format": "e5m2"}}, "precision.fp8.format=e5m2", "one of hybrid, e4m3"),
+    ({FP8: {"amax_history_len": 0}}, "precision.fp8.amax_history_len=0", "at least 1"),
+    (
+        {FP8: {"recipe": "mxfp8", "margin": 1}, "data__sequence_length": 2048},
+        "precision.fp8.margin=1",
+        "is of recipe=delayed; use 0",
+    ),
+    (
+        {FP8: {"num_layers_at_end_in_bf16": -1}},
+        "precision.fp8.num_layers_at_end_in_bf16=-1",
+        "at least 0",
+    ),
+    (
+        {FP8: {"recipe": "blockwise"}, "data__sequence_length": 2176},
+        "data.sequence_length=2176",
+        "must be divisible by 256 (parallel.tensor_model_parallel_size=2 with"
+        " parallel.sequence_parallel and blocks of 128 tokens",
+    ),
+    ({f"{T}rotary_interleaved": True}, f"{LM}.transformer.rotary_inter", "must be false"),
+    ({f"{T}flash_decode": True}, f"{LM}.transformer.flash_decode=True", "kernels.rope"),
+    ({"backend": "transformer_engine"}, "backend=transformer_engine", "not installed"),
+    ({"backend": "nativ"}, "backend=nativ", "native, transformer_engine"),
+    ({"optim__min_learning_rate": 1}, "optim.min_learning_rate=1", "learning_rate=0.0001"),
+    (
+        {"optim__groups": [{"learning_rate": 1e-5, "min_learning_rate": 2e-5}]},
+        "optim.groups[0].min_learning_rate=2e-05",
+        "at most learning_rate=1e-05",
+    ),
+    ({"optim__moments_dtype": "fp16"}, "optim.moments_dtype=fp16", "one of fp32, bf16"),
+    (
+        {"optim__moments_dtype": "bf16", "optim__betas": [0.9, 0.999]},
+        "optim.betas=[0.9, 0.999]",
+        "at most 0.99 with optim.moments_dtype=bf16",
+    ),
+    ({"lora": {"rank": 4}}, "lora={'rank': 4}", "add lora=default"),
+    ({"lora": LORA | {"targets": []}}, "lora.targets=[]", "at least one linear"),
+    ({"lora": LORA | {"train": [1]}}, "lora.train=[1]", "a list of patterns"),
+    ({"lora": LORA | {"rank": 0}}, "lora.rank=0", "at least 1"),
+    ({"lora": LORA | {"alpha": 0}}, "lora.alpha=0", "must be positive"),
+    ({"lora": LORA | {"dropout": 1.0}}, "lora.dropout=1.0", "less than 1"),
+    ({"optim__groups": [{"lr": 1}]}, "optim.groups[0].lr=1", "min_learning_rate, pattern"),
+    ({"seed": -1}, "seed=-1", "at least 0"),
+    ({"optim__warmup_steps": 101}, "optim.warmup_steps=101", "trainer.max_steps=100"),
+    ({"optim__decay_steps": 5}, "optim.decay_steps=5", "at least optim.warmup_steps=10"),
+    ({"model__vision__image_size": 450}, "model.vision.image_size=450", "patch_size=14"),
+    (
+        {"model__connector__downsample": 3},
+        "model.connector.downsample=3",
+        "must divide the ViT grid (32x32); use one of 1, 2, 4, 8, 16, 32",
+    ),
+    ({"data__train__build__max_tiles": 12}, "data.sequence_length=2048", "13 tiles"),
+    ({"data__train__build__tile_size": 224}, "data.train.build.tile_size=224", "448"),
+    ({"data__train__build__tokens_per_tile": 64}, "data.train.build.tokens_per_tile=64", "256"),
+    ({"data__train__build__min_tiles": 7}, "data.train.build.min_tiles=7", "max_tiles=6"),
+    ({"data__on_error": "ignore"}, "data.on_error=ignore", "skip, stop"),
+    ({"data__max_bad_fraction": 1.5}, "data.max_bad_fraction=1.5", "[0, 1]"),
+    ({"data__window": 0}, "data.window=0", "at least 1"),
+    ({"data__blend": None}, "data.train.shards=null", "or give data.blend"),
+    ({"data__blend": []}, "data.blend=[]", "a list of datasets"),
+    ({"data__blend": ["a"]}, "data.blend[0]=a", "must be a mapping"),
+    ({"data__blend": [{"shards": "a", "part": 1}]}, "data.blend[0].part=1", "weight"),
+    ({"data__blend": [{"name": "a"}]}, "data.blend[0].shards=null", "or give a nested blend"),
+    (
+        {"data__blend": [{"blend": [{"shards": "a", "samples": 0}]}]},
+        "data.blend[0].blend[0].samples=0",
+        "greater than 0",
+    ),
+    (
+        {"data__blend": [{"shards": "a", "epochs": 0.5}]},
+        "data.blend[0].epochs=0.5",
+        "a whole number",
+    ),
+    (
+        {"data__blend": [{"shards": "a", "weight": 1}, {"shards": "b"}]},
+        "data.blend[1].weight=null",
+        "other datasets of this list have a weight",
+    ),
+    (
+        {"data__blend": [{"shards": "a"}], "data__train__shards": "b"},
+        "data.train.shards=b",
+        "must be null where data.blend is given",
+    ),
+    ({"trainer__profile": [4, 2]}, "trainer.profile=[4, 2]", "start < stop"),
+]
+
+
+def test_a_good_config_breaks_no_rule() -> None:
+    assert violations(GOOD) == []
+    assert violations(GOOD, world_size=8) == []
+
+
+@pytest.mark.parametrize(("changes", "start", "says"), CASES)
+def test_rule(changes: dict[str, Any], start: str, says: str) -> None:
+    lines = [str(problem) for problem in violations(changed(**changes))]
+    assert any(line.startswith(start) and says in line for line in lines), lines
+    unrelated = [line for line in lines if not line.startswith(start)]
+    assert len(unrelated) <= 2, unrelated
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "start", "says"),
+    [
+        (6, {}, "WORLD_SIZE=6", "a multiple of 4 ranks"),
+        (12, {}, "trainer.global_batch_size=16", "x 3 data-parallel ranks = 6"),
+        (4, {"trainer__global_batch_size": 6}, "trainer.global_batch_size=6", "3 micro-batches"),
+    ],
+)
+def test_rules_that_need_the_world_size(
+    world_size: int, changes: dict[str, Any], start: str, says: str
+) -> None:
+    config = changed(**changes)
+    assert violations(config) == []
+    (problem,) = violations(config, world_size)
+    assert str(problem).startswith(start) and says in str(problem)
+
+
+def test_a_blend_is_a_list() -> None:
+    nested = {"weight": 2, "temperature": 1.5, "blend": [{"shards": "b", "epochs": 0}]}
+    entries = [{"name": "a", "weight": 1, "shards": ["a", "c"], "samples": 0.5}, nested]
+    assert violations(changed(data__blend=entries, data__train__shards=None)) == []
+
+
+def test_all_violations_come_at_once() -> None:
+    config = changed(**{TP: 3, "optim__warmup_steps": 101, "precision__dtype": "fp16"})
+    assert {p.key for p in violations(config)} == {
+        f"{LM}.transformer.num_attention_heads",
+        f"{LM}.padded_vocab_size",
+        "data.sequence_length",
+        "optim.warmup_steps",
+        "precision.dtype",
+    }
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_query_groups_may_divide_the_tensor_parallel_size(tensor: int) -> None:
+    """mcore repeats a key-value head over ranks when there are fewer groups than ranks."""
+    heads = {f"{T}num_attention_heads": 8, f"{T}num_query_groups": 2}
+    assert violations(changed(**{TP: tensor, **heads})) == []
+
+
+def test_uneven_stages() -> None:
+    assert violations(changed(**{VPP: None, FIRST: 3, LAST: 5})) == []
+    assert violations(changed(**{VPP: None, FIRST: 2, PP: 3})) == []
+
+
+def test_fp8_is_accepted_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("transformer_engine")
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "transformer_engine", module)
+    engine = {"backend": "transformer_engine", f"{T}fp8_param": True}
+    assert violations(changed(**engine, **{FP8: {"recipe": "current"}})) == []
+    ends = {"num_layers_at_start_in_bf16": 1}
+    [problem] = violations(changed(**engine, **{FP8: ends}))
+    assert "must be 0 with recipe=delayed and backend=transformer_engine" in str(problem)
+    assert violations(changed(**engine, **{FP8: ends | {"recipe": "current"}})) == []
+    [problem] = violations(changed(**engine, precision__dtype="fp64"))
+    assert "precision.dtype=fp64 needs backend=native" in str(problem)
+
+
+def test_missing_keys_and_other_types_are_left_to_the_type_check() -> None:
+    assert violations({}) == []
+    assert violations({"model": {"transformer": {"num_layers": "three"}}, "parallel": None}) == []
+    assert violations(changed(**{f"{T}num_layers": "???", "data__sequence_length": "long"})) == []
+
+
+def test_nearest() -> None:
+    assert nearest("learnin_rate", ["learning_rate", "eps"]) == "learning_rate"
+    assert nearest("rate", ["learning_rate", "eps"]) == "learning_rate"
+    assert nearest("zzz", ["learning_rate", "eps"]) is None
+
+
+ATTENDED = "data__train__build__attended"
+
+
+def attending(attended: str = "all", **changes: Any) -> dict[str, Any]:
+    """GOOD as NVLM-X."""
+    config = copy.deepcopy(changed(**changes))
+    config["data"]["train"]["build"]["attended"] = attended
+    config["model"]["cross_attention"] = {"interval": 2}
+    return config
+
+
+def test_tiles_go_to_cross_attention_where_the_model_has_it() -> None:
+    for attended in ("all", "regular"):
+        assert violations(attending(attended)) == []
+    (problem,) = violations(attending("none"))
+    assert str(problem).startswith("data.train.build.attended=none must be all (NVLM-X)")
+    (problem,) = violations(changed(**{ATTENDED: "all"}))
+    assert "must be none: the model has no model.cross_attention" in str(problem)
+
+
+def test_attended_tiles_take_no_room_in_the_sequence() -> None:
+    short = {"data__sequence_length": 256}
+    assert any("must hold an image" in str(p) for p in violations(changed(**short)))
+    assert violations(attending("all", **short)) == []
+    problems = violations(attending("regular", **short))
+    assert any("7 tiles (data.train.build.max_tiles=6), 1 of them" in str(p) for p in problems)
+
+
+def test_cross_attention_s_heads_and_layers() -> None:
+    config = attending(**{TP: 8, f"{T}num_attention_heads": 8, f"{T}num_query_groups": 2})
+    (problem,) = violations(config)
+    assert str(problem).startswith(f"{LM}.transformer.num_query_groups=2 must be divisible by")
+    config["model"]["cross_attention"] |= {"num_query_groups": 8, "interval": 500}
+    (problem,) = violations(config)
+    assert problem.key == "model.cross_attention.interval"
+    config["model"]["cross_attention"] = {"num_attention_heads": 12, "num_query_groups": 8}
+    (problem,) = violations(config)
+    assert "must divide the 12 heads of cross-attention" in str(problem)
+
+
+def test_a_pipeline_with_cross_attention_exchanges_lengths() -> None:
+    config = attending()
+    config["parallel"]["variable_seq_lengths"] = False
+    assert [p.key for p in violations(config)] == ["parallel.variable_seq_lengths"]

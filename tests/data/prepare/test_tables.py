@@ -1,0 +1,126 @@
+"""Parquet files and `datasets` folders, written by the real libraries, to shards to samples."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from PIL import Image
+
+from nvmm.data.prepare import json_records
+from nvmm.data.prepare.tables import folder_rows, parquet_rows, samples
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset, write_shards
+from nvmm.data.shards.storage import expand
+from tests.data.conftest import picture
+from tests.data.samples.test_decode import sound
+from tests.data.samples.test_instruct import builder
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / "shard.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_a_datasets_folder(tmp_path: Path, tiny: Tokenizer) -> None:
+    import datasets
+
+    pictures = [Image.open(io.BytesIO(picture(40 + number, 32, number))) for number in range(5)]
+    table = {
+        "image": pictures,
+        "question": [f"Which {number}?" for number in range(5)],
+        "answers": [["7", str(number)] for number in range(5)],
+        "seen": [datetime.date(2026, 1, 1 + number) for number in range(5)],
+    }
+    saved = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": saved, "test": saved.select([3])}).save_to_disk(
+        tmp_path / "saved", num_shards={"train": 2, "test": 1}
+    )
+    done = run("hf", "--from", tmp_path / "saved", "--split", "train", "--to", tmp_path / "shards")
+    assert done.returncode == 0, done.stderr
+    assert "5 samples in 1 shards" in done.stdout
+
+    dataset = Dataset(str(tmp_path / "shards" / "*.tar"), lambda **options: builder(**options))
+    bound = dataset.bind(tokenizer=tiny)
+    assert len(bound) == 5
+    members = bound.members(4)
+    record = json.loads(members["json"])
+    assert record == {"question": "Which 4?", "answers": ["7", "4"], "seen": "2026-01-05"}
+    assert Image.open(io.BytesIO(members["png"])).tobytes() == pictures[4].tobytes()
+    assert set(bound[2].media["image"].items.tolist()) == {0}
+    for split, message in (("dev", "--split dev is none of train, test"), (None, "None is none")):
+        with pytest.raises(ValueError, match=message):
+            list(folder_rows(tmp_path / "saved", split))
+    assert [row["question"] for row in folder_rows(tmp_path / "saved", "test")] == ["Which 3?"]
+
+    saved.to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    rows = list(folder_rows(tmp_path / "hub", "train"))
+    assert [row["answers"] for row in rows] == table["answers"]
+    with pytest.raises(ValueError, match="nor Parquet files of split test"):
+        list(folder_rows(tmp_path / "hub", "test"))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    rows: dict[str, Any] = {
+        "pages": [[picture(8, 8), picture(9, 9, kind="jpg")], [picture(8, 8, kind="webp")]],
+        "speech": [sound("FLAC"), None],
+        "text": ["a", "b"],
+    }
+    for number in range(2):
+        part = {name: [values[number]] for name, values in rows.items()}
+        parquet.write_table(pyarrow.table(part), tmp_path / f"part-{number}.parquet")
+    found = list(samples(parquet_rows(expand(str(tmp_path / "part-*.parquet")))))
+    assert [sorted(sample) for sample in found] == [
+        ["0.png", "1.jpg", "__key__", "json", "speech.flac"],
+        ["__key__", "json", "webp"],
+    ]
+    assert found[0]["1.jpg"] == rows["pages"][0][1]
+    assert json.loads(found[1]["json"]) == {"speech": None, "text": "b"}
+
+
+def test_refusals(tmp_path: Path) -> None:
+    outside = {"image": {"bytes": None, "path": "/etc/passwd"}}
+    with pytest.raises(ValueError, match="row 0, column image: /etc/passwd is not embedded"):
+        list(samples([outside]))
+    with pytest.raises(ValueError, match="row 0, column x: 4 bytes of no known format"):
+        list(samples([{"x": b"\x80\x04K\x01"}]))
+    with pytest.raises(ValueError, match=r"neither state\.json"):
+        list(folder_rows(tmp_path))
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "../secret.arrow"}]}')
+    with pytest.raises(ValueError, match=r"\.\./secret\.arrow lies outside"):
+        list(folder_rows(tmp_path))
+    with pytest.raises(ValueError, match=r"name=\.\./up must be a file name"):
+        write_shards(tmp_path, "../up", [])
+
+
+def test_records_with_several_kinds_of_files(tmp_path: Path) -> None:
+    for folder in ("pictures", "sounds"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture(8, 8))
+    (tmp_path / "sounds" / "a.OGG").write_bytes(sound("OGG"))
+    (tmp_path / "sounds" / "evil.pkl").write_bytes(b"")
+    folders = {"image": tmp_path / "pictures", "sound": tmp_path / "sounds"}
+    record = {"image": "a.png", "sound": "a.OGG", "caption": "x"}
+    [found] = json_records.samples([record], folders)
+    assert sorted(found) == ["__key__", "json", "png", "sound.ogg"]
+    with pytest.raises(ValueError, match=r"sound evil\.pkl must be one of png"):
+        list(json_records.samples([{"sound": "evil.pkl"}], folders))
+
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    arguments = ["jsonl", "--json", tmp_path / "a.jsonl", "--to", tmp_path / "to"]
+    files = [f"--files={key}={folder}" for key, folder in folders.items()]
+    assert "1 samples in 1 shards" in run(*arguments, *files).stdout
+    refused = run(*arguments, f"--files=image={tmp_path / 'sounds'}")
+    assert refused.returncode == 1
+    assert f"image a.png is not a file in {tmp_path / 'sounds'}\n" in refused.stderr

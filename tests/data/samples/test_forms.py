@@ -1,0 +1,273 @@
+"""Each format's golden sample, mapped fields, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from nvmm.batch import Sample
+from nvmm.data.loader import Data
+from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.forms import Caption, Chat, Document, MultipleChoice, Ocr
+from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset, write_shards
+from tests.data.conftest import picture
+
+PADS = "<|vision_pad|>" * 4
+IMAGE = f"<Image><tile_global_thumbnail>{PADS}</Image>"
+SMALL = picture(32, 32)
+
+
+def builder(tokenizer: Tokenizer, form: Any, **options: Any) -> InstructBuilder:
+    arguments: dict[str, Any] = {
+        "template": ChatTemplate(),
+        "tags": ImageTags(),
+        "tokens_per_tile": 4,
+        "tile_size": 32,
+        "sequence_length": 256,
+        "form": form,
+    }
+    return InstructBuilder(tokenizer=tokenizer, **(arguments | options))
+
+
+def sample(record: Any = None, /, **members: bytes) -> dict[str, Any]:
+    """Members; `_0_png` names the member 0.png."""
+    found: dict[str, Any] = {"__key__": "k0", "__url__": "s.tar"}
+    if record is not None:
+        found["json"] = json.dumps(record).encode()
+    return found | {name.strip("_").replace("_", "."): data for name, data in members.items()}
+
+
+def whole(tokenizer: Tokenizer, built: Sample) -> str:
+    return tokenizer.decode(built.tokens.tolist(), skip_special_tokens=False)
+
+
+def trained(tokenizer: Tokenizer, built: Sample) -> str:
+    kept = built.tokens[built.loss_mask == 1]
+    assert set(built.loss_mask.tolist()) <= {0.0, 1.0}
+    return tokenizer.decode(kept.tolist(), skip_special_tokens=False)
+
+
+def test_caption(tiny: Tokenizer) -> None:
+    plain = {"template": ChatTemplate("pretraining"), "tags": ImageTags("none")}
+    build = builder(tiny, Caption(), fields={"caption": ".txt"}, max_tiles=1, **plain)
+    built = build(sample(jpg=picture(64, 32, kind="jpg"), txt=b"A red bus.\n"))
+    assert whole(tiny, built) == f"<Image>{PADS}</Image>\nA red bus.<|im_end|>"
+    assert trained(tiny, built) == "A red bus.<|im_end|>"
+    assert built.media["image"].values.shape == (1, 3, 32, 32)
+    asked = builder(tiny, Caption("What is it?"))(sample({"caption": "A bus."}, png=SMALL))
+    assert f"<|im_start|>user\n{IMAGE}\nWhat is it?<|im_end|>" in whole(tiny, asked)
+
+
+def test_answers_with_weights(tiny: Tokenizer) -> None:
+    record = {"question": "How many?", "answers": ["2", "3", "2", "4"], "weights": [1, 5, 3, 0]}
+    heaviest = builder(tiny, Chat())
+    assert trained(tiny, heaviest(sample(record, png=SMALL))) == "3<|im_end|>"
+    assert heaviest.references(sample(record)) == ["2", "3", "2", "4"]
+    vqav2 = {"question": "How many?", "answers": [{"answer": a} for a in ("no", "7", "7")]}
+    assert trained(tiny, heaviest(sample(vqav2))) == "7<|im_end|>"
+
+    drawn = builder(tiny, Chat("drawn"))
+    counts = dict.fromkeys("234", 0)
+    for number in range(450):
+        members = sample(record) | {"__key__": f"{number:06d}"}
+        answer = trained(tiny, drawn(members)).removesuffix("<|im_end|>")
+        assert answer == trained(tiny, drawn(members | {"__url__": "other.tar"}))[0]
+        counts[answer] += 1
+    # 4/9 and 5/9 of 450 draws, within 4 standard deviations
+    assert counts["4"] == 0
+    assert abs(counts["2"] - 200) < 43
+
+
+@pytest.mark.parametrize("answer", [1, "B", "blue"])
+def test_multiple_choice(tiny: Tokenizer, answer: Any) -> None:
+    record = {"question": "Which?", "choices": ["red", "blue"], "answer": answer, "hint": "Look."}
+    build = builder(tiny, MultipleChoice("Say a letter."))
+    built = build(sample(record, png=SMALL))
+    question = f"{IMAGE}\nLook.\nWhich?\nA. red\nB. blue\nSay a letter."
+    assert whole(tiny, built) == (
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+    )
+    assert trained(tiny, built) == "B<|im_end|>"
+    assert build.references(sample(record)) == ["B"]
+
+
+def test_words_with_boxes(tiny: Tokenizer) -> None:
+    boxes = [[0, 0, 20, 8], [10, 8, 40, 8, 40, 16, 10, 16]]
+    record = {"words": ["Exit", "now"], "boxes": boxes}
+    built = builder(tiny, Ocr("Read."))(sample(record, png=picture(40, 16)))
+    assert trained(tiny, built) == (
+        "Exit<box>(0,0),(500,500)</box>\nnow<box>(250,500),(1000,1000)</box><|im_end|>"
+    )
+    del record["boxes"]
+    built = builder(tiny, Ocr("Read."))(sample(record, png=SMALL))
+    assert trained(tiny, built) == "Exit\nnow<|im_end|>"
+
+
+def test_obelics(tiny: Tokenizer) -> None:
+    record = {"texts": ["One", None, "two", None], "images": [None, "u1", None, "u2"]}
+    members = sample(record, _0_png=SMALL, _1_png=picture(64, 32))
+    built = builder(tiny, Document())(members)
+    wide = f"<Image><tile_1>{PADS}<tile_2>{PADS}<tile_global_thumbnail>{PADS}</Image>"
+    assert whole(tiny, built) == f"One\n{IMAGE}\ntwo\n{wide}<|im_end|>"
+    assert trained(tiny, built) == "One\n\ntwo\n<|im_end|>"
+    media = built.media["image"]
+    assert media.items.tolist() == [0, 1, 1, 1]
+    assert (built.tokens == tiny.image_id).sum() == 16
+    for position in media.positions.tolist():
+        assert built.tokens[position : position + 4].tolist() == [tiny.image_id] * 4
+
+
+def test_mmc4_puts_pictures_before_their_sentences(tiny: Tokenizer) -> None:
+    infos = [{"matched_text_index": 2}, {"matched_text_index": 0}, {"matched_text_index": 2}]
+    record = {"text_list": ["a", "b", "c"], "image_info": infos}
+    pictures = [picture(32, 32, seed) for seed in range(3)]
+    build = builder(tiny, Document(" "), tags=ImageTags("none"), max_tiles=1)
+    built = build(sample(record, **{f"_{i}_png": data for i, data in enumerate(pictures)}))
+    image = f"<Image>{PADS}</Image>"
+    assert whole(tiny, built) == f"{image} a b {image} {image} c<|im_end|>"
+    alone = [build(sample({"text": "<image>x"}, png=data)) for data in pictures]
+    for tile, expected in zip(built.media["image"].values, (1, 0, 2), strict=True):
+        assert torch.equal(tile, alone[expected].media["image"].values[0])
+
+
+def test_plain_text(tiny: Tokenizer) -> None:
+    system = ChatTemplate(system="Be good.")
+    build = builder(tiny, Document(), fields={"text": ".txt"}, template=system)
+    built = build(sample(txt=b"Once upon a time."))
+    assert whole(tiny, built) == trained(tiny, built) == "Once upon a time.<|im_end|>"
+    assert built.media == {}
+    assert len(builder(tiny, Document(), sequence_length=5)(sample({"text": "1" * 9})).tokens) == 5
+
+
+def test_long_documents_lose_their_end_whole_pictures_first(tiny: Tokenizer) -> None:
+    text = "one<image>two<image>three<image>four"
+    members = sample({"text": text}, **{f"_{i}_png": picture(32, 32, i) for i in range(3)})
+    every = builder(tiny, Document(), sequence_length=256)(members)
+    positions = every.media["image"].positions.tolist()
+    for kept in (1, 2):
+        length = positions[kept] + 3  # one placeholder of the next picture does not fit
+        cut = builder(tiny, Document(), sequence_length=length)(members)
+        assert len(cut.media["image"].tiles) == kept
+        assert len(cut.tokens) <= length
+        assert (cut.tokens == tiny.image_id).sum() == 4 * kept
+        assert cut.loss_mask.any()
+
+
+def test_measured_as_built(tiny: Tokenizer) -> None:
+    """Headers alone give the tokens and tiles of the decoded example, rotated pictures too."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 32)).save(buffer, "JPEG", exif=turned)
+    texts: dict[str, Any] = {"texts": ["One", None, "two"], "images": [None, "u", None]}
+    for length in (24, 256):
+        for data in (SMALL, picture(150, 40), buffer.getvalue()):
+            for form, record in (
+                (Chat(), {"question": "Which?", "answer": "12345"}),
+                (Document(), texts),
+            ):
+                build = builder(tiny, form, sequence_length=length)
+                built = build(sample(record, png=data))
+                tiles = len(built.media["image"].tiles) if built.media else 0
+                assert build.measure(sample(record, png=data)) == (len(built.tokens), tiles)
+
+
+def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
+    """An energon data set: keys with folders, members with several extensions, files beside."""
+    (tmp_path / ".nv-meta").mkdir()
+    (tmp_path / ".nv-meta" / "dataset.yaml").write_text("sample_type: {}")
+    record = {"ann": {"query": "Which?", "labels": ["B"]}, "question": "not this"}
+    samples = [
+        {
+            "__key__": f"part/{number:04d}",
+            "img.jpg": picture(32, 32, number, "jpg"),
+            "thumb.png": picture(8, 8),
+            "meta.json": json.dumps(record).encode(),
+            "pyd": b"cos\nsystem\n(S'exit 1'\ntR.",
+        }
+        for number in range(3)
+    ]
+    write_shards(tmp_path, "shard", samples)
+    fields = {"record": ".meta.json", "image": ".img.jpg", "question": "ann.query"}
+    fields["answers"] = "ann.labels"
+    partial = {"form": Chat(), "fields": fields, "template": ChatTemplate(), "tags": ImageTags()}
+
+    def build(**options: Any) -> InstructBuilder:
+        return InstructBuilder(tokens_per_tile=4, tile_size=32, **partial, **options)
+
+    dataset = Dataset(str(tmp_path / "*.tar"), build)
+    data = Data(256, 0, dataset, tokenizer=tiny)
+    assert len(data.train) == 3
+    built = data.train[1]
+    assert built.source.endswith("shard-00000.tar:part/0001")
+    assert f"{IMAGE}\nWhich?" in whole(tiny, built)
+    assert trained(tiny, built) == "B<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"picture": ".jpg"},
+            r"build\.fields\.picture is unknown; use one of record, image, caption",
+        ),
+        ({"caption": ".pyd"}, r"\.pyd: pickled members are not read"),
+        ({"caption": ".mp4"}, r"\.mp4 has no decoder"),
+        ({"caption": [".txt", ".text"]}, r"build\.fields\.caption=.* must be one place"),
+        ({"image": "jpg"}, r"build\.fields\.image=jpg must be a member, as \.jpg"),
+    ],
+)
+def test_wrong_fields_are_refused_at_once(tiny: Tokenizer, fields: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        builder(tiny, Caption(), fields=fields)
+
+
+QUESTION = {"question": "Which?", "choices": ["red", "blue"]}
+WORD = {"words": ["a"]}
+ONE_IMAGE = [{"matched_text_index": 0}]
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "message"),
+    [
+        (Caption(), {"caption": " "}, "caption is empty"),
+        (Caption(), {"caption": ["x"]}, r"caption must be text, got \['x'\]"),
+        (Caption(), {}, "no caption; its members are json, png"),
+        (Chat(), {"question": "", "answer": "x"}, "question is empty"),
+        (
+            Chat(),
+            {"question": "x", "answers": [{}], "answer": "y"},
+            "answer must be text, got None",
+        ),
+        (Chat(), {"question": "x", "answers": ["x"], "weights": [1, 2]}, "a list of 1 numbers"),
+        (Chat(), {"question": "x", "answers": ["x"], "weights": [-1]}, "numbers from 0 on"),
+        (Chat(), {"question": "x", "answers": ["x"], "weights": [0]}, "every answer has weight 0"),
+        (MultipleChoice(), QUESTION | {"answer": 2}, "answer 2 is none of 2 choices"),
+        (MultipleChoice(), QUESTION | {"answer": "AB"}, "answer 'AB' is none of 2 choices"),
+        (MultipleChoice(), {"question": "x", "choices": []}, "choices must be a list that is not"),
+        (Ocr(), WORD | {"boxes": []}, "boxes must be a list of 1"),
+        (Ocr(), WORD | {"boxes": [[0, 0, 33, 8]]}, "leaves the picture of 32x32 pixels"),
+        (Ocr(), WORD | {"boxes": [[0, 0, "9", 8]]}, "must be .x0, y0, x1, y1. or a polygon"),
+        (Ocr(), {"words": [""]}, "word is empty"),
+        (Document(), {"text": "no marker"}, "0 <image> markers, the sample 1 images"),
+        (Document(), {"text": "<image>"}, "the document has no text"),
+        (Document(), {"texts": ["a", "b"], "images": [None]}, "2 texts and 1 images"),
+        (Document(), {"texts": ["a"], "images": ["u"]}, "needs one of the two"),
+        (Document(), {"texts": ["<image>"], "images": [None]}, "<image> is written in a text"),
+        (Document(), {"text_list": ["a"], "image_info": [{}]}, r"image_info\[0\] matches none"),
+        (Document(), {"text_list": ["a"], "image_info": ONE_IMAGE * 2}, "lists 2 images"),
+    ],
+)
+def test_wrong_samples_are_bad(tiny: Tokenizer, form: Any, record: Any, message: str) -> None:
+    with pytest.raises(BadSample, match=rf"^s\.tar:k0: .*{message}"):
+        builder(tiny, form)(sample(record, png=SMALL))
+    assert builder(tiny, Caption())(sample({"caption": "x"}, png=SMALL))

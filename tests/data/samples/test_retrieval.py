@@ -1,0 +1,220 @@
+"""Golden samples of queries and documents; conventions of instruction masking; data layouts."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nvmm.batch import NEGATIVE, POSITIVE, QUERY
+from nvmm.data.collate import collate
+from nvmm.data.loader import Data
+from nvmm.data.prepare import retrieval_sets
+from nvmm.data.samples.checks import check_sample
+from nvmm.data.samples.retrieval import MASKINGS, RetrievalBuilder
+from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
+from nvmm.data.shards.dataset import Dataset, write_shards
+from nvmm.objectives.contrastive import Contrastive
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = train_byte_level_bpe(
+        tmp_path_factory.mktemp("tokenizer"),
+        ["Instruct: find it\nQuery: a small bird sings"] * 20,
+        vocab_size=300,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    return Tokenizer(str(folder), image_token="<s>", end_of_turn="</s>")
+
+
+def builder(tokenizer: Tokenizer, **options: Any) -> RetrievalBuilder:
+    options = {"num_negatives": 2, "in_batch_negatives": True, "sequence_length": 64} | options
+    return RetrievalBuilder(**options, tokenizer=tokenizer)
+
+
+def member(key: str = "0", **record: Any) -> dict[str, Any]:
+    return {"__key__": key, "__url__": "a.tar", "json": json.dumps(record).encode()}
+
+
+RECORD = {"query": "bird", "positive": "sings", "negatives": ["a", "small", "it"]}
+
+
+def test_texts_of_a_sample_become_rows_with_their_roles(tokenizer: Tokenizer) -> None:
+    build = builder(tokenizer)
+    first = build(member(**RECORD, positive_id="d1", negative_ids=["d2", "d3", "d4"]))
+    second = build(member(**RECORD | {"negatives": ["a"]}))
+    check_sample(first)
+    for sample in (first, second):
+        for text in sample.tokens.split(list(sample.segments)):
+            assert text[0] == tokenizer.bos_id and text[-1] == tokenizer.eos_id
+    batch = collate([first, second], pad_id=0)
+    assert batch.tokens.shape[0] == 7
+    assert batch.sample_ids.tolist() == [0, 0]
+    roles = [QUERY, POSITIVE, NEGATIVE, NEGATIVE, QUERY, POSITIVE, NEGATIVE]
+    assert batch.extras["role"].tolist() == roles
+    ids, hashes = batch.extras["document_id"], batch.extras["text_hash"]
+    assert hashes[1] == hashes[5] and ids[1] != ids[5], "the second knows its text alone"
+    assert batch.extras["teacher"].isnan().all()
+    assert batch.extras["answers"].shape == (7, 16)
+    packed = collate([first, second], pad_id=0, packed=True)
+    assert packed.lengths.tolist() == batch.lengths.tolist()
+    for number, length in enumerate(batch.lengths.tolist()):
+        start = int(packed.cu_seqlens[number])
+        assert torch.equal(packed.tokens[0, start : start + length], batch.tokens[number, :length])
+
+
+def test_masking_conventions(tokenizer: Tokenizer) -> None:
+    prefix = tokenizer.encode("Instruct: find it\nQuery: ")
+    line = tokenizer.encode("Instruct: find it")
+    expected = {
+        "sentence_transformers": 1 + len(prefix),
+        "nv_embed": len(prefix),
+        "mm_embed": 1 + len(line) + 1,
+        "none": 0,
+    }
+    assert set(expected) == set(MASKINGS)
+    for masking, start in expected.items():
+        ids, found = builder(tokenizer, masking=masking).encode("bird sings", "find it")
+        assert found == start
+        # The prefix alone ends with a token for its space; before a word they are one token.
+        pooled = {"sentence_transformers": " sings", "nv_embed": " bird sings"}
+        if masking in pooled:
+            assert tokenizer.decode(ids[found:-1]) == pooled[masking]
+        assert builder(tokenizer, masking=masking).encode("bird", None)[1] == 0
+    with pytest.raises(ValueError, match="masking=other must be one of"):
+        builder(tokenizer, masking="other")
+
+
+def test_a_long_text_keeps_its_end_token_and_something_to_pool(tokenizer: Tokenizer) -> None:
+    ids, start = builder(tokenizer, sequence_length=8).encode("a small bird sings " * 9, "find it")
+    assert len(ids) == 8 and ids[-1] == tokenizer.eos_id and start == 7
+
+
+def test_choices_of_a_record(tokenizer: Tokenizer) -> None:
+    build = builder(tokenizer, instruction="find it")
+    sample = build(member(**RECORD, symmetric=True, in_batch_negatives=False, scores=[4, 3, 2, 1]))
+    assert (sample.extras["pool_from"] > 0).all()
+    assert not sample.extras["in_batch"].any()
+    teacher = sample.extras["teacher"].tolist()
+    assert teacher[1] == 4.0 and sorted(teacher[2:], reverse=True) == teacher[2:]
+    plain = build(member(**RECORD))
+    assert (plain.extras["pool_from"] > 0).tolist() == [True, False, False, False]
+    chosen = {tuple(build(member(str(k), **RECORD)).extras["text_hash"].tolist()) for k in range(9)}
+    assert len(chosen) > 1, "which negatives depends on the key"
+
+
+def test_ids_of_a_record(tokenizer: Tokenizer) -> None:
+    ids = {"positive_id": 0, "negative_ids": [1, 2, 3], "positive_ids": [0, 7, 8, 9]}
+    build = builder(tokenizer, num_answers=2)
+    extras = build(member(**RECORD, **ids)).extras
+    named = [build(member(**RECORD, positive_id=i)).extras["document_id"][1] for i in (0, 7, 8)]
+    assert extras["document_id"][1] == named[0], "an id of 0 is an id"
+    assert extras["answers"][0].tolist() == [int(named[1]), int(named[2])]
+    plain = build(member(**RECORD)).extras
+    assert plain["document_id"][1] == plain["text_hash"][1] == plain["answers"][0, 0]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"query": "bird"}, "must be a list"),
+        (RECORD | {"query": " "}, "texts that are not empty"),
+        (RECORD | {"scores": [1.0]}, "4 documents, 4 ids, 1 scores"),
+        (RECORD | {"negative_ids": ["a"]}, "4 documents, 2 ids"),
+        (RECORD | {"negatives": "abc"}, "negatives must be a list, got 'abc'"),
+        (RECORD | {"scores": ["x", 1, 2, 3]}, "scores must be numbers"),
+        ([RECORD], "must be an object, got list"),
+    ],
+)
+def test_broken_records_are_named(record: Any, says: str, tokenizer: Tokenizer) -> None:
+    broken = member() | {"json": json.dumps(record).encode()}
+    with pytest.raises(ValueError, match=rf"a\.tar:0: .*{says}"):
+        builder(tokenizer)(broken)
+
+
+def test_a_broken_record_leaves_a_hole_that_no_query_sees(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    records = [RECORD, RECORD | {"positive": 3}, RECORD]
+    write_shards(tmp_path, "t", [{**member(str(i), **r)} for i, r in enumerate(records)])
+    build = partial(RetrievalBuilder, num_negatives=2, in_batch_negatives=True)
+    data = Data(64, 0, Dataset(str(tmp_path / "t-*"), build), tokenizer=tokenizer)
+    [batch] = next(data.batches(split="train", global_batch_size=3, micro_batch_size=3))
+    assert sorted(batch.sample_ids >= 0) == [False, True, True]
+    assert (batch.extras["role"] == QUERY).sum() == 3 and len(batch.tokens) == 9
+    counts = data.count([batch])
+    texts = batch.lengths.sum() - 1  # but for the hole's one token
+    assert (counts["train/samples"], counts["train/bad"]) == (2, 1)
+    assert counts["train/tokens"] == texts
+    embeddings = torch.nn.functional.normalize(torch.randn(9, 6), dim=-1)
+    found = Contrastive(cross_rank_negatives=False).per_query(embeddings, [batch])
+    # Two hard negatives, and the other sample's two: its positive answers this query too.
+    assert found[:, 2].tolist() == [4, 4]
+
+
+def test_beir_layout(tmp_path: Path) -> None:
+    folder = tmp_path / "fiqa"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "text": "two"}]
+    corpus.append({"_id": "d3", "text": "three"})
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "ask"}))
+    rows = "query-id\tcorpus-id\tscore\nq\td1\t2\nq\td2\t0\nq\td3\t1\n"
+    (folder / "qrels" / "test.tsv").write_text(rows)
+    found = list(retrieval_sets.beir(folder, "test", {"q": ["d1", "d2"]}))
+    same = {
+        "query": "ask",
+        "positive_ids": ["fiqa/d1", "fiqa/d3"],
+        "negatives": ["two"],
+        "negative_ids": ["fiqa/d2"],
+    }
+    assert found == [
+        same | {"positive": "T one", "positive_id": "fiqa/d1"},
+        same | {"positive": "three", "positive_id": "fiqa/d3"},
+    ]
+    with pytest.raises(ValueError, match=r"query q or its documents \['d9'\] are not there"):
+        list(retrieval_sets.beir(folder, "test", {"q": ["d9"]}))
+
+
+def test_triplets_and_classes() -> None:
+    rows = [{"anchor": "q", "positive": "p", "negative": "n", "negative_2": "m"}]
+    assert list(retrieval_sets.triplets(rows)) == [
+        {"query": "q", "positive": "p", "negatives": ["n", "m"]}
+    ]
+    for wrong in ({"negatives": ["n"]}, {"positive": None}, {"label": "x"}):
+        with pytest.raises(ValueError, match="row 2: needs texts anchor"):
+            list(retrieval_sets.triplets([rows[0], rows[0] | wrong]))
+    texts, labels = ["a", "b", "c", "d", "e"], [0, 0, 1, 1, 2]
+    found = list(retrieval_sets.classes(texts, labels, num_negatives=2, instruction="sort"))
+    assert [record["query"] for record in found] == ["a", "b", "c", "d"]
+    of = dict(zip(texts, labels, strict=True))
+    for record in found:
+        assert (
+            of[record["positive"]] == of[record["query"]] and record["positive"] != record["query"]
+        )
+        assert all(of[text] != of[record["query"]] for text in record["negatives"])
+        assert record["in_batch_negatives"] is False
+
+
+def test_texts_of_two_classes_are_no_negatives_and_many_texts_take_no_longer_each() -> None:
+    texts = ["both", "a", "a", "b", *map(str, range(20_000)), "both", "c"]
+    labels = [0, 0, 0, 0, *(i % 3 for i in range(20_000)), 1, 9]
+    found = list(retrieval_sets.classes(texts, labels, num_negatives=7, instruction="sort"))
+    assert len(found) == len(texts) - 1, "a class of one has no positive"
+    classes = {(text, label) for text, label in zip(texts, labels, strict=True)}
+    by_query = dict(zip(texts[:-1], labels[:-1], strict=True))
+    for record in found:
+        assert record["positive"] != record["query"] and len(record["negatives"]) == 7
+        assert "both" not in record["negatives"]
+        if record["query"] != "both":
+            label = by_query[record["query"]]
+            assert (record["positive"], label) in classes
+            assert all((text, label) not in classes for text in record["negatives"])

@@ -1,0 +1,167 @@
+"""Reading and writing shards."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvmm.data.shards.dataset import Dataset, write_shards
+from nvmm.data.shards.tar import split_name
+from tests.data.samples.test_instruct import builder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], **options: Any) -> str:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return str(path)
+
+
+def raw(pattern: str) -> Dataset:
+    return Dataset(pattern, build=lambda members: members)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.png", ("a", "png")),
+        ("dir.d/a.0.PNG", ("dir.d/a", "0.png")),
+        ("a", None),
+        ("dir.d/a", None),
+        (".hidden", None),
+    ],
+)
+def test_names_split_as_webdataset_does(name: str, expected: tuple[str, str] | None) -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    assert split_name(name) == expected
+    assert base_plus_ext(name)[0] == (expected[0] if expected else None)
+
+
+def test_reads_what_webdataset_reads(make_shards: Callable[..., str]) -> None:
+    import webdataset
+
+    dataset = raw(make_shards(10))
+    urls = [f"file:{path}" for path in dataset.shards]
+    reference = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    expected = [
+        {name: data for name, data in sample.items() if not name.startswith("__")}
+        | {"__key__": sample["__key__"]}
+        for sample in reference
+    ]
+    mine = [dataset.members(i) for i in range(len(dataset))]
+    assert len(mine) == 10
+    assert [{k: v for k, v in sample.items() if k != "__url__"} for sample in mine] == expected
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_other_files_and_unusual_headers(tmp_path: Path, kind: int) -> None:
+    long = "/".join(["folder"] * 12) + "/" + "n" * 60
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=kind) as tar:
+        folder = tarfile.TarInfo("some")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in ((f"{long}.txt", b"long"), ("b.txt", b"b" * 600), ("b.json", b"{}")):
+            header = tarfile.TarInfo(name)
+            header.size, header.mtime = len(data), 1.5
+            tar.addfile(header, io.BytesIO(data))
+    dataset = raw(str(path))
+    assert [dataset.members(i) for i in range(len(dataset))] == [
+        {"__url__": str(path), "__key__": long, "txt": b"long"},
+        {"__url__": str(path), "__key__": "b", "txt": b"b" * 600, "json": b"{}"},
+    ]
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        link = tarfile.TarInfo("a.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("a.json"))
+    assert raw(str(path)).members(0) == {"__url__": str(path), "__key__": "a", "json": b""}
+
+
+def test_patterns_are_sorted_and_must_match(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.json", b"{}")])
+    both = Dataset([str(tmp_path / "b.tar"), str(tmp_path / "a*")], build=lambda members: members)
+    assert [both.members(i)["__key__"] for i in range(2)] == ["b", "a"]
+    assert [raw(str(tmp_path / "*")).members(i)["__key__"] for i in range(2)] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"pattern .*none\*\.tar matches no file"):
+        len(raw(str(tmp_path / "none*.tar")))
+    with pytest.raises(ValueError, match="names no file"):
+        Dataset([], build=lambda members: members)
+    with pytest.raises(IndexError, match="sample 2 of 2"):
+        both.members(2)
+
+
+def test_damage_names_shard_and_key(tmp_path: Path) -> None:
+    members = [(f"{key}.json", key.encode() * 700) for key in "abc"]
+    path = Path(write_tar(tmp_path / "s.tar", members))
+    whole = path.read_bytes()  # each member: 512 header, 1024 data
+
+    path.write_bytes(whole[: 1536 * 2 + 512 + 100])
+    with pytest.raises(ValueError, match=r"s\.tar:c: truncated or damaged"):
+        len(raw(str(path)))
+    path.write_bytes(whole[:1536] + b"x" * 512 + whole[1536 + 512 :])
+    with pytest.raises(ValueError, match=r"s\.tar:a: damaged tar header .* at byte 1536"):
+        len(raw(str(path)))
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match=r"s\.tar:\?: truncated or damaged here, or no uncompr"):
+        len(raw(str(path)))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"s\.tar: empty file"):
+        len(raw(str(path)))
+
+
+def test_shard_that_shrinks_after_indexing_is_an_error(tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "s.tar", [("a.json", b"x" * 700), ("b.json", b"y" * 700)]))
+    dataset = raw(str(path))
+    assert len(dataset) == 2
+    path.write_bytes(path.read_bytes()[: 1536 + 512 + 10])
+    with pytest.raises(ValueError, match=r"s\.tar:b: truncated"):
+        dataset.members(1)
+
+
+def test_two_members_of_one_kind_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("a.json", b"1"), ("a.JSON", b"2")])
+    with pytest.raises(ValueError, match=r"s\.tar:a: two members json"):
+        raw(path).members(0)
+
+
+def test_samples_carry_their_number_and_source(make_shards: Callable[..., str], tiny: Any) -> None:
+    pattern = make_shards(6)
+    dataset = Dataset(pattern, build=lambda **options: builder(options["tokenizer"]))
+    sample = dataset.bind(tokenizer=tiny)[5]
+    assert sample.sample_id == 5
+    assert sample.source == pattern.replace("*", "00001") + ":0005"
+
+
+def test_written_shards_are_reproducible(tmp_path: Path) -> None:
+    samples = [{"__key__": f"{i}", "json": b"{}", "txt": b"%d" % i} for i in range(5)]
+    digests = []
+    for folder in ("a", "b"):
+        paths = write_shards(tmp_path / folder, "train", samples, samples_per_shard=2)
+        assert [path.name for path in paths] == [f"train-0000{i}.tar" for i in range(3)]
+        digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in paths])
+        assert len(list((tmp_path / folder).iterdir())) == 3
+    assert digests[0] == digests[1]
+    assert [raw(str(tmp_path / "a" / "*.tar")).members(i)["txt"] for i in range(5)] == [
+        b"0",
+        b"1",
+        b"2",
+        b"3",
+        b"4",
+    ]
+    assert write_shards(tmp_path, "none", []) == []

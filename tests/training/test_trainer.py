@@ -1,0 +1,300 @@
+"""The training loop: exact resume on any layout, signals, non-finite steps, missing gradients."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nvmm.batch import Batch
+from nvmm.parallel.setup import Parallel
+from nvmm.proof.equivalence import build_trainer
+from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+from tests import tiny
+from tests.ranks import run_ranks
+
+STEPS = 10
+GROUPS = [{"pattern": "*mlp*", "learning_rate": 5e-4, "weight_decay": 0.05}]
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+
+
+class Data(SyntheticData):
+    """Synthetic steps that note which samples were read; one validation batch."""
+
+    validation = range(8)
+
+    def __init__(self, steps: list[list[Batch]], poison: int | None = None) -> None:
+        super().__init__(steps)
+        self.poison = poison
+        self.read: list[list[int]] = []
+
+    def batches(self, *, split: str, **kwargs: Any) -> Iterator[list[Batch]]:
+        if split == "validation":
+            yield from super().batches(**kwargs | {"start": 0})
+        for number, step in enumerate(super().batches(**kwargs), kwargs["start"]):
+            self.read.append([i for batch in step for i in batch.sample_ids.tolist()])
+            if number == self.poison:
+                step = [b.replace(loss_mask=b.loss_mask * float("inf")) for b in step]
+            yield step
+
+
+def _fit(
+    rank: int,
+    world_size: int,
+    init: str,
+    run_dir: Path,
+    max_steps: int,
+    layout: dict[str, Any],
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    options = dict(options or {})
+    model = tiny.language()
+    model["transformer"] |= options.pop("transformer", {})
+    config = tiny.config(model, groups=GROUPS, **options.pop("optim", {})) | {"parallel": layout}
+    config["precision"] = options.pop("precision", {})
+    Parallel(**layout).initialize(
+        seed=config["seed"], rank=rank, world_size=world_size, init_method=init
+    )
+    steps = synthetic_steps(config, STEPS, 4)
+    data = Data(steps, options.pop("poison", None))
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("nvmm").addHandler(handler)
+    logging.getLogger("nvmm").setLevel(logging.INFO)
+    run_dir.mkdir(exist_ok=True)
+    hook = options.pop("hook", None)
+    # Decay to the same end whatever the number of steps of this part.
+    config["optim"]["decay_steps"] = STEPS
+    trainer = build_trainer(
+        config,
+        data,
+        run_dir,
+        max_steps=max_steps,
+        log=rank == 0,
+        global_batch_size=8,
+        micro_batch_size=2,
+        **options,
+    )
+    if hook is not None:
+        hook(trainer, rank)
+    summary = trainer.fit(started=lambda: (run_dir / "started").write_text(str(max_steps)))
+    return {"summary": summary, "read": data.read, "messages": messages}
+
+
+def _losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines)]
+
+
+def test_five_and_five_steps_are_bit_equal_to_ten(tmp_path: Path) -> None:
+    dropout = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
+    for number, (world_size, layout) in enumerate(((1, {}), (2, {}), (2, CP2))):
+        whole, parts = tmp_path / f"whole{number}", tmp_path / f"parts{number}"
+        expected = run_ranks(_fit, world_size, whole, STEPS, layout, dropout)
+        first = run_ranks(_fit, world_size, parts, 5, layout, dropout)
+        second = run_ranks(_fit, world_size, parts, STEPS, layout, dropout)
+        assert _losses(parts) == _losses(whole)
+        for rank in range(world_size):
+            read = first[rank]["read"] + second[rank]["read"]
+            assert read == expected[rank]["read"]
+            assert len(read) == STEPS
+        assert second[0]["summary"]["samples_seen"] == expected[0]["summary"]["samples_seen"] == 80
+        assert any("resuming" in m and "step_00000005" in m for m in second[0]["messages"])
+
+
+def test_resume_across_layouts_equals_one_rank(tmp_path: Path) -> None:
+    run_ranks(_fit, 1, tmp_path / "whole", STEPS, {})
+    stages = [(1, {}, 2), (2, TP2, 4), (2, PP2, 6), (2, CP2, 7), (2, {}, 8), (2, TP2, STEPS)]
+    for world_size, layout, until in stages:
+        run_ranks(_fit, world_size, tmp_path / "parts", until, layout)
+    expected, found = _losses(tmp_path / "whole"), _losses(tmp_path / "parts")
+    assert [row[0] for row in found] == list(range(1, STEPS + 1))
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(expected, found, strict=True):
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [{}, CP2], ids=["dp2", "cp2"])
+def test_metrics_have_every_field(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """Replicas count each batch once, whichever ranks of them share its sequence."""
+    options = {"validation_interval": 2, "validation_batches": 1}
+    run_ranks(_fit, 2, tmp_path, 2, layout, options)
+    record = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = {
+        "step": 2,
+        "num_samples": 8,
+        "num_images": 0,
+        "num_tiles": 0,
+        "skipped_steps": 0,
+        "mfu": None,
+    }
+    assert record | expected == record
+    batches = synthetic_steps(tiny.config(tiny.language()) | {"parallel": layout}, 2, 4)[1]
+    assert record["num_tokens"] == sum(int(batch.lengths.sum()) for batch in batches)
+    places = sum(batch.tokens.numel() for batch in batches)
+    assert record["packing_efficiency"] == record["num_tokens"] / places < 1
+    assert record["model_flops"]["language"] > 0 == record["model_flops"]["vision"]
+    for name in ("tokens_per_second", "samples_per_second", "step_seconds", "memory_peak_bytes"):
+        assert record[name] > 0
+    for name in ("learning_rate", "data_wait_seconds", "checkpoint_stall_seconds"):
+        assert record[name] >= 0
+    validation = json.loads((tmp_path / "validation.jsonl").read_text())
+    assert validation["step"] == 2
+    assert validation["validation_loss"] > 0
+
+
+def test_non_finite_steps_stop_or_are_skipped(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"step 3: loss (inf|nan).*samples of this rank"):
+        run_ranks(_fit, 2, tmp_path / "stop", 5, {}, {"poison": 2})
+    options = {"poison": 2, "on_nonfinite": "skip"}
+    result = run_ranks(_fit, 1, tmp_path / "skip", 5, {}, options)[0]
+    assert result["summary"]["skipped_steps"] == 1
+    records = [json.loads(x) for x in (tmp_path / "skip/metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped_steps"] for r in records] == [0, 0, 1, 1, 1]
+    assert records[2]["loss"] is None
+    assert records[4]["loss"] > 0
+
+
+def _interrupt(trainer: Any, rank: int) -> None:
+    """Rank 1 alone gets a signal during its third step."""
+    step = trainer.train_step
+
+    def interrupted(number: int, *args: Any, **kwargs: Any) -> Any:
+        if number == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(number, *args, **kwargs)
+
+    trainer.train_step = interrupted
+
+
+def test_a_signal_on_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
+    results = run_ranks(_fit, 2, tmp_path, STEPS, {}, {"hook": _interrupt})
+    assert [r["summary"]["steps"] for r in results] == [3, 3]
+    assert (tmp_path / "checkpoints/step_00000003/state.json").exists()
+    assert any("stopped at step 3" in m for m in results[0]["messages"])
+
+
+def test_max_minutes_saves_and_ends(tmp_path: Path) -> None:
+    result = run_ranks(_fit, 1, tmp_path, STEPS, {}, {"max_minutes": 0.0})[0]
+    assert result["summary"]["steps"] == 1
+    assert (tmp_path / "checkpoints/step_00000001").exists()
+
+
+def test_resume_never_and_another_model_are_refused(tmp_path: Path) -> None:
+    run_ranks(_fit, 1, tmp_path, 1, {})
+    with pytest.raises(RuntimeError, match=r"resume=never, but .* already has step_00000001"):
+        run_ranks(_fit, 1, tmp_path, 2, {}, {"resume": "never"})
+    with pytest.raises(
+        RuntimeError, match=r"model\.transformer\.layernorm_epsilon: 1e-06 -> 1e-05"
+    ):
+        run_ranks(_fit, 1, tmp_path, 2, {}, {"transformer": {"layernorm_epsilon": 1e-5}})
+    assert (tmp_path / "started").read_text() == "1"
+    result = run_ranks(_fit, 1, tmp_path, 2, {}, {"optim": {"clip_grad": 2.0}})[0]
+    assert "changed since step_00000001: optim.clip_grad: 1.0 -> 2.0" in result["messages"]
+
+
+def test_init_from_loads_weights_and_lists_the_rest(tmp_path: Path) -> None:
+    run_ranks(_fit, 1, tmp_path / "first", 3, {})
+    path = str(tmp_path / "first/checkpoints/step_00000003")
+    options = {"init_from": path, "transformer": {"add_bias_linear": True}}
+    result = run_ranks(_fit, 2, tmp_path / "second", 1, TP2, options)[0]
+    [message] = [m for m in result["messages"] if m.startswith("weights from")]
+    assert "mlp.linear_fc1.bias" in message
+    assert "linear_fc1.weight" not in message
+
+
+def _detach(trainer: Any, rank: int) -> None:
+    """A fault: layer 1 sees an input that is cut from the graph."""
+    layer = trainer.chunks[0].decoder.layers[1]
+    forward = layer.forward
+    layer.forward = lambda hidden_states, **kw: forward(hidden_states=hidden_states.detach(), **kw)
+
+
+def test_a_parameter_that_is_used_but_gets_no_gradient_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"got no gradient: decoder\.layers\.0\.mlp"):
+        run_ranks(_fit, 1, tmp_path, 2, {}, {"hook": _detach})
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [["embedding.*"], ["embedding.*", "decoder.*norm*", "*bias", "*qkv*", "*proj*", "output*"]],
+    ids=["embedding", "one linear"],
+)
+def test_full_recompute_behind_a_frozen_embedding_trains(tmp_path: Path, freeze: list[str]) -> None:
+    optim = {"optim": {"freeze": freeze}}
+    run_ranks(_fit, 1, tmp_path / "plain", 3, {}, optim)
+    run_ranks(_fit, 1, tmp_path / "recompute", 3, {"recompute_granularity": "full"}, optim)
+    plain, recomputed = _losses(tmp_path / "plain"), _losses(tmp_path / "recompute")
+    for expected, found in zip(plain, recomputed, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert plain[0][2] > 0
+
+
+def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
+    result = run_ranks(_bf16, 2, tmp_path)[0]
+    assert result[0] == "torch.bfloat16"
+    assert result[1] == pytest.approx(result[2], rel=0.05)
+
+
+def _bf16(rank: int, world_size: int, init: str, run_dir: Path) -> tuple[str, float, float]:
+    config = tiny.config(tiny.language()) | {"parallel": TP2}
+    Parallel(**TP2).initialize(seed=1234, rank=rank, world_size=world_size, init_method=init)
+    batches = synthetic_steps(config, 1, 2)
+    losses = []
+    for dtype in ("bf16", "fp32"):
+        precision = {"precision": {"dtype": dtype}}
+        trainer = build_trainer(config | precision, Data(batches), run_dir, global_batch_size=4)
+        loss = trainer.forward_backward(batches[0])["loss"]
+        trainer.update(0, loss, batches[0])
+        losses.append(loss)
+        if dtype == "bf16":
+            found = str(next(trainer.chunks[0].parameters()).dtype)
+    return found, losses[0], losses[1]
+
+
+def test_run_replays_the_training_pass(tmp_path: Path) -> None:
+    first, second = run_ranks(_prepare, 1, tmp_path)[0]
+    assert torch.equal(first, second)
+
+
+def _prepare(rank: int, world_size: int, init: str, run_dir: Path) -> Any:
+    model = tiny.language()
+    model["transformer"] |= {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+    config = tiny.config(model)
+    Parallel().initialize(seed=1234, rank=rank, world_size=world_size, init_method=init)
+    steps = synthetic_steps(config, 1, 1)
+    trainer = build_trainer(config, Data(steps), run_dir, global_batch_size=2)
+    seen: dict[str, torch.Tensor] = {}
+
+    class Watching:
+        """An objective with a first pass."""
+
+        def prepare(self, run: Any, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+            [seen["first"]] = run(batches)
+            return batches, {}
+
+        def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+            return model(batch, output="loss")
+
+        def loss(self, output: torch.Tensor, batch: Batch) -> Any:
+            seen["second"] = output.detach().clone()
+            count = torch.tensor(1, dtype=torch.int)
+            return (
+                output.sum(),
+                count,
+                {"loss": torch.stack([output.detach().sum(), torch.ones(())])},
+            )
+
+    trainer.objective = Watching()
+    trainer.forward_backward(steps[0])
+    return seen["first"], seen["second"]
