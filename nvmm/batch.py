@@ -1,42 +1,63 @@
 """The one contract between data, models and objectives.
 
-`Sample` is one training example after decoding, tiling and templating. `Batch` is one micro-batch:
-padded rows (b >= 1), or one packed row (b = 1) whose segments `cu_seqlens` delimits.
+A `Sample` is one training example after decoding, tiling and templating: one text or several (a
+query and its documents, two answers to compare), each with media of its own. A `Batch` is one
+micro-batch: padded rows (b >= 1), or one packed row (b = 1) whose segments `cu_seqlens` delimits;
+every text is a row or a segment, and `owners` says whose.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a position that takes no part in the loss."""
-IMAGE = "image"
-"""Kind of media whose features stand at placeholders of the sequence."""
-ATTENDED = "attended"
-"""Kind of media that cross-attention reads, outside the sequence (NVLM sections 3.3 and 3.4)."""
+
+SEQUENCE, ATTENDED = "sequence", "attended"
+"""Placements: features stand at placeholders of the sequence, or cross-attention reads them outside
+of it (NVLM sections 3.3 and 3.4)."""
+
+
+class MediaKind(NamedTuple):
+    """One kind of media: what it is ("image", "audio" ...) and where its features go."""
+
+    modality: str
+    placement: str = SEQUENCE
+
+    def __str__(self) -> str:
+        return f"{self.modality} ({self.placement})"
+
+
+IMAGE = MediaKind("image")
+ATTENDED_IMAGE = MediaKind("image", ATTENDED)
 
 QUERY, POSITIVE, NEGATIVE = range(3)
-"""What a text of a retrieval sample is (`extras["role"]`)."""
+"""Roles of the texts of a retrieval sample (`extras["role"]`)."""
 
 
 @dataclass(frozen=True)
-class SampleMedia:
-    """The media of one kind (IMAGE or ATTENDED) in one sample, in order of appearance.
+class TextMedia:
+    """The media of one kind in one text, in order of appearance.
 
-    values: uint8 [n, 3, height, width], one row per tile.
-    positions: int64 [n], index in the sample's tokens of each tile's first placeholder; of attended
-        media, of the first token of the tile's tag (of what follows, where the text has no tag).
-    items: int64 [n], which image of the sample the tile belongs to (0-based).
-    tiles: int64 [n], place of the tile in its image: 1..k row-major, 0 for the thumbnail.
+    A tile is one input of the encoder: a tile of an image, a window of a sound.
+
+    values: [n, ...], one row per tile, in the dtype and shape that the encoder takes (images:
+        uint8 [n, 3, height, width]).
+    positions: int64 [n], index in the text's tokens of each tile's first placeholder; of attended
+        media, of the first token of the tile's tag, or of the first token after the tile if the
+        text has no tag.
+    items: int64 [n], which item (image, sound) of the text the tile belongs to (0-based).
+    tiles: int64 [n], place of the tile in its item: 1..k row-major, 0 for the thumbnail.
     placeholder_id: token id that stands for one media feature; -1 for attended media.
     tokens_per_item: features of each tile: consecutive placeholders, or keys.
     ends: attended media alone: int64 [n], one past the tag's last token; those tokens see this tile
-        and no other. Text from an image's last end on sees the whole image.
+        and no other. Text from an item's last end on sees the whole item.
     tag_ids: attended media alone: int64 [n, t], tokens whose embeddings are keys in front of the
         tile's features, -1 where a tag is shorter (NVLM-H; t is 0 in NVLM-X).
     """
@@ -52,44 +73,63 @@ class SampleMedia:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One example, placeholders expanded, not yet shifted.
+class Text:
+    """One text of a sample, placeholders expanded, not yet shifted.
 
     tokens: int64 [n].
-    loss_mask: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
-    media: kind -> SampleMedia.
-    sample_id: (dataset, epoch, number) as one number (`nvmm.data.order.sample_ids`), negative where
-        there is no sample. `source` names shard and key for messages.
-    segments: tokens of each text, for a sample of several (a query and its documents); () is one.
-        Each becomes a row, or a segment of a packed row, of its own.
-    extras: tensors [texts, ...] owned by one objective, for a sample of several texts.
+    weights: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
+    media: kind -> its media in this text.
+    extras: tensors of this text that one objective or model reads, each of the same shape in every
+        text; a batch stacks them.
     """
 
     tokens: Tensor
-    loss_mask: Tensor
-    media: dict[str, SampleMedia]
-    sample_id: int
-    source: str = ""
-    segments: tuple[int, ...] = ()
+    weights: Tensor
+    media: dict[MediaKind, TextMedia] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Media:
-    """The media of one kind in one micro-batch, sample by sample, image by image.
+class Sample:
+    """One example: one text or several, in the order that the objective expects.
 
-    values: uint8 [n, 3, height, width]; empty on later pipeline stages, which know of attended
-        media all but the pixels (and of placed media nothing).
+    sample_id: (dataset, epoch, number) as one number (`nvmm.data.order.sample_ids`), negative where
+        there is no sample. `source` names shard and key for messages.
+    """
+
+    texts: tuple[Text, ...]
+    sample_id: int = 0
+    source: str = ""
+
+    @property
+    def text(self) -> Text:
+        """The only text. Raises ValueError when the sample has several."""
+        if len(self.texts) != 1:
+            raise ValueError(f"{self.source}: {len(self.texts)} texts where one is expected")
+        return self.texts[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all its texts."""
+        return sum(len(text.tokens) for text in self.texts)
+
+
+@dataclass(frozen=True)
+class Media:
+    """The media of one kind in one micro-batch, text by text, item by item.
+
+    values: [n, ...]; empty on later pipeline stages: they receive every field of attended media
+        except the values, and no placed media.
     rows: int64 [n], the row of `Batch.tokens` that holds the placeholders or the tags.
-    positions, ends: as in SampleMedia, as columns of that row.
-    samples: int64 [n], index into `Batch.sample_ids`.
-    items, tiles, placeholder_id, tokens_per_item, tag_ids: as in SampleMedia.
+    positions, ends: as in TextMedia, as columns of that row.
+    texts: int64 [n], which text of the micro-batch, an index into `Batch.owners`.
+    items, tiles, placeholder_id, tokens_per_item, tag_ids: as in TextMedia.
     """
 
     values: Tensor
     rows: Tensor
     positions: Tensor
-    samples: Tensor
+    texts: Tensor
     items: Tensor
     tiles: Tensor
     placeholder_id: int
@@ -99,7 +139,7 @@ class Media:
 
     @property
     def num_keys(self) -> int:
-        """Of attended media: rows that cross-attention reads, features and tags."""
+        """Rows that cross-attention reads of attended media, features and tags."""
         tags = 0 if self.tag_ids is None else int((self.tag_ids >= 0).sum())
         return self.positions.numel() * self.tokens_per_item + tags
 
@@ -115,12 +155,15 @@ class Batch:
     loss_mask: float32 [b, s]; weight of the label at t, 0 exactly where labels is IGNORE_INDEX.
     position_ids: int64 [b, s]; restarts at 0 in every row and packed segment.
     lengths: int32 [b], or [num_segments] of a packed row; valid tokens of each row or segment.
-        Both are padded on the right; a segment of padding has length 0.
+        Both are padded on the right (prompts of generation on the left); a segment of padding, the
+        last one, has length 0.
     sample_ids: int64 [num_samples].
+    owners: int64 [num_texts], which sample each text (row or segment, without the padding's)
+        belongs to, an index into `sample_ids`; it never falls.
     cu_seqlens: int32 [num_segments + 1] over the packed row, or None for padded rows.
         The last entry equals s: padding of a packed row is a segment of its own.
     media: kind -> Media.
-    extras: tensors owned by one objective.
+    extras: tensors [num_texts, ...] of the texts, and what `Objective.prepare` adds.
     """
 
     tokens: Tensor
@@ -129,8 +172,9 @@ class Batch:
     position_ids: Tensor
     lengths: Tensor
     sample_ids: Tensor
+    owners: Tensor
     cu_seqlens: Tensor | None = None
-    media: dict[str, Media] = field(default_factory=dict)
+    media: dict[MediaKind, Media] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,6 +194,9 @@ class Batch:
                 f"Batch.lengths has shape {tuple(self.lengths.shape)}, expected {(sequences,)}:"
                 " one for each row, or each segment of a packed row"
             )
+        texts = self.owners.numel()
+        if not sequences - (self.cu_seqlens is not None) <= texts <= sequences:
+            raise ValueError(f"Batch.owners has {texts} texts for {sequences} rows or segments")
 
     @property
     def max_seqlen(self) -> int:
@@ -163,17 +210,39 @@ class Batch:
         """Number of supervised label positions."""
         return int((self.loss_mask != 0).sum())
 
-    def count_media(self) -> Tensor:
-        """Images and tiles of each sample, int64 [2, num_samples].
+    @property
+    def sample_lengths(self) -> Tensor:
+        """Valid tokens of each sample over all its texts, int64 [num_samples]."""
+        lengths = self.lengths[: self.owners.numel()].long()
+        return torch.zeros_like(self.sample_ids).index_add_(0, self.owners, lengths)
 
-        An image whose thumbnail goes another way than its tiles is one image.
+    def require(self, reads: Collection[MediaKind], reader: str) -> None:
+        """Raise ValueError when the batch has media that `reader` does not read.
+
+        reader: names the model for the message.
+        """
+        unread = sorted(str(kind) for kind in self.media.keys() - set(reads))
+        if unread:
+            able = ", ".join(sorted(map(str, reads))) or "no media"
+            raise ValueError(
+                f"the data (data.train.build or data.validation.build) give {', '.join(unread)},"
+                f" which {reader} does not read: it reads {able}"
+            )
+
+    def count_media(self, modality: str) -> Tensor:
+        """Items and tiles of a modality in each sample, int64 [2, num_samples].
+
+        An item whose tiles are placed in several ways (NVLM-H's thumbnail) counts once.
         """
         count = self.sample_ids.numel()
-        if not self.media:
+        kinds = [m for kind, m in self.media.items() if kind.modality == modality]
+        if not kinds:
             return self.sample_ids.new_zeros(2, count)
-        tiles = torch.cat([torch.stack([m.samples, m.items]) for m in self.media.values()], dim=1)
-        images = tiles.unique(dim=1)
-        return torch.stack([found[0].bincount(minlength=count) for found in (images, tiles)])
+        tiles = torch.cat([torch.stack([media.texts, media.items]) for media in kinds], dim=1)
+        items = tiles.unique(dim=1)
+        return torch.stack(
+            [self.owners[part[0]].bincount(minlength=count) for part in (items, tiles)]
+        )
 
     def replace(self, **changes: object) -> Batch:
         """A copy with some fields exchanged."""

@@ -135,15 +135,17 @@ def _pictures(
     """Pictures and tiles of the first few samples that have any, for the report."""
     import torch
 
-    from nvmm.batch import ATTENDED, IMAGE
+    from nvmm.batch import ATTENDED
     from nvmm.report.page import MAX_PICTURES, picture_fields
 
     fields = {}
     for prediction in predictions[:MAX_PICTURES]:
         members = dataset.members(prediction.sample_id)
         # Tiles may be in the sequence or outside of it; a thumbnail comes after its tiles.
-        media = restored.builder.prompt(members).media
-        parts = [media[kind] for kind in (ATTENDED, IMAGE) if kind in media]
+        media = restored.builder.prompt(members).text.media
+        kinds = [kind for kind in media if kind.modality == "image"]
+        kinds.sort(key=lambda kind: kind.placement != ATTENDED)
+        parts = [media[kind] for kind in kinds]
         if parts:
             names = ("values", "items", "tiles")
             whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}

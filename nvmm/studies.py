@@ -125,7 +125,7 @@ def measure(folder: Path) -> dict[str, float]:
             line["num_tokens"] / line["num_samples"] for line in lines
         ),
         "tiles_per_sample": statistics.mean(
-            line["num_tiles"] / line["num_samples"] for line in lines
+            line["media"]["image"]["tiles"] / line["num_samples"] for line in lines
         ),
         "cpu_seconds": sum(attempt["cpu_seconds"] for attempt in attempts),
         "seconds": sum(attempt["seconds"] for attempt in attempts),

@@ -121,6 +121,7 @@ class Run:
                     position_ids=torch.arange(16)[None],
                     lengths=torch.tensor([16], dtype=torch.int32),
                     sample_ids=torch.tensor([row]),
+                    owners=torch.tensor([0]),
                 )
             )
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nvmm.batch import Batch
+from nvmm.batch import IMAGE, Batch
 from nvmm.proof.synthetic import synthetic_steps
 from tests import tiny
 
@@ -19,6 +19,7 @@ def _fields(rows: int, length: int) -> dict[str, torch.Tensor]:
         "position_ids": zeros,
         "lengths": torch.full((rows,), length),
         "sample_ids": torch.arange(rows),
+        "owners": torch.arange(rows),
     }
 
 
@@ -43,7 +44,7 @@ def test_map_reaches_media_and_keeps_numbers() -> None:
     batch = synthetic_steps(tiny.config(tiny.multimodal()), 1, 2)[0][0]
     double = batch.map(lambda x: x * 2)
     assert torch.equal(double.tokens, batch.tokens * 2)
-    image = double.media["image"]
-    assert torch.equal(image.positions, batch.media["image"].positions * 2)
-    assert image.placeholder_id == batch.media["image"].placeholder_id
+    image = double.media[IMAGE]
+    assert torch.equal(image.positions, batch.media[IMAGE].positions * 2)
+    assert image.placeholder_id == batch.media[IMAGE].placeholder_id
     assert batch.to("cpu").num_tokens == batch.num_tokens == int((batch.loss_mask > 0).sum())

@@ -133,7 +133,7 @@ def fake_run(folder: Path, max_steps: int, steps: int) -> None:
     (folder / "summary.json").write_text(json.dumps(summary))
     lines = [
         {"step": s, "samples_per_second": 1.0 if s == 1 else 8.0, "num_samples": 4}
-        | {"num_tokens": 40, "num_tiles": 6}
+        | {"num_tokens": 40, "media": {"image": {"tiles": 6}}}
         for s in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -33,7 +33,7 @@ import psutil
 import torch
 from PIL import Image
 
-from nvmm.batch import Batch
+from nvmm.batch import IMAGE, Batch
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare.digits import train_tokenizer
@@ -306,7 +306,7 @@ def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float 
     begin, tiles, waited = time.perf_counter(), 0, 0.0
     for number in range(batches):
         batch = next(loader.batches)
-        tiles += len(batch.media["image"].values)
+        tiles += len(batch.media[IMAGE].values)
         if number % 10 == 9:  # reading the maps takes a while: it is not counted
             pause = time.perf_counter()
             highest = max(highest, used()[0])

@@ -46,26 +46,28 @@ def resident() -> float:
 
 def batches_of(ids: Tensor, chunk: int) -> list[Any]:
     """ids [queries, 2, length] as micro-batches of `chunk` samples."""
-    from nvmm.batch import Sample
+    from nvmm.batch import Sample, Text
     from nvmm.data.collate import collate
 
-    length = ids.shape[2]
     samples = [
         Sample(
-            tokens=pair.flatten(),
-            loss_mask=torch.ones(2 * length),
-            media={},
-            sample_id=number,
-            segments=(length, length),
-            extras={
-                "role": torch.tensor([0, 1]),
-                "pool_from": torch.zeros(2, dtype=torch.long),
-                "document_id": torch.tensor([2 * number, 2 * number + 1]),
-                "text_hash": torch.tensor([2 * number, 2 * number + 1]),
-                "answers": torch.zeros(2, 0, dtype=torch.long),
-                "in_batch": torch.ones(2, dtype=torch.bool),
-                "teacher": torch.full((2,), float("nan")),
-            },
+            tuple(
+                Text(
+                    ids_of_text,
+                    torch.ones(len(ids_of_text)),
+                    extras={
+                        "role": torch.tensor(role),
+                        "pool_from": torch.tensor(0),
+                        "document_id": torch.tensor(2 * number + role),
+                        "text_hash": torch.tensor(2 * number + role),
+                        "answers": torch.zeros(0, dtype=torch.long),
+                        "in_batch": torch.tensor(True),
+                        "teacher": torch.tensor(float("nan")),
+                    },
+                )
+                for role, ids_of_text in enumerate(pair)
+            ),
+            number,
         )
         for number, pair in enumerate(ids)
     ]

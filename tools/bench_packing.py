@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nvmm.batch import Sample
+from nvmm.batch import Sample, Text
 from nvmm.data.collate import collate
 from nvmm.data.order.packing import plan
 
@@ -38,7 +38,7 @@ def samples_of(skew: str, count: int, mean: int, capacity: int) -> list[Sample]:
     draws = SKEWS[skew](rng, count)
     lengths = np.clip(draws / draws.mean() * mean, 8, capacity).astype(int)
     return [
-        Sample(torch.from_numpy(rng.integers(0, VOCABULARY, n)), torch.ones(n), {}, i)
+        Sample((Text(torch.from_numpy(rng.integers(0, VOCABULARY, n)), torch.ones(n)),), i)
         for i, n in enumerate(lengths.tolist())
     ]
 

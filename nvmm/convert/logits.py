@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.batch import IGNORE_INDEX, Batch, Media
+from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.convert.files import is_local
 from nvmm.convert.models import Folder, Saved
 from nvmm.convert.sources import Source, read
+from nvmm.data.collate import collate
 
 _CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
 """Formats of language models that Transformers has a class for."""
@@ -85,39 +86,22 @@ def _ours(
 def _batch(model: Any, tokens: Tensor, seed: int) -> Batch:
     """Rows of tokens, each behind a picture where the model takes any."""
     count = len(tokens)
-    media = {}
-    if getattr(model, "vision", None) is not None:
-        picture = _pictures(model, count, seed)
-        media["image"] = picture
-        places = torch.full((count, picture.tokens_per_item), picture.placeholder_id)
-        tokens = torch.cat([places, tokens], dim=1)
-    length = tokens.shape[1]
-    return Batch(
-        tokens=tokens,
-        labels=torch.full_like(tokens, IGNORE_INDEX),
-        loss_mask=torch.zeros(tokens.shape),
-        position_ids=torch.arange(length).expand_as(tokens),
-        lengths=torch.full((count,), length, dtype=torch.int32),
-        sample_ids=torch.arange(count),
-        media=media,
-    )
-
-
-def _pictures(model: Any, count: int, seed: int) -> Media:
-    size = model.vision.image_size
-    shape = (count, 3, size, size)
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    rows, columns = model.vision.grid(values)
-    first = torch.arange(count)
-    return Media(
-        values=values,
-        rows=first,
-        positions=torch.zeros_like(first),
-        samples=first,
-        items=torch.zeros_like(first),
-        tiles=first,
+    images: list[TextMedia] = []
+    if IMAGE in model.reads:
+        size = model.vision.image_size
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randint(
+            0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator
+        )
+        rows, columns = model.vision.grid(values)
+        length = rows * columns // model.connector.downsample**2
         # Outside the vocabulary: features take the place of every one.
-        placeholder_id=model.language.unpadded_vocab_size,
-        tokens_per_item=rows * columns // model.connector.downsample**2,
-    )
+        placeholder = model.language.unpadded_vocab_size
+        first = torch.zeros(1, dtype=torch.int64)
+        images = [TextMedia(v[None], first, first, first, placeholder, length) for v in values]
+        tokens = torch.cat([torch.full((count, length), placeholder), tokens], dim=1)
+    samples = [
+        Sample((Text(row, torch.zeros(len(row)), {IMAGE: images[i]} if images else {}),), i)
+        for i, row in enumerate(tokens)
+    ]
+    return collate(samples, pad_id=0)

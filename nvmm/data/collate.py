@@ -1,15 +1,20 @@
-"""Samples -> one micro-batch: padding or packing, and the label shift (here and nowhere else)."""
+"""Samples -> one micro-batch: padding or packing, and the label shift (here and nowhere else).
+
+padded on the right     a a a a .        packed (one row)    a a a a b b c c c .
+                        b b . . .        cu_seqlens          0       4   6     9 10
+                        c c c . .        padding             a segment of its own, length 0
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvmm.batch import IGNORE_INDEX, Batch, Media, Sample, SampleMedia
+from nvmm.batch import IGNORE_INDEX, Batch, Media, MediaKind, Sample, Text, TextMedia
 
 
 def collate(
@@ -19,62 +24,64 @@ def collate(
     pad_multiple: int = 1,
     segment_multiple: int = 1,
     packed: bool = False,
+    padding: Literal["right", "left"] = "right",
 ) -> Batch:
-    """Padded rows [b, s], or with `packed` one row [1, s] of segments.
+    """Return padded rows [b, s], or with `packed` one row [1, s] of segments; a text is a row.
 
     s is rounded up to `pad_multiple`, each segment of a packed row to `segment_multiple` (what the
     layout needs: `Parallel.sequence_multiple`, `Parallel.segment_multiple`). Label t is token t + 1
-    of the same sample; a sample's last position, padding, and every label of weight 0 are
-    IGNORE_INDEX. Raises ValueError naming the samples when media of one kind disagree on their
-    placeholder.
+    of the same text; a text's last position, padding, and every label of weight 0 are
+    IGNORE_INDEX.
+
+    padding: side of padded rows that is filled up. Generation pads on the left, so that every
+        row's next token has one place; positions begin behind the padding.
+
+    Raises ValueError naming the samples when a text is empty, when texts differ in their extras,
+    or when media of one kind disagree on their placeholder.
     """
     if not samples:
         raise ValueError("a micro-batch needs at least one sample")
-    if any(sample.segments for sample in samples):
-        texts = [text for sample in samples for text in _texts(sample)]
-        batch = collate(
-            texts,
-            pad_id=pad_id,
-            pad_multiple=pad_multiple,
-            segment_multiple=segment_multiple,
-            packed=packed,
-        )
-        return batch.replace(
-            sample_ids=torch.tensor([sample.sample_id for sample in samples]),
-            extras={
-                name: torch.cat([sample.extras[name] for sample in samples])
-                for name in samples[0].extras
-            },
-        )
     if pad_multiple < 1 or segment_multiple < 1 or pad_multiple % segment_multiple:
         raise ValueError(
             f"pad_multiple={pad_multiple} must be a multiple of"
             f" segment_multiple={segment_multiple}, both at least 1"
         )
-    sizes = [len(sample.tokens) for sample in samples]
+    # 1. All texts in order, and whose they are.
+    texts = [text for sample in samples for text in sample.texts]
+    owners = [number for number, sample in enumerate(samples) for _ in sample.texts]
+    sources = [f"{samples[i].source} (sample {samples[i].sample_id})" for i in owners]
+    sizes = [len(text.tokens) for text in texts]
+    if 0 in sizes:
+        raise ValueError(f"{sources[sizes.index(0)]}: a text has no tokens")
     padded = [_round_up(size, segment_multiple) for size in sizes]
-    rows, width = (1, sum(padded)) if packed else (len(samples), max(sizes))
+    rows, width = (1, sum(padded)) if packed else (len(texts), max(sizes))
     width = _round_up(width, pad_multiple)
 
+    # 2. Every text at its place: (row, first column).
+    places: list[tuple[int, int]] = []
+    offset = 0
+    for number, size in enumerate(sizes):
+        left = width - size if padding == "left" else 0
+        places.append((0, offset) if packed else (number, left))
+        offset += padded[number]
     tokens = torch.full((rows, width), pad_id, dtype=torch.int64)
     labels = torch.full((rows, width), IGNORE_INDEX, dtype=torch.int64)
     loss_mask = torch.zeros(rows, width, dtype=torch.float32)
     position_ids = torch.arange(width).repeat(rows, 1)
-    places: list[tuple[int, int]] = []
-    offset = 0
-    for number, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
-        row, start = (0, offset) if packed else (number, 0)
-        places.append((row, start))
-        offset += padded[number]
-        tokens[row, start : start + size] = sample.tokens
-        weights = sample.loss_mask[1:]
+    for text, size, room, (row, start) in zip(texts, sizes, padded, places, strict=True):
+        tokens[row, start : start + size] = text.tokens
+        # 3. The shift: what stands at t predicts the token after it, with that token's weight.
+        weights = text.weights[1:]
         loss_mask[row, start : start + size - 1] = weights
-        labels[row, start : start + size - 1] = sample.tokens[1:].masked_fill(
+        labels[row, start : start + size - 1] = text.tokens[1:].masked_fill(
             weights == 0, IGNORE_INDEX
         )
         if packed:
-            position_ids[row, start : start + padded[number]] = torch.arange(padded[number])
+            position_ids[row, start : start + room] = torch.arange(room)
+        elif padding == "left":
+            position_ids[row] = (position_ids[row] - start).clamp(min=0)
 
+    # 4. What is left of a packed row is a segment of padding.
     cu_seqlens = None
     if packed:
         if width > offset:
@@ -89,25 +96,14 @@ def collate(
         position_ids=position_ids,
         lengths=torch.tensor(sizes, dtype=torch.int32),
         sample_ids=torch.tensor([sample.sample_id for sample in samples]),
+        owners=torch.tensor(owners),
         cu_seqlens=cu_seqlens,
-        media=_media(samples, places),
+        media=_media(texts, places, sources),
+        extras=_extras(texts, sources),
     )
-    check_shift(batch, [f"{sample.source} (sample {sample.sample_id})" for sample in samples])
+    if padding == "right":
+        check_shift(batch, sources)
     return batch
-
-
-def _texts(sample: Sample) -> list[Sample]:
-    """A sample of several texts as samples of one."""
-    if sample.media:
-        raise ValueError(f"{sample.source}: a sample of several texts cannot have media yet")
-    return [
-        dataclasses.replace(sample, tokens=tokens, loss_mask=loss_mask, segments=(), extras={})
-        for tokens, loss_mask in zip(
-            sample.tokens.split(list(sample.segments)),
-            sample.loss_mask.split(list(sample.segments)),
-            strict=True,
-        )
-    ]
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -144,22 +140,41 @@ def check_shift(batch: Batch, sources: Sequence[str] = ()) -> None:
         )
 
 
-def _media(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> dict[str, Media]:
-    merged: dict[str, Media] = {}
-    for kind in sorted({kind for sample in samples for kind in sample.media}):
-        having = [
-            (number, sample.media[kind], *places[number])
-            for number, sample in enumerate(samples)
-            if kind in sample.media
-        ]
-        formats = {(media.placeholder_id, media.tokens_per_item) for _, media, _, _ in having}
-        if len(formats) > 1:
-            names = ", ".join(samples[number].source for number, *_ in having)
+def _extras(texts: Sequence[Text], sources: Sequence[str]) -> dict[str, Tensor]:
+    for text, source in zip(texts, sources, strict=True):
+        if text.extras.keys() != texts[0].extras.keys():
             raise ValueError(
-                f"media {kind} of {names} differ in (placeholder_id, tokens_per_item): "
-                f"{sorted(formats)}"
+                f"{source}: a text has the extras {sorted(text.extras)}, the micro-batch's first"
+                f" one ({sources[0]}) {sorted(texts[0].extras)}"
             )
-        placeholder_id, tokens_per_item = formats.pop()
+    return {name: torch.stack([text.extras[name] for text in texts]) for name in texts[0].extras}
+
+
+def _media(
+    texts: Sequence[Text], places: Sequence[tuple[int, int]], sources: Sequence[str]
+) -> dict[MediaKind, Media]:
+    merged: dict[MediaKind, Media] = {}
+    for kind in sorted({kind for text in texts for kind in text.media}):
+        having = [
+            (number, text.media[kind], *places[number])
+            for number, text in enumerate(texts)
+            if kind in text.media
+        ]
+        formats = {
+            (
+                media.placeholder_id,
+                media.tokens_per_item,
+                media.values.dtype,
+                media.values.shape[1:],
+            )
+            for _, media, _, _ in having
+        }
+        if len(formats) > 1:
+            names = ", ".join(dict.fromkeys(sources[number] for number, *_ in having))
+            raise ValueError(
+                f"media {kind} of {names} differ in (placeholder_id, tokens_per_item, dtype,"
+                f" shape): {sorted(map(str, formats))}"
+            )
         counts = torch.tensor([len(media.positions) for _, media, _, _ in having])
 
         def spread(values: list[int], counts: Tensor = counts) -> Tensor:
@@ -169,18 +184,18 @@ def _media(samples: Sequence[Sample], places: Sequence[tuple[int, int]]) -> dict
             values=torch.cat([media.values for _, media, _, _ in having]),
             rows=spread([row for _, _, row, _ in having]),
             positions=torch.cat([media.positions + start for _, media, _, start in having]),
-            samples=spread([number for number, *_ in having]),
+            texts=spread([number for number, *_ in having]),
             items=torch.cat([media.items for _, media, _, _ in having]),
             tiles=torch.cat([media.tiles for _, media, _, _ in having]),
-            placeholder_id=placeholder_id,
-            tokens_per_item=tokens_per_item,
+            placeholder_id=having[0][1].placeholder_id,
+            tokens_per_item=having[0][1].tokens_per_item,
             **_attended([(media, start) for _, media, _, start in having]),
         )
     return merged
 
 
-def _attended(parts: Sequence[tuple[SampleMedia, int]]) -> dict[str, Tensor]:
-    """`ends` and `tag_ids` of attended media, samples moved by their starts."""
+def _attended(parts: Sequence[tuple[TextMedia, int]]) -> dict[str, Tensor]:
+    """`ends` and `tag_ids` of attended media, texts moved by their starts."""
     ends = [media.ends + start for media, start in parts if media.ends is not None]
     tags = [media.tag_ids for media, _ in parts if media.tag_ids is not None]
     merged = {"ends": torch.cat(ends)} if ends else {}

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property, partial
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from nvmm.batch import QUERY, Batch, Sample
+from nvmm.batch import Batch, Sample
 from nvmm.data.order import mixture, sample_ids
 from nvmm.data.order.mixture import Part
 from nvmm.data.order.order import Order, Settings
@@ -25,7 +25,7 @@ from nvmm.data.steps import Numbers, OnePass, Step, Steps, end_with
 
 log = logging.getLogger("nvmm")
 SPLITS = ("train", "validation")
-COUNTERS = ("samples", "tokens", "images", "tiles", "bad")
+COUNTERS = ("samples", "tokens", "bad")
 _FEW = 1000  # samples below which a rate of bad ones says little
 
 
@@ -235,19 +235,27 @@ class Data:
             self._reported.add((ordinal, number))
             log.warning(f"bad sample, left out: {problem}")
 
-    def count(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """What micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets."""
-        counts = {f"{name}/{what}": 0.0 for name in self.datasets for what in COUNTERS}
+    def counter_names(self, modalities: Collection[str]) -> list[str]:
+        """Names of what `count` returns, the same on every rank."""
+        kinds = [f"{modality}.{what}" for modality in modalities for what in ("items", "tiles")]
+        return [f"{name}/{what}" for name in self.datasets for what in (*COUNTERS, *kinds)]
+
+    def count(self, batches: Sequence[Batch], modalities: Collection[str]) -> dict[str, float]:
+        """Return what micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets.
+
+        modalities: of the media that are counted, in items ("image.items") and tiles.
+        """
+        counts = dict.fromkeys(self.counter_names(modalities), 0.0)
         for batch in batches:
             samples = batch.sample_ids.cpu().numpy()
-            images, tiles = batch.count_media().cpu().numpy()
             values = {
                 "samples": samples >= 0,
-                "tokens": np.where(samples >= 0, _sample_lengths(batch), 0),
+                "tokens": np.where(samples >= 0, batch.sample_lengths.cpu().numpy(), 0),
                 "bad": samples < sample_ids.FILLING,
-                "images": images,
-                "tiles": tiles,
             }
+            for modality in modalities:
+                items, tiles = batch.count_media(modality).cpu().numpy()
+                values |= {f"{modality}.items": items, f"{modality}.tiles": tiles}
             ordinals = sample_ids.split(samples)[0]
             for ordinal in np.unique(ordinals[samples != sample_ids.FILLING]).tolist():
                 for what, value in values.items():
@@ -272,12 +280,3 @@ class Data:
                 f" data.max_bad_fraction={self.max_bad_fraction} ({listed}); the log has each"
                 " one's shard, key and reason"
             )
-
-
-def _sample_lengths(batch: Batch) -> np.ndarray:
-    """Tokens of each sample of a micro-batch, over all its texts."""
-    count = batch.sample_ids.numel()
-    role = batch.extras.get("role")
-    owners = torch.arange(count) if role is None else (role == QUERY).cumsum(0) - 1
-    lengths = batch.lengths[: len(owners)].cpu().numpy()
-    return np.bincount(owners.cpu().numpy(), weights=lengths, minlength=count)

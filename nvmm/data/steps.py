@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from nvmm.batch import Batch, Sample
 from nvmm.data.collate import collate
@@ -98,17 +97,16 @@ class Steps:
         return Step(batches, problems, self.order.position(k + 1))
 
     def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
-        """The sample; one token that is not supervised in the place of a bad one."""
+        """Return the sample, or the blank of its dataset's builder in the place of a bad one."""
         if sample_id != sample_ids.FILLING:
             try:
                 return self._built(sample_id)
             except ValueError as error:
                 problems.append((sample_id, str(error)))
-                sample_id = int(sample_ids.hole(np.array(sample_id)))
-        blank = getattr(next(iter(self.datasets.values())).build, "blank", None)
-        if blank is not None:  # a builder whose samples are not one text
-            return blank(sample_id)
-        return Sample(torch.tensor([self.pad_id]), torch.zeros(1), {}, sample_id, "blank")
+            ordinal = int(sample_ids.split(sample_id)[0][()])
+            hole = int(sample_ids.hole(np.array(sample_id)))
+            return self.datasets[ordinal].build.blank(hole)
+        return next(iter(self.datasets.values())).build.blank(sample_id)
 
     def _built(self, sample_id: int) -> Sample:
         ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
@@ -116,7 +114,7 @@ class Steps:
         sample = dataclasses.replace(dataset[number], sample_id=sample_id)
         check_sample(sample)
         if self.planned:
-            expected, tokens = int(dataset.lengths[number, 0]), len(sample.tokens)
+            expected, tokens = int(dataset.lengths[number, 0]), sample.num_tokens
             if tokens != expected or tokens > self.order.settings.capacity:
                 raise BadSample(
                     sample.source,

@@ -14,71 +14,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
-from nvmm.batch import IGNORE_INDEX, Batch, Media, Sample
+from nvmm.batch import IGNORE_INDEX, Batch, Sample
+from nvmm.data.collate import collate
 from nvmm.parallel import schedule
 
 
 def left_padded(samples: Sequence[Sample], pad_id: int) -> tuple[Batch, Tensor | None]:
     """Prompts -> one Batch, rows padded on the left with `pad_id`, and its key spans.
 
-    Returns the batch (tokens [b, s], no labels, media columns moved by the padding) and int32
-    [b, 2] (first, last + 1) valid keys of each row, or None when all rows have one length.
+    Returns the batch (tokens [b, s], media columns moved by the padding) and int32 [b, 2] (first,
+    last + 1) valid keys of each row, or None when all rows have one length.
     """
-    if not samples:
-        raise ValueError("left_padded needs at least one sample")
-    lengths = torch.tensor([len(sample.tokens) for sample in samples])
-    if int(lengths.min()) == 0:
-        raise ValueError(f"{samples[int(lengths.argmin())].source}: a prompt has no tokens")
-    width = int(lengths.max())
-    padding = width - lengths
-    tokens = torch.full((len(samples), width), pad_id, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        tokens[row, padding[row] :] = sample.tokens
-    batch = Batch(
-        tokens=tokens,
-        labels=torch.full_like(tokens, IGNORE_INDEX),
-        loss_mask=torch.zeros(tokens.shape),
-        position_ids=(torch.arange(width) - padding[:, None]).clamp(min=0),
-        lengths=lengths.int(),
-        sample_ids=torch.tensor([sample.sample_id for sample in samples]),
-        media={
-            kind: _merge_media(samples, kind, padding)
-            for kind in dict.fromkeys(kind for sample in samples for kind in sample.media)
-        },
-    )
-    if not padding.any():
+    batch = collate(samples, pad_id=pad_id, padding="left")
+    width = batch.tokens.shape[1]
+    firsts = width - batch.lengths
+    if not firsts.any():
         return batch, None
-    return batch, torch.stack([padding, torch.full_like(padding, width)], dim=1).int()
-
-
-def _merge_media(samples: Sequence[Sample], kind: str, padding: Tensor) -> Media:
-    rows = [row for row, sample in enumerate(samples) if kind in sample.media]
-    parts = [samples[row].media[kind] for row in rows]
-    rows_of_items = torch.cat(
-        [torch.full_like(part.positions, row) for row, part in zip(rows, parts, strict=True)]
-    )
-    moved = padding[rows_of_items]
-    ends = [part.ends for part in parts if part.ends is not None]
-    tags = [part.tag_ids for part in parts if part.tag_ids is not None]
-    width = max((ids.shape[1] for ids in tags), default=0)
-    return Media(
-        values=torch.cat([part.values for part in parts]),
-        rows=rows_of_items,
-        positions=torch.cat([part.positions for part in parts]) + moved,
-        samples=rows_of_items.clone(),
-        items=torch.cat([part.items for part in parts]),
-        tiles=torch.cat([part.tiles for part in parts]),
-        placeholder_id=parts[0].placeholder_id,
-        tokens_per_item=parts[0].tokens_per_item,
-        ends=torch.cat(ends) + moved if ends else None,
-        tag_ids=torch.cat([F.pad(t, (0, width - t.shape[1]), value=-1) for t in tags])
-        if tags
-        else None,
-    )
+    return batch, torch.stack([firsts, torch.full_like(firsts, width)], dim=1).int()
 
 
 def generate(
@@ -303,15 +258,15 @@ def _broadcast_from_last_stage(tensor: Tensor) -> None:
 
 def _per_sample(loss: Tensor, batch: Batch) -> Tensor:
     """Per-token loss [b, s] -> [num_samples, 2]: sum of log-probabilities, number of tokens."""
-    num_samples = len(batch.sample_ids)
+    num_texts = batch.owners.numel()
     if batch.cu_seqlens is None:
-        owners = torch.arange(num_samples, device=loss.device)[:, None].expand_as(loss)
+        texts = torch.arange(num_texts, device=loss.device)[:, None].expand_as(loss)
     else:
         segments = torch.diff(batch.cu_seqlens).long()
-        owners = torch.arange(len(segments), device=loss.device).repeat_interleave(segments)[None]
-    counted = (batch.loss_mask != 0) & (owners < num_samples)
-    owners = owners[counted]
-    table = torch.zeros(num_samples, 2, dtype=torch.float64, device=loss.device)
+        texts = torch.arange(len(segments), device=loss.device).repeat_interleave(segments)[None]
+    counted = (batch.loss_mask != 0) & (texts < num_texts)
+    owners = batch.owners[texts[counted]]
+    table = torch.zeros(len(batch.sample_ids), 2, dtype=torch.float64, device=loss.device)
     table[:, 0].index_add_(0, owners, -loss[counted].double())
     table[:, 1].index_add_(0, owners, torch.ones_like(owners, dtype=torch.float64))
     return table

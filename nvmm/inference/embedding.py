@@ -37,7 +37,7 @@ class Encoder:
         mine = deal(len(texts), parallel_state.get_data_parallel_rank(), size)
         samples = [self.builder.text(texts[number], instruction) for number in mine]
         # Texts of like length share a batch.
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens))
+        order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
         found: list[Tensor] = [torch.empty(0)] * len(samples)
         device = next(self.model[0].parameters()).device
         for start in range(0, len(order), self.batch_size):

@@ -158,6 +158,4 @@ def _build(node: Mapping[str, Any], **options: Any) -> Any:
         builder = partial(**options)
     except TypeError as error:
         raise ValueError(f"the sample builder does not take its parameters: {error}") from error
-    if not hasattr(builder, "prompt"):
-        raise ValueError(f"the checkpoint's data.train.build={node['_target_']} makes no prompts")
     return builder

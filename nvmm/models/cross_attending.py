@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,14 @@ from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import BaseInferenceContext
 from torch import Tensor
 
-from nvmm.batch import ATTENDED, IMAGE, Batch, Media
+from nvmm.batch import ATTENDED, Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
 from nvmm.models.multimodal import MultimodalModel
-from nvmm.modules.connector import MLPConnector
 from nvmm.modules.cross_attention import CrossAttention
-from nvmm.modules.encoders.vision import VisionTransformer
-from nvmm.modules.flops import flops_per_step
-from nvmm.modules.merge import behind_tags, merge
+from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.flops import Training, cross_attention_flops, segment_lengths
+from nvmm.modules.lora import only_adapters_train
+from nvmm.modules.merge import behind_tags
 from nvmm.modules.spans import query_spans
 from nvmm.parallel import context_parallel, payload
 from nvmm.parallel.setup import Chunk
@@ -31,6 +31,9 @@ from nvmm.parallel.setup import Chunk
 _BLOCK = re.compile(
     r"^(.*)language\.decoder\.layers\.(\d+)\.cross_attention(?:_block)?\.(.*)$", re.DOTALL
 )
+
+
+_BLOCK_NAMES = (".cross_attention", ".cross_attention_block")
 
 
 class CrossAttendingModel(MultimodalModel):
@@ -41,7 +44,7 @@ class CrossAttendingModel(MultimodalModel):
     so that `freeze: [language.*]` leaves them alone and the language model's are a plain one's.
 
     Args:
-        language, vision, connector: as MultimodalModel's.
+        language, vision, connector, encoders: as MultimodalModel's.
         cross_attention: which layers attend, and how.
         chunk: which part of the model this rank builds.
     """
@@ -49,9 +52,10 @@ class CrossAttendingModel(MultimodalModel):
     def __init__(
         self,
         language: Callable[..., LanguageModel],
-        vision: Callable[..., VisionTransformer],
-        connector: Callable[..., MLPConnector],
         cross_attention: CrossAttention,
+        vision: Callable[..., EncoderTower] | None = None,
+        connector: Callable[..., Any] | None = None,
+        encoders: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
         *,
         chunk: Chunk,
     ) -> None:
@@ -67,10 +71,16 @@ class CrossAttendingModel(MultimodalModel):
             functools.partial(language, cross_attention=cross_attention),
             vision,
             connector,
+            encoders,
             chunk=chunk,
         )
         self.cross_attention = cross_attention
         self.received: Tensor | None = None
+
+    @property
+    def reads(self) -> frozenset[MediaKind]:
+        """Every modality that has an encoder, in the sequence or attended."""
+        return super().reads | {MediaKind(modality, ATTENDED) for modality in self.modalities}
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Receive what the previous stage sent: hidden states with the media behind them."""
@@ -86,45 +96,59 @@ class CrossAttendingModel(MultimodalModel):
     ) -> Tensor:
         """Run this chunk; arguments and result as MultimodalModel's.
 
-        `batch.media[ATTENDED]` holds what cross-attention reads, `batch.media[IMAGE]` what stands
-        in the sequence. Before the last stage the result carries the attended media behind the
-        hidden states.
+        `batch.media` holds what cross-attention reads and what stands in the sequence. Before the
+        last stage the result carries the attended media behind the hidden states.
         """
-        hidden, media = self._enter(batch) if self.pre_process else (None, self._receive(batch))
+        # 1. words and placed media [s, b, h], and the keys of attended ones [m, b, h]: computed on
+        #    the first stage, behind the hidden states on later ones
+        attended = _attended(batch)
+        if self.pre_process:
+            hidden, keys = self._embed_and_attend(batch, attended)
+        else:
+            hidden, keys = None, self._receive(batch, attended)
+        # 2. this stage's layers; each position sees its span of the keys
         hidden = self.language(
             batch,
             output=output,
             hidden=hidden,
-            context=media,
-            context_spans=self._spans(batch, inference_context),
+            context=keys,
+            context_spans=self._spans(batch, attended, inference_context),
             key_spans=key_spans,
             inference_context=inference_context,
         )
         assert hidden is not None
-        if self.post_process or media is None:
+        # 3. the keys go on with the hidden states
+        if self.post_process or keys is None:
             return hidden
-        return payload.pack(hidden, {ATTENDED: media})
+        return payload.pack(hidden, {ATTENDED: keys})
 
-    def _enter(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _embed_and_attend(
+        self, batch: Batch, attended: Media | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [s, b, h] with the placed media, and the attended ones [m, b, h]."""
-        placed, attended = (_some(batch.media.get(kind)) for kind in (IMAGE, ATTENDED))
-        if placed is None and attended is None:
-            return self._without_media(self.language.embed(batch.tokens)), None
-        # 1. both kinds through one encoder and one projector: [n, tokens_per_item, h]
-        tiles = [media.values for media in (placed, attended) if media is not None]
-        count = 0 if placed is None else placed.values.shape[0]
-        features = self._encode(torch.cat(tiles))
+        batch.require(self.reads, f"model._target_={type(self).__name__}")
+        kinds = {kind: media for kind, media in batch.media.items() if len(media.positions)}
+        # 1. a modality's tiles go through its encoder and connector together, however placed:
+        #    [n, tokens_per_item, h]
+        features: dict[MediaKind, Tensor] = {}
+        for modality in dict.fromkeys(kind.modality for kind in kinds):
+            ways = [kind for kind in kinds if kind.modality == modality]
+            # Placed tiles first: the sums of a batch's gradients depend on the order.
+            ways.sort(key=lambda kind: kind.placement == ATTENDED)
+            tiles = [kinds[kind].values for kind in ways]
+            encoded = self.encode(modality, torch.cat(tiles)).split([len(t) for t in tiles])
+            features |= dict(zip(ways, encoded, strict=True))
         # 2. words, and placed features among them: [s, b, h]
-        if placed is None:
-            hidden = self.language.embed(batch.tokens)
-        else:
-            hidden = merge(self._words(batch, placed), features[:count], placed, batch)
-        if attended is None:
+        placed = {kind: media for kind, media in kinds.items() if kind.placement != ATTENDED}
+        hidden = self.place(batch, placed, features)
+        if attended is None or not len(attended.positions):
             return hidden, None
         # 3. one list of keys, folded to the batch's width: [m, b, h], or a rank's part of it
-        keys = self._keys(features[count:], attended).to(hidden.dtype)
+        [kind] = [kind for kind in kinds if kind.placement == ATTENDED]
+        keys = self._keys(features[kind], attended).to(hidden.dtype)
         b = hidden.shape[1]
-        keys = torch.nn.functional.pad(keys, (0, 0, 0, self._rows(batch) * b - keys.shape[0]))
+        rows = self._rows(batch, attended)
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, rows * b - keys.shape[0]))
         keys = keys.view(-1, b, keys.shape[-1])
         if self.config.sequence_parallel:
             keys = tensor_parallel.scatter_to_sequence_parallel_region(keys)
@@ -144,19 +168,18 @@ class CrossAttendingModel(MultimodalModel):
         tags = self.language.embed(media.tag_ids[media.tag_ids >= 0][None])[:, 0]
         return behind_tags(features, tags, media)
 
-    def _rows(self, batch: Batch) -> int:
+    def _rows(self, batch: Batch, attended: Media | None) -> int:
         """Rows [m, b] that hold the micro-batch's keys; 0 without any."""
-        media = batch.media.get(ATTENDED)
-        if media is None:
+        if attended is None:
             return 0
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         unit = ranks * batch.tokens.shape[0]
-        return -(-media.num_keys // unit) * ranks
+        return -(-attended.num_keys // unit) * ranks
 
-    def _receive(self, batch: Batch) -> Tensor | None:
-        """Hand the hidden states that arrived to the decoder, and return the media behind them."""
+    def _receive(self, batch: Batch, attended: Media | None) -> Tensor | None:
+        """Hand the hidden states that arrived to the decoder, and return the keys behind them."""
         assert self.received is not None
-        rows = self._rows(batch)
+        rows = self._rows(batch, attended)
         if self.config.sequence_parallel:
             rows //= self.config.tensor_model_parallel_size
         hidden, tensors = payload.unpack(self.received, {ATTENDED: rows})
@@ -164,19 +187,18 @@ class CrossAttendingModel(MultimodalModel):
         self.received = None
         return tensors[ATTENDED] if rows else None
 
-    def _spans(self, batch: Batch, inference_context: Any) -> Tensor | None:
+    def _spans(self, batch: Batch, attended: Media | None, inference_context: Any) -> Tensor | None:
         """What this rank's positions see; in decoding, what the last prompt position's text saw."""
-        media = batch.media.get(ATTENDED)
         sees = self.cross_attention.text_sees
         if inference_context is None:
-            if media is None:
+            if attended is None:
                 return None
-            return context_parallel.shard(query_spans(media, batch, sees), batch)
+            return context_parallel.shard(query_spans(attended, batch, sees), batch)
         memory = inference_context.key_value_memory_dict
-        if media is None:
+        if attended is None:
             spans: Tensor | None = memory.get("cross_attention.spans")
             return spans
-        whole = query_spans(media, batch, sees, num_following=1)
+        whole = query_spans(attended, batch, sees, num_following=1)
         memory["cross_attention.spans"] = whole[-1:]
         return whole[:-1]
 
@@ -185,37 +207,41 @@ class CrossAttendingModel(MultimodalModel):
         width = self.config.hidden_size * self.config.params_dtype.itemsize
         split = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         positions = batch.tokens.numel() // self.config.context_parallel_size
-        media = self._rows(batch) * batch.tokens.shape[0]
+        media = self._rows(batch, _attended(batch)) * batch.tokens.shape[0]
         return positions * width // split, media * width // split
 
     def flops(self, batch: Batch) -> dict[str, float]:
         """As MultimodalModel's; cross-attention counts as language."""
-        arguments = self._flops_arguments(batch)
-        media = batch.media.get(ATTENDED)
-        if media is None:
-            return flops_per_step(**arguments)
+        attended = _attended(batch)
+        if attended is None:
+            return super().flops(batch)
+        flops, reached = self._media_flops(batch)
+        blocks = [m for n, m in self.language.named_modules() if n.endswith(_BLOCK_NAMES)]
+        in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+        trained = [p for p in self.language.parameters() if p.requires_grad]
+        trains_blocks = any(id(parameter) in in_blocks for parameter in trained)
+        trains_others = any(id(parameter) not in in_blocks for parameter in trained)
+        language = _training(trains_others, reached or trains_blocks)
+        cross = _training(trains_blocks, reached or trains_others)
+        if only_adapters_train(self.language):
+            language = cross = "passed"
         heads, groups, width = self.cross_attention.sizes(self.config)
-        spans = query_spans(media, batch, self.cross_attention.text_sees).long()
-        parts = {
-            "cross_attention" if ".cross_attention" in name else "language"
-            for name, parameter in self.language.named_parameters()
-            if parameter.requires_grad
-        }
-        arguments["trained"] = parts | (set(arguments["trained"]) - {"language"})
-        if "language" in arguments["adapted"]:
-            arguments["adapted"].append("cross_attention")
-        return flops_per_step(
-            **arguments,
-            cross_attention={
-                "num_blocks": sum(map(self.cross_attention.is_at, range(self.config.num_layers))),
-                "num_attention_heads": heads,
-                "num_query_groups": groups,
-                "kv_channels": width,
-                "ffn_hidden_size": self.cross_attention.ffn_hidden_size,
-                "num_keys": media.num_keys,
-                "num_pairs": int((spans[..., 1] - spans[..., 0]).sum()),
-            },
+        spans = query_spans(attended, batch, self.cross_attention.text_sees).long()
+        lengths = segment_lengths(batch)
+        flops["language"] = self.language.count_flops(lengths, language) + cross_attention_flops(
+            num_blocks=sum(map(self.cross_attention.is_at, range(self.config.num_layers))),
+            hidden_size=self.config.hidden_size,
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            kv_channels=width,
+            ffn_hidden_size=self.cross_attention.ffn_hidden_size,
+            gated_linear_unit=self.config.gated_linear_unit,
+            num_queries=sum(lengths),
+            num_keys=attended.num_keys,
+            num_pairs=int((spans[..., 1] - spans[..., 0]).sum()),
+            training=cross,
         )
+        return flops
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """mcore's, with the blocks under `cross_attention.layers.<n>`."""
@@ -228,5 +254,16 @@ class CrossAttendingModel(MultimodalModel):
         return state
 
 
-def _some(media: Media | None) -> Media | None:
-    return media if media is not None and media.positions.numel() else None
+def _training(trained: bool, behind: bool) -> Training:
+    return "trained" if trained else "passed" if behind else "frozen"
+
+
+def _attended(batch: Batch) -> Media | None:
+    """The media that cross-attention reads.
+
+    Raises ValueError for several modalities: a position sees one span of the list of keys.
+    """
+    kinds = [kind for kind in batch.media if kind.placement == ATTENDED]
+    if len(kinds) > 1:
+        raise ValueError(f"cross-attention reads one modality a micro-batch, got {kinds}")
+    return batch.media[kinds[0]] if kinds else None

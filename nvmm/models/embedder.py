@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.models.language import LanguageModel, packed_seq_params
-from nvmm.modules.flops import flops_per_step, latent_attention_flops, segment_lengths
+from nvmm.modules.flops import language_flops, latent_attention_flops, segment_lengths, sizes
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.pooling import LatentAttention
 from nvmm.parallel.setup import Chunk
@@ -93,21 +93,23 @@ class EmbeddingModel(LanguageModel):
     def flops(self, batch: Batch) -> dict[str, float]:
         """Model FLOPs of a micro-batch's forward and backward; latent attention counts as language.
 
-        Of the whole model, whatever the layout. A self-attention pooling's layer is not counted.
+        They are the whole model's, whatever the layout. A self-attention pooling's layer is not
+        counted.
         """
-        flops = flops_per_step(
-            self.config,
+        flops = language_flops(
+            **sizes(self.config),
             vocab_size=0,
             segment_lengths=segment_lengths(batch),
-            adapted=["language"] if only_adapters_train(self.decoder) else [],
+            # The pooling is always trained, and stands on the last stage alone.
+            training="passed" if only_adapters_train(self.decoder) else "trained",
             causal_attention_factor=0.5 if self.is_causal else 1.0,
         )
         if self.latent_sizes is not None:
             pooled = sum(segment_lengths(batch))
             if "pool_from" in batch.extras:
                 pooled -= int(batch.extras["pool_from"].sum())
-            flops["language"] += latent_attention_flops(**self.latent_sizes, num_tokens=pooled)  # type: ignore[arg-type]
-        return flops
+            flops += latent_attention_flops(**self.latent_sizes, num_tokens=pooled)  # type: ignore[arg-type]
+        return {"language": flops}
 
     def sharded_state_dict(
         self,

@@ -13,10 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from nvmm.batch import Batch
+from nvmm.batch import Batch, MediaKind
 from nvmm.modules.cross_attention import CrossAttention
-from nvmm.modules.flops import flops_per_step, segment_lengths
-from nvmm.modules.lora import only_adapters_train
+from nvmm.modules.flops import Training, language_flops, segment_lengths, sizes, training_of
 from nvmm.modules.output import fused_loss
 from nvmm.modules.rotary import RotaryAttention, rotation_table
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
@@ -88,6 +87,9 @@ class LanguageModel(GPTModel):
         )
         self.unpadded_vocab_size = vocab_size
 
+    reads: frozenset[MediaKind] = frozenset()
+    """Kinds of media that it takes; others are refused."""
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Word embeddings of tokens [b, s] -> [s, b, h], whole on every TP rank."""
         return self.embedding.word_embeddings(tokens).transpose(0, 1).contiguous()
@@ -119,6 +121,8 @@ class LanguageModel(GPTModel):
 
         Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
         """
+        if hidden is None and self.pre_process:
+            batch.require(self.reads, f"model._target_={type(self).__name__}")
         packed = packed_seq_params(batch)
         if hidden is not None:
             hidden = context_parallel.shard(hidden, batch)
@@ -156,12 +160,17 @@ class LanguageModel(GPTModel):
         return self.compute_language_model_loss(batch.labels, self._mask_padding_rows(logits))
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Model FLOPs of a micro-batch's forward and backward, {"language", "vision"}."""
-        return flops_per_step(
-            self.config,
+        """Model FLOPs of a micro-batch's forward and backward, {"language": ...}."""
+        training = training_of(self, behind=False)
+        return {"language": self.count_flops(segment_lengths(batch), training)}
+
+    def count_flops(self, lengths: list[int], training: Training) -> float:
+        """Matrix-multiply FLOPs over sequences of these lengths."""
+        return language_flops(
+            **sizes(self.config),
             vocab_size=self.unpadded_vocab_size,
-            segment_lengths=segment_lengths(batch),
-            adapted=["language"] if only_adapters_train(self) else [],
+            segment_lengths=lengths,
+            training=training,
         )
 
     def _enter(self, hidden: Tensor) -> Tensor:

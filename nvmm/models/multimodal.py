@@ -1,9 +1,8 @@
-"""Encoder, connector and language model, with media merged into the decoder's input: NVLM-D."""
+"""Encoders, connectors and a language model, with media merged into its input: NVLM-D."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +10,10 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from nvmm.batch import ATTENDED, IMAGE, Batch, Media
+from nvmm.batch import Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
-from nvmm.modules.connector import MLPConnector
-from nvmm.modules.encoders.vision import VisionTransformer
-from nvmm.modules.flops import flops_per_step, segment_lengths
-from nvmm.modules.lora import only_adapters_train
+from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.flops import segment_lengths, training_of
 from nvmm.modules.merge import merge
 from nvmm.parallel.setup import Chunk
 
@@ -24,36 +21,53 @@ from nvmm.parallel.setup import Chunk
 class MultimodalModel(MegatronModule):
     """Decoder-only multimodal model (NVLM section 3.2.1).
 
-    Encoder and connector are part of the first pipeline stage's first chunk; elsewhere they are
-    None. The config is the language model's.
+    Every modality has an encoder and a connector, which are part of the first pipeline stage's
+    first chunk. The image's are called `vision` and `connector`, another modality's as it itself
+    and `<modality>_connector`; their parameters' names begin so. The config is the language
+    model's.
 
     Args:
         language: partial of LanguageModel, still without its chunk.
-        vision: partial of VisionTransformer, still without its chunk.
+        vision: partial of VisionTransformer, still without its chunk; None: no images.
         connector: partial of MLPConnector, still without sizes and chunk.
+        encoders: other modalities -> {"encoder": partial, "connector": partial}, as above.
         chunk: which part of the model this rank builds.
+
+    Attributes:
+        reads: the kinds of media that it takes; others are refused.
+        encoders: modality -> (encoder, connector); empty on later stages and chunks.
     """
 
     def __init__(
         self,
         language: Callable[..., LanguageModel],
-        vision: Callable[..., VisionTransformer],
-        connector: Callable[..., MLPConnector],
+        vision: Callable[..., EncoderTower] | None = None,
+        connector: Callable[..., Any] | None = None,
+        encoders: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
         *,
         chunk: Chunk,
     ) -> None:
         language_model = language(chunk=chunk)
         super().__init__(config=language_model.config)
         self.language = language_model
-        self.vision: VisionTransformer | None = None
-        self.connector: MLPConnector | None = None
-        if chunk.pre_process:
-            self.vision = vision(chunk=chunk)
-            self.connector = connector(
-                input_size=self.vision.config.hidden_size,
-                output_size=self.config.hidden_size,
-                chunk=chunk,
-            )
+        parts = {m: (part["encoder"], part["connector"]) for m, part in (encoders or {}).items()}
+        if vision is not None and connector is not None:
+            parts = {"image": (vision, connector)} | parts
+        elif vision is not None or connector is not None:
+            raise ValueError("model.vision and model.connector must both be given, or neither")
+        self.modalities = list(parts)
+        for modality, (encoder, connect) in parts.items():
+            first, second = _names(modality)
+            setattr(self, first, None)
+            setattr(self, second, None)
+            if chunk.pre_process:
+                tower = encoder(chunk=chunk)
+                setattr(self, first, tower)
+                sizes = {
+                    "input_size": tower.config.hidden_size,
+                    "output_size": self.config.hidden_size,
+                }
+                setattr(self, second, connect(**sizes, chunk=chunk))
         # What mcore's schedules and gradient finalisation read from a model.
         self.model_type = language_model.model_type
         self.pre_process = language_model.pre_process
@@ -65,40 +79,47 @@ class MultimodalModel(MegatronModule):
         self.overlap_grad_reduce = chunk.parallel.overlap_grad_reduce
 
     @property
+    def reads(self) -> frozenset[MediaKind]:
+        """Every modality that has an encoder, in the sequence."""
+        return frozenset(MediaKind(modality) for modality in self.modalities)
+
+    @property
+    def encoders(self) -> dict[str, tuple[Any, Any]]:
+        """Modality -> (encoder, connector), on the first stage's first chunk."""
+        if not self.pre_process:
+            return {}
+        return {m: tuple(getattr(self, name) for name in _names(m)) for m in self.modalities}  # type: ignore[misc]
+
+    @property
     def decoder(self) -> torch.nn.Module:
         """The language model's transformer block."""
         return self.language.decoder
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Model FLOPs of a micro-batch's forward and backward, {"language", "vision"}.
+        """Model FLOPs of a micro-batch's forward and backward: "language" and each modality.
 
-        Of the whole model, whatever the layout; known to the first stage's first chunk.
+        They are the whole model's, whatever the layout; the first stage's first chunk knows them.
         """
-        return flops_per_step(**self._flops_arguments(batch))
+        flops, reached = self._media_flops(batch)
+        training = training_of(self.language, behind=reached)
+        flops["language"] = self.language.count_flops(segment_lengths(batch), training)
+        return flops
 
-    def _flops_arguments(self, batch: Batch) -> dict[str, Any]:
-        assert self.vision is not None and self.connector is not None
-        vision = copy.copy(self.vision.config)
-        vision.num_attention_heads = vision.num_query_groups = self.vision.num_attention_heads
-        parts: dict[str, torch.nn.Module] = {
-            "language": self.language,
-            "vision": self.vision,
-            "connector": self.connector,
-        }
-        return {
-            "language": self.config,
-            "vision": vision,
-            "vocab_size": self.language.unpadded_vocab_size,
-            "segment_lengths": segment_lengths(batch),
-            "num_tiles": sum(media.values.shape[0] for media in batch.media.values()),
-            "image_size": self.vision.image_size,
-            "patch_size": self.vision.patch_size,
-            "class_token": self.vision.class_token is not None,
-            "downsample": self.connector.downsample,
-            "connector_hidden_size": self.connector.hidden_size,
-            "trained": [name for name, part in parts.items() if _is_trained(part)],
-            "adapted": [name for name, part in parts.items() if only_adapters_train(part)],
-        }
+    def _media_flops(self, batch: Batch) -> tuple[dict[str, float], bool]:
+        """FLOPs of each modality, and whether gradients pass the language model to reach them."""
+        flops = dict.fromkeys(self.modalities, 0.0)
+        reached = False
+        for modality, (encoder, connector) in self.encoders.items():
+            values = [m.values for kind, m in batch.media.items() if kind.modality == modality]
+            for tiles in values:
+                if not len(tiles):
+                    continue
+                training = training_of(encoder, behind=False)
+                flops[modality] += encoder.flops(tiles, training)
+                training = training_of(connector, behind=training != "frozen")
+                flops[modality] += connector.flops(len(tiles), encoder.grid(tiles), training)
+                reached |= training != "frozen"
+        return flops, reached
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Receive the previous stage's hidden states [s, b, h]."""
@@ -118,10 +139,12 @@ class MultimodalModel(MegatronModule):
     ) -> Tensor:
         """Run this chunk; arguments and result as LanguageModel's.
 
-        `batch.media["image"]` holds the tiles, where the batch has any: decoding with a cache has
-        them in its first step alone.
+        `batch.media` holds the tiles, where the batch has any: decoding with a cache has them in
+        its first step alone.
         """
+        # 1. words, and media at their placeholders: [s, b, h], on the first stage
         hidden = self.embed(batch) if self.pre_process else None
+        # 2. this stage's layers, and on the last one the loss
         return self.language(
             batch,
             output=output,
@@ -132,45 +155,64 @@ class MultimodalModel(MegatronModule):
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings [s, b, h] with the media at their placeholders; first stage only."""
-        if ATTENDED in batch.media:
-            raise ValueError(
-                "the data leave tiles to cross-attention, and model._target_ has none: set"
-                " data.train.build.attended=none, or use CrossAttendingModel"
-            )
-        media = batch.media.get(IMAGE)
-        if media is None or media.values.shape[0] == 0:
-            return self._without_media(self.language.embed(batch.tokens))
-        return merge(self._words(batch, media), self._encode(media.values), media, batch)
+        batch.require(self.reads, f"model._target_={type(self).__name__}")
+        placed = {kind: media for kind, media in batch.media.items() if len(media.positions)}
+        features = {kind: self.encode(kind.modality, m.values) for kind, m in placed.items()}
+        return self.place(batch, placed, features)
 
-    def _words(self, batch: Batch, media: Media) -> Tensor:
-        """Embeddings [s, b, h]; the placeholder's id may lie outside the vocabulary."""
-        words = batch.tokens.masked_fill(batch.tokens == media.placeholder_id, 0)
-        return self.language.embed(words)
+    def place(
+        self,
+        batch: Batch,
+        placed: Mapping[MediaKind, Media],
+        features: Mapping[MediaKind, Tensor],
+    ) -> Tensor:
+        """Embeddings [s, b, h] of the words, with features at the placeholders of `placed`.
 
-    def _encode(self, tiles: Tensor) -> Tensor:
-        """uint8 [n, 3, height, width] -> encoded, shuffled and projected, [n, tokens, h]."""
-        assert self.vision is not None and self.connector is not None
-        return self.connector(self.vision(tiles), self.vision.grid(tiles))
+        The parts of modalities that the batch lacks are kept in the graph (see `_idle`).
+        """
+        # A placeholder's id may lie outside the vocabulary.
+        tokens = batch.tokens
+        for media in placed.values():
+            tokens = tokens.masked_fill(batch.tokens == media.placeholder_id, 0)
+        hidden = self.language.embed(tokens)
+        for kind, media in placed.items():
+            hidden = merge(hidden, features[kind], media, batch)
+        present = {kind.modality for kind, media in batch.media.items() if len(media.positions)}
+        for modality in self.modalities:
+            if modality not in present:
+                hidden = self._idle(hidden, modality)
+        return hidden
 
-    def _without_media(self, hidden: Tensor) -> Tensor:
+    def encode(self, modality: str, tiles: Tensor) -> Tensor:
+        """Tiles [n, ...] -> encoded, shuffled and projected, [n, tokens, h]."""
+        encoder, connector = self.encoders[modality]
+        return connector(encoder(tiles), encoder.grid(tiles))
+
+    def _idle(self, hidden: Tensor, modality: str) -> Tensor:
         """`hidden`, tied to the idle parameters where mcore waits for a gradient of each.
 
         With overlap_grad_reduce a bucket is reduced when all its parameters have a gradient in the
-        last micro-batch; black tiles at weight 0 give them one. A frozen encoder does not run.
+        last micro-batch; a blank tile at weight 0 gives them one. A frozen encoder does not run.
         """
-        assert self.vision is not None and self.connector is not None
         if not (self.overlap_grad_reduce and self.training and torch.is_grad_enabled()):
             return hidden
-        if not (_is_trained(self.vision) or _is_trained(self.connector)):
+        encoder, connector = self.encoders[modality]
+        if not (_is_trained(encoder) or _is_trained(connector)):
             return hidden
-        size = self.vision.image_size
-        tiles = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=hidden.device)
-        grid = self.vision.grid(tiles)
-        if _is_trained(self.vision):
-            features = self.vision(tiles)
+        tiles = encoder.blank(hidden.device)
+        grid = encoder.grid(tiles)
+        if _is_trained(encoder):
+            features = encoder(tiles)
         else:
-            features = hidden.new_zeros(1, grid[0] * grid[1], self.vision.config.hidden_size)
-        return hidden + 0 * self.connector(features, grid).sum()
+            features = hidden.new_zeros(1, grid[0] * grid[1], encoder.config.hidden_size)
+        return hidden + 0 * connector(features, grid).sum()
+
+
+def _names(modality: str) -> tuple[str, str]:
+    """Attributes that hold a modality's encoder and connector."""
+    if modality == "image":
+        return "vision", "connector"
+    return modality, f"{modality}_connector"
 
 
 def _is_trained(module: torch.nn.Module) -> bool:

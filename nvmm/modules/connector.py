@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nvmm.kernels import pixel_shuffle as kernels
 from nvmm.kernels.activation import activation
+from nvmm.modules.flops import Training, connector_flops
 from nvmm.modules.mlp import KINDS
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk, Normal
@@ -85,6 +86,7 @@ class MLPConnector(MegatronModule):
         super().__init__(config=config)
         self.downsample = downsample
         self.hidden_size = hidden_size
+        self.output_size = output_size
         self.activation_func = activation_func
         backend = backend_provider(chunk.backend)
         self.layernorm = (
@@ -124,6 +126,16 @@ class MLPConnector(MegatronModule):
         x = self.activation_func(x) if kind is None else activation(x, kind=kind)
         x, _ = self.linear_fc2(x)
         return x
+
+    def flops(self, num_tiles: int, grid: tuple[int, int], training: Training) -> float:
+        """Matrix-multiply FLOPs of the linears over some tiles."""
+        return connector_flops(
+            input_size=self.linear_fc1.input_size,
+            hidden_size=self.hidden_size,
+            output_size=self.output_size,
+            num_tokens=num_tiles * grid[0] * grid[1] // self.downsample**2,
+            training=training,
+        )
 
     def sharded_state_dict(
         self,

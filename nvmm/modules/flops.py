@@ -8,19 +8,23 @@ attention square.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.nn import Module
 
 from nvmm.batch import Batch
+from nvmm.modules.lora import only_adapters_train
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-PARTS = ("language", "vision", "connector", "cross_attention")
+Training = Literal["trained", "passed", "frozen"]
+"""A part is trained, or frozen with gradients that pass through it, or only runs forward."""
 # Times the forward cost. A trained part computes both gradients; a frozen one behind which
 # something trains computes only the gradient of its input. Attention has no weights of its own.
-_LINEAR_COST = {"trained": 3, "passed": 2, "frozen": 1}
-_ATTENTION_COST = {"trained": 3, "passed": 3, "frozen": 1}
+LINEAR_COST = {"trained": 3, "passed": 2, "frozen": 1}
+ATTENTION_COST = {"trained": 3, "passed": 3, "frozen": 1}
 
 
 def language_flops(
@@ -34,7 +38,7 @@ def language_flops(
     gated_linear_unit: bool,
     vocab_size: int,
     segment_lengths: Sequence[int],
-    training: str = "trained",
+    training: Training = "trained",
     causal_attention_factor: float = 0.5,
 ) -> float:
     """Matrix-multiply FLOPs of a decoder with an output layer over some sequences.
@@ -45,7 +49,7 @@ def language_flops(
         causal_attention_factor: the share of the attention square that a causal mask leaves;
             1 counts it whole, as Nemotron-4's reports do.
     """
-    layers = _transformer_flops(
+    layers = transformer_flops(
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_attention_heads=num_attention_heads,
@@ -58,10 +62,10 @@ def language_flops(
         attention_factor=causal_attention_factor,
     )
     logits = 2.0 * hidden_size * vocab_size * sum(segment_lengths)
-    return layers + logits * _LINEAR_COST[training]
+    return layers + logits * LINEAR_COST[training]
 
 
-def vision_flops(
+def encoder_flops(
     *,
     num_layers: int,
     hidden_size: int,
@@ -70,16 +74,17 @@ def vision_flops(
     kv_channels: int,
     ffn_hidden_size: int,
     gated_linear_unit: bool,
-    image_size: int,
-    patch_size: int,
-    class_token: bool,
+    num_tokens: int,
+    front_end: float,
     num_tiles: int,
-    training: str = "frozen",
+    training: Training = "frozen",
 ) -> float:
-    """Matrix-multiply FLOPs of a ViT (patch embedding, bidirectional layers) over some tiles."""
-    patches = (image_size // patch_size) ** 2
-    embedding = 2.0 * 3 * patch_size**2 * hidden_size * patches * num_tiles
-    layers = _transformer_flops(
+    """Matrix-multiply FLOPs of an encoder of bidirectional layers over some tiles.
+
+    num_tokens: of a tile, a class token among them; front_end: forward FLOPs of what makes them of
+    a tile (a ViT's patch embedding, Whisper's convolutions).
+    """
+    layers = transformer_flops(
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_attention_heads=num_attention_heads,
@@ -87,11 +92,11 @@ def vision_flops(
         kv_channels=kv_channels,
         ffn_hidden_size=ffn_hidden_size,
         gated_linear_unit=gated_linear_unit,
-        segment_lengths=[patches + class_token] * num_tiles,
+        segment_lengths=[num_tokens] * num_tiles,
         training=training,
         attention_factor=1.0,
     )
-    return layers + embedding * _LINEAR_COST[training]
+    return layers + front_end * num_tiles * LINEAR_COST[training]
 
 
 def connector_flops(
@@ -100,14 +105,14 @@ def connector_flops(
     hidden_size: int | None,
     output_size: int,
     num_tokens: int,
-    training: str = "trained",
+    training: Training = "trained",
 ) -> float:
     """FLOPs of an MLP connector: two linears through `hidden_size`, or one where it is None."""
     if hidden_size is None:
         weights = input_size * output_size
     else:
         weights = (input_size + output_size) * hidden_size
-    return 2.0 * weights * num_tokens * _LINEAR_COST[training]
+    return 2.0 * weights * num_tokens * LINEAR_COST[training]
 
 
 def latent_attention_flops(
@@ -118,7 +123,7 @@ def latent_attention_flops(
     ffn_hidden_size: int,
     hidden_size: int,
     num_tokens: int,
-    training: str = "trained",
+    training: Training = "trained",
 ) -> float:
     """Matrix-multiply FLOPs of NV-Embed's latent attention over the pooled tokens of a batch.
 
@@ -128,7 +133,7 @@ def latent_attention_flops(
     linear = hidden_size * (2 * inner + 3 * ffn_hidden_size) * num_tokens
     linear += 2 * hidden_size * inner * num_latents
     attention = 4.0 * inner * num_latents * num_tokens
-    return 2.0 * linear * _LINEAR_COST[training] + attention * _ATTENTION_COST[training]
+    return 2.0 * linear * LINEAR_COST[training] + attention * ATTENTION_COST[training]
 
 
 def cross_attention_flops(
@@ -143,7 +148,7 @@ def cross_attention_flops(
     num_queries: int,
     num_keys: int,
     num_pairs: int,
-    training: str = "trained",
+    training: Training = "trained",
 ) -> float:
     """Matrix-multiply FLOPs of cross-attention blocks over one micro-batch with media.
 
@@ -157,90 +162,19 @@ def cross_attention_flops(
     linear = hidden_size * ((2 * query + mlp // hidden_size) * num_queries + key_value * num_keys)
     attention = 4.0 * query * num_pairs
     return num_blocks * (
-        2.0 * linear * _LINEAR_COST[training] + attention * _ATTENTION_COST[training]
+        2.0 * linear * LINEAR_COST[training] + attention * ATTENTION_COST[training]
     )
 
 
-def flops_per_step(
-    language: TransformerConfig,
-    vision: TransformerConfig | None = None,
-    *,
-    vocab_size: int,
-    segment_lengths: Sequence[int],
-    num_tiles: int = 0,
-    image_size: int = 448,
-    patch_size: int = 14,
-    class_token: bool = True,
-    downsample: int = 2,
-    connector_hidden_size: int | None = None,
-    trained: Collection[str] = PARTS,
-    adapted: Collection[str] = (),
-    causal_attention_factor: float = 0.5,
-    cross_attention: Mapping[str, int | None] | None = None,
-) -> dict[str, float]:
-    """Model FLOPs of one micro-batch, forward and backward, over the whole model (all stages).
+def training_of(module: Module, *, behind: bool) -> Training:
+    """How the gradients reach a module.
 
-    Args:
-        language, vision: the parts' configs with the whole model's sizes; vision None: text only.
-        vocab_size: columns of the output layer that count.
-        segment_lengths: valid tokens of each sequence (`segment_lengths(batch)`).
-        num_tiles: tiles that pass the encoder.
-        image_size, patch_size, class_token: the encoder's input, as in its YAML.
-        downsample, connector_hidden_size: as in the connector's YAML.
-        trained: which of PARTS have trainable parameters; none for a forward pass alone.
-        adapted: those of them that train adapters alone: their weights need no gradients. The
-            adapters' own FLOPs are not counted.
-        cross_attention: sizes and counts of `cross_attention_flops`, but those that the decoder
-            gives; None for none.
-
-    Returns: {"language": ..., "vision": ...}; the connector counts as vision, cross-attention as
-    language.
+    behind: whether something in front of it is trained, so that gradients pass through it.
     """
-    if unknown := set(trained) - set(PARTS):
-        raise ValueError(f"trained={sorted(unknown)} must be among {', '.join(PARTS)}")
-    behind = num_tiles > 0 and ("vision" in trained or "connector" in trained)
-    modes = {
-        "vision": _mode("vision" in trained, False),
-        "connector": _mode("connector" in trained, "vision" in trained),
-        "language": _mode("language" in trained, behind or "cross_attention" in trained),
-        "cross_attention": _mode("cross_attention" in trained, behind or "language" in trained),
-    }
-    modes |= {part: "passed" for part in modes if part in trained and part in adapted}
-    flops = {
-        "language": language_flops(
-            **_sizes(language),
-            vocab_size=vocab_size,
-            segment_lengths=segment_lengths,
-            training=modes["language"],
-            causal_attention_factor=causal_attention_factor,
-        ),
-        "vision": 0.0,
-    }
-    if cross_attention is not None:
-        flops["language"] += cross_attention_flops(
-            **cross_attention,  # type: ignore[arg-type]
-            hidden_size=language.hidden_size,
-            gated_linear_unit=language.gated_linear_unit,
-            num_queries=sum(segment_lengths),
-            training=modes["cross_attention"],
-        )
-    if vision is not None and num_tiles:
-        tokens = (image_size // patch_size // downsample) ** 2 * num_tiles
-        flops["vision"] = vision_flops(
-            **_sizes(vision),
-            image_size=image_size,
-            patch_size=patch_size,
-            class_token=class_token,
-            num_tiles=num_tiles,
-            training=modes["vision"],
-        ) + connector_flops(
-            input_size=vision.hidden_size * downsample**2,
-            hidden_size=connector_hidden_size,
-            output_size=language.hidden_size,
-            num_tokens=tokens,
-            training=modes["connector"],
-        )
-    return flops
+    if only_adapters_train(module):
+        return "passed"  # its weights need no gradients; the adapters' own FLOPs are not counted
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    return "trained" if trained else "passed" if behind else "frozen"
 
 
 def segment_lengths(batch: Batch) -> list[int]:
@@ -248,7 +182,7 @@ def segment_lengths(batch: Batch) -> list[int]:
     return [length for length in batch.lengths.tolist() if length]
 
 
-def _transformer_flops(
+def transformer_flops(
     *,
     num_layers: int,
     hidden_size: int,
@@ -258,7 +192,7 @@ def _transformer_flops(
     ffn_hidden_size: int,
     gated_linear_unit: bool,
     segment_lengths: Sequence[int],
-    training: str,
+    training: Training,
     attention_factor: float,
 ) -> float:
     query = num_attention_heads * kv_channels
@@ -267,10 +201,11 @@ def _transformer_flops(
     weights = hidden_size * (query + key_value) + query * hidden_size + mlp
     linear = 2.0 * weights * sum(segment_lengths)
     attention = 4.0 * query * attention_factor * sum(n * n for n in segment_lengths)
-    return num_layers * (linear * _LINEAR_COST[training] + attention * _ATTENTION_COST[training])
+    return num_layers * (linear * LINEAR_COST[training] + attention * ATTENTION_COST[training])
 
 
-def _sizes(config: TransformerConfig) -> dict[str, Any]:
+def sizes(config: TransformerConfig) -> dict[str, Any]:
+    """The sizes of a transformer that the functions above take."""
     heads = config.num_attention_heads
     return {
         "num_layers": config.num_layers,
@@ -281,7 +216,3 @@ def _sizes(config: TransformerConfig) -> dict[str, Any]:
         "ffn_hidden_size": config.ffn_hidden_size or 4 * config.hidden_size,
         "gated_linear_unit": config.gated_linear_unit,
     }
-
-
-def _mode(trained: bool, passed: bool) -> str:
-    return "trained" if trained else "passed" if passed else "frozen"

@@ -34,12 +34,12 @@ def query_spans(
 ) -> Tensor:
     """int32 [s + num_following, b, 2] on the host: the keys each position sees; equal ends: none.
 
-    Tokens of a tile's tag see that tile alone. Other text sees nothing before the first image of
-    its own sample and then, from an image's last tag on, what `text_sees` says: all images so far
+    Tokens of a tile's tag see that tile alone. Other words see nothing before the first image of
+    their own text and then, from an image's last tag on, what `text_sees` says: all images so far
     ("preceding"), the one before it ("last"), or none. Packed neighbours see nothing of each other.
 
     num_following: positions after the row's end to add, as decoding appends them to padded rows.
-    Raises ValueError when the tiles are not in the order of their samples and images.
+    Raises ValueError when the tiles are not in the order of their texts and items.
     """
     if text_sees not in TEXT_SEES:
         raise ValueError(
@@ -51,31 +51,31 @@ def query_spans(
     stops = [s + num_following] * b
     if batch.cu_seqlens is not None:
         stops = batch.cu_seqlens[1:].tolist()
-    sample_first, previous = 0, (-1, -1)
-    for sample, item, tiles in _images(media):
-        if (sample, item) <= previous:
-            raise ValueError(f"attended tiles are not in order: {previous}, then {(sample, item)}")
+    text_first, previous = 0, (-1, -1)
+    for text, item, tiles in _items(media):
+        if (text, item) <= previous:
+            raise ValueError(f"attended tiles are not in order: {previous}, then {(text, item)}")
         low, high = bounds[tiles[0][0]], bounds[tiles[-1][0] + 1]
-        if sample != previous[0]:
-            sample_first = low
-        previous = (sample, item)
+        if text != previous[0]:
+            text_first = low
+        previous = (text, item)
         row, end = tiles[0][1], max(tile[3] for tile in tiles)
         if text_sees != "nothing":
-            first = sample_first if text_sees == "preceding" else low
-            spans[end : stops[sample], row] = torch.tensor([first, high], dtype=torch.int32)
+            first = text_first if text_sees == "preceding" else low
+            spans[end : stops[text], row] = torch.tensor([first, high], dtype=torch.int32)
         for number, _, start, stop in tiles:
             own = torch.tensor(bounds[number : number + 2], dtype=torch.int32)
             spans[start:stop, row] = own
     return spans
 
 
-def _images(media: Media) -> Iterator[tuple[int, int, list[tuple[int, int, int, int]]]]:
-    """(sample, image, its tiles as (number, row, first and last + 1 column of the tag))."""
+def _items(media: Media) -> Iterator[tuple[int, int, list[tuple[int, int, int, int]]]]:
+    """(text, item, its tiles as (number, row, first and last + 1 column of the tag))."""
     assert media.ends is not None
-    fields = (media.samples, media.items, media.rows, media.positions, media.ends)
+    fields = (media.texts, media.items, media.rows, media.positions, media.ends)
     rows = enumerate(torch.stack(fields, dim=1).tolist())
-    for (sample, item), tiles in itertools.groupby(rows, key=lambda row: tuple(row[1][:2])):
-        yield sample, item, [(number, *values[2:]) for number, values in tiles]
+    for (text, item), tiles in itertools.groupby(rows, key=lambda row: tuple(row[1][:2])):
+        yield text, item, [(number, *values[2:]) for number, values in tiles]
 
 
 def span_attention(

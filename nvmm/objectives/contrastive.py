@@ -3,7 +3,7 @@
 NV-Embed (arXiv:2405.17428) section 3.2; GradCache (arXiv:2101.06983). A sample is a query, its
 positive document and its hard negatives, described by `Batch.extras`, one entry a text, in order:
 
-- role: int64, QUERY, POSITIVE or NEGATIVE of `nvmm.batch`; a query begins a sample;
+- role: int64, QUERY, POSITIVE or NEGATIVE of `nvmm.batch`;
 - document_id, text_hash: int64, equal for one document under two texts, or one text twice;
 - answers: int64 [texts, n], on a query: document ids that answer it beside its positive's;
 - in_batch: bool, on a query: whether other samples' documents are its negatives;
@@ -268,8 +268,7 @@ def _choose(scores: Tensor, mask: Tensor, target: Tensor) -> Tensor:
 
 def _is_query(batch: Batch) -> Tensor:
     """bool [texts]: queries of real samples."""
-    is_query = batch.extras["role"] == QUERY
-    return is_query & (batch.sample_ids >= 0)[is_query.cumsum(0) - 1]
+    return (batch.extras["role"] == QUERY) & (batch.sample_ids >= 0)[batch.owners]
 
 
 def _texts(embeddings: Tensor, batches: Sequence[Batch]) -> _Texts:
@@ -278,18 +277,19 @@ def _texts(embeddings: Tensor, batches: Sequence[Batch]) -> _Texts:
     def joined(name: str) -> Tensor:
         return torch.cat([batch.extras[name] for batch in batches])
 
-    role = joined("role")
-    sample = (role == QUERY).cumsum(0) - 1
+    firsts = torch.tensor([0, *(batch.sample_ids.numel() for batch in batches[:-1])]).cumsum(0)
+    owners = [batch.owners + first for batch, first in zip(batches, firsts.tolist(), strict=True)]
+    sample = torch.cat(owners)
     return _Texts(
         embeddings=embeddings.float(),
-        role=role,
+        role=joined("role"),
         sample=sample,
         document_id=joined("document_id"),
         text_hash=joined("text_hash"),
         answers=joined("answers"),
         in_batch=joined("in_batch").bool(),
         is_valid=(torch.cat([batch.sample_ids for batch in batches]) >= 0)[sample],
-        is_own=torch.ones_like(role, dtype=torch.bool),
+        is_own=torch.ones_like(sample, dtype=torch.bool),
         teacher=joined("teacher"),
     )
 

@@ -8,13 +8,15 @@ the attended ones stand, all but their pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvmm.batch import ATTENDED, Batch, Media
+from nvmm.batch import ATTENDED, Batch, Media, MediaKind
 
 _ALIGNMENT = 16
 
@@ -64,36 +66,50 @@ def broadcast_batches(
     return [_rebuild(item, text_parts, media_parts if first_stage else None) for item in header]
 
 
-_TEXT = ("tokens", "labels", "loss_mask", "position_ids", "lengths", "sample_ids", "cu_seqlens")
-_PLACES = ("rows", "positions", "samples", "items", "tiles", "ends", "tag_ids")
+_BATCH = tuple(f.name for f in fields(Batch) if f.name not in ("media", "extras"))
+_PLACES = tuple(
+    f.name for f in fields(Media) if f.name not in ("values", "placeholder_id", "tokens_per_item")
+)
 
 
 def _describe(batch: Batch, text: list[Tensor], media: list[Tensor]) -> dict[str, Any]:
     """JSON that names the batch's tensors; the tensors are appended to the two lists in order."""
-    present = [name for name in _TEXT if getattr(batch, name) is not None]
+    present = [name for name in _BATCH if getattr(batch, name) is not None]
     text.extend(getattr(batch, name) for name in present)
     text.extend(batch.extras.values())
     kinds = []
     for kind, item in batch.media.items():
         places = [name for name in _PLACES if getattr(item, name) is not None]
         media.append(item.values)
-        (text if kind == ATTENDED else media).extend(getattr(item, name) for name in places)
+        to = text if kind.placement == ATTENDED else media
+        to.extend(getattr(item, name) for name in places)
         numbers = {"placeholder_id": item.placeholder_id, "tokens_per_item": item.tokens_per_item}
-        kinds.append([kind, numbers, places, list(item.values.shape[1:])])
+        values = [_dtype_name(item.values), list(item.values.shape[1:])]
+        kinds.append([list(kind), numbers, places, values])
     return {"text": present, "extras": list(batch.extras), "media": kinds}
 
 
-def _rebuild(item: dict[str, Any], text: Any, media: Any | None) -> Batch:
-    fields = {name: next(text) for name in item["text"]}
+def _rebuild(item: dict[str, Any], text: Iterator[Tensor], media: Iterator[Tensor] | None) -> Batch:
+    tensors = {name: next(text) for name in item["text"]}
     extras = {name: next(text) for name in item["extras"]}
-    kinds, tokens = {}, fields["tokens"]
-    for kind, numbers, places, shape in item["media"]:
-        if media is None and kind != ATTENDED:
-            continue
-        values = tokens.new_empty(0, *shape, dtype=torch.uint8) if media is None else next(media)
-        source: Any = text if kind == ATTENDED else media
-        kinds[kind] = Media(values=values, **{name: next(source) for name in places}, **numbers)
-    return Batch(**fields, extras=extras, media=kinds)
+    kinds: dict[MediaKind, Media] = {}
+    for names, numbers, places, (dtype, shape) in item["media"]:
+        kind = MediaKind(*names)
+        if media is not None:
+            values = next(media)
+            source = text if kind.placement == ATTENDED else media
+        elif kind.placement == ATTENDED:
+            values = tensors["tokens"].new_empty(0, *shape, dtype=getattr(torch, dtype))
+            source = text
+        else:
+            continue  # placed media are of no use behind the first stage
+        kept: dict[str, Any] = {name: next(source) for name in places}
+        kinds[kind] = Media(values=values, **kept, **numbers)
+    return Batch(**tensors, extras=extras, media=kinds)
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _broadcast(
@@ -104,7 +120,7 @@ def _broadcast(
     if group.rank() == 0:
         # A copy: contiguous() keeps odd strides of axes of length 1, which no byte view takes.
         tensors = [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-        layout = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+        layout = [[_dtype_name(t), list(t.shape)] for t in tensors]
         head = json.dumps([header, layout]).encode()
         parts = [_padded(torch.frombuffer(bytearray(head), dtype=torch.uint8))]
         parts += [_padded(tensor.reshape(-1).view(torch.uint8).cpu()) for tensor in tensors]

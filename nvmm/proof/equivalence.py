@@ -90,6 +90,7 @@ def run(
     reference: Path | None = None,
     weights: Path | None = None,
     fault: Callable[[], None] | None = None,
+    make_steps: Callable[[dict[str, Any]], list[list[Batch]]] | None = None,
     timeout: float = 300.0,
 ) -> Result:
     """Train a shrunk config for a few steps under a layout, on gloo ranks of this machine.
@@ -99,6 +100,8 @@ def run(
         weights: where to write that checkpoint (the reference run itself).
         fault: called first on every rank; plants a fault that the comparison must find.
         packed: one packed row per micro-batch instead of padded rows.
+        make_steps: config with the layout's sizes -> the micro-batches of every step; by default
+            synthetic ones.
         merge: make one of every so many micro-batches, with the same rows.
 
     Returns rank-independent results. Raises RuntimeError with the traceback of a failing rank.
@@ -111,7 +114,8 @@ def run(
             layout.world_size,
             config,
             layout,
-            functools.partial(
+            make_steps
+            or functools.partial(
                 synthetic_steps,
                 num_steps=num_steps,
                 num_micro_batches=num_micro_batches,

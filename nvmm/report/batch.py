@@ -57,6 +57,7 @@ class Tile:
     """One tile: its image in the sample, its place (0: thumbnail), tag, placeholders, pixels.
 
     keys: of a tile that cross-attention reads, how many; start .. stop is then its tag's place.
+    modality: "image" for what can be drawn.
     """
 
     image: int
@@ -66,11 +67,12 @@ class Tile:
     stop: int
     picture: Tensor
     keys: int = 0
+    modality: str = "image"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A sample in its row (padded) or between its pack borders (packed)."""
+    """A text in its row (padded) or between its pack borders (packed)."""
 
     sample_id: int
     source: str
@@ -91,7 +93,7 @@ class Segment:
 def segments(
     batch: Batch, tokenizer: Tokenizer, sources: Sequence[str], *, image_start: str = "<Image>"
 ) -> list[Segment]:
-    """The samples of a micro-batch, decoded.
+    """The texts of a micro-batch, decoded.
 
     Args:
         sources: shard and key of each sample.
@@ -105,12 +107,13 @@ def segments(
         places = [(0, start, start + length) for start, length in bounds]
     found = []
     ids = batch.sample_ids.tolist()
-    for sample, (row, start, stop) in enumerate(places[: len(ids)]):  # the rest is padding
-        tiles = _tiles(batch, tokenizer, sample, start, image_start)
+    owners = batch.owners.tolist()
+    for text, (row, start, stop) in enumerate(places[: len(owners)]):  # the rest is padding
+        tiles = _tiles(batch, tokenizer, text, start, image_start)
         found.append(
             Segment(
-                sample_id=ids[sample],
-                source=sources[sample],
+                sample_id=ids[owners[text]],
+                source=sources[owners[text]],
                 row=row,
                 start=start,
                 stop=stop,
@@ -124,15 +127,17 @@ def segments(
 
 
 def _tiles(
-    batch: Batch, tokenizer: Tokenizer, sample: int, first: int, image_start: str
+    batch: Batch, tokenizer: Tokenizer, text: int, first: int, image_start: str
 ) -> list[Tile]:
     tiles: list[Tile] = []
-    for media in batch.media.values():
-        for index in (media.samples == sample).nonzero().flatten().tolist():
+    for kind, media in batch.media.items():
+        for index in (media.texts == text).nonzero().flatten().tolist():
             if media.ends is not None:
-                tiles.append(_attended_tile(batch, tokenizer, media, index))
+                tile = _attended_tile(batch, tokenizer, media, index)
+                tiles.append(replace(tile, modality=kind.modality))
                 continue
             tile = _tile(batch, tokenizer, media, index, first, image_start)
+            tile = replace(tile, modality=kind.modality)
             first = tile.stop
             tiles.append(tile)
     return tiles

@@ -39,7 +39,7 @@ from nvmm.report.style import STYLE
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from nvmm.batch import SampleMedia
+    from nvmm.batch import TextMedia
 
 MAX_PICTURES = 12
 _STATS = {
@@ -93,7 +93,7 @@ def write_report(run_dir: str | Path) -> Path:
     return run_dir / "report.html"
 
 
-def picture_fields(members: Mapping[str, Any], media: SampleMedia) -> dict[str, Any]:
+def picture_fields(members: Mapping[str, Any], media: TextMedia) -> dict[str, Any]:
     """What a line of `predictions.jsonl` needs for its first picture to be drawn.
 
     Args:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.nn import Module
 
 from nvmm.batch import Batch
 from nvmm.modules.flops import segment_lengths
@@ -34,44 +33,55 @@ class Accounting:
 
     Args:
         data: counts its datasets (`count`) and stops a run with too many bad samples (`check_bad`).
-        model: this rank's first chunk, which knows its FLOPs.
+        model: this rank's first chunk, which knows what it reads and its FLOPs.
         peak_flops: of one device, for the utilisation; None where it is not known.
     """
 
-    def __init__(self, data: Any, model: Module, peak_flops: float | None) -> None:
+    def __init__(self, data: Any, model: Any, peak_flops: float | None) -> None:
         self.data = data
-        self.model: Any = model
+        self.model = model
+        self.modalities = sorted({kind.modality for kind in self.model.reads})
         self.peak_flops = peak_flops
         self.totals: dict[str, Any] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
         self.totals["datasets"] = {}
+
+    def restore(self, totals: dict[str, Any]) -> None:
+        """Go on from the counts of a checkpoint."""
+        for counts in totals.get("datasets", {}).values():
+            for old, new in _OLD_COUNTERS.items():
+                if old in counts:
+                    counts[new] = counts.pop(old)
+        self.totals |= totals
 
     def count(self, batches: list[Batch]) -> dict[str, float]:
         """What this rank adds to the step's counters: its replica's batches where it reads them.
 
         Every context-parallel rank's group reads the same batches: the first one counts.
         """
-        names = ("tokens", "places", "samples", "images", "tiles", "language", "vision")
-        counts = dict.fromkeys(names, 0.0)
+        names = ["tokens", "padded_tokens", "samples"]
+        for modality in self.modalities:
+            names += [f"{modality}.items", f"{modality}.tiles", f"flops/{modality}"]
+        counts = dict.fromkeys([*names, "flops/language"], 0.0)
         if not _speaks_for_replica():
-            return counts | self.data.count([])
+            return counts | self.data.count([], self.modalities)
         for batch in batches:
-            lengths = segment_lengths(batch)
-            counts["tokens"] += sum(lengths)
-            counts["places"] += batch.tokens.numel()
+            counts["tokens"] += sum(segment_lengths(batch))
+            counts["padded_tokens"] += batch.tokens.numel()
             counts["samples"] += int((batch.sample_ids >= 0).sum())
-            images, tiles = batch.count_media().sum(1).tolist()
-            counts["images"] += images
-            counts["tiles"] += tiles
+            for modality in self.modalities:
+                items, tiles = batch.count_media(modality).sum(1).tolist()
+                counts[f"{modality}.items"] += items
+                counts[f"{modality}.tiles"] += tiles
             for part, flops in self.model.flops(batch).items():
-                counts[part] += flops
-        return counts | self.data.count(batches)
+                counts[f"flops/{part}"] += flops
+        return counts | self.data.count(batches, self.modalities)
 
     def add(self, counters: dict[str, float]) -> None:
         """Add a step's counters, summed over all ranks; too many bad samples stop the run."""
         self.totals["samples"] += int(counters["samples"])
         self.totals["tokens"] += int(counters["tokens"])
         datasets = self.totals["datasets"]
-        for name in self.data.count([]):
+        for name in self.data.counter_names(self.modalities):
             dataset, _, what = name.rpartition("/")
             of_dataset = datasets.setdefault(dataset, {})
             of_dataset[what] = of_dataset.get(what, 0) + int(counters[name])
@@ -79,19 +89,18 @@ class Accounting:
 
     def sample_ids(self, batches: list[Batch]) -> list[int]:
         """Ids of the samples of this step on all ranks, those of holes negative; collective."""
-        own: list[int] = []
+        local: list[int] = []
         if _speaks_for_replica():
-            own = [i for batch in batches for i in batch.sample_ids.tolist()]
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-        return sorted(i for ids in found for i in ids)
+            local = [i for batch in batches for i in batch.sample_ids.tolist()]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, local)
+        return sorted(i for ids in gathered for i in ids)
 
     def record(self, step: int, seconds: dict[str, float], result: StepResult) -> dict[str, Any]:
-        """A step as one object of metrics.jsonl."""
-        counts = {
-            f"num_{n}": int(result.counters[n]) for n in ("tokens", "samples", "images", "tiles")
-        }
-        flops = {part: result.counters[part] for part in ("language", "vision")}
+        """Return a step as one object of metrics.jsonl."""
+        counters = result.counters
+        tokens, samples = int(counters["tokens"]), int(counters["samples"])
+        flops = {part: counters[f"flops/{part}"] for part in ("language", *self.modalities)}
         peak = self.peak_flops
         elapsed = seconds["step_seconds"]
         record = {
@@ -99,10 +108,18 @@ class Accounting:
             "loss": result.metrics["loss"],
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            **counts,
-            "packing_efficiency": counts["num_tokens"] / result.counters["places"],
-            "tokens_per_second": counts["num_tokens"] / elapsed,
-            "samples_per_second": counts["num_samples"] / elapsed,
+            "num_tokens": tokens,
+            "num_samples": samples,
+            "media": {
+                modality: {
+                    "items": int(counters[f"{modality}.items"]),
+                    "tiles": int(counters[f"{modality}.tiles"]),
+                }
+                for modality in self.modalities
+            },
+            "packing_efficiency": tokens / counters["padded_tokens"],
+            "tokens_per_second": tokens / elapsed,
+            "samples_per_second": samples / elapsed,
             **seconds,
             "memory_peak_bytes": memory_peak_bytes(),
             "skipped_steps": self.totals["skipped_steps"],
@@ -113,6 +130,10 @@ class Accounting:
         if result.sample_ids is not None:
             record["sample_ids"] = result.sample_ids
         return record | result.metrics
+
+
+_OLD_COUNTERS = {"images": "image.items", "tiles": "image.tiles"}
+"""Names in checkpoints that were written before counters had a modality."""
 
 
 def _speaks_for_replica() -> bool:

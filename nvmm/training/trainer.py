@@ -131,6 +131,8 @@ class Trainer:
         self.device = next(self.chunks[0].parameters()).device
         self.accounting = Accounting(data, self.chunks[0], peak_flops(precision.torch_dtype))
         self.position: dict[str, Any] | None = None
+        self.reads = self.chunks[0].reads
+        self.model_name = type(self.chunks[0]).__name__
         self.lora = lora
         self.base: Base | None = None
         self.started = time.monotonic()
@@ -319,8 +321,10 @@ class Trainer:
             if source is not None:
                 try:
                     read = next(source)
+                    for batch in read:
+                        batch.require(self.reads, self.model_name)
                 except (ValueError, OSError) as failure:
-                    error = str(failure)
+                    read, error = None, str(failure)
             yield broadcast_batches(read, error, self.device)
 
     # -- start, save, stop ------------------------------------------------------------------
@@ -340,7 +344,7 @@ class Trainer:
             command=self._command(),
             say=self._say,
         )
-        self.accounting.totals |= begin.counters
+        self.accounting.restore(begin.counters)
         self.position, self.base = begin.position, begin.base
         if begin.step:
             self.logger.resume(begin.step)

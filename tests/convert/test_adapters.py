@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from nvmm.batch import Batch
+from nvmm.batch import IMAGE, Batch
 from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.load import load_weights
 from nvmm.config.check import config_dir
@@ -322,7 +322,7 @@ def test_nvlm_d_tiny_from_sft_to_peft(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     config = tiny.config(model) | {"parallel": {}}
     batch = synthetic_steps(config, 1, 1)[0][0]
-    assert batch.media["image"].values.shape[0] > 0
+    assert batch.media[IMAGE].values.shape[0] > 0
     ours, after, before, embeddings = run_ranks(logits, 1, [run, merged, start], batch)[0]
     library, exported = (
         elsewhere(tmp_path, embeddings, *folders) for folders in ((hf, adapter), (hf_merged,))

@@ -144,10 +144,10 @@ for folder in sys.argv[1:]:
 @pytest.mark.usefixtures("world")
 def test_exports_generate_as_we_do_in_a_process_without_nvmm(tmp_path: Path) -> None:
     """Greedy tokens of every family: from_pretrained and generate against ours."""
-    from nvmm.batch import Sample
+    from nvmm.batch import Sample, Text
     from nvmm.inference.decoding import generate
 
-    prompt = Sample(TOKENS[0], torch.zeros(len(TOKENS[0])), {}, 0)
+    prompt = Sample((Text(TOKENS[0], torch.zeros(len(TOKENS[0]))),))
     ours, folders = [], []
     for name in FAMILIES:
         families.language(name, tmp_path / name / "theirs")

@@ -7,31 +7,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvmm.batch import IGNORE_INDEX, Sample, SampleMedia
+from nvmm.batch import IGNORE_INDEX, IMAGE, Sample, Text, TextMedia
 from nvmm.data.collate import check_shift, collate
 
 X = IGNORE_INDEX
-IMAGE = 90
+PLACEHOLDER = 90
 
 
 def sample(tokens: list[int], weights: list[float], number: int = 0, tiles: int = 0) -> Sample:
     """`tiles` tiles of one placeholder each stand at positions 1, 2, ..."""
     media = {}
     if tiles:
-        media["image"] = SampleMedia(
+        media[IMAGE] = TextMedia(
             values=torch.full((tiles, 3, 2, 2), number, dtype=torch.uint8),
             positions=torch.arange(1, tiles + 1),
             items=torch.zeros(tiles, dtype=torch.int64),
             tiles=torch.arange(tiles),
-            placeholder_id=IMAGE,
+            placeholder_id=PLACEHOLDER,
             tokens_per_item=1,
         )
-    return Sample(torch.tensor(tokens), torch.tensor(weights), media, number, f"s.tar:{number}")
+    text = Text(torch.tensor(tokens), torch.tensor(weights), media)
+    return Sample((text,), number, f"s.tar:{number}")
 
 
-LONG = sample([5, IMAGE, IMAGE, 6, 7], [0, 0, 0, 1, 0.5], 11, tiles=2)
+LONG = sample([5, PLACEHOLDER, PLACEHOLDER, 6, 7], [0, 0, 0, 1, 0.5], 11, tiles=2)
 SHORT = sample([8, 9, 4], [0, 0, 1], 22)
-LAST = sample([3, IMAGE, 2], [1, 0, 1], 33, tiles=1)
+LAST = sample([3, PLACEHOLDER, 2], [1, 0, 1], 33, tiles=1)
 
 
 def test_padded_rows() -> None:
@@ -66,7 +67,7 @@ def test_packed_segments_are_padded_to_a_multiple() -> None:
     assert batch.cu_seqlens is not None
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 16]
     assert batch.lengths.tolist() == [5, 3, 3]
-    assert batch.media["image"].positions.tolist() == [1, 2, 13]
+    assert batch.media[IMAGE].positions.tolist() == [1, 2, 13]
     longer = collate([SHORT, LAST], pad_id=1, pad_multiple=12, segment_multiple=4, packed=True)
     assert longer.cu_seqlens is not None
     assert longer.cu_seqlens.tolist() == [0, 4, 8, 12]
@@ -90,14 +91,14 @@ def test_packed_row_without_padding_has_no_empty_segment() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_media_point_at_their_placeholders(packed: bool) -> None:
     batch = collate([LONG, SHORT, LAST], pad_id=1, packed=packed)
-    media = batch.media["image"]
-    assert media.samples.tolist() == [0, 0, 2]
+    media = batch.media[IMAGE]
+    assert media.texts.tolist() == [0, 0, 2]
     assert media.rows.tolist() == ([0, 0, 0] if packed else [0, 0, 2])
     assert media.positions.tolist() == ([1, 2, 9] if packed else [1, 2, 1])
     assert media.values[:, 0, 0, 0].tolist() == [11, 11, 33]
     assert media.tiles.tolist() == [0, 1, 0]
-    assert (batch.tokens[media.rows, media.positions] == IMAGE).all()
-    assert int((batch.tokens == IMAGE).sum()) == len(media.positions)
+    assert (batch.tokens[media.rows, media.positions] == PLACEHOLDER).all()
+    assert int((batch.tokens == PLACEHOLDER).sum()) == len(media.positions)
 
 
 def test_text_only_batch_has_no_media() -> None:
@@ -140,9 +141,11 @@ def test_labels_across_a_segment_end_are_refused() -> None:
 
 
 def test_refuses_unequal_placeholders_and_nothing() -> None:
-    media = {"image": replace(LAST.media["image"], placeholder_id=91)}
-    with pytest.raises(ValueError, match=r"media image of s\.tar:11, s\.tar:33 differ"):
-        collate([LONG, replace(LAST, media=media)], pad_id=1)
+    media = {IMAGE: replace(LAST.text.media[IMAGE], placeholder_id=91)}
+    other = replace(LAST, texts=(replace(LAST.text, media=media),))
+    message = r"media image \(sequence\) of s\.tar:11 \(sample 11\), s\.tar:33 \(sample 33\) differ"
+    with pytest.raises(ValueError, match=message):
+        collate([LONG, other], pad_id=1)
     with pytest.raises(ValueError, match="at least one sample"):
         collate([], pad_id=1)
     with pytest.raises(ValueError, match="pad_multiple=0"):

@@ -128,7 +128,7 @@ def test_validation_is_one_pass_in_order(make_data: MakeData) -> None:
     # the filling adds no supervised token: each sample counts once
     counted = sum(batch.num_tokens for step in found for batch in step)
     assert data.validation is not None
-    assert counted == sum(int(data.validation[i].loss_mask.sum()) for i in range(5))
+    assert counted == sum(int(data.validation[i].text.weights.sum()) for i in range(5))
     shared = [steps(data, 99, split="validation", rank=r, size=2) for r in (0, 1)]
     assert [len(rank) for rank in shared] == [2, 2]
     assert counted == sum(b.num_tokens for rank in shared for step in rank for b in step)
@@ -155,7 +155,10 @@ def test_refusals(make_data: MakeData) -> None:
         steps(data, 1, split="test")
     with pytest.raises(ValueError, match=r"rank=2 must be in \[0, 2\)"):
         steps(data, 1, rank=2, size=2)
-    without = Data(64, 0, Dataset(data.train.patterns, lambda **o: None), tokenizer=data.tokenizer)
+    plain = Dataset(data.train.patterns, lambda **o: None)
+    with pytest.raises(ValueError, match="build=NoneType must be a subclass of"):
+        Data(64, 0, plain, tokenizer=data.tokenizer)
+    without = Data(64, 0, data._template, tokenizer=data.tokenizer)
     with pytest.raises(ValueError, match=r"data\.validation is null"):
         steps(without, 1, split="validation")
     with pytest.raises(ValueError, match=r"data\.num_workers=-1"):
@@ -205,7 +208,7 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
         ranks = [steps(make(num_workers=r), 12, rank=r, size=2, **options) for r in (0, 1)]
         for step, mine, other in zip(whole, *ranks, strict=True):
             assert sorted(i for batch in ids(mine) + ids(other) for i in batch) == step
-        counts = data.count([batch for step in one for batch in step])
+        counts = data.count([batch for step in one for batch in step], ["image"])
         assert counts["bad/bad"] == sum(i < 0 for step in whole for i in step)
         assert counts["bad/samples"] + counts["bad/bad"] + counts["good/samples"] == sum(
             map(len, whole)

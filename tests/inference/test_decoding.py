@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm.batch import Batch, Sample, SampleMedia
+from nvmm.batch import IMAGE, Batch, Sample, TextMedia
 from nvmm.inference.decoding import choose, deal, gather, generate, left_padded, score
 from tests.ranks import run_ranks
 
@@ -246,7 +246,7 @@ def test_top_p_keeps_the_nucleus() -> None:
 
 def test_left_padding_moves_media() -> None:
     def picture(length: int, position: int, sample_id: int) -> Sample:
-        media = SampleMedia(
+        media = TextMedia(
             values=torch.full((1, 3, 2, 2), sample_id, dtype=torch.uint8),
             positions=torch.tensor([position]),
             items=torch.tensor([0]),
@@ -265,7 +265,7 @@ def test_left_padding_moves_media() -> None:
     assert batch.position_ids[0].tolist() == [0, 0, 0, 1, 2, 3]
     assert batch.lengths.tolist() == [4, 2, 6]
     assert batch.sample_ids.tolist() == [5, 6, 7]
-    media = batch.media["image"]
+    media = batch.media[IMAGE]
     assert media.rows.tolist() == [0, 2]
     assert media.positions.tolist() == [3, 3]
     assert media.values[:, 0, 0, 0].tolist() == [5, 7]

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nvmm.batch import ATTENDED, IMAGE, Batch, Sample, SampleMedia
+from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch, Sample, TextMedia
 from nvmm.data.collate import collate
 from nvmm.inference.decoding import generate
 from nvmm.modules.spans import query_spans
@@ -64,11 +64,11 @@ def sample(kind: str, images: list[int], number: int = 0) -> Sample:
     media = {}
     if placed:
         positions, items, tiles = torch.tensor(placed).unbind(1)
-        media[IMAGE] = SampleMedia(pixels(len(placed)), positions, items, tiles, 508, PER_TILE)
+        media[IMAGE] = TextMedia(pixels(len(placed)), positions, items, tiles, 508, PER_TILE)
     if attended:
         positions, ends, items, tiles = torch.tensor(attended).unbind(1)
         tags = torch.tensor([words(2 if kind == "h" else 0) for _ in attended]).long()
-        media[ATTENDED] = SampleMedia(
+        media[ATTENDED_IMAGE] = TextMedia(
             pixels(len(attended)),
             positions,
             items,
@@ -102,26 +102,26 @@ def test_spans_of_a_packed_row_and_of_padded_rows() -> None:
     """Two images, then a sample of one image, then none: who sees which of 4 keys a tile."""
     samples = [sample("x", [3, 1]), sample("x", [2], 1), sample("x", [], 2)]
     batch = collate(samples, pad_id=0, packed=True, pad_multiple=8)
-    spans = query_spans(batch.media[ATTENDED], batch)[:, 0].tolist()
+    spans = query_spans(batch.media[ATTENDED_IMAGE], batch)[:, 0].tolist()
     text = [[0, 12]] * 5, [[0, 16]] * 4  # the second image's <Image> still sees the first alone
     first = [[0, 0]] * 4 + [[0, 4]] * 2 + [[4, 8]] * 2 + [[8, 12]] * 2 + text[0]
     first += [[12, 16]] * 2 + text[1]
     second = [[0, 0]] * 4 + [[16, 20]] * 2 + [[20, 24]] * 2 + [[16, 24]] * 4
     assert spans == first + second + [[0, 0]] * (batch.tokens.shape[1] - 33)
     padded = collate(samples, pad_id=0)
-    rows = query_spans(padded.media[ATTENDED], padded)
+    rows = query_spans(padded.media[ATTENDED_IMAGE], padded)
     assert rows[:21, 0].tolist() == first and rows[:12, 1].tolist() == second
     assert not rows[:, 2].any()
-    last = query_spans(batch.media[ATTENDED], batch, "last")[:, 0].tolist()
+    last = query_spans(batch.media[ATTENDED_IMAGE], batch, "last")[:, 0].tolist()
     assert last[10:15] == text[0] and last[17:21] == [[12, 16]] * 4
-    tags = query_spans(batch.media[ATTENDED], batch, "nothing")[:, 0]
+    tags = query_spans(batch.media[ATTENDED_IMAGE], batch, "nothing")[:, 0]
     seen = [t for t, (low, high) in enumerate(tags.tolist()) if low < high]
     assert seen == [4, 5, 6, 7, 8, 9, 15, 16, 25, 26, 27, 28]
 
 
 def test_spans_count_the_tags_in_front_of_the_features() -> None:
     batch = collate([sample("h", [3])], pad_id=0)
-    media = batch.media[ATTENDED]
+    media = batch.media[ATTENDED_IMAGE]
     ids = media.tag_ids.clone()
     ids[1, 1] = -1
     spans = query_spans(dataclasses.replace(media, tag_ids=ids), batch)[:, 0].tolist()
@@ -130,7 +130,7 @@ def test_spans_count_the_tags_in_front_of_the_features() -> None:
 
 def test_tiles_out_of_order_are_refused() -> None:
     batch = collate([sample("x", [1, 1])], pad_id=0)
-    media = dataclasses.replace(batch.media[ATTENDED], items=torch.tensor([1, 0]))
+    media = dataclasses.replace(batch.media[ATTENDED_IMAGE], items=torch.tensor([1, 0]))
     with pytest.raises(ValueError, match=r"not in order: \(0, 1\), then \(0, 0\)"):
         query_spans(media, batch)
 
@@ -145,7 +145,7 @@ def test_a_tile_reaches_its_own_tag_and_the_text_behind_it() -> None:
     batch = collate([sample("x", [3, 1]), sample("x", [2], 1)], pad_id=0, packed=True)
     before = hidden_of(model, batch)
     for tile, tag in enumerate([(4, 6), (6, 8), (8, 10), (15, 17), (25, 27), (27, 29)]):
-        after = hidden_of(model, with_pixels(batch, ATTENDED, tile))
+        after = hidden_of(model, with_pixels(batch, ATTENDED_IMAGE, tile))
         changed = (before != after).flatten(1).any(1).nonzero().flatten().tolist()
         text = [*range(10, 15), *range(17, 21)] if tile < 3 else [*range(17, 21)]
         text = text if tile < 4 else [*range(29, 33)]
@@ -397,9 +397,9 @@ def test_nvlm_d_refuses_attended_tiles() -> None:
 @pytest.mark.usefixtures("world")
 def test_a_wrong_number_of_features_is_refused() -> None:
     batch = collate([sample("x", [2])], pad_id=0)
-    media = dataclasses.replace(batch.media[ATTENDED], tokens_per_item=9)
+    media = dataclasses.replace(batch.media[ATTENDED_IMAGE], tokens_per_item=9)
     with pytest.raises(ValueError, match="2 tiles x 4 tokens, the batch has 2 attended tiles x 9"):
-        hidden_of(model_of(tiny.cross_attending()), batch.replace(media={ATTENDED: media}))
+        hidden_of(model_of(tiny.cross_attending()), batch.replace(media={ATTENDED_IMAGE: media}))
 
 
 def test_fixed_lengths_between_stages_are_refused() -> None:
@@ -422,7 +422,7 @@ def test_flops_and_payload_of_a_batch() -> None:
     pairs = 3 * 2 * 4 + (batch.tokens.shape[1] - 10) * 12
     linear = h * (2 * width * tokens + 2 * 32 * 12)
     assert found["language"] - plain["language"] == 2 * 3 * (2 * linear + 4 * width * pairs)
-    assert found["vision"] > 0 == plain["vision"]
+    assert found["image"] > 0 == plain["image"]
     model.language.requires_grad_(False)
     for layer in (1, 3):
         model.decoder.layers[layer].cross_attention.requires_grad_(True)

@@ -49,6 +49,7 @@ def batch_of(rows: list[Tensor], packed: bool = False) -> Batch:
         position_ids=position_ids,
         lengths=torch.tensor(lengths, dtype=torch.int32),
         sample_ids=torch.arange(len(rows)),
+        owners=torch.arange(len(rows)),
         cu_seqlens=bounds,
     )
 

@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nvmm.batch import Batch, Media
+from nvmm.batch import IMAGE, Batch, Media
 from nvmm.parallel.setup import Parallel, Precision
 from nvmm.proof.equivalence import build_trainer
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
@@ -51,7 +51,7 @@ def with_tiles(batch: Batch, rows: list[int], positions: list[int], seed: int = 
         placeholder_id=X,
         tokens_per_item=4,
     )
-    return dataclasses.replace(batch, tokens=tokens, labels=tokens, media={"image": media})
+    return dataclasses.replace(batch, tokens=tokens, labels=tokens, media={IMAGE: media})
 
 
 def rows_of(*lengths: int) -> list[Tensor]:
@@ -110,7 +110,7 @@ def test_logits_equal_transformers_internvl() -> None:
     mean, std = (
         torch.tensor(x).view(3, 1, 1) for x in (ours.vision.image_mean, ours.vision.image_std)
     )
-    pixels = (batch.media["image"].values.float() / 255 - mean) / std
+    pixels = (batch.media[IMAGE].values.float() / 255 - mean) / std
     with torch.no_grad():
         theirs = reference(input_ids=batch.tokens, pixel_values=pixels).logits
         torch.testing.assert_close(ours(batch, output="logits"), theirs, atol=1e-4, rtol=0)
@@ -120,7 +120,7 @@ def test_rows_of_one_micro_batch_are_as_alone(model: Any) -> None:
     """Two tiles, text alone, one tile; each row as if it were the batch."""
     rows = rows_of(13, 9, 13)
     batch = with_tiles(batch_of(rows), [0, 2, 0], [2, 5, 8])
-    media = batch.media["image"]
+    media = batch.media[IMAGE]
     with torch.no_grad():
         together = model(batch, output="logits")
         for row, tokens in enumerate(rows):
@@ -132,7 +132,7 @@ def test_rows_of_one_micro_batch_are_as_alone(model: Any) -> None:
                     for name in ("values", "rows", "positions", "samples", "items", "tiles")
                 }
                 picked["rows"] = torch.zeros_like(picked["rows"])
-                alone = alone.replace(media={"image": dataclasses.replace(media, **picked)})
+                alone = alone.replace(media={IMAGE: dataclasses.replace(media, **picked)})
             expected = model(alone, output="logits")[0]
             torch.testing.assert_close(together[row, : len(tokens)], expected, atol=1e-5, rtol=0)
 
@@ -140,17 +140,17 @@ def test_rows_of_one_micro_batch_are_as_alone(model: Any) -> None:
 def test_packed_samples_with_images_are_as_alone(model: Any) -> None:
     rows = rows_of(9, 5, 12)
     packed = with_tiles(batch_of(rows, packed=True), [0, 0], [2, 18])
-    tiles = packed.media["image"]
+    tiles = packed.media[IMAGE]
     changed = tiles.values.clone()
     changed[1] = 255 - changed[1]
-    other = packed.replace(media={"image": dataclasses.replace(tiles, values=changed)})
+    other = packed.replace(media={IMAGE: dataclasses.replace(tiles, values=changed)})
     with torch.no_grad():
         first, second = (model(x, output="logits")[0] for x in (packed, other))
     assert torch.equal(first[:14], second[:14])
     assert not torch.equal(first[18:], second[18:])
     alone = with_tiles(batch_of([rows[0]]), [0], [2])
     alone = alone.replace(
-        media={"image": dataclasses.replace(alone.media["image"], values=tiles.values[:1])}
+        media={IMAGE: dataclasses.replace(alone.media[IMAGE], values=tiles.values[:1])}
     )
     with torch.no_grad():
         expected = model(alone, output="logits")[0]
@@ -161,7 +161,7 @@ def test_packed_samples_with_images_are_as_alone(model: Any) -> None:
 def test_the_placeholder_may_lie_outside_the_vocabulary(model: Any) -> None:
     """Yi has no spare row: id 64000 of 64000."""
     batch = with_tiles(batch_of(rows_of(9)), [0], [2])
-    far = {"image": dataclasses.replace(batch.media["image"], placeholder_id=600)}
+    far = {"image": dataclasses.replace(batch.media[IMAGE], placeholder_id=600)}
     moved = batch.replace(tokens=batch.tokens.masked_fill(batch.tokens == X, 600), media=far)
     with torch.no_grad():
         assert torch.equal(model(batch, output="logits"), model(moved, output="logits"))
@@ -255,7 +255,7 @@ def test_a_frozen_encoder_keeps_no_activations() -> None:
     for frozen in (False, True):
         model = multimodal().train()
         model.vision.requires_grad_(not frozen)
-        tiles = with_tiles(batch_of(rows_of(9)), [0], [2]).media["image"].values
+        tiles = with_tiles(batch_of(rows_of(9)), [0], [2]).media[IMAGE].values
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):  # noqa: B023
             features = model.vision(tiles)
@@ -267,12 +267,12 @@ def test_a_frozen_encoder_keeps_no_activations() -> None:
 def test_flops_count_the_real_heads_and_what_trains(model: Any) -> None:
     batch = with_tiles(batch_of(rows_of(20, 16)), [0, 0, 1], [2, 8, 3])
     counts = model.flops(batch)
-    assert counts["language"] > 0 and counts["vision"] > 0
-    assert model.flops(batch.replace(media={}))["vision"] == 0
+    assert counts["language"] > 0 and counts["image"] > 0
+    assert model.flops(batch.replace(media={}))["image"] == 0
     model.vision.requires_grad_(False)
     frozen = model.flops(batch)
     model.vision.requires_grad_(True)
-    assert frozen["language"] == counts["language"] and frozen["vision"] < counts["vision"]
+    assert frozen["language"] == counts["language"] and frozen["image"] < counts["image"]
 
 
 # -- training --------------------------------------------------------------------------------

@@ -168,7 +168,16 @@ def _batch(bounds: list[int] | None) -> Batch:
     zeros = torch.zeros(rows, 32, dtype=torch.int64)
     lengths = torch.tensor([32, 32]) if bounds is None else torch.diff(torch.tensor(bounds))
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    return Batch(zeros, zeros, zeros.float(), zeros, lengths, zeros[0, :1], cu_seqlens)
+    return Batch(
+        zeros,
+        zeros,
+        zeros.float(),
+        zeros,
+        lengths,
+        zeros[0, :1],
+        torch.zeros(lengths.numel(), dtype=torch.int64),
+        cu_seqlens,
+    )
 
 
 @pytest.mark.parametrize("mask", [CAUSAL, FULL])

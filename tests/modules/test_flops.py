@@ -4,11 +4,11 @@ import torch
 from nvmm.batch import Batch
 from nvmm.modules.flops import (
     connector_flops,
-    flops_per_step,
+    encoder_flops,
     language_flops,
     latent_attention_flops,
     segment_lengths,
-    vision_flops,
+    training_of,
 )
 from nvmm.training.metrics import peak_flops
 
@@ -89,19 +89,18 @@ def test_attention_is_quadratic_in_each_segment_alone():
     assert count([10]) - count([4, 6]) == 4 * 6 * (100 - 16 - 36) / 2
 
 
-def test_vision_flops_by_hand():
-    flops = vision_flops(
+def test_encoder_flops_by_hand():
+    tokens, front_end = 2 * 2 + 1, 2 * 3 * 16 * 4 * 4
+    flops = encoder_flops(
         **TINY,
         gated_linear_unit=False,
-        image_size=8,
-        patch_size=4,
-        class_token=True,
+        num_tokens=tokens,
+        front_end=front_end,
         num_tiles=3,
         training="frozen",
     )
-    tokens = 2 * 2 + 1
     layer = 2 * (WEIGHTS - 20) * tokens + 4 * 6 * tokens**2
-    assert flops == 3 * (layer + 2 * 3 * 16 * 4 * 4)
+    assert flops == 3 * (layer + front_end)
 
 
 def test_connector_flops():
@@ -126,46 +125,18 @@ def test_latent_attention_flops_by_hand():
     assert more[1] - more[0] == 3 * (2 * weights + 4 * 32768 * 512)
 
 
-def configs():
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    language = TransformerConfig(
-        num_layers=2, hidden_size=16, num_attention_heads=2, ffn_hidden_size=32
-    )
-    vision = TransformerConfig(
-        num_layers=2, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16
-    )
-    return language, vision
+def part(*trained: bool) -> torch.nn.Module:
+    """A module of as many layers, of which some are trained."""
+    module = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in trained))
+    for layer, is_trained in zip(module, trained, strict=True):
+        layer.requires_grad_(is_trained)
+    return module
 
 
-def per_step(trained, num_tiles=2):
-    language, vision = configs()
-    return flops_per_step(
-        language,
-        vision,
-        vocab_size=11,
-        segment_lengths=[12, 5],
-        num_tiles=num_tiles,
-        image_size=56,
-        trained=trained,
-    )
-
-
-def test_a_frozen_part_costs_less_and_an_unreached_one_only_its_forward_pass():
-    forward, everything = per_step([]), per_step(["language", "vision", "connector"])
-    projector = per_step(["connector"])
-    assert everything["language"] == 3 * forward["language"]
-    assert everything["vision"] == 3 * forward["vision"]
-    # Gradients pass through the frozen language model only where there is an image.
-    assert forward["language"] < projector["language"] < everything["language"]
-    assert forward["vision"] < projector["vision"] < everything["vision"]
-    text_only = per_step(["connector"], num_tiles=0)
-    assert text_only == {"language": forward["language"], "vision": 0.0}
-
-
-def test_unknown_part_is_refused():
-    with pytest.raises(ValueError, match=r"audio.*language, vision, connector"):
-        per_step(["audio"])
+def test_a_frozen_part_passes_gradients_only_to_what_is_trained_in_front_of_it() -> None:
+    assert training_of(part(True, False), behind=False) == "trained"
+    assert training_of(part(False, False), behind=True) == "passed"
+    assert training_of(part(False, False), behind=False) == "frozen"
 
 
 def test_segment_lengths_leave_padding_out():
@@ -181,6 +152,7 @@ def test_segment_lengths_leave_padding_out():
             position_ids=zeros,
             lengths=torch.tensor(lengths, dtype=torch.int32),
             sample_ids=torch.arange(len(lengths)),
+            owners=torch.arange(len(lengths)),
             cu_seqlens=None if cu_seqlens is None else torch.tensor(cu_seqlens),
         )
 

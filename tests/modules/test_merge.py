@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvmm.batch import IGNORE_INDEX, Batch, Media
+from nvmm.batch import IGNORE_INDEX, IMAGE, Batch, Media
 from nvmm.modules.merge import merge
 
 X = 99  # the placeholder
@@ -22,7 +22,7 @@ def batch_of(rows: list[list[int]], starts: list[tuple[int, int]]) -> tuple[Batc
         values=torch.zeros(len(starts), 3, 2, 2, dtype=torch.uint8),
         rows=where[:, 0],
         positions=where[:, 1],
-        samples=where[:, 0],
+        texts=where[:, 0],
         items=torch.zeros(len(starts), dtype=torch.long),
         tiles=torch.arange(len(starts)),
         placeholder_id=X,
@@ -35,7 +35,8 @@ def batch_of(rows: list[list[int]], starts: list[tuple[int, int]]) -> tuple[Batc
         position_ids=torch.arange(tokens.shape[1]).expand_as(tokens),
         lengths=torch.full((tokens.shape[0],), tokens.shape[1], dtype=torch.int32),
         sample_ids=torch.arange(40, 40 + tokens.shape[0]),
-        media={"image": media},
+        owners=torch.arange(tokens.shape[0]),
+        media={IMAGE: media},
     )
     return batch, media
 

@@ -37,6 +37,7 @@ def batch() -> Batch:
         position_ids=torch.arange(8).expand(2, 8),
         lengths=torch.tensor([8, 8], dtype=torch.int32),
         sample_ids=torch.arange(2),
+        owners=torch.arange(2),
         cu_seqlens=None,
     )
 

@@ -42,6 +42,7 @@ def batch_of(rows: list[Tensor], starts: list[int], packed: bool = False, width:
         position_ids=position_ids,
         lengths=torch.tensor(lengths, dtype=torch.int32),
         sample_ids=torch.arange(len(rows)),
+        owners=torch.arange(len(rows)),
         cu_seqlens=bounds,
         extras={"pool_from": torch.tensor(starts)},
     )

@@ -28,8 +28,9 @@ def batch_of(roles: list[int], num_samples: int, **extras: Any) -> Batch:
     }
     changed = {name: torch.as_tensor(value) for name, value in extras.items()}
     ids = changed.pop("sample_ids", torch.arange(num_samples))
+    owners = torch.tensor(roles).eq(0).cumsum(0) - 1
     return Batch(
-        zeros, zeros, zeros.float(), zeros, torch.full((n,), 2), ids, extras=given | changed
+        zeros, zeros, zeros.float(), zeros, torch.full((n,), 2), ids, owners, extras=given | changed
     )
 
 

@@ -13,7 +13,9 @@ def _batch(mask: list[list[float]]) -> Batch:
     loss_mask = torch.tensor(mask)
     zeros = torch.zeros_like(loss_mask, dtype=torch.int64)
     lengths = torch.full((len(mask),), len(mask[0]))
-    return Batch(zeros, zeros, loss_mask, zeros, lengths, torch.arange(len(mask)))
+    return Batch(
+        zeros, zeros, loss_mask, zeros, lengths, torch.arange(len(mask)), torch.arange(len(mask))
+    )
 
 
 def test_sum_and_int_count() -> None:

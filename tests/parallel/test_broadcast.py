@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from nvmm.batch import IMAGE
 from nvmm.parallel.broadcast import broadcast_batches, is_reader
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.synthetic import synthetic_steps
@@ -57,8 +58,8 @@ def test_every_rank_gets_the_reader_s_batches(stages: int) -> None:
                 assert torch.equal(batch.extras[key], value)
         media = batches[0].media
         if rank < 2:
-            assert torch.equal(media["image"].values, expected[0].media["image"].values)
-            assert media["image"].placeholder_id == expected[0].media["image"].placeholder_id
+            assert torch.equal(media[IMAGE].values, expected[0].media[IMAGE].values)
+            assert media[IMAGE].placeholder_id == expected[0].media[IMAGE].placeholder_id
         else:
             assert media == {}
         assert batches[1].media == {}

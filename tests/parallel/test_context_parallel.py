@@ -24,7 +24,8 @@ def batch(rows: int, length: int, bounds: list[int] | None = None) -> Batch:
         loss_mask=(tokens % 2).float(),
         position_ids=torch.arange(length).repeat(rows, 1),
         lengths=torch.tensor(lengths, dtype=torch.int32),
-        sample_ids=torch.tensor([7, 8]),
+        sample_ids=7 + torch.arange(len(lengths)),
+        owners=torch.arange(len(lengths)),
         cu_seqlens=None if bounds is None else torch.tensor(bounds, dtype=torch.int32),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm.batch import IGNORE_INDEX
+from nvmm.batch import IGNORE_INDEX, IMAGE
 from nvmm.proof import equivalence, synthetic
 from nvmm.proof.equivalence import ONE_RANK, Layout, Result, compare, run
 from tests import tiny
@@ -326,7 +326,7 @@ def test_layouts_pad_the_same_tokens() -> None:
 
 def test_synthetic_batches_spread_images_unevenly() -> None:
     steps = synthetic.synthetic_steps(MODELS["nvlm_d"], 2, 4)
-    tiles = [[b.media["image"].values.shape[0] if b.media else 0 for b in step] for step in steps]
+    tiles = [[b.media[IMAGE].values.shape[0] if b.media else 0 for b in step] for step in steps]
     assert tiles[0][1] == tiles[0][3] == 0 < tiles[0][0] != tiles[0][2]
     assert tiles[1][3] == 0 < min(tiles[1][:3])
     assert len({b.tokens.shape[1] for b in steps[1]}) > 1

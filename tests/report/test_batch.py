@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmm.batch import Batch
+from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare import digits
@@ -54,7 +54,7 @@ def inspect(data: Data, *numbers: int, packed: bool = False) -> tuple[Batch, lis
 def test_segments_are_the_samples(data: Data, packed: bool) -> None:
     batch, (first, second) = inspect(data, 0, 9, packed=packed)
     sample = data.train[0]
-    assert (first.start, first.stop) == (0, len(sample.tokens))
+    assert (first.start, first.stop) == (0, len(sample.text.tokens))
     padded = -(-first.stop // 4) * 4
     assert (second.row, second.start) == ((0, padded) if packed else (1, 0))
     assert first.first_position == second.first_position == 0
@@ -70,7 +70,7 @@ def test_segments_are_the_samples(data: Data, packed: bool) -> None:
 
 def test_tiles_have_their_tags_and_spans(data: Data) -> None:
     batch, (segment,) = inspect(data, 0)
-    media = batch.media["image"]
+    media = batch.media[IMAGE]
     assert [tile.place for tile in segment.tiles] == media.tiles.tolist()
     assert [tile.start for tile in segment.tiles] == media.positions.tolist()
     for tile in segment.tiles:
@@ -92,7 +92,7 @@ def test_tiles_of_cross_attention(quickstart: Path, attended: str) -> None:
     )
     shards = [str(quickstart / "strings" / "train-*.tar")]
     own = Data(64, 0, Dataset(shards, build), tokenizer=Tokenizer(str(quickstart / "tokenizer")))
-    number = next(n for n in range(8) if len(own.train[n].media["attended"].tiles) > 1)
+    number = next(n for n in range(8) if len(own.train[n].text.media[ATTENDED_IMAGE].tiles) > 1)
     batch, (segment,) = inspect(own, number)
     tiles = {tile.place: tile for tile in segment.tiles}
     tag_size = len(own.tokenizer.encode("<tile_1>"))

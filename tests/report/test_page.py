@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from nvmm.batch import SampleMedia
+from nvmm.batch import TextMedia
 from nvmm.data.samples.images import tile_image
 from nvmm.report.page import picture_fields, stages, write_report
 
@@ -192,7 +192,7 @@ def test_picture_fields_are_drawn_as_the_model_saw_them(tmp_path):
     picture.save(buffer, "PNG")
     cut = tile_image(picture, tile_size=28)
     other = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
-    media = SampleMedia(
+    media = TextMedia(
         values=torch.cat([cut.values, other]),
         positions=torch.arange(5),
         items=torch.tensor([0, 0, 0, 0, 1]),

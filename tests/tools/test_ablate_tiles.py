@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from nvmm.batch import IMAGE
 from nvmm.config.check import check, config_dir, to_plain
 from nvmm.data.loader import Data
 from nvmm.data.prepare import digits
@@ -103,8 +104,8 @@ def test_samples_of_several_images_fit(tmp_path: Path) -> None:
         dataset = Dataset(str(tmp_path / f"{part}-*.tar"), build)
         data = Data(config["data"]["sequence_length"], 0, dataset, tokenizer=tokenizer).train
         samples = [data[number] for number in range(len(data))]
-        assert max(len(sample.tokens) for sample in samples) > 200
+        assert max(len(sample.text.tokens) for sample in samples) > 200
         if part != "text/train":
-            images = {int(sample.media["image"].items.max()) + 1 for sample in samples}
+            images = {int(sample.text.media[IMAGE].items.max()) + 1 for sample in samples}
             assert images == {1, 2, 3}
-            assert max(int(s.media["image"].tiles.max()) for s in samples) > 3
+            assert max(int(s.media[IMAGE].tiles.max()) for s in samples) > 3

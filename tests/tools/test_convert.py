@@ -66,7 +66,7 @@ def answer(rank: int, world: int, init: str, path: Path) -> tuple[list[int], lis
     [tokens] = generate(
         restored.model, [prompt], max_new_tokens=8, stop_ids=[], pad_id=restored.tokenizer.pad_id
     )
-    return prompt.tokens.tolist(), list(tokens)
+    return prompt.text.tokens.tolist(), list(tokens)
 
 
 def test_an_import_answers_like_transformers(theirs: tuple[Path, Any], ours: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nvmm.batch import Sample, SampleMedia
+from nvmm.batch import MediaKind, Sample, Text, TextMedia
 
 
 def check_sample(sample: Sample) -> None:
@@ -18,51 +18,52 @@ def check_sample(sample: Sample) -> None:
     media, one whose tags lie outside the sample.
     """
     where = f"{sample.source} (sample {sample.sample_id})"
-    size = len(sample.tokens)
-    if len(sample.loss_mask) != size:
-        raise ValueError(
-            f"{where}: {len(sample.loss_mask)} weights in the loss mask for {size} tokens"
-        )
+    for text in sample.texts:
+        if len(text.weights) != len(text.tokens):
+            raise ValueError(
+                f"{where}: {len(text.weights)} weights in the loss mask for"
+                f" {len(text.tokens)} tokens"
+            )
+        for kind, media in text.media.items():
+            if media.ends is not None:
+                _check_attended(len(text.tokens), media, media.ends, where)
+            else:
+                _check_placed(text, kind, media, where)
     # The first token follows nothing: its weight never meets a label.
-    if not bool((sample.loss_mask[1:] != 0).any()):
+    if not any(bool((text.weights[1:] != 0).any()) for text in sample.texts):
         raise ValueError(
             f"{where}: no supervised token; its answer is empty, cut off or not an assistant turn"
         )
-    for kind, media in sample.media.items():
-        if media.ends is not None:
-            _check_attended(size, media, media.ends, where)
-            continue
-        _check_media(sample, kind, media, where)
 
 
-def _check_attended(size: int, media: SampleMedia, ends: Tensor, where: str) -> None:
+def _check_attended(size: int, media: TextMedia, ends: Tensor, where: str) -> None:
     inside = (media.positions >= 0) & (media.positions <= ends) & (ends <= size)
     if len({len(media.values), len(media.positions), len(ends)}) > 1 or not bool(inside.all()):
         tags = list(zip(media.positions.tolist(), ends.tolist(), strict=False))
         raise ValueError(
             f"{where}: tags of {len(media.values)} attended tiles at {tags}; each must lie within"
-            f" the sample's {size} tokens"
+            f" the text's {size} tokens"
         )
 
 
-def _check_media(sample: Sample, kind: str, media: SampleMedia, where: str) -> None:
-    size, length = len(sample.tokens), media.tokens_per_item
+def _check_placed(text: Text, kind: MediaKind, media: TextMedia, where: str) -> None:
+    size, length = len(text.tokens), media.tokens_per_item
     ends = media.positions + length
     if len(media.positions) and int(ends.max()) > size:
         raise ValueError(
-            f"{where}: truncated media span: {kind} placeholders {int(ends.max()) - length}"
-            f"..{int(ends.max()) - 1}, the sample ends after {size} tokens"
+            f"{where}: truncated media span: {kind.modality} placeholders"
+            f" {int(ends.max()) - length}..{int(ends.max()) - 1}, the text ends after {size} tokens"
         )
-    placeholders = sample.tokens == media.placeholder_id
+    placeholders = text.tokens == media.placeholder_id
     found, features = int(placeholders.sum()), len(media.values) * length
     if found != features:
         raise ValueError(
-            f"{where}: {found} placeholders (id {media.placeholder_id}) for {features} {kind}"
-            f" features ({len(media.values)} tiles x {length})"
+            f"{where}: {found} placeholders (id {media.placeholder_id}) for {features}"
+            f" {kind.modality} features ({len(media.values)} tiles x {length})"
         )
     for tile, start in enumerate(media.positions.tolist()):
         if not bool(placeholders[start : start + length].all()):
             raise ValueError(
-                f"{where}: {kind} tile {tile} has other tokens among its placeholders"
+                f"{where}: {kind.modality} tile {tile} has other tokens among its placeholders"
                 f" {start}..{start + length - 1}"
             )

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nvmm.batch import ATTENDED, IMAGE, Sample, SampleMedia
+from nvmm.batch import ATTENDED_IMAGE, IMAGE, MediaKind, Sample, Text, TextMedia
 from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.chat import (
     ATTENDED_CHOICES,
     DOCUMENT,
@@ -38,7 +39,7 @@ TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """Tile limits tried one after another until a sample fits (Megatron-LM's ladder)."""
 
 
-class InstructBuilder:
+class InstructBuilder(Builder):
     """Builds a training example, or a prompt, from the members of one sample.
 
     template, tags: see `nvmm.data.samples.chat`.
@@ -87,6 +88,12 @@ class InstructBuilder:
                 " with its neighbours has no tokens of its own; use megatron"
             )
         template.check(tokenizer)
+        super().__init__(
+            fields,
+            Limits(max_pixels=max_pixels),
+            tokenizer=tokenizer,
+            sequence_length=sequence_length,
+        )
         self.template = template
         self.tags = tags
         self.tokens_per_tile = tokens_per_tile
@@ -94,13 +101,15 @@ class InstructBuilder:
         self.min_tiles = min_tiles
         self.max_tiles = max_tiles
         self.use_thumbnail = use_thumbnail
-        self.limits = Limits(max_pixels=max_pixels)
         self.attended = attended
         self.form = form or Chat()
-        self.fields = fields or {}
         check_fields(self.fields, self.form.names)
-        self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
+
+    @property
+    def media(self) -> frozenset[MediaKind]:
+        """Images, by the ways that their tiles take."""
+        ways = {"none": [IMAGE], "regular": [IMAGE, ATTENDED_IMAGE], "all": [ATTENDED_IMAGE]}
+        return frozenset(ways[self.attended])
 
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """One training example.
@@ -129,7 +138,7 @@ class InstructBuilder:
         self, members: Mapping[str, Any], read: Callable[[Record], Sequence[Picture]]
     ) -> tuple[str, Example]:
         """Source and example; `read` gives the pictures, or their sizes."""
-        record = Record(members, self.fields, self.limits)
+        record = self.record(members)
         example = self.form(record, read(record))
         if example.turns[0].role == DOCUMENT:
             example = self._cut(example, record.source)
@@ -164,15 +173,12 @@ class InstructBuilder:
                 f"{expected}; the text must not contain the placeholder itself",
             )
         weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
-        return Sample(
-            tokens=torch.tensor(rendered.tokens),
-            loss_mask=torch.tensor(weights),
-            media=self._media(tiles, rendered),
-            sample_id=0,
-            source=source,
+        text = Text(
+            torch.tensor(rendered.tokens), torch.tensor(weights), self._media(tiles, rendered)
         )
+        return Sample((text,), source=source)
 
-    def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[str, SampleMedia]:
+    def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[MediaKind, TextMedia]:
         """The tiles by the way they take: placed in the sequence, or attended."""
         if not images:
             return {}
@@ -182,8 +188,8 @@ class InstructBuilder:
         items = torch.repeat_interleave(torch.arange(len(images)), counts)
         outside = torch.tensor([is_attended(tile, self.attended) for tile in tiles.tolist()])
 
-        def chosen(which: Tensor, **fields: Any) -> SampleMedia:
-            return SampleMedia(
+        def chosen(which: Tensor, **fields: Any) -> TextMedia:
+            return TextMedia(
                 values=values[which],
                 items=items[which],
                 tiles=tiles[which],
@@ -200,7 +206,7 @@ class InstructBuilder:
             )
         if outside.any():
             tags = [torch.tensor(tile.tag_ids, dtype=torch.int64) for tile in rendered.attended]
-            media[ATTENDED] = chosen(
+            media[ATTENDED_IMAGE] = chosen(
                 outside,
                 positions=torch.tensor([tile.start for tile in rendered.attended]),
                 placeholder_id=-1,

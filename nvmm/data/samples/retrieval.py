@@ -16,24 +16,29 @@ Ids are compared over all datasets of a blend: let each of them begin with its s
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample
+from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample, Text
+from nvmm.data.samples.builder import Builder
+from nvmm.data.samples.record import Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
 """NV-Embed's; a text without an instruction has nothing before it."""
 
+FIELDS = (
+    *("query", "positive", "negatives", "instruction", "symmetric", "in_batch_negatives"),
+    *("positive_id", "negative_ids", "positive_ids", "scores"),
+)
 MASKINGS = ("sentence_transformers", "nv_embed", "mm_embed", "none")
 
 
-class RetrievalBuilder:
+class RetrievalBuilder(Builder):
     """Builds samples of 2 + num_negatives texts, each [BOS] instruction text EOS.
 
     num_negatives: hard negatives of a sample; a record with more gives some of them, drawn by its
@@ -46,8 +51,13 @@ class RetrievalBuilder:
         "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
         "mm_embed": BOS, the instruction's line and one token more;
         "none": every token is pooled. Texts without an instruction are pooled whole.
+    fields: our names of fields -> the data set's.
     sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS.
     """
+
+    extras = frozenset(
+        {"role", "document_id", "text_hash", "answers", "in_batch", "teacher", "pool_from"}
+    )
 
     def __init__(
         self,
@@ -56,6 +66,7 @@ class RetrievalBuilder:
         instruction: str | None = None,
         masking: str = "sentence_transformers",
         num_answers: int = 16,
+        fields: Fields | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -66,71 +77,103 @@ class RetrievalBuilder:
             raise ValueError(
                 f"num_negatives={num_negatives} must be at least 0, num_answers={num_answers} 1"
             )
+        super().__init__(fields, tokenizer=tokenizer, sequence_length=sequence_length)
+        check_fields(self.fields, FIELDS)
         self.num_negatives = num_negatives
         self.num_answers = num_answers
         self.in_batch_negatives = in_batch_negatives
         self.instruction = instruction
         self.masking = masking
-        self.tokenizer = tokenizer
-        self.sequence_length = sequence_length
 
     def __call__(self, members: Mapping[str, Any]) -> Sample:
-        """One training sample. Raises ValueError naming shard and key for a record that lacks a
-        field, has an empty text, or more or fewer ids or scores than documents."""
-        source, record = _source(members), _record(members)
-        documents = [record["positive"], *record["negatives"]]
-        ids = [record.get("positive_id"), *(record["negative_ids"] or [None] * len(documents[1:]))]
-        scores = record["scores"] or [float("nan")] * len(documents)
+        """Return one training sample: a query, its positive and hard negatives.
+
+        Raises BadSample naming shard and key for a record that lacks a field, has an empty text,
+        or more or fewer ids or scores than documents.
+        """
+        record = self.record(members)
+        query = record.text("query")
+        if record.get("negatives") is None:
+            raise record.missing("negatives")
+        negatives = _list(record, "negatives")
+        negatives = [record.checked_text("a negative", text) for text in negatives]
+        documents = [record.text("positive"), *negatives]
+        names = _list(record, "negative_ids") or [None] * len(documents[1:])
+        ids = [record.get("positive_id"), *names]
+        scores = _list(record, "scores") or [float("nan")] * len(documents)
         if not len(documents) == len(ids) == len(scores):
-            raise ValueError(
-                f"{source}: {len(documents)} documents, {len(ids)} ids, {len(scores)} scores"
-            )
-        chosen = [0, *self._choose(len(documents) - 1, source)]
-        texts = [record["query"], *(documents[i] for i in chosen)]
-        roles = [QUERY, POSITIVE] + [NEGATIVE] * (len(chosen) - 1)
-        instruction = record.get("instruction", self.instruction)
+            raise record.bad(f"{len(documents)} documents, {len(ids)} ids, {len(scores)} scores")
+        if not all(isinstance(score, int | float) for score in scores):
+            raise record.bad(f"scores must be numbers, got {scores}")
+        chosen = [0, *self._choose(len(documents) - 1, record.source)]
+        instruction = self._instruction(record)
         both = instruction if record.get("symmetric") else None
-        encoded = [self.encode(text, both if i else instruction) for i, text in enumerate(texts)]
-        in_batch = bool(record.get("in_batch_negatives", self.in_batch_negatives))
+        given = record.get("in_batch_negatives")
+        in_batch = self.in_batch_negatives if given is None else bool(given)
         known = [text if name is None else name for name, text in zip(ids, documents, strict=True)]
-        names = [record["query"], *(known[i] for i in chosen)]
-        others = [name for name in record["positive_ids"] if name != known[0]][: self.num_answers]
-        answers = torch.full((len(texts), self.num_answers), _hash(str(known[0])))
+        others = [name for name in _list(record, "positive_ids") if name != known[0]]
+        others = others[: self.num_answers]
+        answers = torch.full((1 + len(chosen), self.num_answers), _hash(str(known[0])))
         answers[0, : len(others)] = torch.tensor([_hash(str(name)) for name in others])
-        return _sample(
-            encoded,
-            source,
-            {
-                "role": torch.tensor(roles),
-                "document_id": torch.tensor([_hash(str(name)) for name in names]),
-                "text_hash": torch.tensor([_hash(text) for text in texts]),
-                "answers": answers,
-                "in_batch": torch.full((len(texts),), in_batch),
-                "teacher": torch.tensor([float("nan"), *(float(scores[i]) for i in chosen)]),
-            },
+        roles = [QUERY, POSITIVE] + [NEGATIVE] * (len(chosen) - 1)
+        texts = [query, *(documents[i] for i in chosen)]
+        names = [query, *(known[i] for i in chosen)]
+        teacher = [float("nan"), *(float(scores[i]) for i in chosen)]
+        return Sample(
+            tuple(
+                self._text(
+                    *self.encode(text, both if number else instruction),
+                    role=torch.tensor(roles[number]),
+                    document_id=torch.tensor(_hash(str(names[number]))),
+                    text_hash=torch.tensor(_hash(text)),
+                    answers=answers[number],
+                    in_batch=torch.tensor(in_batch),
+                    teacher=torch.tensor(teacher[number]),
+                )
+                for number, text in enumerate(texts)
+            ),
+            source=record.source,
         )
 
     def prompt(self, members: Mapping[str, Any]) -> Sample:
-        """The sample's query alone."""
-        record = _record(members)
-        return self.text(record["query"], record.get("instruction", self.instruction))
+        """Return the sample's query alone."""
+        record = self.record(members)
+        return self.text(record.text("query"), self._instruction(record))
 
     def text(self, text: str, instruction: str | None = None) -> Sample:
-        """One text to embed, after an instruction where it is given."""
-        return _sample([self.encode(text, instruction)], "", {})
+        """Return one text to embed, after an instruction where it is given."""
+        return Sample((self._text(*self.encode(text, instruction)),))
 
     def blank(self, sample_id: int) -> Sample:
-        """What stands for a missing sample; its negative id keeps it out of the loss."""
-        unknown = {name: torch.tensor([0]) for name in ("document_id", "text_hash")}
-        extras = {
-            "role": torch.tensor([QUERY]),
-            **unknown,
-            "answers": torch.zeros(1, self.num_answers, dtype=torch.long),
-            "in_batch": torch.tensor([False]),
-            "teacher": torch.tensor([float("nan")]),
-        }
-        sample = _sample([([self.tokenizer.eos_id], 0)], "blank", extras)
-        return replace(sample, sample_id=sample_id, loss_mask=torch.zeros(1))
+        """Return what stands for a missing sample; its negative id keeps it out of the loss."""
+        text = self._text(
+            [self.tokenizer.eos_id],
+            0,
+            role=torch.tensor(QUERY),
+            document_id=torch.tensor(0),
+            text_hash=torch.tensor(0),
+            answers=torch.zeros(self.num_answers, dtype=torch.long),
+            in_batch=torch.tensor(False),
+            teacher=torch.tensor(float("nan")),
+        )
+        return Sample((replace(text, weights=torch.zeros(1)),), sample_id, "blank")
+
+    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
+        """Return the tokens of all texts, and no tiles."""
+        return self(members).num_tokens, 0
+
+    def _instruction(self, record: Record) -> str | None:
+        instruction = record.get("instruction")
+        if instruction is None:
+            return self.instruction
+        if not isinstance(instruction, str):
+            raise record.bad(f"instruction must be text, got {instruction!r}")
+        return instruction
+
+    def _text(self, ids: list[int], pool_from: int, **extras: torch.Tensor) -> Text:
+        tokens = torch.tensor(ids)
+        extras["pool_from"] = torch.tensor(pool_from)
+        return Text(tokens, torch.ones(len(tokens)), extras=extras)
 
     def encode(self, text: str, instruction: str | None) -> tuple[list[int], int]:
         """Token ids with BOS (where the tokenizer has one) and EOS, and the first pooled place."""
@@ -156,47 +199,12 @@ class RetrievalBuilder:
         return places
 
 
-def _sample(
-    encoded: Sequence[tuple[list[int], int]], source: str, extras: dict[str, torch.Tensor]
-) -> Sample:
-    tokens = torch.tensor([token for ids, _ in encoded for token in ids])
-    return Sample(
-        tokens=tokens,
-        loss_mask=torch.ones(len(tokens)),
-        media={},
-        sample_id=0,
-        source=source,
-        segments=tuple(len(ids) for ids, _ in encoded),
-        extras=extras | {"pool_from": torch.tensor([start for _, start in encoded])},
-    )
-
-
-def _source(members: Mapping[str, Any]) -> str:
-    return f"{members.get('__url__', '')}:{members.get('__key__', '')}"
-
-
-def _record(members: Mapping[str, Any]) -> dict[str, Any]:
-    source = _source(members)
-    try:
-        record = json.loads(members["json"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{source}: no readable member json ({error!r})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{source}: must be an object, got {type(record).__name__}")
-    for name in ("negatives", "negative_ids", "positive_ids", "scores"):
-        value = record.get(name)
-        if value is None and name != "negatives":
-            record[name] = []
-        elif not isinstance(value, list):
-            raise ValueError(f"{source}: {name} must be a list, got {value!r}")
-    texts = [record.get("query"), record.get("positive"), *record["negatives"]]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(
-            f"{source}: query, positive and negatives must be texts that are not empty"
-        )
-    if not all(isinstance(score, int | float) for score in record["scores"]):
-        raise ValueError(f"{source}: scores must be numbers, got {record['scores']}")
-    return record
+def _list(record: Record, name: str) -> list[Any]:
+    """A list, empty where the record has none."""
+    values = record.get(name)
+    if values is not None and not isinstance(values, list):
+        raise record.bad(f"{name} must be a list, got {values!r}")
+    return values or []
 
 
 def _hash(text: str) -> int:

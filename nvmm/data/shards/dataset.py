@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from nvmm.batch import Sample
 from nvmm.data.order.permutation import LocalPermutation, Permutation
 from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.builder import Builder
 from nvmm.data.shards.index import Index, open_index
 from nvmm.data.shards.storage import Storage, expand, read
 from nvmm.data.shards.tar import parse
@@ -53,7 +54,7 @@ class Dataset:
         if local_window is not None and local_window < 1:
             raise ValueError(f"local_window={local_window} must be at least 1, or null")
         self.patterns = patterns
-        self.build = build
+        self.build: Any = build
         self.local_window = local_window
         self.index_dir = index_dir
         self.storage = storage or Storage()
@@ -66,6 +67,11 @@ class Dataset:
         """
         bound = copy.copy(self)
         bound.build = self.build(**options)
+        if not isinstance(bound.build, Builder):
+            raise ValueError(
+                f"build={type(bound.build).__name__} must be a subclass of"
+                " nvmm.data.samples.builder.Builder"
+            )
         bound.skip_damage = skip_damage
         return bound
 
@@ -123,13 +129,8 @@ class Dataset:
         return dataclasses.replace(sample, sample_id=number)
 
     def measure(self, number: int) -> tuple[int, int]:
-        """Tokens and tiles that the builder makes of a sample; without decoding, where it can."""
-        measure = getattr(self.build, "measure", None)
-        if measure is not None:
-            tokens, tiles = measure(self.members(number))
-            return tokens, tiles
-        sample = self[number]
-        return len(sample.tokens), sum(len(media.values) for media in sample.media.values())
+        """Return tokens and tiles of a sample, from headers alone where its builder can."""
+        return self.build.measure(self.members(number))
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

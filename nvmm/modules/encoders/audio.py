@@ -65,6 +65,21 @@ class AudioEncoder(EncoderTower):
         self.position_embeddings = SinusoidalPositions(self.config, max_source_positions)
         self.mark_replicated()
 
+    def grid(self, windows: Tensor) -> tuple[int, int]:
+        """One row of half as many tokens as frames."""
+        return 1, -(-windows.shape[2] // 2)
+
+    def blank(self, device: torch.device) -> Tensor:
+        """One silent window of full length."""
+        shape = (1, self.num_mel_bins, 2 * self.max_source_positions)
+        return torch.zeros(shape, device=device)
+
+    def front_end_flops(self, windows: Tensor) -> float:
+        """The two convolutions of one window."""
+        width, frames = self.config.hidden_size, windows.shape[2]
+        inner = self.num_mel_bins * frames + width * self.grid(windows)[1]
+        return 2.0 * _KERNEL * width * inner
+
     def encode(self, windows: Tensor) -> Tensor:
         """Log-mel windows [n, num_mel_bins, frames] -> [n, ceil(frames / 2), hidden_size].
 

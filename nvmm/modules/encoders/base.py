@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nvmm.modules.encoders.layers import EncoderAttention, EncoderLayer, padded_heads
+from nvmm.modules.flops import Training, encoder_flops, sizes
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel.groups import encoder_groups
 from nvmm.parallel.setup import Chunk, default_device
@@ -29,7 +30,8 @@ class EncoderTower(MegatronModule):
     Both have the same parameters in a checkpoint. Where no parameter is trained it runs without
     autograd.
 
-    A subclass builds its front end, calls `mark_replicated`, and gives `encode`.
+    A subclass builds its front end, calls `mark_replicated`, and gives `encode`, `grid`,
+    `blank` and `front_end_flops`.
 
     Args:
         transformer: partial of mcore's TransformerConfig.
@@ -39,6 +41,9 @@ class EncoderTower(MegatronModule):
         post_layernorm: norm after the last layer.
         chunk: which part of the model this rank builds.
     """
+
+    num_extra_tokens = 0
+    """Tokens of an input beside its grid's, as a class token."""
 
     def __init__(
         self,
@@ -80,6 +85,30 @@ class EncoderTower(MegatronModule):
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
         """Media [n, ...] -> features [n, tokens, hidden_size], without thought of TP."""
+
+    @abstractmethod
+    def grid(self, media: Tensor) -> tuple[int, int]:
+        """Rows and columns of the features that media [n, ...] of this shape get."""
+
+    @abstractmethod
+    def blank(self, device: torch.device) -> Tensor:
+        """One input [1, ...] that holds nothing, for parts that are idle in a micro-batch."""
+
+    @abstractmethod
+    def front_end_flops(self, media: Tensor) -> float:
+        """Forward FLOPs, of one input, of what stands before the layers."""
+
+    def flops(self, media: Tensor, training: Training) -> float:
+        """Matrix-multiply FLOPs of media [n, ...], forward and what `training` needs behind it."""
+        rows, columns = self.grid(media)
+        heads = {"num_attention_heads": self.num_attention_heads}
+        return encoder_flops(
+            **(sizes(self.config) | heads | {"num_query_groups": self.num_attention_heads}),
+            num_tokens=rows * columns + self.num_extra_tokens,
+            front_end=self.front_end_flops(media),
+            num_tiles=len(media),
+            training=training,
+        )
 
     def forward(self, media: Tensor) -> Tensor:
         """Encode media [n, ...], n > 0, the same on every tensor-parallel rank.

@@ -101,6 +101,21 @@ class VisionTransformer(EncoderTower):
             )
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def num_extra_tokens(self) -> int:  # type: ignore[override]
+        """The class token."""
+        return int(self.class_token is not None)
+
+    def blank(self, device: torch.device) -> Tensor:
+        """One black tile."""
+        shape = (1, 3, self.image_size, self.image_size)
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+    def front_end_flops(self, tiles: Tensor) -> float:
+        """The patch embedding of one tile."""
+        rows, columns = self.grid(tiles)
+        return 2.0 * 3 * self.patch_size**2 * self.config.hidden_size * rows * columns
+
     def encode(self, tiles: Tensor) -> Tensor:
         """Tiles, uint8 [n, 3, height, width] -> [n, tokens, hidden_size].
 

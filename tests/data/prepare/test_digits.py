@@ -170,7 +170,7 @@ def test_every_sample_builds_within_the_configured_length(folder: Path) -> None:
     for part in ("text", "single", "strings"):
         dataset = Dataset(str(folder / part / "train-*.tar"), build)
         bound = Data(10_000, 0, dataset, tokenizer=tokenizer).train
-        longest = max(len(bound[i].tokens) for i in range(len(bound)))
+        longest = max(len(bound[i].text.tokens) for i in range(len(bound)))
         assert longest <= 64, part
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nvmm.batch import IMAGE
 from nvmm.data.prepare import json_records
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
@@ -45,7 +46,9 @@ def test_records_become_samples(tmp_path: Path, images: Path, tiny: Tokenizer, s
     )
     dataset = Dataset(str(tmp_path / "to" / "*.tar"), lambda **options: builder(**options))
     bound = dataset.bind(tokenizer=tiny)
-    assert [[*bound[i].media] and bound[i].media["image"].items.tolist() for i in range(3)] == [
+    assert [
+        [*bound[i].text.media] and bound[i].text.media[IMAGE].items.tolist() for i in range(3)
+    ] == [
         [0, 0, 0],
         [0, 1, 1, 1],
         [],

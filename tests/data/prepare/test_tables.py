@@ -14,6 +14,7 @@ import pyarrow
 import pytest
 from PIL import Image
 
+from nvmm.batch import IMAGE
 from nvmm.data.prepare import json_records
 from nvmm.data.prepare.tables import folder_rows, parquet_rows, samples
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -56,7 +57,7 @@ def test_a_datasets_folder(tmp_path: Path, tiny: Tokenizer) -> None:
     record = json.loads(members["json"])
     assert record == {"question": "Which 4?", "answers": ["7", "4"], "seen": "2026-01-05"}
     assert Image.open(io.BytesIO(members["png"])).tobytes() == pictures[4].tobytes()
-    assert set(bound[2].media["image"].items.tolist()) == {0}
+    assert set(bound[2].text.media[IMAGE].items.tolist()) == {0}
     for split, message in (("dev", "--split dev is none of train, test"), (None, "None is none")):
         with pytest.raises(ValueError, match=message):
             list(folder_rows(tmp_path / "saved", split))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm.batch import ATTENDED, IMAGE, Sample
+from nvmm.batch import ATTENDED_IMAGE, IMAGE, Sample
 from nvmm.data.collate import collate
 from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.checks import check_sample
@@ -31,14 +31,14 @@ def made(tokenizer: Tokenizer, attended: str, members: Any = None, **options: An
 def test_x_has_tags_alone_in_its_text(tiny: Tokenizer) -> None:
     sample = made(tiny, "all")
     tags = "<tile_1><tile_2><tile_3><tile_global_thumbnail>"
-    assert text(tiny, sample.tokens) == f"<|im_start|>user\n<Image>{tags}{END}"
-    assert sample.media.keys() == {ATTENDED}
-    media = sample.media[ATTENDED]
+    assert text(tiny, sample.text.tokens) == f"<|im_start|>user\n<Image>{tags}{END}"
+    assert sample.text.media.keys() == {ATTENDED_IMAGE}
+    media = sample.text.media[ATTENDED_IMAGE]
     assert media.values.shape == (4, 3, 32, 32)
     assert media.tiles.tolist() == [1, 2, 3, 0] and media.items.tolist() == [0] * 4
     assert media.ends is not None and media.tag_ids is not None
     own = [
-        text(tiny, sample.tokens[start:stop])
+        text(tiny, sample.text.tokens[start:stop])
         for start, stop in zip(media.positions.tolist(), media.ends.tolist(), strict=True)
     ]
     assert own == ["<tile_1>", "<tile_2>", "<tile_3>", "<tile_global_thumbnail>"]
@@ -48,14 +48,14 @@ def test_x_has_tags_alone_in_its_text(tiny: Tokenizer) -> None:
 def test_h_has_the_thumbnail_in_its_text_and_tags_in_front_of_the_keys(tiny: Tokenizer) -> None:
     sample = made(tiny, "regular")
     expected = f"<|im_start|>user\n<Image><tile_global_thumbnail>{PADS}{END}"
-    assert text(tiny, sample.tokens) == expected
-    placed, media = sample.media[IMAGE], sample.media[ATTENDED]
+    assert text(tiny, sample.text.tokens) == expected
+    placed, media = sample.text.media[IMAGE], sample.text.media[ATTENDED_IMAGE]
     assert placed.tiles.tolist() == [0] and media.tiles.tolist() == [1, 2, 3]
     start = int(placed.positions[0])
-    assert text(tiny, sample.tokens[start : start + 4]) == PADS
+    assert text(tiny, sample.text.tokens[start : start + 4]) == PADS
     assert media.ends is not None and media.tag_ids is not None
     assert media.positions.tolist() == media.ends.tolist()
-    seen_from = {text(tiny, sample.tokens[: int(p)]) for p in media.positions}
+    seen_from = {text(tiny, sample.text.tokens[: int(p)]) for p in media.positions}
     assert seen_from == {"<|im_start|>user\n<Image>"}
     shown = [text(tiny, ids[ids >= 0]) for ids in media.tag_ids]
     assert shown == ["<tile_1>", "<tile_2>", "<tile_3>"]
@@ -63,9 +63,9 @@ def test_h_has_the_thumbnail_in_its_text_and_tags_in_front_of_the_keys(tiny: Tok
 
 def test_the_pixels_are_those_of_nvlm_d(tiny: Tokenizer) -> None:
     d, x, h = (made(tiny, attended) for attended in ("none", "all", "regular"))
-    assert torch.equal(x.media[ATTENDED].values, d.media[IMAGE].values)
-    assert torch.equal(h.media[ATTENDED].values, d.media[IMAGE].values[:3])
-    assert torch.equal(h.media[IMAGE].values, d.media[IMAGE].values[3:])
+    assert torch.equal(x.text.media[ATTENDED_IMAGE].values, d.text.media[IMAGE].values)
+    assert torch.equal(h.text.media[ATTENDED_IMAGE].values, d.text.media[IMAGE].values[:3])
+    assert torch.equal(h.text.media[IMAGE].values, d.text.media[IMAGE].values[3:])
 
 
 @pytest.mark.parametrize("attended", ["none", "regular", "all"])
@@ -73,38 +73,38 @@ def test_measuring_needs_no_pixels(tiny: Tokenizer, attended: str) -> None:
     build = builder(tiny, attended=attended)
     members = vqa(png=picture(100, 32))
     sample = build(members)
-    tiles = sum(len(media.values) for media in sample.media.values())
-    assert build.measure(members) == (len(sample.tokens), tiles)
+    tiles = sum(len(media.values) for media in sample.text.media.values())
+    assert build.measure(members) == (len(sample.text.tokens), tiles)
 
 
 def test_one_tile_images(tiny: Tokenizer) -> None:
     members = vqa(png=picture(32, 32))
     x, h = made(tiny, "all", members), made(tiny, "regular", members)
-    assert x.media[ATTENDED].tiles.tolist() == [0]
-    assert h.media.keys() == {IMAGE} and h.media[IMAGE].tiles.tolist() == [0]
+    assert x.text.media[ATTENDED_IMAGE].tiles.tolist() == [0]
+    assert h.text.media.keys() == {IMAGE} and h.text.media[IMAGE].tiles.tolist() == [0]
 
 
 def test_untagged_tiles_are_seen_from_the_image_s_end_on(tiny: Tokenizer) -> None:
     sample = made(tiny, "all", tags=ImageTags("none"))
-    media = sample.media[ATTENDED]
+    media = sample.text.media[ATTENDED_IMAGE]
     assert media.ends is not None and media.positions.tolist() == media.ends.tolist()
-    assert {text(tiny, sample.tokens[: int(p)]) for p in media.ends} == {
+    assert {text(tiny, sample.text.tokens[: int(p)]) for p in media.ends} == {
         "<|im_start|>user\n<Image>"
     }
 
 
 def test_a_text_sample_has_no_media(tiny: Tokenizer) -> None:
-    assert made(tiny, "all", chat(("human", "hi"), ("gpt", "ho"))).media == {}
+    assert made(tiny, "all", chat(("human", "hi"), ("gpt", "ho"))).text.media == {}
 
 
 def test_a_long_sample_keeps_its_tags(tiny: Tokenizer) -> None:
     """X's text is cut behind the tags, never through them."""
     whole = made(tiny, "all")
-    ends = whole.media[ATTENDED].ends
+    ends = whole.text.media[ATTENDED_IMAGE].ends
     assert ends is not None
     long = vqa(answer="4" * 200, png=picture(100, 32))
     cut = made(tiny, "all", long)
-    assert len(cut.tokens) == 64 and torch.equal(cut.media[ATTENDED].ends, ends)
+    assert len(cut.text.tokens) == 64 and torch.equal(cut.text.media[ATTENDED_IMAGE].ends, ends)
     with pytest.raises(ValueError, match="would cut an image or every answer"):
         made(tiny, "all", long, sequence_length=6)
 
@@ -124,10 +124,11 @@ def test_wrong_options_are_refused(tiny: Tokenizer) -> None:
 
 def test_tags_outside_the_sample_are_refused(tiny: Tokenizer) -> None:
     sample = made(tiny, "all")
-    media = sample.media[ATTENDED]
-    wrong = dataclasses.replace(media, ends=media.ends + len(sample.tokens))
+    media = sample.text.media[ATTENDED_IMAGE]
+    wrong = dataclasses.replace(media, ends=media.ends + len(sample.text.tokens))
     with pytest.raises(ValueError, match="tags of 4 attended tiles at"):
-        check_sample(dataclasses.replace(sample, media={ATTENDED: wrong}))
+        text = dataclasses.replace(sample.text, media={ATTENDED_IMAGE: wrong})
+        check_sample(dataclasses.replace(sample, texts=(text,)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -139,14 +140,14 @@ def test_collate_moves_tags_with_their_samples(tiny: Tokenizer, packed: bool) ->
         build(vqa(png=picture(64, 64))),
     ]
     batch = collate(samples, pad_id=tiny.pad_id, packed=packed)
-    media = batch.media[ATTENDED]
+    media = batch.media[ATTENDED_IMAGE]
     starts = [0, 0, 0] if not packed else batch.cu_seqlens.tolist()[:3]
-    assert media.samples.tolist() == [0] * 3 + [2] * 4
+    assert media.texts.tolist() == [0] * 3 + [2] * 4
     assert media.rows.tolist() == ([0] * 7 if packed else [0] * 3 + [2] * 4)
     assert media.ends is not None and media.tag_ids is not None
     expected = []
     for number in (0, 2):
-        own = samples[number].media[ATTENDED]
+        own = samples[number].text.media[ATTENDED_IMAGE]
         assert own.ends is not None
         expected += (own.ends + starts[number]).tolist()
     assert media.ends.tolist() == expected == media.positions.tolist()
@@ -159,7 +160,7 @@ def test_left_padding_moves_tags_too(tiny: Tokenizer) -> None:
     build = builder(tiny, attended="all")
     prompts = [build.prompt(vqa(png=picture(w, 32))) for w in (32, 100)]
     batch, _ = left_padded(prompts, tiny.pad_id)
-    media = batch.media[ATTENDED]
+    media = batch.media[ATTENDED_IMAGE]
     assert media.ends is not None
     for row, start, stop, place in zip(
         media.rows, media.positions, media.ends, media.tiles, strict=True

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nvmm.batch import IMAGE as KIND
 from nvmm.batch import Sample
 from nvmm.data.loader import Data
 from nvmm.data.samples.bad_sample import BadSample
@@ -47,12 +48,12 @@ def sample(record: Any = None, /, **members: bytes) -> dict[str, Any]:
 
 
 def whole(tokenizer: Tokenizer, built: Sample) -> str:
-    return tokenizer.decode(built.tokens.tolist(), skip_special_tokens=False)
+    return tokenizer.decode(built.text.tokens.tolist(), skip_special_tokens=False)
 
 
 def trained(tokenizer: Tokenizer, built: Sample) -> str:
-    kept = built.tokens[built.loss_mask == 1]
-    assert set(built.loss_mask.tolist()) <= {0.0, 1.0}
+    kept = built.text.tokens[built.text.weights == 1]
+    assert set(built.text.weights.tolist()) <= {0.0, 1.0}
     return tokenizer.decode(kept.tolist(), skip_special_tokens=False)
 
 
@@ -62,7 +63,7 @@ def test_caption(tiny: Tokenizer) -> None:
     built = build(sample(jpg=picture(64, 32, kind="jpg"), txt=b"A red bus.\n"))
     assert whole(tiny, built) == f"<Image>{PADS}</Image>\nA red bus.<|im_end|>"
     assert trained(tiny, built) == "A red bus.<|im_end|>"
-    assert built.media["image"].values.shape == (1, 3, 32, 32)
+    assert built.text.media[KIND].values.shape == (1, 3, 32, 32)
     asked = builder(tiny, Caption("What is it?"))(sample({"caption": "A bus."}, png=SMALL))
     assert f"<|im_start|>user\n{IMAGE}\nWhat is it?<|im_end|>" in whole(tiny, asked)
 
@@ -119,11 +120,11 @@ def test_obelics(tiny: Tokenizer) -> None:
     wide = f"<Image><tile_1>{PADS}<tile_2>{PADS}<tile_global_thumbnail>{PADS}</Image>"
     assert whole(tiny, built) == f"One\n{IMAGE}\ntwo\n{wide}<|im_end|>"
     assert trained(tiny, built) == "One\n\ntwo\n<|im_end|>"
-    media = built.media["image"]
+    media = built.text.media[KIND]
     assert media.items.tolist() == [0, 1, 1, 1]
-    assert (built.tokens == tiny.image_id).sum() == 16
+    assert (built.text.tokens == tiny.image_id).sum() == 16
     for position in media.positions.tolist():
-        assert built.tokens[position : position + 4].tolist() == [tiny.image_id] * 4
+        assert built.text.tokens[position : position + 4].tolist() == [tiny.image_id] * 4
 
 
 def test_mmc4_puts_pictures_before_their_sentences(tiny: Tokenizer) -> None:
@@ -135,8 +136,8 @@ def test_mmc4_puts_pictures_before_their_sentences(tiny: Tokenizer) -> None:
     image = f"<Image>{PADS}</Image>"
     assert whole(tiny, built) == f"{image} a b {image} {image} c<|im_end|>"
     alone = [build(sample({"text": "<image>x"}, png=data)) for data in pictures]
-    for tile, expected in zip(built.media["image"].values, (1, 0, 2), strict=True):
-        assert torch.equal(tile, alone[expected].media["image"].values[0])
+    for tile, expected in zip(built.text.media[KIND].values, (1, 0, 2), strict=True):
+        assert torch.equal(tile, alone[expected].text.media[KIND].values[0])
 
 
 def test_plain_text(tiny: Tokenizer) -> None:
@@ -144,22 +145,25 @@ def test_plain_text(tiny: Tokenizer) -> None:
     build = builder(tiny, Document(), fields={"text": ".txt"}, template=system)
     built = build(sample(txt=b"Once upon a time."))
     assert whole(tiny, built) == trained(tiny, built) == "Once upon a time.<|im_end|>"
-    assert built.media == {}
-    assert len(builder(tiny, Document(), sequence_length=5)(sample({"text": "1" * 9})).tokens) == 5
+    assert built.text.media == {}
+    assert (
+        len(builder(tiny, Document(), sequence_length=5)(sample({"text": "1" * 9})).text.tokens)
+        == 5
+    )
 
 
 def test_long_documents_lose_their_end_whole_pictures_first(tiny: Tokenizer) -> None:
     text = "one<image>two<image>three<image>four"
     members = sample({"text": text}, **{f"_{i}_png": picture(32, 32, i) for i in range(3)})
     every = builder(tiny, Document(), sequence_length=256)(members)
-    positions = every.media["image"].positions.tolist()
+    positions = every.text.media[KIND].positions.tolist()
     for kept in (1, 2):
         length = positions[kept] + 3  # one placeholder of the next picture does not fit
         cut = builder(tiny, Document(), sequence_length=length)(members)
-        assert len(cut.media["image"].tiles) == kept
-        assert len(cut.tokens) <= length
-        assert (cut.tokens == tiny.image_id).sum() == 4 * kept
-        assert cut.loss_mask.any()
+        assert len(cut.text.media[KIND].tiles) == kept
+        assert len(cut.text.tokens) <= length
+        assert (cut.text.tokens == tiny.image_id).sum() == 4 * kept
+        assert cut.text.weights.any()
 
 
 def test_measured_as_built(tiny: Tokenizer) -> None:
@@ -177,8 +181,8 @@ def test_measured_as_built(tiny: Tokenizer) -> None:
             ):
                 build = builder(tiny, form, sequence_length=length)
                 built = build(sample(record, png=data))
-                tiles = len(built.media["image"].tiles) if built.media else 0
-                assert build.measure(sample(record, png=data)) == (len(built.tokens), tiles)
+                tiles = len(built.text.media[KIND].tiles) if built.text.media else 0
+                assert build.measure(sample(record, png=data)) == (len(built.text.tokens), tiles)
 
 
 def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from nvmm.batch import IMAGE
 from nvmm.data.samples.chat import ChatTemplate, ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -33,21 +34,21 @@ def test_vqa_sample(tiny: Tokenizer) -> None:
     sample = builder(tiny)(vqa(png=picture(100, 32)))
     pads = "<|vision_pad|>" * 4
     tiles = "".join(f"<tile_{k}>{pads}" for k in (1, 2, 3))
-    assert text(tiny, sample.tokens) == (
+    assert text(tiny, sample.text.tokens) == (
         f"<|im_start|>user\n<Image>{tiles}<tile_global_thumbnail>{pads}</Image>\n"
         "Read the number.<|im_end|>\n<|im_start|>assistant\n471<|im_end|>\n"
     )
-    media = sample.media["image"]
+    media = sample.text.media[IMAGE]
     assert media.values.shape == (4, 3, 32, 32)
     assert media.tiles.tolist() == [1, 2, 3, 0]
     assert media.items.tolist() == [0, 0, 0, 0]
     assert media.tokens_per_item == 4
     for position in media.positions.tolist():
-        assert sample.tokens[position : position + 4].tolist() == [tiny.image_id] * 4
-        assert sample.tokens[position - 1] != tiny.image_id
-    assert text(tiny, sample.tokens[sample.loss_mask == 1]) == "471<|im_end|>"
-    assert sample.tokens.dtype == torch.int64
-    assert sample.loss_mask.dtype == torch.float32
+        assert sample.text.tokens[position : position + 4].tolist() == [tiny.image_id] * 4
+        assert sample.text.tokens[position - 1] != tiny.image_id
+    assert text(tiny, sample.text.tokens[sample.text.weights == 1]) == "471<|im_end|>"
+    assert sample.text.tokens.dtype == torch.int64
+    assert sample.text.weights.dtype == torch.float32
     assert sample.source == "s.tar:k0"
 
 
@@ -63,10 +64,10 @@ def test_conversation_with_several_pictures(tiny: Tokenizer) -> None:
         _1_jpg=picture(32, 32, 1, "jpg"),
     )
     sample = builder(tiny, sequence_length=128)(members)
-    media = sample.media["image"]
+    media = sample.text.media[IMAGE]
     assert media.items.tolist() == [0, 1, 1, 1, 2]
     assert media.tiles.tolist() == [0, 1, 2, 0, 0]
-    assert text(tiny, sample.tokens[sample.loss_mask == 1]) == "No<|im_end|>Yes<|im_end|>"
+    assert text(tiny, sample.text.tokens[sample.text.weights == 1]) == "No<|im_end|>Yes<|im_end|>"
 
 
 def test_openai_style_messages_read_alike(tiny: Tokenizer) -> None:
@@ -75,20 +76,20 @@ def test_openai_style_messages_read_alike(tiny: Tokenizer) -> None:
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     }
     other = llava | {"json": json.dumps(record).encode()}
-    assert torch.equal(builder(tiny)(llava).tokens, builder(tiny)(other).tokens)
+    assert torch.equal(builder(tiny)(llava).text.tokens, builder(tiny)(other).text.tokens)
 
 
 def test_text_only_sample_has_no_media(tiny: Tokenizer) -> None:
     sample = builder(tiny)(vqa())
-    assert sample.media == {}
-    assert tiny.image_id not in sample.tokens
+    assert sample.text.media == {}
+    assert tiny.image_id not in sample.text.tokens
 
 
 def test_most_frequent_answer_is_trained_and_all_are_references(tiny: Tokenizer) -> None:
     members = vqa(answer=["3", "4", "4"])
     build = builder(tiny)
     sample = build(members)
-    assert text(tiny, sample.tokens[sample.loss_mask == 1]) == "4<|im_end|>"
+    assert text(tiny, sample.text.tokens[sample.text.weights == 1]) == "4<|im_end|>"
     assert build.references(members) == ["3", "4", "4"]
     assert build.references(chat(("human", "<image> Hi"), ("gpt", "Ho"))) == ["Ho"]
 
@@ -96,35 +97,37 @@ def test_most_frequent_answer_is_trained_and_all_are_references(tiny: Tokenizer)
 def test_prompt_is_the_unsupervised_prefix(tiny: Tokenizer) -> None:
     build = builder(tiny)
     whole, prompt = build(vqa(png=picture(70, 32))), build.prompt(vqa(png=picture(70, 32)))
-    assert torch.equal(prompt.tokens, whole.tokens[: len(prompt.tokens)])
-    assert text(tiny, prompt.tokens).endswith("<|im_start|>assistant\n")
-    assert not prompt.loss_mask.any()
-    assert torch.equal(prompt.media["image"].values, whole.media["image"].values)
+    assert torch.equal(prompt.text.tokens, whole.text.tokens[: len(prompt.text.tokens)])
+    assert text(tiny, prompt.text.tokens).endswith("<|im_start|>assistant\n")
+    assert not prompt.text.weights.any()
+    assert torch.equal(prompt.text.media[IMAGE].values, whole.text.media[IMAGE].values)
     question = {"question": "Read the number."}
     unanswered = vqa(png=picture(70, 32)) | {"json": json.dumps(question).encode()}
-    assert torch.equal(build.prompt(unanswered).tokens, prompt.tokens)
+    assert torch.equal(build.prompt(unanswered).text.tokens, prompt.text.tokens)
     assert build.references(unanswered) == []
 
 
 def test_long_samples_lose_tiles_first(tiny: Tokenizer) -> None:
     # 6:1 takes 6 tiles, 4 at most takes 4:1, then 2:1, then one tile without a thumbnail
     wide = vqa(png=picture(192, 32))
-    lengths = {limit: len(builder(tiny, max_tiles=limit)(wide).tokens) for limit in (6, 4, 2, 1)}
+    lengths = {
+        limit: len(builder(tiny, max_tiles=limit)(wide).text.tokens) for limit in (6, 4, 2, 1)
+    }
     tiles = {6: 7, 4: 5, 2: 3, 1: 1}
     for limit, length in lengths.items():
         sample = builder(tiny, sequence_length=length)(wide)
-        assert len(sample.media["image"].tiles) == tiles[limit]
-        assert len(sample.tokens) == length
+        assert len(sample.text.media[IMAGE].tiles) == tiles[limit]
+        assert len(sample.text.tokens) == length
     one_less = builder(tiny, sequence_length=lengths[6] - 1)(wide)
-    assert len(one_less.media["image"].tiles) == tiles[4]
+    assert len(one_less.text.media[IMAGE].tiles) == tiles[4]
 
 
 def test_then_text_is_cut_but_never_media(tiny: Tokenizer) -> None:
     answer = "123456" * 5
     members = vqa(answer=answer, png=picture(32, 32))
     sample = builder(tiny, sequence_length=40)(members)
-    assert len(sample.tokens) == 40
-    assert answer.startswith(text(tiny, sample.tokens[sample.loss_mask == 1]))
+    assert len(sample.text.tokens) == 40
+    assert answer.startswith(text(tiny, sample.text.tokens[sample.text.weights == 1]))
     late = chat(("human", "word " * 60 + "<image>"), ("gpt", "No"), png=picture(32, 32))
     with pytest.raises(ValueError, match=r"s\.tar:k0: needs \d+ tokens with one tile .* an image"):
         builder(tiny, sequence_length=40)(late)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm.batch import NEGATIVE, POSITIVE, QUERY
+from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare import retrieval_sets
@@ -44,6 +44,11 @@ def member(key: str = "0", **record: Any) -> dict[str, Any]:
     return {"__key__": key, "__url__": "a.tar", "json": json.dumps(record).encode()}
 
 
+def extras(sample: Sample) -> dict[str, torch.Tensor]:
+    """Its texts' extras, as a batch has them."""
+    return collate([sample], pad_id=0).extras
+
+
 RECORD = {"query": "bird", "positive": "sings", "negatives": ["a", "small", "it"]}
 
 
@@ -53,8 +58,8 @@ def test_texts_of_a_sample_become_rows_with_their_roles(tokenizer: Tokenizer) ->
     second = build(member(**RECORD | {"negatives": ["a"]}))
     check_sample(first)
     for sample in (first, second):
-        for text in sample.tokens.split(list(sample.segments)):
-            assert text[0] == tokenizer.bos_id and text[-1] == tokenizer.eos_id
+        for text in sample.texts:
+            assert text.tokens[0] == tokenizer.bos_id and text.tokens[-1] == tokenizer.eos_id
     batch = collate([first, second], pad_id=0)
     assert batch.tokens.shape[0] == 7
     assert batch.sample_ids.tolist() == [0, 0]
@@ -101,32 +106,35 @@ def test_a_long_text_keeps_its_end_token_and_something_to_pool(tokenizer: Tokeni
 def test_choices_of_a_record(tokenizer: Tokenizer) -> None:
     build = builder(tokenizer, instruction="find it")
     sample = build(member(**RECORD, symmetric=True, in_batch_negatives=False, scores=[4, 3, 2, 1]))
-    assert (sample.extras["pool_from"] > 0).all()
-    assert not sample.extras["in_batch"].any()
-    teacher = sample.extras["teacher"].tolist()
+    assert (extras(sample)["pool_from"] > 0).all()
+    assert not extras(sample)["in_batch"].any()
+    teacher = extras(sample)["teacher"].tolist()
     assert teacher[1] == 4.0 and sorted(teacher[2:], reverse=True) == teacher[2:]
     plain = build(member(**RECORD))
-    assert (plain.extras["pool_from"] > 0).tolist() == [True, False, False, False]
-    chosen = {tuple(build(member(str(k), **RECORD)).extras["text_hash"].tolist()) for k in range(9)}
+    assert (extras(plain)["pool_from"] > 0).tolist() == [True, False, False, False]
+    chosen = {
+        tuple(extras(build(member(str(k), **RECORD)))["text_hash"].tolist()) for k in range(9)
+    }
     assert len(chosen) > 1, "which negatives depends on the key"
 
 
 def test_ids_of_a_record(tokenizer: Tokenizer) -> None:
     ids = {"positive_id": 0, "negative_ids": [1, 2, 3], "positive_ids": [0, 7, 8, 9]}
     build = builder(tokenizer, num_answers=2)
-    extras = build(member(**RECORD, **ids)).extras
-    named = [build(member(**RECORD, positive_id=i)).extras["document_id"][1] for i in (0, 7, 8)]
-    assert extras["document_id"][1] == named[0], "an id of 0 is an id"
-    assert extras["answers"][0].tolist() == [int(named[1]), int(named[2])]
-    plain = build(member(**RECORD)).extras
+    found = extras(build(member(**RECORD, **ids)))
+    named = [extras(build(member(**RECORD, positive_id=i)))["document_id"][1] for i in (0, 7, 8)]
+    assert found["document_id"][1] == named[0], "an id of 0 is an id"
+    assert found["answers"][0].tolist() == [int(named[1]), int(named[2])]
+    plain = extras(build(member(**RECORD)))
     assert plain["document_id"][1] == plain["text_hash"][1] == plain["answers"][0, 0]
 
 
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ({"query": "bird"}, "must be a list"),
-        (RECORD | {"query": " "}, "texts that are not empty"),
+        ({"query": "bird"}, "no negatives; its members are json"),
+        (RECORD | {"query": " "}, "query is empty"),
+        (RECORD | {"negatives": ["a", 3]}, "a negative must be text, got 3"),
         (RECORD | {"scores": [1.0]}, "4 documents, 4 ids, 1 scores"),
         (RECORD | {"negative_ids": ["a"]}, "4 documents, 2 ids"),
         (RECORD | {"negatives": "abc"}, "negatives must be a list, got 'abc'"),
@@ -150,7 +158,7 @@ def test_a_broken_record_leaves_a_hole_that_no_query_sees(
     [batch] = next(data.batches(split="train", global_batch_size=3, micro_batch_size=3))
     assert sorted(batch.sample_ids >= 0) == [False, True, True]
     assert (batch.extras["role"] == QUERY).sum() == 3 and len(batch.tokens) == 9
-    counts = data.count([batch])
+    counts = data.count([batch], [])
     texts = batch.lengths.sum() - 1  # but for the hole's one token
     assert (counts["train/samples"], counts["train/bad"]) == (2, 1)
     assert counts["train/tokens"] == texts

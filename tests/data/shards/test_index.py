@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nvmm.batch import Sample
+from nvmm.batch import Sample, Text
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest, write_shards
 from nvmm.data.shards.index import open_index
@@ -164,8 +164,8 @@ def test_counted_tokens_are_those_of_the_built_sample(
     expected = []
     for number in range(5):
         sample = dataset[number]
-        media = sample.media.get("image")
-        expected.append([len(sample.tokens), 0 if media is None else len(media.values)])
+        media = sample.text.media.get("image")
+        expected.append([len(sample.text.tokens), 0 if media is None else len(media.values)])
     assert dataset.lengths.tolist() == expected
     assert expected[4][0] == 48, "text was cut"
     assert dataset.lengths.flags.writeable is False or isinstance(dataset.lengths, np.memmap)
@@ -181,7 +181,7 @@ class Plain:
         self.calls += 1
         if members["__key__"] == "b":
             raise ValueError("refused")
-        return Sample(torch.zeros(len(members["json"])), torch.zeros(3), {}, 0)
+        return Sample((Text(torch.zeros(len(members["json"])), torch.zeros(3)),))
 
 
 def test_other_builders_are_measured_by_building(tmp_path: Path) -> None:

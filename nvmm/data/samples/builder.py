@@ -1,0 +1,78 @@
+"""What a dataset's `build` is: members of a shard -> Sample."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from nvmm.batch import MediaKind, Sample, Text
+from nvmm.data.samples.decode import Limits
+from nvmm.data.samples.record import Fields, Record
+from nvmm.data.samples.tokenizer import Tokenizer
+
+
+class Builder(ABC):
+    """Builds samples from the members of a shard, which it reads through `record`.
+
+    A builder's constructor takes `tokenizer` and `sequence_length` as keywords from the data. What
+    a subclass leaves out has the defaults below: only `__call__` must be written.
+
+    extras: names of `Text.extras` that its texts bring.
+    """
+
+    extras: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        fields: Fields | None = None,
+        limits: Limits | None = None,
+        *,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+    ) -> None:
+        self.fields = fields or {}
+        self.limits = limits or Limits()
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+
+    @property
+    def media(self) -> frozenset[MediaKind]:
+        """Kinds of media that its samples may have; none by default."""
+        return frozenset()
+
+    def record(self, members: Mapping[str, Any]) -> Record:
+        """Return the members under our names of fields.
+
+        members: extension -> bytes, and `__url__`, `__key__` (shard and key, as webdataset has).
+        """
+        return Record(members, self.fields, self.limits)
+
+    @abstractmethod
+    def __call__(self, members: Mapping[str, Any]) -> Sample:
+        """Return one training example. Raises BadSample naming shard and key when there is none."""
+
+    def prompt(self, members: Mapping[str, Any]) -> Sample:
+        """Return the sample up to where an answer begins.
+
+        Raises ValueError where the builder makes no prompts.
+        """
+        raise ValueError(f"{type(self).__name__} makes no prompts: there is nothing to answer")
+
+    def references(self, members: Mapping[str, Any]) -> list[str]:
+        """Return the accepted answers to `prompt(members)`; empty where there are none."""
+        return []
+
+    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
+        """Return tokens and tiles of the training example; by default it is built for that."""
+        sample = self(members)
+        tiles = sum(len(media.tiles) for text in sample.texts for media in text.media.values())
+        return sample.num_tokens, tiles
+
+    def blank(self, sample_id: int) -> Sample:
+        """Return what stands for a missing sample: one token that is not supervised."""
+        return Sample(
+            (Text(torch.tensor([self.tokenizer.pad_id]), torch.zeros(1)),), sample_id, "blank"
+        )
