@@ -333,8 +333,8 @@ def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:
     context = {"_target_": "nvmm.parallel.setup.Parallel", "context_parallel_size": 2}
     benchmark = command(folder, shards)["benchmark"] | {"builder": {"max_tile": 2}}
     cases = [
-        ({"tokenizer": str(other)}, "is not the tokenizer that"),
-        ({"tokenizer": "/nowhere"}, "tokenizer.path=/nowhere is not a folder"),
+        ({"tokenizer": {"path": str(other)}}, "is not the tokenizer that"),
+        ({"tokenizer": {"path": "/nowhere"}}, "tokenizer.path=/nowhere is not a folder"),
         ({"parallel": parallel}, "must be divisible by"),
         ({"parallel": context}, "parallel.context_parallel_size=2 must be 1 in evaluation"),
         ({"checkpoint": {"path": "/nowhere"}}, "/nowhere is neither a complete checkpoint"),

@@ -58,7 +58,8 @@ def load(
         "parallel": parallel,
         "base": base,
         "seed": 1234,
-        **dict.fromkeys(("precision", "backend", "tokenizer", "sequence_length")),
+        "tokenizer": {"path": None},
+        **dict.fromkeys(("precision", "backend", "sequence_length")),
         "trust_config": False,
     }
     restored = restore(config, {})

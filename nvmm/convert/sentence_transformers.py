@@ -46,7 +46,7 @@ def write_embedder(folder: Path, config: Mapping[str, Any], hidden_size: int) ->
             masking,
         )
     _update(folder / "config.json", {"instruction_masking": masking})
-    source = files("nvmm.convert") / "modeling_nvembed.py"
+    source = files("nvmm.convert.formats") / "modeling_nvembed.py"
     (folder / "modeling_nvembed.py").write_text(source.read_text(encoding="utf-8"))
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": kind}

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     pass
 _TRUSTED = (
-    *("nvmm.models.", "nvmm.modules.", "nvmm.data.", "nvmm.parallel.setup.", "nvmm.parallel.fp8."),
+    *(
+        "nvmm.models.",
+        "nvmm.modules.",
+        "nvmm.data.",
+        "nvmm.parallel.setup.",
+        "nvmm.parallel.fp8_recipe.",
+    ),
     *("nvmm.kernels.library.", "megatron.core."),
 )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nvmm.batch import IGNORE_INDEX, IMAGE
+from nvmm.parallel.schedule import run_schedule
 from nvmm.proof import equivalence, synthetic
 from nvmm.proof.equivalence import ONE_RANK, Layout, Result, compare, run
 from tests import tiny
@@ -264,7 +265,7 @@ def _plain(rank: int, world_size: int, init: str, config: dict[str, Any]) -> Any
         for model in trainer.models:
             model.zero_grad_buffer()
         plain.zero_grad()  # its step leaves p.grad on the buffer, where backward would add to it
-        outputs = trainer._schedule(batches, trainer._forward_step, forward_only=False)
+        outputs = run_schedule(trainer.models, batches, trainer._forward_step, forward_only=False)
         losses.append(reduce_metrics(outputs, torch.device("cpu"))["loss"])
         _, norm, _ = plain.step()
         norms.append(norm)
@@ -307,9 +308,9 @@ def test_a_missing_reduction_is_caught(reference: References) -> None:
 
 def skip_sum() -> None:
     """A planted fault."""
-    from nvmm.training import trainer
+    from nvmm.parallel import schedule
 
-    trainer.sum_replicated_gradients = lambda models: None  # type: ignore[assignment]
+    schedule.sum_replicated_gradients = lambda models: None  # type: ignore[assignment]
 
 
 def test_layouts_pad_the_same_tokens() -> None:

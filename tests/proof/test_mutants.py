@@ -56,9 +56,9 @@ MODELS = {
 
 def skip_encoder_sum() -> None:
     """Gradients of a replicated encoder stay each rank's own share."""
-    from nvmm.training import trainer
+    from nvmm.parallel import schedule
 
-    trainer.sum_replicated_gradients = lambda models: None  # type: ignore[assignment]
+    schedule.sum_replicated_gradients = lambda models: None  # type: ignore[assignment]
 
 
 def skip_row_reduction() -> None:
@@ -153,9 +153,9 @@ def take_means_of_means() -> None:
 
 def average_encoder_over_all_ranks() -> None:
     """The encoder's gradient is divided by ranks that had no image."""
-    from nvmm.training import trainer
+    from nvmm.parallel import schedule
 
-    finalize = trainer.finalize_model_grads
+    finalize = schedule.finalize_model_grads
 
     def average(models: list[Any], *args: Any, **kwargs: Any) -> None:
         finalize(models, *args, **kwargs)
@@ -164,7 +164,7 @@ def average_encoder_over_all_ranks() -> None:
                 if "vision." in name:
                     parameter.main_grad /= 2
 
-    trainer.finalize_model_grads = average
+    schedule.finalize_model_grads = average
 
 
 def slice_after_merge() -> None:
