@@ -148,7 +148,9 @@ def _pictures(
         parts = [media[kind] for kind in kinds]
         if parts:
             names = ("values", "items", "tiles")
-            whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+            whole: dict[str, Any] = {
+                name: torch.cat([getattr(part, name) for part in parts]) for name in names
+            }
             fields[prediction.sample_id] = picture_fields(members, replace(parts[0], **whole))
     return fields
 

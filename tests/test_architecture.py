@@ -34,8 +34,8 @@ ALLOWED: dict[str, set[str]] = {
         "parallel",
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
-    "convert": {"batch", "checkpoint", "data", "modules", "parallel"},
-    "proof": {"batch", "checkpoint", "config.compose", "parallel", "training"},
+    "convert": {"batch", "checkpoint", "config.check", "data", "modules", "parallel"},
+    "proof": {"batch", "checkpoint", "config.compose", "data.collate", "parallel", "training"},
     "report": {"batch", "data"},
     "studies": {"training.summary"},
 }

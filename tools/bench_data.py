@@ -34,15 +34,22 @@ import torch
 from PIL import Image
 
 from nvmm.batch import IMAGE, Batch
+from nvmm.config.check import option
+from nvmm.config.compose import instantiate
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare.digits import train_tokenizer
 from nvmm.data.samples import instruct
-from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.images import Tiles, choose_grid, tile_indices
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
+
+
+def template() -> Any:
+    return instantiate(option("template", "chatml"))
+
 
 WORKERS = 2
 BATCH_SIZE = 8
@@ -129,7 +136,7 @@ def prepare_energon(folder: Path) -> None:
 def builder(folder: Path) -> InstructBuilder:
     """The builder of every row."""
     return InstructBuilder(
-        ChatTemplate(),
+        template(),
         ImageTags(),
         256,
         tokenizer=Tokenizer(str(folder / "tokenizer")),
@@ -166,7 +173,7 @@ def open_nvmm(folder: Path, state: Any) -> Loader:
     data = Data(
         LENGTH,
         WORKERS,
-        Dataset(None, partial(InstructBuilder, ChatTemplate(), ImageTags(), 256)),
+        Dataset(None, partial(InstructBuilder, template(), ImageTags(), 256)),
         blend=blend,
         tokenizer=Tokenizer(str(folder / "tokenizer")),
         seed=1,

@@ -70,6 +70,12 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
+def option(group: str, name: str) -> dict[str, Any]:
+    """One option of a config group, as its YAML has it, without defaults."""
+    plain: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
+    return plain
+
+
 def check(
     config: DictConfig | Mapping[str, Any], *, entry: str = "train", world_size: int | None = None
 ) -> list[Problem]:

@@ -25,11 +25,11 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nvmm.config import check
-from nvmm.config.moved import MOVED
+from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
 from nvmm.parallel.environment import rank, world_size
 
@@ -110,6 +110,15 @@ def _rename_targets(node: DictConfig | ListConfig) -> set[str]:
         elif key == "_target_" and child._value() in MOVED:
             found.add(child._value())
             node[key] = MOVED[child._value()]
+    if isinstance(node, DictConfig) and found and node.get("_target_") in MOVED.values():
+        # Some have other keys now, too.
+        plain = OmegaConf.to_container(node, resolve=False)
+        new = renamed(plain)
+        if new != plain:
+            with open_dict(node):
+                for key in list(node):
+                    del node[key]
+                node.update(new)
     return found
 
 

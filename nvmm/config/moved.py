@@ -29,7 +29,7 @@ MOVED = {
 
 
 def renamed(config: Any) -> Any:
-    """A copy of a plain config in which every `_target_` has its new name."""
+    """A copy of a plain config in which every `_target_` and its keys have their new names."""
     if isinstance(config, list):
         return [renamed(item) for item in config]
     if not isinstance(config, dict):
@@ -37,4 +37,24 @@ def renamed(config: Any) -> Any:
     copy = {key: renamed(value) for key, value in config.items()}
     if copy.get("_target_") in MOVED:
         copy["_target_"] = MOVED[copy["_target_"]]
+    if copy.get("_target_") == _TEMPLATE and "roles" not in copy:
+        return _dialect(copy)
     return copy
+
+
+_TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"
+
+
+def _dialect(old: dict[str, Any]) -> dict[str, Any]:
+    """A template that named its style, as data."""
+    style = old.get("style", "chatml")
+    turn, end = old.get("turn_start", "<|im_start|>"), "{end}\n"
+    new: dict[str, Any] = {"_target_": _TEMPLATE, "system": old.get("system")}
+    if style == "pretraining":
+        return new | {"roles": {"system": {}, "user": {}, "assistant": {}}, "separator": "\n"}
+    suffixes = {"system": end, "user": end, "assistant": "\n"}
+    new["roles"] = {
+        role: {"prefix": f"{turn}{role}\n", "suffix": suffix} for role, suffix in suffixes.items()
+    }
+    new |= {"special_tokens": [turn], "supervise_suffix": old.get("supervise_newline", False)}
+    return new | ({"bos": True} if style == "yi" else {})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvmm.config.check import option
 from nvmm.convert.files import publish
 from nvmm.convert.formats import nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
@@ -182,7 +183,7 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
     build: dict[str, Any] = {
         "_target_": "nvmm.data.samples.instruct.InstructBuilder",
         "_partial_": True,
-        "template": {"_target_": "nvmm.data.samples.chat.ChatTemplate", "style": "chatml"},
+        "template": option("template", "chatml"),
         "tags": {"_target_": "nvmm.data.samples.chat.ImageTags"},
         "tokens_per_tile": 1,
     }

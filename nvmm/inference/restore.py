@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from nvmm.batch import Sample
+    from nvmm.data.samples.builder import Builder
     from nvmm.data.samples.tokenizer import Tokenizer
 _KERNELS = "nvmm.kernels.library.Kernels"
 
@@ -31,12 +32,12 @@ class Restored:
     path: Path
     model: list[Module]
     tokenizer: Tokenizer
-    builder: Any
+    builder: Builder
 
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
-        return [self.tokenizer.end_of_turn_id, self.tokenizer.eos_id]
+        return self.builder.stop_ids
 
     def texts(
         self, prompts: list[Sample], max_new_tokens: int, config: Mapping[str, Any]

@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from hypothesis import settings
 from PIL import Image
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from nvmm.config.check import config_dir
 from nvmm.data.prepare.digits import train_tokenizer
+from nvmm.data.samples.chat import ChatTemplate
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import write_shards
 
@@ -123,3 +127,10 @@ def make_shards(tmp_path: Path) -> Callable[..., str]:
         return str(tmp_path / f"{name}-*.tar")
 
     return make
+
+
+def template(name: str = "chatml", **changes: Any) -> ChatTemplate:
+    """A dialect of configs/template/, with some of its values exchanged."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        node = compose(f"template/{name}")["template"]
+    return instantiate(node, _convert_="all", **changes)

@@ -23,13 +23,14 @@ import psutil
 import pytest
 
 from nvmm.data.loader import Data
-from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from tests import tiny as tiny_config
+from tests.data.conftest import template as dialect
 from tests.data.conftest import vqa
 from tests.ranks import run_ranks
 
@@ -56,7 +57,7 @@ def write(folder: Path) -> list[dict[str, Any]]:
 
 
 def make_data(folder: Path, tokenizer: str, workers: int, pack: bool) -> Data:
-    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
     entries = json.loads((folder / "blend.json").read_text())
     return Data(
         64,

@@ -16,10 +16,11 @@ import torch
 
 from nvmm.batch import Batch
 from nvmm.data.loader import Data
-from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
+from tests.data.conftest import template as dialect
 from tests.data.conftest import vqa
 
 MakeData = Callable[..., Data]
@@ -27,7 +28,7 @@ MakeData = Callable[..., Data]
 
 @pytest.fixture
 def make_data(make_shards: Callable[..., str], tiny: Tokenizer) -> MakeData:
-    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
 
     def make(count: int = 11, num_workers: int = 0, **options: Any) -> Data:
         train = Dataset(make_shards(count), build)
@@ -113,7 +114,7 @@ def test_workers_change_nothing_and_leave_global_random_states_alone(make_data: 
 def test_worker_errors_name_the_sample(make_data: MakeData, tmp_path: Any) -> None:
     write_shards(tmp_path, "bad", [{"__key__": "k7", "json": b"{"}])
     good = make_data(num_workers=1)
-    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
     bad = Dataset(str(tmp_path / "bad-*"), build)
     data = Data(64, 1, bad, on_error="stop", tokenizer=good.tokenizer)
     with pytest.raises(ValueError, match=r"bad-00000\.tar:k7: member json: damaged JSON"):
@@ -181,7 +182,7 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
         ],
     )
     train = make_data().train
-    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
     entries = [
         {"name": "bad", "shards": str(tmp_path / "mixed-*"), "weight": 1},
         {"name": "good", "shards": train.patterns, "weight": 2},
@@ -213,8 +214,8 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
         assert counts["bad/samples"] + counts["bad/bad"] + counts["good/samples"] == sum(
             map(len, whole)
         )
-        assert counts["good/bad"] == 0 and counts["bad/images"] == 0
-        assert counts["good/tiles"] > counts["good/images"] > 0
+        assert counts["good/bad"] == 0 and counts["bad/image.items"] == 0
+        assert counts["good/image.tiles"] > counts["good/image.items"] > 0
         tokens = sum(int(b.lengths.sum()) for step in one for b in step)
         assert counts["bad/tokens"] + counts["good/tokens"] == tokens - counts["bad/bad"]
         with pytest.raises(ValueError, match=r"k[25]: member json: .*data\.on_error=stop"):

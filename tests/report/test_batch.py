@@ -14,11 +14,12 @@ from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare import digits
-from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset
 from nvmm.report.batch import Segment, segments, to_html, to_text
+from tests.data.conftest import template as dialect
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +33,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(quickstart: Path) -> Data:
-    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
     shards = [str(quickstart / part / "train-*.tar") for part in ("strings", "text")]
     tokenizer = Tokenizer(str(quickstart / "tokenizer"))
     return Data(64, 0, Dataset(shards, build), tokenizer=tokenizer)
@@ -84,7 +85,7 @@ def test_tiles_have_their_tags_and_spans(data: Data) -> None:
 def test_tiles_of_cross_attention(quickstart: Path, attended: str) -> None:
     build = partial(
         InstructBuilder,
-        ChatTemplate(),
+        dialect(),
         ImageTags(),
         tokens_per_tile=4,
         tile_size=32,

@@ -11,7 +11,6 @@ CHOICES = {
     "data.on_error": ("skip", "stop"),
     "data.train.build.tags.variant": ("none", "1d", "2d_grid", "2d_bbox"),
     "data.train.build.tags.form": ("megatron", "hf"),
-    "data.train.build.template.style": ("chatml", "yi", "pretraining"),
 }
 _NESTED_KEYS = ("name", "weight", "temperature", "blend")
 _DATASET_KEYS = (

@@ -43,6 +43,11 @@ class Builder(ABC):
         """Kinds of media that its samples may have; none by default."""
         return frozenset()
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer to a prompt."""
+        return [self.tokenizer.end_of_turn_id, self.tokenizer.eos_id]
+
     def record(self, members: Mapping[str, Any]) -> Record:
         """Return the members under our names of fields.
 

@@ -6,7 +6,7 @@ placeholders, then `</Image>`. Placeholders are expanded here, before any mask i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nvmm.data.samples.bad_sample import BadSample
@@ -21,7 +21,6 @@ DOCUMENT = "document"
 
 VARIANTS = ("none", "1d", "2d_grid", "2d_bbox")
 FORMS = ("megatron", "hf")
-STYLES = ("chatml", "yi", "pretraining")
 ATTENDED_CHOICES = ("none", "regular", "all")
 """Which tiles cross-attention reads instead of the decoder: NVLM-D, -H (all but thumbnails), -X."""
 
@@ -64,36 +63,91 @@ class ImageTags:
 
 
 @dataclass(frozen=True)
-class ChatTemplate:
-    """How turns become text.
+class Affixes:
+    """Text around what a role says."""
 
-    style: chatml; yi (ChatML after one BOS token); pretraining (no roles: text, answer and the
-        end token on lines of their own).
+    prefix: str = ""
+    suffix: str = ""
+
+
+class ChatTemplate:
+    """How turns become text: a dialect is data, one YAML of configs/template/.
+
+        prefix + text + suffix                      of system and user
+        prefix + text + end token + suffix          of the assistant; text and end token are trained
+
+    roles: role -> {prefix, suffix}; `{end}` in them stands for the end of a turn. A turn of a role
+        that is not listed is an error that names the sample.
+    separator: text between two turns.
+    bos: whether the sequence begins with the tokenizer's BOS token.
+    end: token that ends an answer; None for the tokenizer's `end_of_turn`.
+    generation_prompt: text that a prompt ends with; None for the separator and the assistant's
+        prefix.
     system: system message of samples that bring none; None for no system turn.
-    supervise_newline: also train the newline after an answer's end token, as Megatron-LM does.
+    supervise_suffix: whether the text behind an answer's end token is trained too.
+    special_tokens: texts in the affixes that must be one token each.
     """
 
-    style: str = "chatml"
-    system: str | None = None
-    supervise_newline: bool = False
-    turn_start: str = "<|im_start|>"
-
-    def __post_init__(self) -> None:
-        _require("template.style", self.style, STYLES)
-        if self.style == "pretraining" and self.supervise_newline:
+    def __init__(
+        self,
+        roles: Mapping[str, Mapping[str, str]],
+        separator: str = "",
+        bos: bool = False,
+        end: str | None = None,
+        generation_prompt: str | None = None,
+        system: str | None = None,
+        supervise_suffix: bool = False,
+        special_tokens: Sequence[str] = (),
+    ) -> None:
+        missing = {"user", "assistant"} - roles.keys()
+        if missing:
+            raise ValueError(f"template.roles lacks {', '.join(sorted(missing))}")
+        self.roles = {}
+        for role, affixes in roles.items():
+            unknown = affixes.keys() - {"prefix", "suffix"}
+            if unknown:
+                raise ValueError(
+                    f"template.roles.{role}.{unknown.pop()} is unknown; use prefix or suffix"
+                )
+            self.roles[role] = Affixes(**affixes)
+        self.separator = separator
+        self.bos = bos
+        self.end = end
+        if generation_prompt is None:
+            generation_prompt = separator + self.roles["assistant"].prefix
+        self.generation_prompt = generation_prompt
+        self.system = system
+        self.supervise_suffix = supervise_suffix
+        self.special_tokens = tuple(special_tokens)
+        if system is not None and "system" not in self.roles:
+            raise ValueError(f"template.system={system!r} needs template.roles.system")
+        if supervise_suffix and not self.roles["assistant"].suffix:
             raise ValueError(
-                "template.supervise_newline=true needs turns; use style chatml or yi, or false"
+                "template.supervise_suffix=true needs a suffix: template.roles.assistant.suffix is"
+                " empty"
             )
+
+    def __repr__(self) -> str:
+        return f"ChatTemplate({', '.join(f'{k}={v!r}' for k, v in sorted(vars(self).items()))})"
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer that lacks what the template needs."""
-        if self.style != "pretraining" and tokenizer.token_id(self.turn_start) is None:
-            raise ValueError(
-                f"template.turn_start={self.turn_start} is not a token of {tokenizer.path}; name "
-                "one that is, or list it in tokenizer.extra_tokens"
-            )
-        if self.style == "yi" and tokenizer.bos_id is None:
-            raise ValueError(f"template.style=yi needs a BOS token, and {tokenizer.path} has none")
+        for token in (*self.special_tokens, *([] if self.end is None else [self.end])):
+            if tokenizer.token_id(token) is None:
+                raise ValueError(
+                    f"template: {token} is not a token of {tokenizer.path}; name one that is, or"
+                    " list it in tokenizer.extra_tokens"
+                )
+        if self.bos and tokenizer.bos_id is None:
+            raise ValueError(f"template.bos=true needs a BOS token, and {tokenizer.path} has none")
+
+    def end_token(self, tokenizer: Tokenizer) -> tuple[str, int]:
+        """The token that ends an answer, as text and id."""
+        if self.end is None:
+            return tokenizer.end_of_turn, tokenizer.end_of_turn_id
+        token = tokenizer.token_id(self.end)
+        assert token is not None, "checked with the tokenizer"
+        return self.end, token
 
 
 @dataclass(frozen=True)
@@ -220,41 +274,46 @@ def render(
     has_system = any(turn.role in ("system", DOCUMENT) for turn in turns)
     if template.system is not None and not has_system:
         turns = [Turn("system", template.system), *turns]
+    end, end_id = template.end_token(tokenizer)
     out = _Writer(tokenizer)
-    if template.style == "yi" and tokenizer.bos_id is not None:
-        out.ids([tokenizer.bos_id], 0.0)
-    has_roles = template.style != "pretraining"
     remaining = iter(images)
-    for index, turn in enumerate(turns):
-        if turn.role == DOCUMENT:
-            for number, text in enumerate(turn.text.split(IMAGE_MARKER)):
-                if number:
-                    _write_image(out, next(remaining), tags, tile_size, tokens_per_tile, attended)
-                out.target(tokenizer.encode(text))
-            out.target([tokenizer.eos_id])
-            continue
-        if has_roles:
-            out.text(f"{template.turn_start}{turn.role}\n")
-        elif index:
-            out.text("\n")
-        if turn.role == "assistant":
-            if IMAGE_MARKER in turn.text:
-                raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
-            out.target([*tokenizer.encode(turn.text), tokenizer.end_of_turn_id])
-            if template.supervise_newline:
-                out.target(tokenizer.encode("\n"))
-            elif has_roles:
-                out.text("\n")
-            continue
-        before, *rest = turn.text.split(IMAGE_MARKER)
-        out.text(before)
+
+    def text_with_images(text: str, write: Callable[[str], None]) -> None:
+        before, *rest = text.split(IMAGE_MARKER)
+        write(before)
         for after in rest:
             _write_image(out, next(remaining), tags, tile_size, tokens_per_tile, attended)
-            out.text(after)
-        if has_roles:
-            out.text(f"{tokenizer.end_of_turn}\n")
+            write(after)
+
+    if template.bos and tokenizer.bos_id is not None:
+        out.ids([tokenizer.bos_id], 0.0)
+    for index, turn in enumerate(turns):
+        # 1. A document has no roles: all of it is trained, to the end of the text.
+        if turn.role == DOCUMENT:
+            text_with_images(turn.text, lambda text: out.target(tokenizer.encode(text)))
+            out.target([tokenizer.eos_id])
+            continue
+        affixes = template.roles.get(turn.role)
+        if affixes is None:
+            roles = ", ".join(template.roles)
+            raise BadSample(source, f"a turn of {turn.role}, and template.roles has {roles}")
+        prefix, suffix = (text.replace("{end}", end) for text in (affixes.prefix, affixes.suffix))
+        out.text((template.separator if index else "") + prefix)
+        # 2. System and user: text between affixes, none of it trained.
+        if turn.role != "assistant":
+            text_with_images(turn.text, out.text)
+            out.text(suffix)
+            continue
+        # 3. Assistant: text and end token are trained.
+        if IMAGE_MARKER in turn.text:
+            raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
+        out.target([*tokenizer.encode(turn.text), end_id])
+        if template.supervise_suffix:
+            out.target(tokenizer.encode(suffix))
+        else:
+            out.text(suffix)
     if generation_prompt:
-        out.text(f"{template.turn_start}assistant\n" if has_roles else "\n")
+        out.text(template.generation_prompt.replace("{end}", end))
     out.flush()
     return out.out
 

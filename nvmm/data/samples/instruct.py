@@ -111,6 +111,11 @@ class InstructBuilder(Builder):
         ways = {"none": [IMAGE], "regular": [IMAGE, ATTENDED_IMAGE], "all": [ATTENDED_IMAGE]}
         return frozenset(ways[self.attended])
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The template's end of an answer, and the tokenizer's ends of a turn and of a text."""
+        return list(dict.fromkeys([self.template.end_token(self.tokenizer)[1], *super().stop_ids]))
+
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """One training example.
 

@@ -16,11 +16,12 @@ from PIL import Image
 
 from nvmm.data.loader import Data
 from nvmm.data.prepare import digits
-from nvmm.data.samples.chat import VARIANTS, ChatTemplate, ImageTags
+from nvmm.data.samples.chat import VARIANTS, ImageTags
 from nvmm.data.samples.images import choose_grid
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset
+from tests.data.conftest import template as dialect
 
 AMOUNTS = digits.Amounts(text=300, single=60, strings=300, validation=20, test=40)
 
@@ -166,7 +167,7 @@ def test_complete_data_are_kept_and_changed_arguments_rebuild(
 
 def test_every_sample_builds_within_the_configured_length(folder: Path) -> None:
     tokenizer = Tokenizer(str(folder / "tokenizer"))
-    build = partial(InstructBuilder, ChatTemplate(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
     for part in ("text", "single", "strings"):
         dataset = Dataset(str(folder / part / "train-*.tar"), build)
         bound = Data(10_000, 0, dataset, tokenizer=tokenizer).train

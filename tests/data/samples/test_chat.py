@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import yaml
+from hydra.utils import instantiate
 
 from nvmm.config.check import config_dir
+from nvmm.config.moved import renamed
 from nvmm.data.samples.chat import ChatTemplate, ImageLayout, ImageTags, Rendered, Turn, render
 from nvmm.data.samples.tokenizer import Tokenizer
+from tests.data.conftest import template as dialect
 
 PAD = 151654
 THUMBNAIL = [27, 21094, 19296, 37824, 29]
@@ -21,7 +23,7 @@ QUESTION = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A cat."))
 def draw(tokenizer: Tokenizer, turns: Any, grids: Any = (), **options: Any) -> Rendered:
     arguments: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "template": ChatTemplate(),
+        "template": dialect(),
         "tags": ImageTags(),
         "tile_size": 448,
         "tokens_per_tile": 2,
@@ -142,14 +144,14 @@ def test_no_tags_leave_only_placeholders_between_the_image_tags(qwen: Tokenizer)
 def test_two_turns_supervise_both_answers(qwen: Tokenizer) -> None:
     turns = (*QUESTION, Turn("user", "Sure?"), Turn("assistant", "Yes."))
     assert supervised(qwen, draw(qwen, turns, [(1, 1)])) == "A cat.<|im_end|>Yes.<|im_end|>"
-    template = ChatTemplate(supervise_newline=True)
+    template = dialect(supervise_suffix=True)
     megatron = draw(qwen, turns, [(1, 1)], template=template)
     assert supervised(qwen, megatron) == "A cat.<|im_end|>\nYes.<|im_end|>\n"
     assert megatron.tokens == draw(qwen, turns, [(1, 1)]).tokens
 
 
 def test_system_message(qwen: Tokenizer) -> None:
-    template = ChatTemplate(system="Answer the questions.")
+    template = dialect(system="Answer the questions.")
     text = qwen.decode(
         draw(qwen, QUESTION, [(1, 1)], template=template).tokens[:10], skip_special_tokens=False
     )
@@ -188,7 +190,7 @@ def test_yi_has_one_bos(qwen: Tokenizer) -> None:
         yi,
         (*QUESTION, Turn("user", "Sure?"), Turn("assistant", "Yes.")),
         [(1, 1)],
-        template=ChatTemplate(style="yi"),
+        template=dialect("yi"),
         tags=ImageTags(thumbnail_tag="<tile_global>"),
     )
     assert out.tokens[:3] == [151643, 151644, 872]
@@ -203,7 +205,7 @@ def replace_bos(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def test_pretraining_has_no_roles(qwen: Tokenizer) -> None:
-    template, tags = ChatTemplate(style="pretraining"), ImageTags(variant="none")
+    template, tags = dialect("pretraining"), ImageTags(variant="none")
     out = draw(qwen, QUESTION, [(1, 1)], template=template, tags=tags)
     assert qwen.decode(out.tokens, skip_special_tokens=False) == (
         "<Image><|vision_pad|><|vision_pad|></Image>\nWhat is it?\nA cat.<|im_end|>"
@@ -213,7 +215,7 @@ def test_pretraining_has_no_roles(qwen: Tokenizer) -> None:
 
 @pytest.mark.parametrize("style", ["chatml", "pretraining"])
 def test_generation_prompt_is_a_prefix_of_the_training_sample(qwen: Tokenizer, style: str) -> None:
-    template = ChatTemplate(style=style)
+    template = dialect(style)
     whole = draw(qwen, QUESTION, [(2, 1)], template=template)
     prompt = draw(qwen, QUESTION[:1], [(2, 1)], template=template, generation_prompt=True)
     assert prompt.tokens == whole.tokens[: len(prompt.tokens)]
@@ -235,11 +237,50 @@ def test_refuses_unknown_choices(qwen: Tokenizer, tiny: Tokenizer) -> None:
         ImageTags(variant="3d")
     with pytest.raises(ValueError, match=r"tags\.form=vllm"):
         ImageTags(form="vllm")
-    with pytest.raises(ValueError, match=r"template\.style=llama"):
-        ChatTemplate(style="llama")
-    with pytest.raises(ValueError, match=r"template\.supervise_newline=true"):
-        ChatTemplate(style="pretraining", supervise_newline=True)
-    with pytest.raises(ValueError, match=r"template\.style=yi needs a BOS token"):
-        ChatTemplate(style="yi").check(tiny)
-    with pytest.raises(ValueError, match=r"template\.turn_start=<nowhere> is not a token"):
-        replace(ChatTemplate(), turn_start="<nowhere>").check(qwen)
+    with pytest.raises(ValueError, match=r"template\.supervise_suffix=true needs a suffix"):
+        ChatTemplate({"user": {}, "assistant": {}}, supervise_suffix=True)
+    with pytest.raises(ValueError, match=r"template\.bos=true needs a BOS token"):
+        dialect("yi").check(tiny)
+    with pytest.raises(ValueError, match=r"template: <nowhere> is not a token"):
+        dialect(special_tokens=["<nowhere>"]).check(qwen)
+    with pytest.raises(ValueError, match=r"template: <nowhere> is not a token"):
+        dialect(end="<nowhere>").check(qwen)
+    with pytest.raises(ValueError, match=r"template\.roles lacks assistant, user"):
+        ChatTemplate({"system": {}})
+    with pytest.raises(ValueError, match=r"template\.roles\.user\.before is unknown"):
+        ChatTemplate({"user": {"before": "x"}, "assistant": {}})
+    with pytest.raises(ValueError, match=r"template\.system='Hi' needs template\.roles\.system"):
+        ChatTemplate({"user": {}, "assistant": {}}, system="Hi")
+
+
+def test_a_dialect_of_ones_own_is_data(qwen: Tokenizer) -> None:
+    """Llama 3's: other words, its own end, a generation prompt, no system role."""
+    template = ChatTemplate(
+        {"user": {"prefix": "[user]", "suffix": "{end}"}, "assistant": {"prefix": "[bot] "}},
+        end="<|endoftext|>",
+        separator=" / ",
+        generation_prompt=" / [bot] ->",
+    )
+    template.check(qwen)
+    plain = (Turn("user", "Who?"), Turn("assistant", "I."))
+    whole = draw(qwen, plain, template=template)
+    assert qwen.decode(whole.tokens, skip_special_tokens=False) == (
+        "[user]Who?<|endoftext|> / [bot] I.<|endoftext|>"
+    )
+    assert supervised(qwen, whole) == "I.<|endoftext|>"
+    prompt = draw(qwen, plain[:1], template=template, generation_prompt=True)
+    assert qwen.decode(prompt.tokens, skip_special_tokens=False) == (
+        "[user]Who?<|endoftext|> / [bot] ->"
+    )
+    with pytest.raises(ValueError, match=r"a turn of system, and template\.roles has user, assis"):
+        draw(qwen, (Turn("system", "Hi"), *plain), template=template)
+
+
+@pytest.mark.parametrize("style", ["chatml", "yi", "pretraining"])
+def test_a_style_of_old_is_the_dialect_of_that_name(style: str) -> None:
+    old = {"_target_": "nvmm.data.chat.ChatTemplate", "style": style, "system": "Be brief."}
+    if style != "pretraining":
+        old |= {"supervise_newline": True}  # type: ignore[dict-item]
+    changes = {"system": "Be brief.", "supervise_suffix": style != "pretraining"}
+    new = instantiate(renamed(old), _convert_="all")
+    assert repr(new) == repr(dialect(style, **changes))

@@ -15,12 +15,13 @@ from nvmm.batch import IMAGE as KIND
 from nvmm.batch import Sample
 from nvmm.data.loader import Data
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.forms import Caption, Chat, Document, MultipleChoice, Ocr
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
 from tests.data.conftest import picture
+from tests.data.conftest import template as dialect
 
 PADS = "<|vision_pad|>" * 4
 IMAGE = f"<Image><tile_global_thumbnail>{PADS}</Image>"
@@ -29,7 +30,7 @@ SMALL = picture(32, 32)
 
 def builder(tokenizer: Tokenizer, form: Any, **options: Any) -> InstructBuilder:
     arguments: dict[str, Any] = {
-        "template": ChatTemplate(),
+        "template": dialect(),
         "tags": ImageTags(),
         "tokens_per_tile": 4,
         "tile_size": 32,
@@ -58,7 +59,7 @@ def trained(tokenizer: Tokenizer, built: Sample) -> str:
 
 
 def test_caption(tiny: Tokenizer) -> None:
-    plain = {"template": ChatTemplate("pretraining"), "tags": ImageTags("none")}
+    plain = {"template": dialect("pretraining"), "tags": ImageTags("none")}
     build = builder(tiny, Caption(), fields={"caption": ".txt"}, max_tiles=1, **plain)
     built = build(sample(jpg=picture(64, 32, kind="jpg"), txt=b"A red bus.\n"))
     assert whole(tiny, built) == f"<Image>{PADS}</Image>\nA red bus.<|im_end|>"
@@ -141,7 +142,7 @@ def test_mmc4_puts_pictures_before_their_sentences(tiny: Tokenizer) -> None:
 
 
 def test_plain_text(tiny: Tokenizer) -> None:
-    system = ChatTemplate(system="Be good.")
+    system = dialect(system="Be good.")
     build = builder(tiny, Document(), fields={"text": ".txt"}, template=system)
     built = build(sample(txt=b"Once upon a time."))
     assert whole(tiny, built) == trained(tiny, built) == "Once upon a time.<|im_end|>"
@@ -203,7 +204,7 @@ def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
     write_shards(tmp_path, "shard", samples)
     fields = {"record": ".meta.json", "image": ".img.jpg", "question": "ann.query"}
     fields["answers"] = "ann.labels"
-    partial = {"form": Chat(), "fields": fields, "template": ChatTemplate(), "tags": ImageTags()}
+    partial = {"form": Chat(), "fields": fields, "template": dialect(), "tags": ImageTags()}
 
     def build(**options: Any) -> InstructBuilder:
         return InstructBuilder(tokens_per_tile=4, tile_size=32, **partial, **options)

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from nvmm.batch import IMAGE
-from nvmm.data.samples.chat import ChatTemplate, ImageTags
+from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from tests.data.conftest import chat, picture, vqa
+from tests.data.conftest import template as dialect
 
 
 def builder(tokenizer: Tokenizer, **options: Any) -> InstructBuilder:
     arguments: dict[str, Any] = {
-        "template": ChatTemplate(),
+        "template": dialect(),
         "tags": ImageTags(),
         "tokens_per_tile": 4,
         "tile_size": 32,

@@ -18,11 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nvmm.batch import Sample, Text
+from nvmm.batch import IMAGE, Sample, Text
+from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest, write_shards
 from nvmm.data.shards.index import open_index
 from tests.data.conftest import chat, picture, vqa
+from tests.data.conftest import template as dialect
 from tests.data.samples.test_instruct import builder
 
 ROOT = Path(__file__).parents[3]
@@ -138,11 +140,11 @@ def test_shards_that_cannot_hold_their_index(
     assert "is not kept (read-only); name a folder with data.train.index_dir" in caplog.text
 
 
-def test_damage_is_refused_or_passed_over(tmp_path: Path) -> None:
+def test_damage_is_refused_or_passed_over(tmp_path: Path, tiny: Tokenizer) -> None:
     shards = shards_of(tmp_path, MIXED, per_shard=3)
     whole = Path(shards[0]).read_bytes()
     Path(shards[0]).write_bytes(whole[: whole.index(b"dir/c.1.png") + 600])
-    dataset = Dataset(shards, build=lambda: lambda members: members)
+    dataset = Dataset(shards, build=lambda: Plain(tokenizer=tiny, sequence_length=8))
     with pytest.raises(ValueError, match=r"s-00000\.tar:.*truncated or damaged"):
         len(dataset.bind())
     tolerant = dataset.bind(skip_damage=True)
@@ -157,24 +159,24 @@ def test_damage_is_refused_or_passed_over(tmp_path: Path) -> None:
 def test_counted_tokens_are_those_of_the_built_sample(
     tmp_path: Path, tiny: Tokenizer, template: str
 ) -> None:
-    from nvmm.data.samples.chat import ChatTemplate
 
-    build = builder(tiny, template=ChatTemplate(template), sequence_length=48)
+    build = builder(tiny, template=dialect(template), sequence_length=48)
     dataset = Dataset(shards_of(tmp_path, MIXED), build)
     expected = []
     for number in range(5):
         sample = dataset[number]
-        media = sample.text.media.get("image")
+        media = sample.text.media.get(IMAGE)
         expected.append([len(sample.text.tokens), 0 if media is None else len(media.values)])
     assert dataset.lengths.tolist() == expected
     assert expected[4][0] == 48, "text was cut"
     assert dataset.lengths.flags.writeable is False or isinstance(dataset.lengths, np.memmap)
 
 
-class Plain:
+class Plain(Builder):
     """A builder that cannot measure and refuses sample b."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.calls = 0
 
     def __call__(self, members: dict[str, Any]) -> Sample:
@@ -184,15 +186,14 @@ class Plain:
         return Sample((Text(torch.zeros(len(members["json"])), torch.zeros(3)),))
 
 
-def test_other_builders_are_measured_by_building(tmp_path: Path) -> None:
-    build = Plain()
+def test_other_builders_are_measured_by_building(tmp_path: Path, tiny: Tokenizer) -> None:
+    build = Plain(tokenizer=tiny, sequence_length=8)
     dataset = Dataset(shards_of(tmp_path, MIXED), build)
     expected = [[len(m["json"]), 0] for m in MIXED]
     expected[1] = [-1, -1]
     assert dataset.lengths.tolist() == expected
     other = Dataset(dataset.patterns, build)
     build.calls = 0
-    # the count is part of a builder's settings here; the same ones give the same digest
     digest = builder_digest(build)
     assert other.index.lengths(digest) is not None
     assert other.lengths.tolist() == expected and build.calls == 0
@@ -203,10 +204,10 @@ def test_a_digest_depends_on_what_counts(make_shards: Callable[..., str], tiny: 
     others = {
         builder_digest(builder(tiny, sequence_length=65)),
         builder_digest(builder(tiny, max_tiles=2)),
-        builder_digest(Plain()),
+        builder_digest(Plain(tokenizer=tiny, sequence_length=64)),
     }
     assert len(same) == 1 and len(same | others) == 4
-    plain = Plain()
+    plain = Plain(tokenizer=tiny, sequence_length=64)
     plain.calls = object()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"Plain\.calls=<object object at .* no stable text form"):
         builder_digest(plain)
