@@ -13,7 +13,6 @@ from pathlib import Path
 
 from nvmm.config import compose
 from nvmm.config.compose import refusals
-from nvmm.inference.restore import restore
 from nvmm.parallel import environment
 
 _QUOTES = ("'", '"')
@@ -32,15 +31,19 @@ def main() -> None:
 
 def generate(job: compose.Job) -> str:
     """Answer the job's prompt on all ranks; returns the text."""
+    from nvmm.inference.restore import restore_from
     from nvmm.parallel import setup
 
     compose.log_to_stderr()
     config = job.config
     system = {} if config["system"] is None else {"template": {"system": config["system"]}}
     with refusals("generate"):
-        restored = restore(config, system)
+        restored = restore_from(config, system)
         prompt = restored.builder.prompt(members(config["prompt"], config["image"]))
-        [text] = restored.texts([prompt], config["max_new_tokens"], config)
+        options = ("temperature", "top_p", "seed", "use_cache")
+        [text] = restored.generate(
+            [prompt], config["max_new_tokens"], **{name: config[name] for name in options}
+        )
     if environment.rank() == 0:
         print(text)
     setup.shutdown()

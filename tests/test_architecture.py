@@ -17,12 +17,12 @@ DOORS = {"train", "evaluate", "generate"}
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "kernels": set(),
-    "evaluation": set(),
     "convert.formats": {
         f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")
     },
+    "io": set(),
     "parallel": {"batch"},
-    "data": {"batch"},
+    "data": {"batch", "io"},
     # Both are read without torch.
     "config": {"parallel.environment", "parallel.fp8_recipe"},
     "modules": {"batch", "kernels", "parallel"},
@@ -30,12 +30,13 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"batch", "parallel"},
     "checkpoint": {"config.moved", "parallel"},
     "training": {
-        *("batch", "checkpoint", "config.changes", "kernels", "modules", "objectives"),
+        *("batch", "checkpoint", "config.changes", "io", "kernels", "modules", "objectives"),
         "parallel",
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
-    "convert": {"batch", "checkpoint", "config.check", "data", "modules", "parallel"},
+    "convert": {"batch", "checkpoint", "config.check", "data", "io", "modules", "parallel"},
     "proof": {"batch", "checkpoint", "config.compose", "data.collate", "parallel", "training"},
+    "evaluation": {"batch", "data", "inference", "io"},
     "report": {"batch", "data"},
     "studies": {"training.summary"},
 }

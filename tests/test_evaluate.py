@@ -135,7 +135,7 @@ def command(folder: Path, shards: str, **changes: Any) -> dict[str, Any]:
     return {
         "checkpoint": {"path": str(folder / "run")},
         "benchmark": {
-            "_target_": "nvmm.evaluation.benchmark.Benchmark",
+            "_target_": "nvmm.evaluation.benchmark.Questions",
             "name": "held",
             "shards": shards,
             "metric": EXACT_MATCH,
@@ -357,7 +357,7 @@ def chosen(
 
     import torch.distributed as dist
 
-    from nvmm.inference.restore import restore
+    from nvmm.inference.restore import restore_from
     from nvmm.kernels import library
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -365,7 +365,7 @@ def chosen(
     lines = io.StringIO()
     library.logger.addHandler(logging.StreamHandler(lines))
     library.logger.setLevel(logging.INFO)
-    restore(config, {})
+    restore_from(config)
     choices = dataclasses.asdict(library._choices)
     found = {name: choice for name, choice in choices.items() if choice != "auto"}
     return found, lines.getvalue().splitlines()

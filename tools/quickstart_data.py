@@ -4,30 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
-import time
-from collections.abc import Iterator
-from typing import Any
-
-from tqdm import tqdm
 
 from nvmm.data.prepare import digits
 from nvmm.data.samples.chat import VARIANTS
-
-
-def progress(name: str, samples: Iterator[Any], total: int) -> Iterator[Any]:
-    """A bar; without a terminal, a line every 10 s."""
-    if sys.stderr.isatty():
-        yield from tqdm(samples, desc=name, total=total, unit=" samples")
-        return
-    begin = shown = time.monotonic()
-    for number, sample in enumerate(samples, start=1):
-        yield sample
-        now = time.monotonic()
-        if now - shown >= 10 or number == total:
-            line = tqdm.format_meter(number, total, now - begin, prefix=name, unit=" samples")
-            print(line, file=sys.stderr, flush=True)
-            shown = now
 
 
 def main() -> None:
@@ -40,7 +19,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     folder = options.pop("to")
     form = digits.Form(options.pop("tags"), options.pop("max_images"))
-    made = digits.build(folder, digits.Amounts(**options), progress, form)
+    made = digits.build(folder, digits.Amounts(**options), form)
     print(f"{folder}: {'written' if made else 'already complete'}")
 
 

@@ -18,6 +18,7 @@ MOVED = {
     "nvmm.data.shards.Dataset": "nvmm.data.shards.dataset.Dataset",
     "nvmm.data.storage.Storage": "nvmm.data.shards.storage.Storage",
     "nvmm.data.tokenizer.Tokenizer": "nvmm.data.samples.tokenizer.Tokenizer",
+    "nvmm.evaluation.benchmark.Benchmark": "nvmm.evaluation.benchmark.Questions",
     "nvmm.metrics.Logger": "nvmm.training.logger.Logger",
     "nvmm.modules.audio.AudioEncoder": "nvmm.modules.encoders.audio.AudioEncoder",
     "nvmm.modules.vision.VisionTransformer": "nvmm.modules.encoders.vision.VisionTransformer",

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.utils import _create_file_view
+from tqdm import tqdm
 
 from nvmm.convert.files import flush
-from nvmm.convert.progress import Progress
 from nvmm.convert.sources import Source
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -127,7 +127,7 @@ class DistributedSource:
 
 
 def write_distributed(
-    folder: Path, source: Source, *, workers: int = 1, progress: Progress | None = None
+    folder: Path, source: Source, *, workers: int = 1, bar: tqdm | None = None
 ) -> dict[str, dict[str, Any]]:
     """Write a source's tensors into an existing folder, one file a worker.
 
@@ -140,7 +140,7 @@ def write_distributed(
         share = filled.index(min(filled))
         shares[share].append(name)
         filled[share] += spec.nbytes
-    writers = [_Writer(folder, f"__0_{i}.distcp", source, progress) for i in range(workers)]
+    writers = [_Writer(folder, f"__0_{i}.distcp", source, bar) for i in range(workers)]
     with _without_crc(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(w.run, names) for w, names in zip(writers, shares, strict=True)]
         for future in futures:
@@ -200,10 +200,10 @@ def checksum(tensor: Tensor) -> int:
 class _Writer:
     """Writes one data file."""
 
-    def __init__(self, folder: Path, file: str, source: Source, progress: Progress | None) -> None:
+    def __init__(self, folder: Path, file: str, source: Source, bar: tqdm | None) -> None:
         self.path = folder / file
         self.source = source
-        self.progress = progress
+        self.bar = bar
         self.stop = threading.Event()
         self.entries: dict[str, TensorStorageMetadata] = {}
         self.places: dict[MetadataIndex, _StorageInfo] = {}
@@ -233,8 +233,8 @@ class _Writer:
             chunks.append(ChunkStorageMetadata(offsets, block.shape))
             total += checksum(block)
             row += block.shape[0] if block.dim() else 1
-            if self.progress is not None:
-                self.progress.add(block.nbytes)
+            if self.bar is not None:
+                self.bar.update(block.nbytes)
         if sum(chunk.sizes.numel() for chunk in chunks) != spec.numel():
             raise ValueError(f"{name}: its blocks do not make up {list(spec.shape)}")
         self.entries[name] = TensorStorageMetadata(

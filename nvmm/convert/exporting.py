@@ -14,11 +14,11 @@ from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, w
 from nvmm.convert.mapping import Row
 from nvmm.convert.models import Saved, write_state, write_weights
 from nvmm.convert.processor import processor
-from nvmm.convert.progress import Progress
 from nvmm.convert.safetensors import write_safetensors
 from nvmm.convert.sentence_transformers import write_embedder
 from nvmm.convert.sources import Average, Cast, Part, Source
 from nvmm.convert.table import ToTheirs
+from nvmm.io.progress import progress
 
 
 def export(
@@ -53,9 +53,9 @@ def export(
     tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
     folder = at(tokenizer) if tokenizer and at(tokenizer).is_dir() else None
     with publish(to) as temporary:
-        progress = Progress(sum(t.nbytes for t in converted.spec.values()), "export")
-        write_safetensors(temporary, converted, max_shard_bytes=max_shard_bytes, progress=progress)
-        progress.close()
+        size = sum(tensor.nbytes for tensor in converted.spec.values())
+        with progress(size, "export", unit="B") as bar:
+            write_safetensors(temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar)
         write_folder(
             temporary,
             exported_config(config, original, stored),

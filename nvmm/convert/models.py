@@ -16,10 +16,10 @@ from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import flush, is_local
 from nvmm.convert.formats import megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
-from nvmm.convert.progress import Progress
 from nvmm.convert.safetensors import SafetensorsSource
 from nvmm.convert.sources import Source
 from nvmm.convert.table import ToOurs
+from nvmm.io.progress import progress
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
@@ -122,9 +122,9 @@ def open_checkpoint(name: Path) -> Saved:
 
 def write_weights(folder: Path, source: Source, label: str, workers: int) -> None:
     """Write a source as the weights of a checkpoint, with a line that says how far it is."""
-    progress = Progress(sum(tensor.nbytes for tensor in source.spec.values()), label)
-    write_distributed(folder, source, workers=workers, progress=progress)
-    progress.close()
+    size = sum(tensor.nbytes for tensor in source.spec.values())
+    with progress(size, label, unit="B") as bar:
+        write_distributed(folder, source, workers=workers, bar=bar)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nvmm.convert.files import flush
-from nvmm.convert.progress import Progress
 from nvmm.convert.sources import Source
 
 INDEX = "model.safetensors.index.json"
@@ -167,7 +167,7 @@ def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
 
 
 def write_safetensors(
-    folder: Path, source: Source, *, max_shard_bytes: int, progress: Progress | None = None
+    folder: Path, source: Source, *, max_shard_bytes: int, bar: tqdm | None = None
 ) -> None:
     """Write a source in its spec's order: one file, or shards and an index."""
     shards = _shards(source, max_shard_bytes)
@@ -177,7 +177,7 @@ def write_safetensors(
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        _write_file(folder / file, source, names, progress)
+        _write_file(folder / file, source, names, bar)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in source.spec.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -196,9 +196,7 @@ def _shards(source: Source, limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(
-    path: Path, source: Source, names: Sequence[str], progress: Progress | None
-) -> None:
+def _write_file(path: Path, source: Source, names: Sequence[str], bar: tqdm | None) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -220,8 +218,8 @@ def _write_file(
                 written += stream.write(memoryview(_bytes(block.contiguous())))
             if written != source.spec[name].nbytes:
                 raise ValueError(f"{name}: read {written} bytes of {source.spec[name].nbytes}")
-            if progress is not None:
-                progress.add(written)
+            if bar is not None:
+                bar.update(written)
         flush(stream)
 
 

@@ -1,16 +1,68 @@
-"""Retrieval on a folder in BEIR's layout: encode, rank all documents by dot product, score."""
+"""Retrieval on a folder in BEIR's layout: embed, rank all documents by dot product, score."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from nvmm.evaluation.benchmark import Benchmark, Result, Settings, refuse_settings
 from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
+
+if TYPE_CHECKING:
+    from nvmm.inference.restore import Restored
 
 Encode = Callable[[Sequence[str], str | None], Tensor]
 """(texts, instruction or None) -> unit vectors [texts, h]."""
+
+
+@dataclass(frozen=True)
+class Retrieval(Benchmark):
+    """A folder in BEIR's layout, whose documents an embedder ranks for every query.
+
+    Args:
+        folder: corpus.jsonl, queries.jsonl and qrels/<split>.tsv.
+        split: of the qrels.
+        instruction: put before queries; None for that of training.
+        ignore_identical_ids: leave out the document that has the query's id (ArguAna, Quora, ...).
+        judge: "nvmm", or "mteb" for that library's scores (the embed extra).
+        name, builder: as `Benchmark` says.
+    """
+
+    folder: str
+    split: str = "test"
+    instruction: str | None = None
+    ignore_identical_ids: bool = False
+    judge: Literal["nvmm", "mteb"] = "nvmm"
+    name: str = "beir"
+    builder: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, model: Restored, settings: Settings) -> Result:
+        """Embed corpus and queries, and score the rankings; ranks share the texts."""
+        refuse_settings(settings, keep=("batch_size", "seed"))
+        from nvmm.data.prepare import retrieval_sets
+
+        queries = retrieval_sets.read_queries(self.folder)
+        qrels = retrieval_sets.read_qrels(self.folder, self.split)
+        corpus = retrieval_sets.read_corpus(self.folder)
+        embed = model.encoder(settings.batch_size)
+        options: dict[str, Any] = {
+            "instruction": self.instruction or embed.builder.instruction,
+            "ignore_identical_ids": self.ignore_identical_ids,
+        }
+        if self.judge == "mteb":
+            from nvmm.evaluation import mteb_task
+
+            scores = mteb_task.evaluate(embed, corpus, queries, qrels, **options)
+        else:
+            scores = evaluate(embed, corpus, queries, qrels, **options)
+        text = "\n".join(f"{name:<16} {value:8.4f}" for name, value in scores.items())
+        main = {name: scores[name] for name in ("ndcg_at_10", "recall_at_100") if name in scores}
+        return Result({"judge": self.judge, **scores}, {f"{self.name}_retrieval": main}, text)
+
 
 METRICS = {"ndcg": ndcg, "mrr": reciprocal_rank, "recall": recall, "hit_rate": hit_rate}
 _QUERIES = 256

@@ -1,11 +1,20 @@
-"""A benchmark: questions in shards, how to ask them, how to score an answer."""
+"""Benchmarks: what a model is asked, and how its answers are scored."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from nvmm.evaluation.pictures import MAX_PICTURES, picture_fields
+from nvmm.io.progress import progress
+
+if TYPE_CHECKING:
+    from nvmm.inference.restore import Restored
 
 
 class Metric(Protocol):
@@ -41,8 +50,61 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """What `benchmark=` chooses.
+class Settings:
+    """How a benchmark is run; what one of them has no use for, it refuses.
+
+    batch_size: samples of a forward pass. num_samples: the first ones alone; None: all.
+    max_new_tokens: instead of the benchmark's. temperature, top_p, use_cache, seed: of generation.
+    """
+
+    batch_size: int = 8
+    num_samples: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    use_cache: bool = True
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark found, the same on every rank.
+
+    summary: what metrics.json holds. scores: key of a run's summary.json -> value. text: what a
+    person reads. lines: of predictions.jsonl; made when asked for, on one rank.
+    """
+
+    summary: dict[str, Any]
+    scores: dict[str, Any]
+    text: str
+    lines: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
+
+
+def refuse_settings(settings: Settings, keep: Sequence[str]) -> None:
+    """Raise ValueError for settings of another value than their default, but those in `keep`."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if setting.name not in keep and value != setting.default:
+            raise ValueError(f"{setting.name}={value} does nothing in this benchmark: leave it out")
+
+
+class Benchmark(ABC):
+    """What `benchmark=` chooses: `run` asks a restored model and scores what it says.
+
+    name: of the output folder. builder: parameters of the checkpoint's sample builder to change.
+    """
+
+    name: str
+    builder: Mapping[str, Any]
+
+    @abstractmethod
+    def run(self, model: Restored, settings: Settings) -> Result:
+        """Run on all ranks together. Raises ValueError for settings that it has no use for."""
+
+
+@dataclass(frozen=True)
+class Questions(Benchmark):
+    """Questions in shards, each with accepted answers.
 
     Args:
         name: names the output directory.
@@ -74,6 +136,70 @@ class Benchmark:
         """Name of the metric's function."""
         metric: Any = self.metric
         return str(getattr(metric, "func", metric).__name__)
+
+    def run(self, model: Restored, settings: Settings) -> Result:
+        """Answer the questions and score the answers; ranks share the questions."""
+        from megatron.core import parallel_state
+
+        from nvmm.data.shards.dataset import Dataset
+        from nvmm.inference.decoding import deal, gather
+
+        dataset = Dataset(self.shards, model.builder)
+        num_samples = len(dataset)
+        if settings.num_samples is not None:
+            num_samples = min(num_samples, settings.num_samples)
+        rank = parallel_state.get_data_parallel_rank()
+        dealt = deal(num_samples, rank, parallel_state.get_data_parallel_world_size())
+        predictions: list[Prediction] = []
+        first = torch.distributed.get_rank() == 0
+        with progress(len(dealt), self.name, "question", disable=not first) as bar:
+            for start in range(0, len(dealt), settings.batch_size):
+                numbers = dealt[start : start + settings.batch_size]
+                predictions += self._answer(model, dataset, numbers, settings)
+                bar.update(len(numbers))
+        predictions = gather(predictions, num_samples)
+        summary = summarize(predictions)
+        kinds = {kind: part["score"] for kind, part in summary["kinds"].items()}
+        scores = {f"{self.name}_{self.metric_name}": {"overall": summary["score"], **kinds}}
+        return Result(
+            summary,
+            scores,
+            table(summary, self.name),
+            lambda: _lines(model, dataset, predictions),
+        )
+
+    def _answer(
+        self, model: Restored, dataset: Any, numbers: Sequence[int], settings: Settings
+    ) -> list[Prediction]:
+        """A batch of questions, answered and scored."""
+        examples = [self.ask(dataset.members(number)) for number in numbers]
+        prompts = [
+            replace(model.builder.prompt(example.members), sample_id=number)
+            for example, number in zip(examples, numbers, strict=True)
+        ]
+        texts = model.generate(
+            prompts,
+            settings.max_new_tokens or self.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            use_cache=settings.use_cache,
+        )
+        predictions = []
+        for prompt, example, text in zip(prompts, examples, texts, strict=True):
+            answers = model.builder.references(example.members)
+            predictions.append(
+                Prediction(
+                    sample_id=prompt.sample_id,
+                    source=prompt.source,
+                    kind=example.kind,
+                    question=example.question,
+                    answers=answers,
+                    prediction=text,
+                    score=self.score(text, answers, example.kind),
+                )
+            )
+        return predictions
 
     def ask(self, members: Mapping[str, Any]) -> Example:
         """The question in one sample's members. Raises ValueError naming a sample without one."""
@@ -107,6 +233,19 @@ class Benchmark:
         """Score of one answer under the metric of its kind."""
         metric = self.metric_by_kind.get(kind, self.metric)
         return float(metric(prediction=prediction, answers=answers))
+
+
+def _lines(
+    model: Restored, dataset: Any, predictions: Sequence[Prediction]
+) -> Iterator[dict[str, Any]]:
+    """Lines of predictions.jsonl; the first few with what the report draws of their images."""
+    for number, prediction in enumerate(predictions):
+        line = asdict(prediction)
+        if number < MAX_PICTURES:
+            members = dataset.members(prediction.sample_id)
+            media = model.builder.prompt(members).text.media
+            line |= picture_fields(members, media)
+        yield line
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from nvmm.data.collate import collate
+from nvmm.data.samples.retrieval import RetrievalBuilder
 from nvmm.inference.decoding import deal, embed, gather
 
 
@@ -23,7 +23,7 @@ class Encoder:
     """
 
     model: Sequence[Module]
-    builder: Any
+    builder: RetrievalBuilder
     batch_size: int = 32
 
     def __call__(self, texts: Sequence[str], instruction: str | None = None) -> Tensor:

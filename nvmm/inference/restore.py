@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,24 @@ from nvmm.inference.trust import require_trusted
 from nvmm.parallel import environment
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
 
     from nvmm.batch import Sample
     from nvmm.data.samples.builder import Builder
     from nvmm.data.samples.tokenizer import Tokenizer
+    from nvmm.inference.embedding import Encoder
+
 _KERNELS = "nvmm.kernels.library.Kernels"
+_PARALLEL = "nvmm.parallel.setup.Parallel"
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint ready to answer.
+    """A checkpoint ready to answer: `generate`, `score` and `embed`.
+
+    Every rank of the world calls them alike. Samples are dealt over the data-parallel ranks by the
+    caller (`nvmm.inference.decoding.deal`) for `generate` and `score`, and by `embed` itself.
 
     path: the checkpoint's folder; model: this rank's one chunk, in eval mode; builder: the sample
     builder that trained it.
@@ -39,10 +46,17 @@ class Restored:
         """Tokens that end an answer."""
         return self.builder.stop_ids
 
-    def texts(
-        self, prompts: list[Sample], max_new_tokens: int, config: Mapping[str, Any]
+    def generate(
+        self,
+        prompts: Sequence[Sample],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 1234,
+        use_cache: bool = True,
     ) -> list[str]:
-        """An answer to each prompt; config: temperature, top_p, seed, use_cache."""
+        """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s."""
         from nvmm.inference.decoding import generate
 
         outputs = generate(
@@ -51,19 +65,71 @@ class Restored:
             max_new_tokens=max_new_tokens,
             stop_ids=self.stop_ids,
             pad_id=self.tokenizer.pad_id,
-            temperature=config["temperature"],
-            top_p=config["top_p"],
-            seed=config["seed"],
-            use_cache=config["use_cache"],
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            use_cache=use_cache,
         )
         return [self.tokenizer.decode(tokens).strip() for tokens in outputs]
 
+    def score(self, samples: Sequence[Sample], batch_size: int = 8) -> list[tuple[float, int]]:
+        """Return log-probability and number of each sample's supervised tokens, in order."""
+        from nvmm.data.collate import collate
+        from nvmm.inference.decoding import score
 
-def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Restored:
-    """Build the model of `config["checkpoint"]` in this command's layout and load its weights.
+        pad_id = self.tokenizer.pad_id
+        parts = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        return [row for part in parts for row in score(self.model, [collate(part, pad_id=pad_id)])]
+
+    def embed(
+        self, texts: Sequence[str], instruction: str | None = None, batch_size: int = 32
+    ) -> Tensor:
+        """Return unit vectors of texts, fp32 [texts, h] on the CPU, the same on every rank.
+
+        instruction: the task's, put before every text; None for documents. Raises ValueError for a
+        checkpoint that is no embedder.
+        """
+        return self.encoder(batch_size)(texts, instruction)
+
+    def encoder(self, batch_size: int = 32) -> Encoder:
+        """Return what embeds texts. Raises ValueError for a checkpoint that is no embedder."""
+        from nvmm.data.samples.retrieval import RetrievalBuilder
+        from nvmm.inference.embedding import Encoder
+
+        if not isinstance(self.builder, RetrievalBuilder):
+            raise ValueError(
+                f"{self.path} is no embedder: its data.train.build is"
+                f" {type(self.builder).__name__}, not RetrievalBuilder"
+            )
+        return Encoder(self.model, self.builder, batch_size)
+
+
+def restore(
+    checkpoint: str | Path,
+    *,
+    parallel: Mapping[str, Any] | None = None,
+    precision: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    base: str | Path | None = None,
+    sequence_length: int | None = None,
+    build: Mapping[str, Any] | None = None,
+    seed: int = 1234,
+    trust_config: bool = False,
+) -> Restored:
+    """Build the model of a checkpoint in a layout of this command's own and load its weights.
 
     Sequence and virtual pipeline parallelism are off: decoding has one new token a step.
-    builder_changes: parameters of the saved sample builder to exchange.
+
+    Args:
+        checkpoint: a checkpoint's folder, or a run directory for its newest.
+        parallel: sizes of `nvmm.parallel.setup.Parallel`; one rank by default.
+        precision, backend, kernels, sequence_length: instead of the checkpoint's.
+        tokenizer: folder, where the checkpoint's tokenizer has moved.
+        base: where the base of a LoRA checkpoint has moved.
+        build: parameters of the saved sample builder to exchange.
+        trust_config: run what the checkpoint's config names outside nvmm, mcore and torch.
 
     Raises ValueError when the checkpoint is missing or incomplete, its config is not trusted, the
     layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
@@ -75,23 +141,25 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
     from nvmm.checkpoint.load import load_scales, load_weights
     from nvmm.modules.fp8_scales import Scaling
 
-    path = find(config["checkpoint"]["path"])
+    # 1. What to build: the saved config with this command's changes, if it is trusted.
+    path = find(checkpoint)
     state = read_state(path)
     saved = state["config"]
-    build = _builder_config(saved, builder_changes)
-    sections = {"model": saved["model"], "tokenizer": dict(saved["tokenizer"]), "build": build}
-    sections["precision"] = config["precision"] or saved["precision"]
-    sections["lora"] = saved.get("lora")
-    sections["kernels"] = {
-        "_target_": _KERNELS,
-        **(saved.get("kernels") or {}),
-        **(config.get("kernels") or {}),
+    sections = {
+        "model": saved["model"],
+        "tokenizer": dict(saved["tokenizer"]),
+        "build": _builder_config(saved, build or {}),
+        "precision": precision or saved["precision"],
+        "lora": saved.get("lora"),
+        "kernels": {"_target_": _KERNELS, **(saved.get("kernels") or {}), **(kernels or {})},
     }
-    if config["tokenizer"]["path"] is not None:
-        sections["tokenizer"]["path"] = config["tokenizer"]["path"]
-    if not config["trust_config"]:
+    if tokenizer is not None:
+        sections["tokenizer"]["path"] = tokenizer
+    if not trust_config:
         require_trusted(sections, path)
-    layout = config["parallel"] | {
+
+    # 2. Whether the layout fits it.
+    layout = {"_target_": _PARALLEL, **(parallel or {})} | {
         "sequence_parallel": False,
         "virtual_pipeline_model_parallel_size": None,
         "recompute_granularity": None,
@@ -101,43 +169,61 @@ def restore(config: Mapping[str, Any], builder_changes: Mapping[str, Any]) -> Re
         raise ValueError(
             f"parallel.context_parallel_size={size} must be 1 in evaluation and generation"
         )
-    backend = config["backend"] or saved["backend"]
+    backend = backend or saved["backend"]
     problems = violations(
         {"model": saved["model"], "parallel": layout, "backend": backend}, environment.world_size()
     )
     if problems:
         raise ValueError("; ".join(str(problem) for problem in problems))
 
-    tokenizer = instantiate(sections["tokenizer"])
-    if tokenizer.digest != state["tokenizer_digest"]:
+    # 3. Tokenizer and builder, which must be those of training.
+    words = instantiate(sections["tokenizer"])
+    if words.digest != state["tokenizer_digest"]:
         raise ValueError(
-            f"tokenizer.path={tokenizer.path} is not the tokenizer that {path} was trained with"
-            f" (digest {tokenizer.digest[:12]}, not {state['tokenizer_digest'][:12]});"
+            f"tokenizer.path={words.path} is not the tokenizer that {path} was trained with"
+            f" (digest {words.digest[:12]}, not {state['tokenizer_digest'][:12]});"
             " name its folder with tokenizer=DIR"
         )
-    sequence_length = config["sequence_length"] or saved["data"]["sequence_length"]
-    builder = _build(build, tokenizer=tokenizer, sequence_length=sequence_length)
-    parallel = instantiate(layout)
+    length = sequence_length or saved["data"]["sequence_length"]
+    builder = _build(sections["build"], tokenizer=words, sequence_length=length)
+
+    # 4. The model, frozen, and its weights.
+    sizes = instantiate(layout)
     instantiate(sections["kernels"]).install(device_type(), log=environment.rank() == 0)
-    parallel.initialize(seed=config["seed"])
+    sizes.initialize(seed=seed)
     constructor = instantiate(sections["model"])
-    precision = instantiate(sections["precision"])
-    model = [constructor(chunk=chunk) for chunk in parallel.chunks(precision, backend)]
+    numbers = instantiate(sections["precision"])
+    model = [constructor(chunk=chunk) for chunk in sizes.chunks(numbers, backend)]
     if sections["lora"] is not None:
         instantiate(sections["lora"]).attach(model)
     for chunk in model:
         chunk.eval().requires_grad_(False)
-    base = config.get("base")
     missing = load_weights(path, model, Path(base).expanduser() if base else None)
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} parameters: {', '.join(missing[:10])}")
-    fresh = load_scales(path, Scaling(model, precision.fp8))
+    fresh = load_scales(path, Scaling(model, numbers.fp8))
     if fresh:
         raise ValueError(
             f"{path} lacks {len(fresh)} FP8 scales ({fresh[0]} ...); use the precision that it was"
             " trained with, precision=bf16, or another precision.fp8.recipe"
         )
-    return Restored(path, model, tokenizer, builder)
+    return Restored(path, model, words, builder)
+
+
+RESTORE_KEYS = (
+    *("parallel", "precision", "backend", "kernels", "base", "sequence_length", "seed"),
+    "trust_config",
+)
+
+
+def restore_from(config: Mapping[str, Any], build: Mapping[str, Any] | None = None) -> Restored:
+    """Restore what a composed config of a command asks for (configs/evaluate.yaml)."""
+    return restore(
+        config["checkpoint"]["path"],
+        tokenizer=config["tokenizer"]["path"],
+        build=build,
+        **{key: config[key] for key in RESTORE_KEYS if key in config},
+    )
 
 
 def _builder_config(saved: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,21 +8,19 @@ The page needs no network, script or library. A section whose file is missing sa
 - `evaluation/<benchmark>/<checkpoint>/predictions.jsonl` (`nvmm.evaluate`; of each benchmark the
   newest checkpoint), one held-out sample a line: {sample_id, source, kind (of the question),
   question, answers: [...], prediction, score (1 is right)}, and for the samples to be drawn also
-  the fields that `picture_fields` makes.
+  the fields that `nvmm.evaluation.pictures` makes.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import datetime
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -36,11 +34,6 @@ from nvmm.report.charts import (
 )
 from nvmm.report.style import STYLE
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from nvmm.batch import TextMedia
-
 MAX_PICTURES = 12
 _STATS = {
     "steps": "steps",
@@ -50,7 +43,6 @@ _STATS = {
     "num_parameters": "parameters",
     "world_size": "ranks",
 }
-_PICTURE_SIZE, _TILE_SIZE = 640, 112
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
@@ -91,50 +83,6 @@ def write_report(run_dir: str | Path) -> Path:
     )
     (run_dir / "report.html").write_text(page, encoding="utf-8")
     return run_dir / "report.html"
-
-
-def picture_fields(members: Mapping[str, Any], media: TextMedia) -> dict[str, Any]:
-    """What a line of `predictions.jsonl` needs for its first picture to be drawn.
-
-    Args:
-        members: of the shard's sample (extension -> bytes).
-        media: the tiles that a sample builder has cut from it.
-
-    Returns: {image: base64 PNG of the picture, tiles: [base64 PNG of each tile, the grid
-    row-major, then the thumbnail], grid: [cols, rows]}, pictures made smaller for the page;
-    empty if the sample has none.
-    """
-    from PIL.Image import fromarray
-
-    from nvmm.data.samples.decode import PICTURES
-    from nvmm.data.samples.images import choose_grid, decode_image
-
-    numbers = {}  # "png" alone, or numbered: "0.png", "1.png", ...
-    for name in members:
-        number, _, kind = name.rpartition(".")
-        if kind in PICTURES and (not number or number.isdecimal()):
-            numbers[name] = int(number or 0)
-    if not numbers:
-        return {}
-    first = min(numbers, key=numbers.__getitem__)
-    picture = decode_image(members[first], source=first)
-    own = media.items == 0
-    count = max(1, int((media.tiles[own] != 0).sum()))
-    grid = choose_grid(picture.width, picture.height, min_tiles=count, max_tiles=count)
-    tiles = [fromarray(tile.permute(1, 2, 0).numpy()) for tile in media.values[own]]
-    return {
-        "image": _encode(picture, _PICTURE_SIZE),
-        "tiles": [_encode(tile, _TILE_SIZE) for tile in tiles],
-        "grid": list(grid),
-    }
-
-
-def _encode(picture: Image, size: int) -> str:
-    picture = picture.convert("RGB")
-    picture.thumbnail((size, size))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def stages(run_dir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:

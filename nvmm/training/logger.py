@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,15 +11,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from nvmm.io.progress import progress
 from nvmm.training.summary import finite, replace_text
-
-_LINE_SECONDS = 10.0
-
-
-_LINE_FORMAT = (
-    "{desc}: step {n_fmt}/{total_fmt} ({percentage:.0f}%),"
-    " {elapsed} gone, {remaining} left{postfix}"
-)
 
 
 class Logger:
@@ -78,7 +70,9 @@ class Logger:
         shown = {"loss": record["loss"], "tokens/s": record["tokens_per_second"]}
         postfix = {name: f"{value:.4g}" for name, value in shown.items()}
         if self._progress is None:
-            self._progress = _progress(self.run_name, record["step"], max_steps, postfix)
+            self._progress = progress(
+                max_steps, self.run_name, "step", initial=record["step"], postfix=postfix
+            )
         self._progress.set_postfix(postfix, refresh=False)
         self._progress.update(record["step"] - self._progress.n)
 
@@ -136,41 +130,6 @@ class Logger:
                 config=dict(self._config),
                 mode=None if wandb.login(prompt=False) else "offline",
             )
-
-
-def _progress(name: str, step: int, max_steps: int, postfix: dict[str, str]) -> tqdm:
-    terminal = sys.stderr.isatty()
-    return _Progress(
-        total=max_steps,
-        initial=step,
-        desc=name,
-        unit="step",
-        postfix=postfix,
-        file=sys.stderr if terminal else _Lines(sys.stderr),
-        mininterval=0.1 if terminal else _LINE_SECONDS,
-        miniters=1,
-        dynamic_ncols=terminal,
-        bar_format=None if terminal else _LINE_FORMAT,
-    )
-
-
-class _Progress(tqdm):
-    # tqdm's monitor is a thread, and a process that forks should have none; miniters=1 needs none.
-    monitor_interval = 0
-
-
-class _Lines:
-    """Turns tqdm's redrawn line into one line a refresh, for log files."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        if line := text.strip():
-            self._stream.write(line + "\n")
-
-    def flush(self) -> None:
-        self._stream.flush()
 
 
 def _drop_after(path: Path, step: int) -> None:

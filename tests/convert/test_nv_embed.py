@@ -217,11 +217,13 @@ def test_a_lora_run_is_merged_and_exported(tokenizer: Path, tmp_path: Path) -> N
     assert (bare[1] - found).abs().max() > 1e-2, "the adapters change what is encoded"
 
 
-@pytest.mark.parametrize("runner", [[], pytest.param(["--mteb"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "runner", [[], pytest.param(["benchmark.judge=mteb"], marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_is_scored(
     exported: tuple[Path, Any], runner: list[str], tmp_path: Path
 ) -> None:
-    """tools/evaluate_embedder.py on a run directory, against metrics of our vectors."""
+    """`nvmm.evaluate` on a run directory, against metrics of our vectors."""
     run, (queries, documents) = exported[0].parent, exported[1]
     ids = [str(number) for number in range(len(TEXTS))]
     (tmp_path / "qrels").mkdir()
@@ -232,10 +234,10 @@ def test_a_checkpoint_is_scored(
     rows = [f"{q}\t{doc}\t{score}" for q, docs in known.items() for doc, score in docs.items()]
     header = "query-id\tcorpus-id\tscore"
     (tmp_path / "qrels" / "test.tsv").write_text("\n".join([header, *rows]))
-    command = [sys.executable, "-W", "ignore", "tools/evaluate_embedder.py", "--checkpoint", run]
-    command += ["--beir", tmp_path, "--output", tmp_path / "scores.json", *runner]
-    subprocess.run(list(map(str, command)), check=True, timeout=300)
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    command = [sys.executable, "-W", "ignore", "-m", "nvmm.evaluate", f"checkpoint={run}"]
+    command += ["benchmark=beir", f"benchmark.folder={tmp_path}", f"output={tmp_path}", *runner]
+    subprocess.run(command, check=True, timeout=300)
+    scores = json.loads((tmp_path / "metrics.json").read_text())
     texts = dict(zip(ids, TEXTS, strict=True))
 
     def encode(_: Any, instruction: str | None) -> Tensor:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from nvmm.evaluation.benchmark import Benchmark, Prediction, summarize, table
+from nvmm.evaluation.benchmark import Prediction, Questions, summarize, table
 from nvmm.evaluation.containment import containment
 from nvmm.evaluation.exact_match import exact_match
 
 
-def ask(benchmark: Benchmark, record: Any) -> tuple[Any, str, str]:
+def ask(benchmark: Questions, record: Any) -> tuple[Any, str, str]:
     members = {"__url__": "a.tar", "__key__": "7", "json": json.dumps(record).encode(), "png": b"x"}
     example = benchmark.ask(members)
     assert example.members["png"] == b"x"
@@ -17,7 +17,7 @@ def ask(benchmark: Benchmark, record: Any) -> tuple[Any, str, str]:
 
 
 def test_fields_suffix_and_kind() -> None:
-    benchmark = Benchmark(
+    benchmark = Questions(
         "b", "*.tar", exact_match, suffix="Be brief.", question="q", answers="refs", kind="type"
     )
     record = {"q": "How many?", "refs": [2, "two"], "type": "count"}
@@ -26,7 +26,7 @@ def test_fields_suffix_and_kind() -> None:
         "How many?",
         "count",
     )
-    plain = Benchmark("b", "*.tar", exact_match)
+    plain = Questions("b", "*.tar", exact_match)
     assert ask(plain, {"question": "Why?", "answer": "x"}) == (
         {"question": "Why?", "answers": ["x"]},
         "Why?",
@@ -35,7 +35,7 @@ def test_fields_suffix_and_kind() -> None:
 
 
 def test_the_suffix_goes_to_the_last_user_turn() -> None:
-    benchmark = Benchmark("b", "*.tar", exact_match, suffix="Be brief.")
+    benchmark = Questions("b", "*.tar", exact_match, suffix="Be brief.")
     turns = [
         {"from": "human", "value": "One?"},
         {"from": "gpt", "value": "1"},
@@ -65,17 +65,17 @@ def test_the_suffix_goes_to_the_last_user_turn() -> None:
 )
 def test_samples_without_a_question_are_named(record: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ask(Benchmark("b", "*.tar", exact_match), record)
+        ask(Questions("b", "*.tar", exact_match), record)
 
 
 def test_damaged_json_is_named() -> None:
     with pytest.raises(ValueError, match=r"a\.tar:7: member json is missing or damaged"):
-        Benchmark("b", "x", exact_match).ask({"__url__": "a.tar", "__key__": "7", "json": b"{"})
+        Questions("b", "x", exact_match).ask({"__url__": "a.tar", "__key__": "7", "json": b"{"})
 
 
 def test_a_kind_can_have_its_own_metric() -> None:
     math = partial(containment, handwritten_math=True)
-    benchmark = Benchmark("b", "*.tar", containment, metric_by_kind={"math": math})
+    benchmark = Questions("b", "*.tar", containment, metric_by_kind={"math": math})
     assert benchmark.score("X^2", ["x ^ 2"], "math") == 0.0
     assert benchmark.score("X ^ 2", ["X^2"], "math") == 1.0
     assert benchmark.score("X^2", ["x^2"], "text") == 1.0

@@ -11,9 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
-from nvmm.batch import TextMedia
+from nvmm.batch import IMAGE, TextMedia
 from nvmm.data.samples.images import tile_image
-from nvmm.report.page import picture_fields, stages, write_report
+from nvmm.evaluation.pictures import picture_fields
+from nvmm.report.page import stages, write_report
 
 PNG = base64.b64encode(b"\x89PNG picture").decode()
 TILE = base64.b64encode(b"\x89PNG tile").decode()
@@ -201,7 +202,7 @@ def test_picture_fields_are_drawn_as_the_model_saw_them(tmp_path):
         tokens_per_item=4,
     )
     members = {"json": b"", "__key__": "a.b", "1.jpg": b"", "0.png": buffer.getvalue()}
-    fields = picture_fields(members, media)
+    fields = picture_fields(members, {IMAGE: media})
     assert fields["grid"] == [3, 1] and len(fields["tiles"]) == 4
     shown = Image.open(io.BytesIO(base64.b64decode(fields["image"])))
     assert shown.size == (640, 213) and shown.getpixel((5, 5)) == (255, 0, 0)
@@ -210,7 +211,7 @@ def test_picture_fields_are_drawn_as_the_model_saw_them(tmp_path):
     run = make_run(tmp_path / "run")
     add_predictions(run, [prediction(**fields)])
     assert len(read(run).named("img")) == 5
-    assert picture_fields({"json": b""}, media) == {}
+    assert picture_fields({"json": b""}, {IMAGE: media}) == {}
 
 
 def test_what_a_model_says_cannot_become_markup(tmp_path):

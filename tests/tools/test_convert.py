@@ -48,20 +48,7 @@ def answer(rank: int, world: int, init: str, path: Path) -> tuple[list[int], lis
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     torch.distributed.init_process_group("gloo", init, rank=rank, world_size=world)
-    config = {
-        "checkpoint": {"path": str(path)},
-        "precision": None,
-        "tokenizer": {"path": None},
-        "trust_config": False,
-        "backend": None,
-        "sequence_length": None,
-        "seed": 1,
-        "parallel": {
-            "_target_": "nvmm.parallel.setup.Parallel",
-            "tensor_model_parallel_size": 2,
-        },
-    }
-    restored = restore(config, {})
+    restored = restore(path, parallel={"tensor_model_parallel_size": 2}, seed=1)
     prompt = restored.builder.prompt(members("What is it?", None))
     [tokens] = generate(
         restored.model, [prompt], max_new_tokens=8, stop_ids=[], pad_id=restored.tokenizer.pad_id

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from PIL import Image
 from nvmm.data.samples.chat import IMAGE_MARKER, ImageTags
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
+from nvmm.io.progress import watch
 
 BLANK = "<|blank|>"
 """Stands for a picture patch without a digit where the task is given as text."""
@@ -292,13 +293,12 @@ def train_tokenizer(folder: str | Path, seed: int = 1234) -> Path:
 def build(
     folder: str | Path,
     amounts: Amounts = Amounts(),
-    progress: Callable[[str, Iterator[dict[str, bytes | str]], int], Iterator] | None = None,
     form: Form = Form(),
 ) -> bool:
     """Write the data set, its card and its tokenizer; False if it was there already.
 
     folder/{text,single,strings}/{train,validation,test}-*.tar, folder/tokenizer, folder/README.md.
-    The same arguments give the same bytes. `progress(name, samples, total)` may watch the samples.
+    The same arguments give the same bytes.
     """
     folder = Path(folder)
     stamp = folder / "complete.json"
@@ -311,8 +311,7 @@ def build(
         for old in (folder / part).glob(f"{split}-*.tar"):
             old.unlink()
         stream = _samples(part, split, amount, splits[split], amounts.seed, form)
-        if progress is not None:
-            stream = progress(f"{part}/{split}", stream, amount)
+        stream = watch(stream, amount, f"{part}/{split}")
         write_shards(folder / part, split, stream, samples_per_shard=SAMPLES_PER_SHARD)
     train_tokenizer(folder / "tokenizer")
     (folder / "README.md").write_text(_card(amounts, splits, form), encoding="utf-8")

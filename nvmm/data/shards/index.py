@@ -21,9 +21,8 @@ import logging
 import mmap
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
@@ -33,10 +32,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from nvmm.data.shards import storage
 from nvmm.data.shards.tar import list_members, split_name
+from nvmm.io.progress import watch
 
 log = logging.getLogger("nvmm")
 _VERSION = 1
@@ -145,7 +144,7 @@ class Index:
         spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
         found = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
         with open(self.path / f"{name}.partial", "wb") as file:
-            for rows in _shown(found, len(spans), f"counting tokens ({len(self)} samples)"):
+            for rows in watch(found, len(spans), f"counting tokens ({len(self)} samples)"):
                 file.write(rows.tobytes())
         os.replace(self.path / f"{name}.partial", self.path / name)
 
@@ -260,7 +259,7 @@ def _build(
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(partial_path / name, "wb")) for name in _COLUMNS}
         for number, (columns, problem) in enumerate(
-            _shown(found, len(shards), f"indexing {len(shards)} shards")
+            watch(found, len(shards), f"indexing {len(shards)} shards")
         ):
             counts.append(len(columns["start"]))
             columns["shard"] = np.full(counts[-1], number)
@@ -376,12 +375,6 @@ def _remember(function: Callable[[Any], Any]) -> None:
 
 def _call(item: Any) -> Any:
     return _function(item)
-
-
-def _shown(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-    """A progress bar for what takes longer than a moment."""
-    terminal = sys.stderr.isatty()
-    yield from tqdm(items, what, total, delay=5, mininterval=0.1 if terminal else 10)
 
 
 def _open(path: Path, kind: str) -> NDArray[Any]:
