@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
-from nvmm.evaluation.benchmark import Benchmark, Result, Settings, refuse_settings
+from nvmm.evaluation.benchmark import Benchmark, Encode, Result, Settings, refuse_settings
 from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
 
 if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
-
-Encode = Callable[[Sequence[str], str | None], Tensor]
-"""(texts, instruction or None) -> unit vectors [texts, h]."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import Tensor
 
 from nvmm.evaluation.pictures import MAX_PICTURES, picture_fields
 from nvmm.io.progress import progress
 
 if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
+
+
+Encode = Callable[[Sequence[str], str | None], Tensor]
+"""(texts, instruction or None) -> unit vectors [texts, h]."""
 
 
 class Metric(Protocol):

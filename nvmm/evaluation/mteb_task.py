@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvmm.evaluation.beir import Encode
+from nvmm.evaluation.benchmark import Encode
 
 
 def evaluate(
