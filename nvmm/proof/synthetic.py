@@ -158,7 +158,7 @@ def _text(
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]
-    length = int(torch.randint(10, 15, (), generator=generator)) + placed * (per_tile + 1)
+    length = int(torch.randint(9, 14, (), generator=generator)) + placed * (per_tile + 1)
     tokens = torch.randint(0, PLACEHOLDER, (length,), generator=generator)
     starts = 2 + torch.arange(placed) * (per_tile + 1)
     for start in starts.tolist():

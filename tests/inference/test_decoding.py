@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvmm.batch import IMAGE, Batch, Sample, TextMedia
+from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.inference.decoding import choose, deal, gather, generate, left_padded, score
 from tests.ranks import run_ranks
 
@@ -21,7 +21,7 @@ NEW = 7
 def prompt(length: int, sample_id: int) -> Sample:
     generator = torch.Generator().manual_seed(100 + sample_id)
     tokens = torch.randint(0, PAD, (length,), generator=generator)
-    return Sample(tokens, torch.zeros(length), {}, sample_id, f"prompt {sample_id}")
+    return Sample((Text(tokens, torch.zeros(length)),), sample_id, f"prompt {sample_id}")
 
 
 PROMPTS = [prompt(length, index) for index, length in enumerate(LENGTHS)]
@@ -256,7 +256,7 @@ def test_left_padding_moves_media() -> None:
         )
         tokens = torch.arange(length) + 20
         tokens[position : position + 2] = 7
-        return Sample(tokens, torch.zeros(length), {"image": media}, sample_id)
+        return Sample((Text(tokens, torch.zeros(length), {IMAGE: media}),), sample_id)
 
     batch, spans = left_padded([picture(4, 1, 5), prompt(2, 6), picture(6, 3, 7)], PAD)
     assert spans is not None

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch, Sample, TextMedia
+from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.data.collate import collate
 from nvmm.inference.decoding import generate
 from nvmm.modules.spans import query_spans
@@ -79,7 +79,8 @@ def sample(kind: str, images: list[int], number: int = 0) -> Sample:
             tag_ids=tags.view(len(attended), -1),
         )
     size = len(tokens)
-    return Sample(torch.tensor(tokens), torch.ones(size), media, number, f"sample {number}")
+    text = Text(torch.tensor(tokens), torch.ones(size), media)
+    return Sample((text,), number, f"sample {number}")
 
 
 def hidden_of(model: Any, batch: Batch) -> Tensor:
@@ -161,7 +162,7 @@ def test_packed_neighbours_change_nothing(kind: str) -> None:
     before = hidden_of(model, batch)
     bounds = batch.cu_seqlens.tolist()
     for media_kind, media in batch.media.items():
-        for tile, owner in enumerate(media.samples.tolist()):
+        for tile, owner in enumerate(media.texts.tolist()):
             after = hidden_of(model, with_pixels(batch, media_kind, tile))
             changed = (before != after).flatten(1).any(1).nonzero().flatten()
             assert len(changed)

@@ -45,7 +45,7 @@ def with_tiles(batch: Batch, rows: list[int], positions: list[int], seed: int = 
         values=values,
         rows=torch.tensor(rows),
         positions=torch.tensor(positions),
-        samples=torch.tensor(rows),
+        texts=torch.tensor(rows),
         items=torch.zeros(len(rows), dtype=torch.long),
         tiles=torch.arange(len(rows)),
         placeholder_id=X,
@@ -129,7 +129,7 @@ def test_rows_of_one_micro_batch_are_as_alone(model: Any) -> None:
             if mine.any():
                 picked = {
                     name: getattr(media, name)[mine]
-                    for name in ("values", "rows", "positions", "samples", "items", "tiles")
+                    for name in ("values", "rows", "positions", "texts", "items", "tiles")
                 }
                 picked["rows"] = torch.zeros_like(picked["rows"])
                 alone = alone.replace(media={IMAGE: dataclasses.replace(media, **picked)})
@@ -161,7 +161,7 @@ def test_packed_samples_with_images_are_as_alone(model: Any) -> None:
 def test_the_placeholder_may_lie_outside_the_vocabulary(model: Any) -> None:
     """Yi has no spare row: id 64000 of 64000."""
     batch = with_tiles(batch_of(rows_of(9)), [0], [2])
-    far = {"image": dataclasses.replace(batch.media[IMAGE], placeholder_id=600)}
+    far = {IMAGE: dataclasses.replace(batch.media[IMAGE], placeholder_id=600)}
     moved = batch.replace(tokens=batch.tokens.masked_fill(batch.tokens == X, 600), media=far)
     with torch.no_grad():
         assert torch.equal(model(batch, output="logits"), model(moved, output="logits"))

@@ -87,8 +87,8 @@ def skip_tied_embedding_sum() -> None:
 def _change_batches(change: Callable[[Any], Any]) -> None:
     from nvmm.proof import synthetic
 
-    collate = synthetic._collate
-    synthetic._collate = lambda *args, **kwargs: change(collate(*args, **kwargs))
+    collate = synthetic.collate
+    synthetic.collate = lambda *args, **kwargs: change(collate(*args, **kwargs))
 
 
 def drop_label_shift() -> None:
@@ -225,13 +225,15 @@ def show_tags_everything() -> None:
 
 def even_rows() -> None:
     """Rows of one length: pipeline stages need not exchange shapes."""
+    from nvmm.batch import Text
     from nvmm.proof import synthetic
 
-    def row(generator: Any, *args: Any) -> Any:
-        tokens = torch.randint(0, 500, (13,), generator=generator)
-        return synthetic._Row(tokens, [], torch.zeros(0, 3, 1, 1), 0, [], torch.zeros(0, 0))
+    def even(generator: Any, model: Any, **options: Any) -> Text:
+        weights = torch.ones(12)
+        weights[:2] = 0
+        return Text(torch.randint(0, 500, (12,), generator=generator), weights)
 
-    synthetic._row = row
+    synthetic._text = even  # type: ignore[assignment]
 
 
 def default_interleaved_communication() -> None:
