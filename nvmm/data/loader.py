@@ -235,9 +235,14 @@ class Data:
             self._reported.add((ordinal, number))
             log.warning(f"bad sample, left out: {problem}")
 
+    @property
+    def counter_names(self) -> list[str]:
+        """The keys of `count`: "<dataset>/<counter>", for all datasets."""
+        return [f"{name}/{what}" for name in self.datasets for what in COUNTERS]
+
     def count(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """What micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets."""
-        counts = {f"{name}/{what}": 0.0 for name in self.datasets for what in COUNTERS}
+        """What micro-batches hold of each dataset, by `counter_names`."""
+        counts = dict.fromkeys(self.counter_names, 0.0)
         for batch in batches:
             samples = batch.sample_ids.cpu().numpy()
             images, tiles = batch.count_media().cpu().numpy()

@@ -34,6 +34,8 @@ class MultimodalModel(MegatronModule):
         chunk: which part of the model this rank builds.
     """
 
+    extras: frozenset[str] = frozenset()
+
     def __init__(
         self,
         language: Callable[..., LanguageModel],

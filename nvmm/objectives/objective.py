@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn import Module
@@ -13,7 +14,8 @@ from nvmm.batch import Batch
 class Run(Protocol):
     """A forward-only pass over micro-batches through the training schedule, given by the trainer.
 
-    weights: "current", or "reference" for the weights the run started from.
+    weights: "current"; others are not kept.
+
     Returns one output per micro-batch on the last pipeline stage, an empty list elsewhere. Random
     numbers of the pass that follows are the same.
     """
@@ -21,25 +23,35 @@ class Run(Protocol):
     def __call__(self, batches: list[Batch], weights: str = "current") -> list[Tensor]: ...
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """Batch -> loss. Optional third method:
+class Objective(ABC):
+    """Batch -> loss.
 
-    `prepare(run, batches) -> (batches, metrics)` runs once a step on every rank before the
-    training pass, and before that of a validation batch (in eval mode, without gradients), and
-    returns the batches with `extras` filled.
+    output: what the model is asked for, its `forward`'s `output`.
+    extras: names of `Batch.extras` that it needs of the data. The trainer refuses batches that lack
+        one, or have one that neither the objective nor the model reads.
     """
+
+    output: str = "loss"
+    extras: frozenset[str] = frozenset()
+
+    def prepare(self, run: Run, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """Return the batches to train on, with more `extras`, and metrics that replace `loss`'s.
+
+        Called once a step on every rank before the training pass, and before that of a validation
+        batch (in eval mode, without gradients). The default changes nothing.
+        """
+        return batches, {}
 
     def forward(self, model: Module, batch: Batch) -> Tensor:
         """Run the model on every pipeline stage; the last stage's result goes to `loss`."""
-        ...
+        return model(batch, output=self.output)
 
+    @abstractmethod
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Last stage: (local sum, local int count, metrics).
+        """Return, on the last stage, (local sum, local int count, metrics).
 
         `batch` holds this rank's part of the sequence, as `output` does: under context parallelism
         the parts' sums and counts add up. Nobody divides here: the schedule divides gradients by
         the global count once. Weights enter the sum; the count is an int tensor. Each metric is a
         tensor [sum, count].
         """
-        ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -28,6 +28,7 @@ class SyntheticData:
     """A few steps of synthetic micro-batches behind the loader's interface."""
 
     log_samples = False
+    counter_names = ()
 
     def __init__(self, steps: list[list[Batch]]) -> None:
         self.steps = steps
@@ -38,6 +39,10 @@ class SyntheticData:
         for step in self.steps[start:]:
             yield step[rank::size]
 
+    def num_batches(self, split: str, global_batch_size: int) -> int:
+        """All steps, of any split."""
+        return len(self.steps)
+
     def position(self, step: int) -> dict[str, int]:
         """The data's place before a step."""
         return {"step": step}
@@ -46,7 +51,7 @@ class SyntheticData:
         """No datasets, so no counts of them."""
         return {}
 
-    def check_bad(self, totals: dict[str, Any]) -> None:
+    def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
         """No sample is bad."""
 
 

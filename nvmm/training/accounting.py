@@ -1,9 +1,10 @@
-"""What a run counts: tokens, samples, pictures and FLOPs of its steps, and of each dataset."""
+"""What a run counts: tokens, samples, images and FLOPs of its steps, and of each dataset."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -13,6 +14,62 @@ from nvmm.batch import Batch
 from nvmm.modules.flops import segment_lengths
 from nvmm.parallel.broadcast import is_reader
 from nvmm.training.metrics import memory_peak_bytes
+
+
+class _Digested(Protocol):
+    @property
+    def digest(self) -> str: ...
+
+
+class TrainingData(Protocol):
+    """What a run asks of its data: `nvmm.data.loader.Data`, or synthetic batches."""
+
+    @property
+    def tokenizer(self) -> _Digested:
+        """The tokenizer, whose digest a resume compares."""
+        ...
+
+    @property
+    def log_samples(self) -> bool:
+        """Whether the log lists the sample ids of every step."""
+        ...
+
+    @property
+    def counter_names(self) -> Collection[str]:
+        """The keys of `count`: "<dataset>/<counter>"."""
+        ...
+
+    def batches(
+        self,
+        *,
+        split: str,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        size: int,
+        start: int,
+        position: Mapping[str, Any] | None,
+        pad_multiple: int,
+        segment_multiple: int,
+    ) -> Iterator[list[Batch]]:
+        """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`."""
+        ...
+
+    def num_batches(self, split: str, global_batch_size: int) -> int:
+        """Return the global batches of one pass over a split."""
+        ...
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Return the place before `step`, from which `batches` goes on after a resume."""
+        ...
+
+    def count(self, batches: list[Batch]) -> dict[str, float]:
+        """Return what micro-batches hold of each dataset."""
+        ...
+
+    def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
+        """Raise ValueError when too many samples of the run were bad; dataset -> counters."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,12 +90,12 @@ class Accounting:
     """Counts of one run.
 
     Args:
-        data: counts its datasets (`count`) and stops a run with too many bad samples (`check_bad`).
+        data: counts its datasets and stops a run with too many bad samples.
         model: this rank's first chunk, which knows its FLOPs.
         peak_flops: of one device, for the utilisation; None where it is not known.
     """
 
-    def __init__(self, data: Any, model: Module, peak_flops: float | None) -> None:
+    def __init__(self, data: TrainingData, model: Module, peak_flops: float | None) -> None:
         self.data = data
         self.model: Any = model
         self.peak_flops = peak_flops
@@ -53,7 +110,7 @@ class Accounting:
         names = ("tokens", "places", "samples", "images", "tiles", "language", "vision")
         counts = dict.fromkeys(names, 0.0)
         if not _speaks_for_replica():
-            return counts | self.data.count([])
+            return counts | dict.fromkeys(self.data.counter_names, 0.0)
         for batch in batches:
             lengths = segment_lengths(batch)
             counts["tokens"] += sum(lengths)
@@ -71,7 +128,7 @@ class Accounting:
         self.totals["samples"] += int(counters["samples"])
         self.totals["tokens"] += int(counters["tokens"])
         datasets = self.totals["datasets"]
-        for name in self.data.count([]):
+        for name in self.data.counter_names:
             dataset, _, what = name.rpartition("/")
             of_dataset = datasets.setdefault(dataset, {})
             of_dataset[what] = of_dataset.get(what, 0) + int(counters[name])
