@@ -14,10 +14,12 @@ from nvmm.batch import Batch
 class Run(Protocol):
     """A forward-only pass over micro-batches through the training schedule, given by the trainer.
 
-    weights: "current"; others are not kept.
+    weights: "current", or "reference" for the weights that the run started from (its `init_from`,
+    else the seed's), also after a resume; for an objective that `needs_reference`.
 
-    Returns one output per micro-batch on the last pipeline stage, an empty list elsewhere. Random
-    numbers of the pass that follows are the same.
+    Returns one output per micro-batch on the last pipeline stage, an empty list elsewhere. The
+    current weights run as in training and with the random numbers of the pass that follows; the
+    reference runs in eval mode, without dropout.
     """
 
     def __call__(self, batches: list[Batch], weights: str = "current") -> list[Tensor]: ...
@@ -29,10 +31,12 @@ class Objective(ABC):
     output: what the model is asked for, its `forward`'s `output`.
     extras: names of `Batch.extras` that it needs of the data. The trainer refuses batches that lack
         one, or have one that neither the objective nor the model reads.
+    needs_reference: whether it runs the reference weights; the trainer keeps them only then.
     """
 
     output: str = "loss"
     extras: frozenset[str] = frozenset()
+    needs_reference: bool = False
 
     def prepare(self, run: Run, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """Return the batches to train on, with more `extras`, and metrics that replace `loss`'s.

@@ -38,6 +38,7 @@ from nvmm.training.metrics import peak_flops, reduce_counters, reduce_metrics
 from nvmm.training.optim import Optim
 from nvmm.training.optimizer import Optimizer, build_optimizer, freeze, wrap
 from nvmm.training.profiler import profiled
+from nvmm.training.reference import Reference
 from nvmm.training.start import start
 
 log = logging.getLogger("nvmm")
@@ -134,6 +135,8 @@ class Trainer:
         self.position: dict[str, Any] | None = None
         self.lora = lora
         self.base: Base | None = None
+        needed = objective.needs_reference
+        self.reference = Reference(self.chunks, self.scaling) if needed else None
         self.started = time.monotonic()
         self._stop_signal = 0
         self._configure_schedule()
@@ -274,9 +277,16 @@ class Trainer:
 
     def run(self, batches: list[Batch], weights: str = "current") -> list[Tensor]:
         """Run forward only for `Objective.prepare`; see `nvmm.objectives.objective.Run`."""
-        if weights != "current":
-            raise ValueError(f"weights={weights}: only the current weights are kept")
-        with generators.replayed():
+        if weights not in ("current", "reference"):
+            raise ValueError(f"weights={weights} must be current or reference")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(generators.replayed())
+            if weights == "reference":
+                if self.reference is None:
+                    name = type(self.objective).__name__
+                    raise ValueError(f"weights=reference: {name}.needs_reference is False")
+                stack.enter_context(self._gathered_parameters())
+                stack.enter_context(self.reference.swapped_in())
             return schedule.outputs(self.models, batches, self.objective.forward)
 
     def _configure_schedule(self) -> None:
@@ -367,6 +377,7 @@ class Trainer:
             resume=self.resume,
             init_from=self.init_from,
             adapts=self.lora is not None,
+            reference=self.reference,
             command=self._command(),
             say=self._say,
         )
@@ -407,6 +418,7 @@ class Trainer:
                     "tokenizer_digest": self.data.tokenizer.digest,
                     "world_size": dist.get_world_size(),
                     "base": asdict(self.base) if self.base is not None else None,
+                    **(self.reference.state() if self.reference is not None else {}),
                 },
                 self._left_out,
                 self.scaling,
