@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -78,6 +79,7 @@ LAYOUTS = {
     "pp2": Layout("PP2", 2, PP2),
     "pp2_vp2": Layout("PP2xVPP2", 2, VPP2),
     "dp2": Layout("DP2", 2),
+    "dp2_overlap": Layout("DP2, overlapped", 2, OVERLAP),
 }
 
 
@@ -110,8 +112,20 @@ def forget_later_chunks() -> None:
     Reference.__init__ = wrong  # type: ignore[method-assign]
 
 
+def leave_gathers_open() -> None:
+    """The swap copies parameters whose other parts have not arrived."""
+    from nvmm.training.trainer import Trainer
+
+    Trainer._gathered_parameters = lambda self: contextlib.nullcontext()  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize(
-    ("fault", "layout"), [(keep_no_copy, "dp2"), (forget_later_chunks, "pp2_vp2")]
+    ("fault", "layout"),
+    [
+        (keep_no_copy, "dp2"),
+        (forget_later_chunks, "pp2_vp2"),
+        (leave_gathers_open, "dp2_overlap"),
+    ],
 )
 def test_planted_faults_are_caught(
     fault: Callable[[], None], layout: str, one_rank: Result
