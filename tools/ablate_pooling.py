@@ -182,7 +182,7 @@ def train(
     trainer = build_trainer(
         config, data, folder, global_batch_size=batch, micro_batch_size=batch, max_steps=steps
     )
-    batches = trainer._batches("train", 0)
+    batches = trainer.batches("train", 0)
     losses = [trainer.train_step(step, next(batches)).metrics["loss"] for step in range(steps)]
     encode = Encoder([chunk.eval() for chunk in trainer.chunks], data.train.build, 64)
     test = json.loads((folder / "test.json").read_text())

@@ -32,11 +32,13 @@ class Base:
         """The base that a checkpoint's state names."""
         return cls(**state["base"]) if state.get("base") else None
 
-    def located(self, moved: Path | None = None) -> Base:
+    def located(
+        self, moved: Path | None = None, what: str = "the base of this LoRA checkpoint"
+    ) -> Base:
         """The same weights where they lie now: at the path, at `moved`, or, where that is a run
         directory, at one of its checkpoints.
 
-        Raises ValueError when they are in none of these.
+        Raises ValueError when they are in none of these; `what` they are begins the message.
         """
         places = [Path(self.path)]
         if moved is not None:
@@ -45,7 +47,7 @@ class Base:
             if (place / "state.json").is_file() and _digest(place) == self.digest:
                 return Base(str(place.resolve()), self.digest)
         raise ValueError(
-            f"the base of this LoRA checkpoint, weights of digest {self.digest[:12]}, is not at"
+            f"{what}, weights of digest {self.digest[:12]}, is not at"
             f" {' or '.join(map(str, places))}; name the checkpoint that has them (init_from= in"
             " training, base= in evaluation and generation, --base in tools/convert.py)"
         )

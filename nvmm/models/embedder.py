@@ -34,6 +34,8 @@ class EmbeddingModel(LanguageModel):
         chunk: which part of the model this rank builds.
     """
 
+    extras = frozenset({"pool_from"})
+
     def __init__(
         self,
         transformer: Callable[..., Any],

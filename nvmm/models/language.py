@@ -41,6 +41,9 @@ class LanguageModel(GPTModel):
         chunk: which part of the model this rank builds.
     """
 
+    extras: frozenset[str] = frozenset()
+    """Names of `Batch.extras` that the model reads, where the data give them."""
+
     def __init__(
         self,
         transformer: Callable[..., Any],

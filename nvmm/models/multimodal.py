@@ -38,6 +38,8 @@ class MultimodalModel(MegatronModule):
         encoders: modality -> (encoder, connector); empty on later stages and chunks.
     """
 
+    extras: frozenset[str] = frozenset()
+
     def __init__(
         self,
         language: Callable[..., LanguageModel],

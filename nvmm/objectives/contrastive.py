@@ -14,23 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Module
 
 from nvmm.batch import POSITIVE, QUERY, Batch
+from nvmm.objectives.objective import Objective, Run
 from nvmm.parallel.context_parallel import gather
-
-if TYPE_CHECKING:
-    from nvmm.objectives.objective import Run
 
 METRICS = ("loss", "accuracy", "negatives")
 
 
-class Contrastive:
+class Contrastive(Objective):
     """Mean over queries of -log softmax of the positive's score among its candidates.
 
     Scores are dot products of unit vectors over a temperature. Candidates of a query are its own
@@ -53,6 +49,9 @@ class Contrastive:
             batch is differentiated with respect to the embeddings, and the training pass
             propagates that. With one micro-batch a rank it changes nothing and is left out.
     """
+
+    output = "embedding"
+    extras = frozenset({"role", "document_id", "text_hash", "answers", "in_batch", "teacher"})
 
     def __init__(
         self,
@@ -103,13 +102,10 @@ class Contrastive:
             for batch, gradient, part in zip(batches, gradients, parts, strict=True)
         ], {}
 
-    def forward(self, model: Module, batch: Batch) -> Tensor:
-        """Unit vectors [texts, h] on the last stage."""
-        return model(batch, output="embedding")
-
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum over this rank's queries, their number, metrics).
 
+        output: unit vectors [texts, h].
         accuracy: share of queries whose positive scores highest; negatives: candidates a query has
         beside its positive.
         """

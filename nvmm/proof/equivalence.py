@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from nvmm.parallel.setup import Parallel, Precision
 from nvmm.proof.miniature import ONE_RANK, Layout, shrink
 from nvmm.proof.ranks import run_ranks
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+
+if TYPE_CHECKING:
+    from nvmm.training.accounting import TrainingData
 
 __all__ = ["ONE_RANK", "Layout", "compare", "run", "shrink"]
 
@@ -229,7 +232,7 @@ def compare(reference: Result, other: Result) -> Comparison:
 
 
 def build_trainer(
-    config: dict[str, Any], data: Any, run_dir: Path, *, log: bool = False, **settings: Any
+    config: dict[str, Any], data: TrainingData, run_dir: Path, *, log: bool = False, **settings: Any
 ) -> Any:
     """A Trainer over a shrunk config in an initialised world, as the entry point builds it."""
     from nvmm.checkpoint.save import Checkpoint
@@ -286,7 +289,7 @@ def _run_rank(
     steps = make_steps(config)
     data = SyntheticData(steps)
     trainer = build_trainer(config, data, weights.parent, global_batch_size=4)
-    batches = trainer._batches("train", 0)
+    batches = trainer.batches("train", 0)
     output: dict[str, Any] = {"losses": [], "grad_norms": [], "tokens": []}
     for step in range(len(steps)):
         micro_batches = next(batches)

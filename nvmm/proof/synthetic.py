@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -38,6 +38,10 @@ class SyntheticData:
         for step in self.steps[start:]:
             yield step[rank::size]
 
+    def num_batches(self, split: str, global_batch_size: int) -> int:
+        """All steps, of any split."""
+        return len(self.steps)
+
     def position(self, step: int) -> dict[str, int]:
         """The data's place before a step."""
         return {"step": step}
@@ -50,7 +54,7 @@ class SyntheticData:
         """No datasets, so no counts of them."""
         return {}
 
-    def check_bad(self, totals: dict[str, Any]) -> None:
+    def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
         """No sample is bad."""
 
 

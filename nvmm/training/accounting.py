@@ -1,9 +1,10 @@
-"""What a run counts: tokens, samples, pictures and FLOPs of its steps, and of each dataset."""
+"""What a run counts: tokens, samples, images and FLOPs of its steps, and of each dataset."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -12,6 +13,61 @@ from nvmm.batch import Batch
 from nvmm.modules.flops import segment_lengths
 from nvmm.parallel.broadcast import is_reader
 from nvmm.training.metrics import memory_peak_bytes
+
+
+class _Digested(Protocol):
+    @property
+    def digest(self) -> str: ...
+
+
+class TrainingData(Protocol):
+    """What a run asks of its data: `nvmm.data.loader.Data`, or synthetic batches."""
+
+    @property
+    def tokenizer(self) -> _Digested:
+        """The tokenizer, whose digest a resume compares."""
+        ...
+
+    @property
+    def log_samples(self) -> bool:
+        """Whether the log lists the sample ids of every step."""
+        ...
+
+    def counter_names(self, modalities: Collection[str]) -> Collection[str]:
+        """Return the keys of `count`: "<dataset>/<counter>"."""
+        ...
+
+    def batches(
+        self,
+        *,
+        split: str,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        size: int,
+        start: int,
+        position: Mapping[str, Any] | None,
+        pad_multiple: int,
+        segment_multiple: int,
+    ) -> Iterator[list[Batch]]:
+        """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`."""
+        ...
+
+    def num_batches(self, split: str, global_batch_size: int) -> int:
+        """Return the global batches of one pass over a split."""
+        ...
+
+    def position(self, step: int) -> dict[str, Any] | None:
+        """Return the place before `step`, from which `batches` goes on after a resume."""
+        ...
+
+    def count(self, batches: list[Batch], modalities: Collection[str]) -> dict[str, float]:
+        """Return what micro-batches hold of each dataset; modalities: of the media counted."""
+        ...
+
+    def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
+        """Raise ValueError when too many samples of the run were bad; dataset -> counters."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,12 +88,12 @@ class Accounting:
     """Counts of one run.
 
     Args:
-        data: counts its datasets (`count`) and stops a run with too many bad samples (`check_bad`).
+        data: counts its datasets and stops a run with too many bad samples.
         model: this rank's first chunk, which knows what it reads and its FLOPs.
         peak_flops: of one device, for the utilisation; None where it is not known.
     """
 
-    def __init__(self, data: Any, model: Any, peak_flops: float | None) -> None:
+    def __init__(self, data: TrainingData, model: Any, peak_flops: float | None) -> None:
         self.data = data
         self.model = model
         self.modalities = sorted({kind.modality for kind in self.model.reads})
@@ -63,7 +119,7 @@ class Accounting:
             names += [f"{modality}.items", f"{modality}.tiles", f"flops/{modality}"]
         counts = dict.fromkeys([*names, "flops/language"], 0.0)
         if not _speaks_for_replica():
-            return counts | self.data.count([], self.modalities)
+            return counts | dict.fromkeys(self.data.counter_names(self.modalities), 0.0)
         for batch in batches:
             counts["tokens"] += sum(segment_lengths(batch))
             counts["padded_tokens"] += batch.tokens.numel()

@@ -16,6 +16,7 @@ from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.config.changes import Change, compare
 from nvmm.modules.fp8_scales import Scaling
 from nvmm.training.optimizer import Optimizer
+from nvmm.training.reference import Reference
 
 log = logging.getLogger("nvmm")
 
@@ -26,7 +27,7 @@ class Start:
 
     step: optimizer steps done. position: where the data order stands, None at its beginning.
     counters: what the run has counted so far. base: the checkpoint whose frozen weights this run's
-    checkpoints leave out (LoRA). checkpoint: what was loaded, and whether it was a resume.
+    checkpoints leave out (LoRA).
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ def start(
     resume: str,
     init_from: str | None,
     adapts: bool,
+    reference: Reference | None,
     command: str,
     say: Callable[[str], None],
 ) -> Start:
@@ -56,6 +58,7 @@ def start(
         resume: "auto", "never", or the checkpoint or run directory to go on from.
         init_from: the checkpoint whose weights a new run starts from.
         adapts: whether the run trains adapters on what `init_from` gives.
+        reference: takes the weights that the run started from, also those of a resumed run.
         command: the command that resumes this run, for the log.
 
     Raises ValueError when the checkpoint is of another model or config, or `resume=never` and the
@@ -69,6 +72,8 @@ def start(
             missing = load_weights(path, chunks)
             optimizer.reload_parameters()
             base = Base.of(path) if adapts else None
+            if reference is not None:
+                reference.take(Base.of(path))
             say(f"weights from {path}; not in it: {missing or 'none'}")
         say(f"starting {run_dir} from step 0; resume it with: {command}")
         return Start(base=base)
@@ -77,12 +82,17 @@ def start(
     refused, notable = compare(state["config"], config)
     if state["tokenizer_digest"] != tokenizer_digest:
         refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer_digest))
+    if reference is not None:
+        # What was trained and is frozen now has no copy that says where it started.
+        refused += [change for change in notable if change.key == "optim.freeze"]
     if refused:
         listing = "\n  ".join(map(str, refused))
         raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
     moved = Path(init_from).expanduser() if init_from is not None else None
     base = Base.saved(state)
     base = base.located(moved) if base is not None else None
+    if reference is not None:
+        reference.take_again(path, state, moved)
     load(path, chunks, optimizer, moved)
     fresh = load_scales(path, scaling)
     if fresh:

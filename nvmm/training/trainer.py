@@ -1,4 +1,4 @@
-"""The training loop, readable from top to bottom: fit, train_step, validate."""
+"""The training loop, readable from top to bottom: fit, train_step, update, validate."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ from nvmm.parallel.broadcast import broadcast_batches, is_reader
 from nvmm.parallel.gradients import GradientCheck
 from nvmm.parallel.parameters import build_chunks, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.training.accounting import Accounting, StepResult
+from nvmm.training.accounting import Accounting, StepResult, TrainingData
 from nvmm.training.logger import Logger
 from nvmm.training.metrics import peak_flops, reduce_counters, reduce_metrics
 from nvmm.training.optim import Optim
 from nvmm.training.optimizer import Optimizer, build_optimizer, freeze, wrap
+from nvmm.training.profiler import profiled
+from nvmm.training.reference import Reference
 from nvmm.training.start import start
 
 log = logging.getLogger("nvmm")
@@ -76,7 +78,7 @@ class Trainer:
         model: Callable[..., Module],
         objective: Objective,
         optim: Optim,
-        data: Any,
+        data: TrainingData,
         parallel: Parallel,
         precision: Precision,
         checkpoint: Checkpoint,
@@ -131,10 +133,10 @@ class Trainer:
         self.device = next(self.chunks[0].parameters()).device
         self.accounting = Accounting(data, self.chunks[0], peak_flops(precision.torch_dtype))
         self.position: dict[str, Any] | None = None
-        self.reads = self.chunks[0].reads
-        self.model_name = type(self.chunks[0]).__name__
         self.lora = lora
         self.base: Base | None = None
+        needed = objective.needs_reference
+        self.reference = Reference(self.chunks, self.scaling) if needed else None
         self.started = time.monotonic()
         self._stop_signal = 0
         self._configure_schedule()
@@ -144,22 +146,26 @@ class Trainer:
 
         `started` is called once nothing refuses the start or the resume any more.
         """
+        # A refusal leaves nothing behind: only a run that has begun may replace its config.yaml.
         first = self._start()
         started()
         step = first
-        batches = self._batches("train", first)
+        batches = self.batches("train", first)
         self._catch_signals()
         stalled = 0.0
-        with self._profiler() as profiler:
+        profile = self.profile if dist.get_rank() == 0 else None
+        with profiled(self.run_dir / "profile.json", profile) as profile_step:
             while step < self.max_steps:
+                # All waiting for data is in here: what the log says of the rest is computation.
                 begin = time.monotonic()
                 micro_batches = next(batches)
                 waited = time.monotonic() - begin
                 if step == first:
                     self._say_payload(micro_batches)
+                # A parameter that is never reached shows at the first step; later ones cost less.
                 result = self.train_step(step, micro_batches, check=step == first)
                 step += 1
-                profiler.step()
+                profile_step()
                 seconds = {
                     "step_seconds": time.monotonic() - begin + stalled,
                     "data_wait_seconds": waited,
@@ -170,6 +176,7 @@ class Trainer:
                 stalled = self._save_if_due(step)
                 if self.validation_interval and step % self.validation_interval == 0:
                     self.validate(step)
+                # After all else of the step: ranks agree here, and must be at the same place.
                 if self._must_stop():
                     break
         self._finish(step)
@@ -186,11 +193,24 @@ class Trainer:
             metrics = self.forward_backward(batches)
         if gradients is not None:
             gradients.raise_on_missing()
+        # A sum over ranks: each replica counts once, and ranks that read no data count nothing.
         counters = reduce_counters(self.accounting.count(batches), self.device)
         grad_norm, learning_rate = self.update(step, metrics["loss"], batches)
+        # Too many bad samples stop the run here, once the step they are in has counted them all.
         self.accounting.add(counters)
+        # Gathered over all ranks, so only where the log wants them.
         sample_ids = self.accounting.sample_ids(batches) if self.data.log_samples else None
         return StepResult(metrics, counters, grad_norm, learning_rate, sample_ids)
+
+    def forward_backward(self, batches: list[Batch]) -> dict[str, float]:
+        """Fill the gradients of one step and return its metrics, reduced over all ranks."""
+        self.optimizer.zero_grad()
+        batches, surrogate = self.objective.prepare(self.run, batches)
+        outputs = schedule.run_schedule(
+            self.models, batches, self._forward_step, forward_only=False
+        )
+        # The loss of a training pass may be a surrogate's, whose value means nothing.
+        return reduce_metrics(outputs, self.device) | surrogate
 
     def update(self, step: int, loss: float, batches: list[Batch]) -> tuple[float, float]:
         """Apply the gradients, unless the loss or their norm is not finite; the same everywhere.
@@ -198,11 +218,14 @@ class Trainer:
         Returns the gradient norm before clipping and the learning rate.
         """
         learning_rate = self.optimizer.set_step(step)
+        # Loss and norm are reduced over all ranks, so that all take the same branch.
         grad_norm = self.optimizer.prepare()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.apply()
+            # FP8 scales move with the weights: all micro-batches of a step have seen the same.
             self.scaling.update()
         elif self.on_nonfinite == "skip":
+            # As if the step had not been, but for the learning rate's schedule and the data.
             self.optimizer.discard()
             self.scaling.discard()
             self.accounting.totals["skipped_steps"] += 1
@@ -213,57 +236,30 @@ class Trainer:
             )
         return grad_norm, learning_rate
 
-    def forward_backward(self, batches: list[Batch]) -> dict[str, float]:
-        """Fill the gradients of one step and return its metrics, reduced over all ranks."""
-        self.optimizer.zero_grad()
-        batches, surrogate = self._prepare(batches)
-        outputs = schedule.run_schedule(
-            self.models, batches, self._forward_step, forward_only=False
-        )
-        return reduce_metrics(outputs, self.device) | surrogate
-
-    def _prepare(self, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        prepare = getattr(self.objective, "prepare", None)
-        return (batches, {}) if prepare is None else prepare(self.run, batches)
-
-    def _forward_step(self, batches: Iterator[Batch], model: Module) -> tuple[Tensor, Any]:
-        """The single adapter to mcore's schedules."""
-        batch = next(batches)
-        own = context_parallel.share(batch)
-        return self.objective.forward(model, batch), partial(self.objective.loss, batch=own)
-
-    def run(self, batches: list[Batch], weights: str = "current") -> list[Tensor]:
-        """A forward-only pass for `Objective.prepare`: outputs per micro-batch on the last stage.
-
-        The random numbers of the training pass that follows are the ones used here.
-        """
-        if weights != "current":
-            raise ValueError(f"weights={weights}: only the current weights are kept")
-
-        with generators.replayed():
-            return schedule.outputs(self.models, batches, self.objective.forward)
-
     def validate(self, step: int) -> dict[str, float]:
         """Mean of the objective's metrics over held-out batches; weights are left alone.
 
         A loss over the whole batch is one here too: `Objective.prepare` runs as in training.
         """
-        count = -(-len(self.data.validation) // self.global_batch_size)
+        count = self.data.num_batches("validation", self.global_batch_size)
         count = min(count, self.validation_batches or count)
-        batches = self._batches("validation", 0)
+        # Read from the beginning each time: validations see the same samples.
+        batches = self.batches("validation", 0)
         for model in self.models:
             model.eval()
         outputs: list[dict[str, Tensor]] = []
         surrogates: list[dict[str, float]] = []
+        # Hooks that gather parameters belong to training steps, whose optimizer set them off.
         with torch.no_grad(), self._gathered_parameters():
             for _ in range(count):
-                prepared, surrogate = self._prepare(next(batches))
+                prepared, surrogate = self.objective.prepare(self.run, next(batches))
                 outputs += schedule.run_schedule(
                     self.models, prepared, self._forward_step, forward_only=True
                 )
                 surrogates.append(surrogate)
         for model in self.models:
             model.train()
+        # Sums and counts add up over batches; a surrogate is a mean already, of equal batches.
         means = {
             name: fmean(each[name] for each in surrogates) for name in next(iter(surrogates), {})
         }
@@ -272,6 +268,26 @@ class Trainer:
         return metrics
 
     # -- schedule ---------------------------------------------------------------------------
+
+    def _forward_step(self, batches: Iterator[Batch], model: Module) -> tuple[Tensor, Any]:
+        """The single adapter to mcore's schedules."""
+        batch = next(batches)
+        own = context_parallel.share(batch)
+        return self.objective.forward(model, batch), partial(self.objective.loss, batch=own)
+
+    def run(self, batches: list[Batch], weights: str = "current") -> list[Tensor]:
+        """Run forward only for `Objective.prepare`; see `nvmm.objectives.objective.Run`."""
+        if weights not in ("current", "reference"):
+            raise ValueError(f"weights={weights} must be current or reference")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(generators.replayed())
+            if weights == "reference":
+                if self.reference is None:
+                    name = type(self.objective).__name__
+                    raise ValueError(f"weights=reference: {name}.needs_reference is False")
+                stack.enter_context(self._gathered_parameters())
+                stack.enter_context(self.reference.swapped_in())
+            return schedule.outputs(self.models, batches, self.objective.forward)
 
     def _configure_schedule(self) -> None:
         """Give mcore's schedule our gradient finalisation and DDP's overlap hooks."""
@@ -289,20 +305,22 @@ class Trainer:
 
     @contextlib.contextmanager
     def _gathered_parameters(self) -> Iterator[None]:
-        """With overlapped parameter gathers, complete them and pause the hooks."""
-        if not self.parallel.overlap_param_gather:
-            yield
-            return
-        for model in self.models:
+        """With overlapped parameter gathers, complete them and pause the hooks, once if nested."""
+        hooked = [model for model in self.models if model.remove_forward_pre_hook_handles]
+        for model in hooked:
             model.disable_forward_pre_hook(param_sync=True)
         yield
-        for model in self.models:
+        for model in hooked:
             model.enable_forward_pre_hook()
 
     # -- data -------------------------------------------------------------------------------
 
-    def _batches(self, split: str, start: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every step from `start` on, read once per replica."""
+    def batches(self, split: str, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every step from `start` on, read once per replica.
+
+        Raises ValueError when the reader cannot read, and for a batch whose extras are not those
+        that objective and model read.
+        """
         source: Iterator[list[Batch]] | None = None
         if is_reader():
             source = self.data.batches(
@@ -322,10 +340,29 @@ class Trainer:
                 try:
                     read = next(source)
                     for batch in read:
-                        batch.require(self.reads, self.model_name)
+                        self._check_batch(split, batch)
                 except (ValueError, OSError) as failure:
                     read, error = None, str(failure)
             yield broadcast_batches(read, error, self.device)
+
+    def _check_batch(self, split: str, batch: Batch) -> None:
+        """Refuse data of another model or objective: what is missing, and what nothing reads."""
+        model: Any = self.chunks[0]
+        batch.require(model.reads, type(model).__name__)
+        needed, read = self.objective.extras, self.objective.extras | model.extras
+        objective = type(self.objective).__name__
+        missing = sorted(needed - batch.extras.keys())
+        if missing:
+            raise ValueError(
+                f"{objective} needs extras {missing}, which data.{split}.build does not give; it"
+                f" gives {sorted(batch.extras) or 'none'}"
+            )
+        unread = sorted(batch.extras.keys() - read)
+        if unread:
+            raise ValueError(
+                f"data.{split}.build gives extras {unread}, which neither {objective} nor"
+                f" {type(model).__name__} reads; they read {sorted(read) or 'none'}"
+            )
 
     # -- start, save, stop ------------------------------------------------------------------
 
@@ -341,6 +378,7 @@ class Trainer:
             resume=self.resume,
             init_from=self.init_from,
             adapts=self.lora is not None,
+            reference=self.reference,
             command=self._command(),
             say=self._say,
         )
@@ -381,6 +419,7 @@ class Trainer:
                     "tokenizer_digest": self.data.tokenizer.digest,
                     "world_size": dist.get_world_size(),
                     "base": asdict(self.base) if self.base is not None else None,
+                    **(self.reference.state() if self.reference is not None else {}),
                 },
                 self._left_out,
                 self.scaling,
@@ -458,25 +497,6 @@ class Trainer:
     def _say(self, message: str) -> None:
         if dist.get_rank() == 0:
             log.info(message)
-
-    @contextlib.contextmanager
-    def _profiler(self) -> Iterator[Any]:
-        """A torch profiler trace of steps [start, stop) of this process, on rank 0."""
-        if self.profile is None or dist.get_rank() != 0:
-            yield _NoProfiler()
-            return
-        start, stop = self.profile
-        trace = str(self.run_dir / "profile.json")
-        with torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=start, warmup=0, active=stop - start, repeat=1),
-            on_trace_ready=lambda profiler: profiler.export_chrome_trace(trace),
-        ) as profiler:
-            yield profiler
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing is profiled."""
 
 
 def count_parameters(chunks: list[Module]) -> int:

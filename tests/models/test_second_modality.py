@@ -174,7 +174,7 @@ def test_media_that_a_model_does_not_read_are_refused(own: str, shards: Path) ->
 
 def _train(rank: int, world: int, init: str, config: Any, batches: list[list[Batch]]) -> None:
     trainer = world_trainer(config, init, batches)
-    trainer.train_step(0, next(trainer._batches("train", 0)))
+    trainer.train_step(0, next(trainer.batches("train", 0)))
 
 
 def test_a_model_checks_what_it_is_given_too() -> None:

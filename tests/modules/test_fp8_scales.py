@@ -259,7 +259,7 @@ def _one_step(rank: int, size: int, init: str, images: bool) -> dict[str, Tensor
         text = synthetic_steps(config | {"model": tiny.language()}, 1, 2)
         steps = text
     trainer = build_trainer(config, SyntheticData(steps), Path("/nowhere"), global_batch_size=4)
-    trainer.train_step(0, next(trainer._batches("train", 0)))
+    trainer.train_step(0, next(trainer.batches("train", 0)))
     return {k: v.data.clone() for k, v in trainer.scaling.sharded_state_dict().items()}
 
 

@@ -62,7 +62,7 @@ def test_segments_are_the_samples(data: Data, packed: bool) -> None:
     assert first.num_targets + second.num_targets == batch.num_tokens
     assert second.source.endswith("000001") and "/text/train-00000.tar" in second.source
     for segment, number in ((first, 0), (second, 9)):
-        ids = data.train[number].tokens.tolist()
+        ids = data.train[number].text.tokens.tolist()
         text = data.tokenizer.decode(ids, skip_special_tokens=False)
         assert "".join(stretch.text for stretch in segment.stretches) == text
         assert segment.stretches[-2].kind == "target"

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from nvmm.batch import Batch
+from nvmm.objectives.contrastive import Contrastive
+from nvmm.objectives.objective import Objective
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
@@ -28,9 +30,7 @@ CP2 = {"context_parallel_size": 2}
 
 
 class Data(SyntheticData):
-    """Synthetic steps that note which samples were read; one validation batch."""
-
-    validation = range(8)
+    """Synthetic steps that note which samples were read."""
 
     def __init__(self, steps: list[list[Batch]], poison: int | None = None) -> None:
         super().__init__(steps)
@@ -261,6 +261,58 @@ def _bf16(rank: int, world_size: int, init: str, run_dir: Path) -> tuple[str, fl
     return found, losses[0], losses[1]
 
 
+def _read(
+    rank: int, world_size: int, init: str, config: dict[str, Any], extras: list[str], split: str
+) -> str:
+    """Read the first batch, with these extras, at PP 2; the refusal, if there is one."""
+    config = config | {"parallel": PP2}
+    Parallel(**PP2).initialize(seed=1234, rank=rank, world_size=world_size, init_method=init)
+    [[batch]] = synthetic_steps(config, 1, 1)
+    data = Data([[batch.replace(extras={name: torch.zeros(6) for name in extras})]])
+    trainer = build_trainer(config, data, Path("/nowhere"), global_batch_size=2)
+    try:
+        next(trainer.batches(split, 0))
+    except ValueError as refusal:
+        return str(refusal)
+    return ""
+
+
+RETRIEVAL = sorted([*Contrastive.extras, "pool_from"])
+
+
+@pytest.mark.parametrize(
+    ("config", "extras", "split", "message"),
+    [
+        (tiny.contrastive(tiny.embedder("Mean"), {}), RETRIEVAL, "train", ""),
+        (
+            tiny.contrastive(tiny.embedder("Mean"), {}),
+            ["role", "answers"],
+            "train",
+            "Contrastive needs extras ['document_id', 'in_batch', 'teacher', 'text_hash'], which"
+            " data.train.build does not give; it gives ['answers', 'role']",
+        ),
+        (
+            tiny.contrastive(tiny.embedder("Mean"), {}),
+            [*RETRIEVAL, "weight"],
+            "validation",
+            "data.validation.build gives extras ['weight'], which neither Contrastive nor"
+            f" EmbeddingModel reads; they read {RETRIEVAL}",
+        ),
+        (
+            tiny.config(tiny.language()),
+            ["pool_from"],
+            "train",
+            "data.train.build gives extras ['pool_from'], which neither NextToken nor"
+            " LanguageModel reads; they read none",
+        ),
+    ],
+)
+def test_extras_that_are_missing_or_unread_are_refused_on_every_rank(
+    config: dict[str, Any], extras: list[str], split: str, message: str
+) -> None:
+    assert run_ranks(_read, 2, config, extras, split) == [message] * 2
+
+
 def test_run_replays_the_training_pass(tmp_path: Path) -> None:
     first, second = run_ranks(_prepare, 1, tmp_path)[0]
     assert torch.equal(first, second)
@@ -275,15 +327,12 @@ def _prepare(rank: int, world_size: int, init: str, run_dir: Path) -> Any:
     trainer = build_trainer(config, Data(steps), run_dir, global_batch_size=2)
     seen: dict[str, torch.Tensor] = {}
 
-    class Watching:
+    class Watching(Objective):
         """An objective with a first pass."""
 
         def prepare(self, run: Any, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
             [seen["first"]] = run(batches)
             return batches, {}
-
-        def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-            return model(batch, output="loss")
 
         def loss(self, output: torch.Tensor, batch: Batch) -> Any:
             seen["second"] = output.detach().clone()
