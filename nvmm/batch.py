@@ -224,9 +224,11 @@ class Batch:
         unread = sorted(str(kind) for kind in self.media.keys() - set(reads))
         if unread:
             able = ", ".join(sorted(map(str, reads))) or "no media"
+            hint = "; data.train.build.attended=none places tiles in the sequence"
             raise ValueError(
                 f"the data (data.train.build or data.validation.build) give {', '.join(unread)},"
                 f" which {reader} does not read: it reads {able}"
+                + (hint if ATTENDED in " ".join(unread) else "")
             )
 
     def count_media(self, modality: str) -> Tensor:

@@ -76,6 +76,7 @@ def texts() -> list[Batch]:
                 torch.arange(width).expand(rows, width),
                 torch.full((rows,), width, dtype=torch.int32),
                 torch.arange(rows),
+                torch.arange(rows),
             )
         )
     first = batches[0]
@@ -87,6 +88,7 @@ def texts() -> list[Batch]:
             *padded,
             position_ids,
             torch.tensor([11, 11, 0], dtype=torch.int32),
+            torch.arange(2),
             torch.arange(2),
             cu_seqlens=torch.tensor([0, 11, 22, 26], dtype=torch.int32),
         )
@@ -272,5 +274,5 @@ def test_left_padding_moves_media() -> None:
     for row, column in zip(media.rows, media.positions, strict=True):
         assert batch.tokens[row, column : column + 2].tolist() == [7, 7]
     assert left_padded([prompt(3, 0), prompt(3, 1)], PAD)[1] is None
-    with pytest.raises(ValueError, match="prompt 9: a prompt has no tokens"):
+    with pytest.raises(ValueError, match=r"prompt 9 \(sample 9\): a text has no tokens"):
         left_padded([prompt(2, 0), prompt(0, 9)], PAD)

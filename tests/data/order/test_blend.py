@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from nvmm.data.order import mixture
 from nvmm.data.order.blend import MAX_PERIOD, Blend, Source, integer_weights
+from nvmm.data.samples.retrieval import RetrievalBuilder
 from nvmm.data.shards.dataset import Dataset
 
 WEIGHTS = st.lists(
@@ -114,8 +116,9 @@ def listed(make_shards: Callable[..., str], entries: list[dict[str, Any]]) -> li
         for entry in [e for outer in entries for e in (outer, *outer.get("blend", []))]:
             if entry.get("name") == name:
                 entry["shards"] = pattern
-    train = Dataset(None, build=lambda **options: lambda members: members)
-    return mixture.read(entries, train, {})
+    options = {"num_negatives": 1, "in_batch_negatives": True, "sequence_length": 8}
+    train = Dataset(None, build=functools.partial(RetrievalBuilder, **options))
+    return mixture.read(entries, train, {"tokenizer": None})
 
 
 def weights(found: list[mixture.Part]) -> dict[str, Fraction]:
