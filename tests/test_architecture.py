@@ -16,22 +16,23 @@ DOORS = {"train", "evaluate", "generate"}
 """Commands: they may import every room, and nobody imports them."""
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
-    "kernels": set(),
+    "choices": set(),
+    "kernels": {"choices"},
     "evaluation": set(),
     "convert.formats": {
         f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")
     },
-    "parallel": {"batch"},
-    "data": {"batch"},
-    # Both are read without torch.
-    "config": {"parallel.environment", "parallel.fp8_recipe"},
-    "modules": {"batch", "kernels", "parallel"},
+    "parallel": {"batch", "choices"},
+    "data": {"batch", "choices"},
+    # All are read without torch.
+    "config": {"choices", "parallel.environment", "parallel.fp8_recipe"},
+    "modules": {"batch", "choices", "kernels", "parallel"},
     "models": {"batch", "modules", "parallel"},
     "objectives": {"batch", "parallel"},
-    "checkpoint": {"config.moved", "parallel"},
+    "checkpoint": {"choices", "config.moved", "parallel"},
     "training": {
-        *("batch", "checkpoint", "config.changes", "kernels", "modules", "objectives"),
-        "parallel",
+        *("batch", "checkpoint", "choices", "config.changes", "kernels", "modules"),
+        *("objectives", "parallel"),
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
     "convert": {"batch", "checkpoint", "data", "modules", "parallel"},

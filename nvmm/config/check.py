@@ -270,8 +270,12 @@ def _check_type(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]
     if isinstance(value, Mapping) and "_target_" in value:
         return
     allowed = _allowed(parameter.annotation)
-    if allowed and not any(_fits(value, kind) for kind in allowed):
-        names = [k if isinstance(k, str) else repr(k[0]) for k in allowed]
+    if not allowed or any(_fits(value, kind) for kind in allowed):
+        return
+    names = [kind if isinstance(kind, str) else str(kind[0]) for kind in allowed]
+    if isinstance(allowed[0], tuple):
+        yield Problem(key, value, f"must be one of {', '.join(names)}")
+    else:
         yield Problem(key, repr(value), f"must be {' or '.join(names)}")
 
 

@@ -9,13 +9,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from nvmm.batch import QUERY, Batch, Sample
+from nvmm.choices import require
 from nvmm.data.order import mixture, sample_ids
 from nvmm.data.order.mixture import Part
 from nvmm.data.order.order import Order, Settings
@@ -24,6 +25,7 @@ from nvmm.data.shards.dataset import Dataset, builder_digest
 from nvmm.data.steps import Numbers, OnePass, Step, Steps, end_with
 
 log = logging.getLogger("nvmm")
+OnError = Literal["skip", "stop"]
 SPLITS = ("train", "validation")
 COUNTERS = ("samples", "tokens", "images", "tiles", "bad")
 _FEW = 1000  # samples below which a rate of bad ones says little
@@ -55,7 +57,7 @@ class Data:
         validation: Dataset | None = None,
         blend: Sequence[Mapping[str, Any]] | None = None,
         window: int = 4096,
-        on_error: str = "skip",
+        on_error: OnError = "skip",
         max_bad_fraction: float = 0.01,
         log_samples: bool = False,
         *,
@@ -67,8 +69,7 @@ class Data:
             raise ValueError(f"data.sequence_length={sequence_length} must be at least 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers} must be at least 0")
-        if on_error not in ("skip", "stop"):
-            raise ValueError(f"data.on_error={on_error} must be skip or stop")
+        require("data.on_error", on_error, OnError)
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "sequence_length": sequence_length,

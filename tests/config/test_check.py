@@ -65,7 +65,7 @@ def lines(node: Any) -> list[str]:
         ("Part", {"size": True}, "objective.size=True must be int"),
         ("Part", {"size": 1.5}, "objective.size=1.5 must be int"),
         ("Part", {"size": 1, "rate": 1}, None),
-        ("Part", {"size": 1, "mode": "c"}, "objective.mode='c' must be 'a' or 'b' or null"),
+        ("Part", {"size": 1, "mode": "c"}, "objective.mode=c must be one of a, b, null"),
         ("Part", {"size": 1, "mode": None, "name": None, "items": [1]}, None),
         ("Part", {"size": 1, "flag": 1}, "objective.flag=1 must be bool"),
         ("Part", {"size": 1, "items": 3}, "objective.items=3 must be a list or null"),

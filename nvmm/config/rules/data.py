@@ -7,12 +7,6 @@ from typing import Any
 
 from nvmm.config.problem import Problem, View, divisors
 
-CHOICES = {
-    "data.on_error": ("skip", "stop"),
-    "data.train.build.tags.variant": ("none", "1d", "2d_grid", "2d_bbox"),
-    "data.train.build.tags.form": ("megatron", "hf"),
-    "data.train.build.template.style": ("chatml", "yi", "pretraining"),
-}
 _NESTED_KEYS = ("name", "weight", "temperature", "blend")
 _DATASET_KEYS = (
     *("name", "weight", "repeat", "epochs", "samples"),
@@ -124,6 +118,10 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
             yield from _blend_entries(entry["blend"], f"{where}.blend")
         elif entry.get("shards") is None:
             yield Problem(f"{where}.shards", None, "must name files, or give a nested blend")
+        build = entry.get("build")
+        if build is not None and not (isinstance(build, Mapping) and "_target_" in build):
+            allowed = "must be a whole builder, as data.train.build: it needs a _target_"
+            yield Problem(f"{where}.build", build, allowed)
         for name in ("weight", "temperature", "repeat", "samples", "local_window"):
             value = entry.get(name)
             if isinstance(value, int | float) and value <= 0:

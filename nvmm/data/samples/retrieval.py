@@ -20,17 +20,18 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample
+from nvmm.choices import require
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
 """NV-Embed's; a text without an instruction has nothing before it."""
 
-MASKINGS = ("sentence_transformers", "nv_embed", "mm_embed", "none")
+Masking = Literal["sentence_transformers", "nv_embed", "mm_embed", "none"]
 
 
 class RetrievalBuilder:
@@ -54,14 +55,13 @@ class RetrievalBuilder:
         num_negatives: int,
         in_batch_negatives: bool,
         instruction: str | None = None,
-        masking: str = "sentence_transformers",
+        masking: Masking = "sentence_transformers",
         num_answers: int = 16,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
     ) -> None:
-        if masking not in MASKINGS:
-            raise ValueError(f"masking={masking} must be one of {', '.join(MASKINGS)}")
+        require("masking", masking, Masking)
         if num_negatives < 0 or num_answers < 1:
             raise ValueError(
                 f"num_negatives={num_negatives} must be at least 0, num_answers={num_answers} 1"
