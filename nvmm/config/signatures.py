@@ -15,6 +15,7 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Bases that add no constructor parameter; some of them exist only in C.
 _PLAIN_BASES = {"object", "ABC", "Generic", "Protocol"}
@@ -29,6 +30,7 @@ class Parameter:
     required: it has no default.
     nullable: its default is None, whatever the annotation says.
     positional: it can be filled from `_args_`.
+    default: as written, a name of a module's constant replaced by the constant; None without one.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Parameter:
     required: bool
     nullable: bool
     positional: bool
+    default: ast.expr | None = None
 
 
 @dataclass(frozen=True)
@@ -301,34 +304,50 @@ def _member(owner: _Definition, name: str) -> _Found | None:
     return None
 
 
-class _Literals(ast.NodeTransformer):
-    """Puts the Literal that a name stands for in a module in the place of the name."""
+def default_of(target: str, name: str) -> Any:
+    """What parameter `name` of the constructor at `target` is when a config lacks it, as a config
+    says it (tuples are lists); None where that cannot be read from source."""
+    try:
+        parameter = signature(target).parameters.get(name)
+    except UnknownTargetError:
+        return None
+    try:
+        value = ast.literal_eval(parameter.default) if parameter and parameter.default else None
+    except ValueError:
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+class _Constants(ast.NodeTransformer):
+    """Puts a Literal or a constant in the place of the name that it has in a module."""
 
     def __init__(self, module: _Module) -> None:
         self.module = module
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return _literal(self.module, node.id) or node
+        return _constant(self.module, node.id) or node
 
 
-def _literal(module: _Module, name: str, depth: int = 0) -> ast.expr | None:
-    """What `name = Literal[...]` binds in `module`, or in the module of its package that it is
-    imported from; None for every other name."""
+def _constant(module: _Module, name: str, depth: int = 0) -> ast.expr | None:
+    """What `name = Literal[...]` or `name = 1` binds in `module`, or in the module of its package
+    that it is imported from; None for every other name."""
     for statement in module.bindings.get(name, []):
         match statement:
             case ast.Assign(value=ast.Subscript(value=head) as value):
                 return value if ast.unparse(head).rpartition(".")[2] == "Literal" else None
+            case ast.Assign(value=ast.Constant() | ast.Tuple() | ast.UnaryOp() as value):
+                return value
             case ast.ImportFrom(names=aliases) if depth < _DEPTH:
                 original = next(a.name for a in aliases if (a.asname or a.name) == name)
                 path = _source(module, statement)
                 if path.partition(".")[0] == module.name.partition(".")[0]:
                     source = _load(path)
-                    return _literal(source, original, depth + 1) if source else None
+                    return _constant(source, original, depth + 1) if source else None
     return None
 
 
-def _annotation(module: _Module, annotation: ast.expr | None) -> ast.expr | None:
-    return None if annotation is None else _Literals(module).visit(copy.deepcopy(annotation))
+def _resolved(module: _Module, node: ast.expr | None) -> ast.expr | None:
+    return None if node is None else _Constants(module).visit(copy.deepcopy(node))
 
 
 def _function_signature(
@@ -346,7 +365,12 @@ def _function_signature(
     ]
     parameters = {
         a.arg: Parameter(
-            a.arg, _annotation(module, a.annotation), d is None, _is_none(d), by_position
+            a.arg,
+            _resolved(module, a.annotation),
+            d is None,
+            _is_none(d),
+            by_position,
+            _resolved(module, d),
         )
         for a, d, by_position in pairs
     }
@@ -434,10 +458,11 @@ def _annotated(module: _Module, node: ast.ClassDef, *, kw_only: bool) -> dict[st
         name = statement.target.id
         found[name] = Parameter(
             name,
-            _annotation(module, statement.annotation),
+            _resolved(module, statement.annotation),
             required,
             _is_none(default),
             not by_keyword,
+            _resolved(module, default),
         )
     return found
 

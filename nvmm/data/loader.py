@@ -44,9 +44,9 @@ class Data:
     on_error: "skip" samples that cannot be used, leaving a hole, or "stop" at the first.
     max_bad_fraction: the run stops when more of its samples are bad (of 1,000 at least).
     log_samples: list the sample ids of every step in metrics.jsonl.
-    seed: of the training order.
     pack: plan rows of up to sequence_length tokens; a micro-batch is one packed row. All batch
         sizes then count packs, not samples.
+    seed: of the training order.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Data:
         on_error: OnError = "skip",
         max_bad_fraction: float = 0.01,
         log_samples: bool = False,
+        pack: bool = False,
         *,
         tokenizer: Tokenizer,
         seed: int = 0,
-        pack: bool = False,
     ) -> None:
         if sequence_length < 1:
             raise ValueError(f"data.sequence_length={sequence_length} must be at least 1")
