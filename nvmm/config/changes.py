@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nvmm.config.signatures import default_of
+from nvmm.config.signatures import value_of
 
 FREE = (
     "parallel",
@@ -73,10 +73,6 @@ def differences(key: str, saved: Any, current: Any) -> Iterator[Change]:
     if isinstance(saved, dict) and isinstance(current, dict):
         for name in sorted(saved.keys() | current.keys()):
             path = f"{key}.{name}" if key else name
-            yield from differences(path, _value(saved, name), _value(current, name))
+            yield from differences(path, value_of(saved, name), value_of(current, name))
     elif saved != current:
         yield Change(key, saved, current)
-
-
-def _value(node: dict[str, Any], name: str) -> Any:
-    return node[name] if name in node else default_of(str(node.get("_target_", "")), name)

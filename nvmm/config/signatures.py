@@ -12,7 +12,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,6 +316,11 @@ def default_of(target: str, name: str) -> Any:
     except ValueError:
         return None
     return list(value) if isinstance(value, tuple) else value
+
+
+def value_of(node: Mapping[str, Any], name: str) -> Any:
+    """What a mapping of a config says of `name`: a value, or its constructor's default."""
+    return node[name] if name in node else default_of(str(node.get("_target_", "")), name)
 
 
 class _Constants(ast.NodeTransformer):

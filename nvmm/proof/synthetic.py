@@ -148,7 +148,7 @@ def _row(
     count, size, per_tile = 0, 0, 0
     if model is not None:
         size = model["vision"]["image_size"]
-        grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 1)
+        grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 2)
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     # Like NVLM-D's, -H's or -X's rows: all tiles, the first one or none in the sequence.

@@ -251,11 +251,10 @@ def test_a_parameter_that_no_yaml_names_needs_no_plus(tmp_path: Path) -> None:
         "model.transformer.qk_layernorm=true",
         "data.train.build.fields.question=query",
         "+data.train.build.max_pixels=7",
-        "data.train.build.template.turn_start=start",
     ]
     done = train("experiment=language/tiny", *given, "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for line in ("pack: true", "qk_layernorm: true", "question: query", "max_pixels: 7", "t: start"):
+    for line in ("pack: true", "qk_layernorm: true", "question: query", "max_pixels: 7"):
         assert line in done.stdout
 
 
@@ -318,6 +317,8 @@ def test_which_keys_a_config_may_have(key: str, accepted: bool) -> None:
         ([], "model=??? is not chosen; add experiment=..."),
         (["experiment=language/tini"], "did you mean language/tiny?"),
         (["model=langage_tiny"], "did you mean language_tiny?"),
+        (["model=internvit_6b"], "model=internvit_6b does not exist"),
+        (["language=qwen2_72b"], "language=qwen2_72b does not exist"),
         (["modle=language_tiny"], "modle=language_tiny does not exist; did you mean model?"),
         (["seed=", "1"], "no spaces around ="),
         (["--multirun", "seed=1,2", "precision.dtype=fp16"], "one of fp32, bf16"),

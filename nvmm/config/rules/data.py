@@ -96,7 +96,7 @@ def blend(view: View) -> Iterator[Problem]:
         if shards is not None:
             yield Problem("data.train.shards", shards, "must be null where data.blend is given")
         yield from _blend_entries(entries, "data.blend")
-    elif isinstance(view.get("data.train"), Mapping) and "blend" in view.get("data"):
+    elif isinstance(view.get("data.train"), Mapping):
         if view.config["data"]["train"].get("shards") is None:
             yield Problem("data.train.shards", None, "must name files, or give data.blend")
 
