@@ -16,22 +16,22 @@ DOORS = {"train", "evaluate", "generate"}
 """Commands: they may import every room, and nobody imports them."""
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
-    "kernels": set(),
+    "kernels": {"config.choices"},
     "convert.formats": {
         f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")
     },
     "io": set(),
-    "parallel": {"batch"},
-    "data": {"batch", "io"},
+    "parallel": {"batch", "config.choices"},
+    "data": {"batch", "config.choices", "io"},
     # Both are read without torch.
     "config": {"parallel.environment", "parallel.fp8_recipe"},
-    "modules": {"batch", "kernels", "parallel"},
+    "modules": {"batch", "config.choices", "kernels", "parallel"},
     "models": {"batch", "modules", "parallel"},
     "objectives": {"batch", "parallel"},
-    "checkpoint": {"config.moved", "parallel"},
+    "checkpoint": {"config.choices", "config.moved", "parallel"},
     "training": {
-        *("batch", "checkpoint", "config.changes", "io", "kernels", "modules", "objectives"),
-        "parallel",
+        *("batch", "checkpoint", "config.changes", "config.choices", "io", "kernels", "modules"),
+        *("objectives", "parallel"),
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
     "convert": {"batch", "checkpoint", "config.check", "data", "io", "modules", "parallel"},

@@ -1,19 +1,41 @@
-"""Every experiment composes, and its config passes every check once the user's paths are given."""
+"""Every experiment composes, and its config passes every check once the user's paths are given;
+no YAML repeats another, or a constructor."""
 
 import functools
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from nvmm.config.check import check, config_dir, resolve, to_plain
+from nvmm.config.signatures import default_of, signature
 from nvmm.proof.equivalence import ONE_RANK, run, shrink
 
 EXPERIMENTS = sorted(
     str(path.relative_to(config_dir() / "experiment").with_suffix(""))
     for path in (config_dir() / "experiment").rglob("*.yaml")
 )
+
+
+YAMLS = {
+    str(path.relative_to(config_dir())): yaml.safe_load(path.read_text())
+    for path in sorted(config_dir().rglob("*.yaml"))
+}
+STATED = {
+    "data/instruct.yaml": "lists what a user changes of data, with a word on each",
+    "optim/adamw.yaml": "lists what a user changes of the optimizer",
+    "trainer/default.yaml": "lists what a user changes of the loop",
+    "checkpoint/default.yaml": "lists what a user changes of checkpoints",
+    "logger/local.yaml": "lists the other loggers",
+    "lora/default.yaml": "states LoRA's rank and strength, which every run must know",
+    "model/nv_embed_7b.yaml": "states the paper's latents and heads",
+}
+"""YAMLs that may say what their constructors say anyway, and why."""
 
 
 @functools.lru_cache
@@ -56,3 +78,69 @@ def test_experiment_trains_a_step_when_shrunk(experiment: str) -> None:
     result = run(config, ONE_RANK, num_steps=1)
     assert math.isfinite(result.losses[0])
     assert result.grad_norms[0] > 0
+
+
+def mappings(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
+        yield from mappings(child)
+
+
+def leaves(node: Any, key: str = "") -> set[tuple[str, str]]:
+    if not isinstance(node, dict):
+        return {(key, repr(node))}
+    return {leaf for name, child in node.items() for leaf in leaves(child, f"{key}.{name}")}
+
+
+def test_no_two_models_share_more_than_fifteen_leaves() -> None:
+    """A part that two models have is a file of its own, which both name in their defaults."""
+    groups = ("model/", "language/", "vision/")
+    parts = [
+        (name, leaves(mapping))
+        for name, config in YAMLS.items()
+        if name.startswith(groups)
+        for mapping in mappings(config)
+    ]
+    for (one, some), (other, others) in itertools.combinations(parts, 2):
+        if one != other:
+            assert len(some & others) <= 15, f"{one} and {other} share {sorted(some & others)}"
+
+
+@pytest.mark.parametrize("name", sorted(YAMLS.keys() - STATED.keys()))
+def test_no_leaf_says_what_its_constructor_says(name: str) -> None:
+    """Of nvmm's own constructors: another package's defaults may change with its version."""
+    for mapping in mappings(YAMLS[name]):
+        target = str(mapping.get("_target_", ""))
+        for key in mapping.keys() & (signature(target).parameters if target[:5] == "nvmm." else {}):
+            if not signature(target).parameters[key].required:
+                assert mapping[key] != default_of(target, key), f"{key} of {target}"
+
+
+@pytest.mark.parametrize("name", sorted(STATED))
+def test_exceptions_are_needed(name: str) -> None:
+    with pytest.raises(AssertionError):
+        test_no_leaf_says_what_its_constructor_says(name)
+
+
+@pytest.mark.parametrize("name", sorted(YAMLS))
+def test_defaults_lists_have_one_style(name: str) -> None:
+    """Another group is named from the root, and one's own values say when they come."""
+    defaults = YAMLS[name].get("defaults", [])
+    if defaults and YAMLS[name].keys() - {"defaults"}:
+        assert "_self_" in defaults
+    own = config_dir() / name.partition("/")[0]
+    for entry in defaults if "/" in name else ():
+        path = entry if isinstance(entry, str) else next(iter(entry)).removeprefix("override ")
+        assert path.startswith(("/", "_self_")) or (own / f"{path}.yaml").is_file(), path
+        assert "/" not in path.lstrip("/") or path.startswith("/"), path
+
+
+def test_a_part_is_no_model() -> None:
+    models = {name for name in YAMLS if name.startswith("model/")}
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        for name in models:
+            config = compose("train", [f"model={Path(name).stem}"])
+            assert "vocab_size" in config.model.get("language", config.model), name

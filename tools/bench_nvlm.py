@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
 from nvmm import studies
-from nvmm.config.check import check, config_dir, to_plain
+from nvmm.config.check import check, to_plain
+from nvmm.config.compose import composed
 
 SYSTEMS = ("x", "h", "d")
 TEXT_TOKENS, TILE_TOKENS, TILE_SIZE, GRID = 256, 64, 128, (3, 2)
@@ -112,8 +112,7 @@ def configure(system: str, tokenizer: str) -> dict[str, Any]:
     """The quickstart's config of a system at the shape above."""
     overrides = [f"experiment=nvlm_{system}/quickstart", *SHAPE, *BLOCKS[system]]
     overrides.append(f"tokenizer.path={tokenizer}")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("train", overrides)
+    config = composed("train", overrides)
     if problems := check(config):
         raise ValueError("; ".join(map(str, problems)))
     # build_trainer takes the arguments alone

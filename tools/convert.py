@@ -194,25 +194,17 @@ def verify(options: argparse.Namespace) -> int:
 
 def _composed(overrides: list[str]) -> dict[str, Any]:
     """What `model=NAME` or `experiment=NAME`, and overrides of it, say about model and data."""
-    import hydra
-
-    from nvmm.config import check
+    from nvmm.config import check, compose
 
     groups = [text for text in overrides if text.startswith(("model=", "experiment="))]
     if len(groups) != 1:
         raise ValueError("give one of model=NAME and experiment=NAME, then overrides of it")
-    rest = [text for text in overrides if text not in groups]
-    with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
-        if groups[0].startswith("model="):
-            composed = hydra.compose(overrides=[f"+model={groups[0][6:]}", *rest])
-        else:
-            composed = hydra.compose("train", overrides=[*groups, *rest])
-    plain, problems = check.resolve(composed)
+    plain, problems = check.resolve(compose.composed("train", overrides))
     # An experiment's unset data and run settings are of no concern here.
     missing = [str(problem) for problem in problems if problem.key.startswith("model.")]
     if missing:
         raise ValueError("\n".join(missing))
-    return plain
+    return plain if groups[0].startswith("experiment=") else {"model": plain["model"]}
 
 
 def _constructor(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """Show what training would see of some samples.
 
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
-    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 +data.pack=true
+    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 data.pack=true
 
 Takes the overrides of `python -m nvmm.train`, and `sample=K[,K...]`: ids of training samples (as
 data.log_samples lists them; of a single dataset their numbers), which become one micro-batch.

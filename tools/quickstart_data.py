@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import get_args
 
 from nvmm.data.prepare import digits
-from nvmm.data.samples.chat import VARIANTS
+from nvmm.data.samples.chat import Variant
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     parser.add_argument("--to", default="data/quickstart", help="folder to write")
     for field in dataclasses.fields(digits.Amounts):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
-    parser.add_argument("--tags", default="1d", choices=VARIANTS, help="of the tiles in text")
+    parser.add_argument("--tags", default="1d", choices=get_args(Variant), help="of tiles in text")
     parser.add_argument("--max-images", type=int, default=1, help="of a sample")
     options = vars(parser.parse_args())
     folder = options.pop("to")

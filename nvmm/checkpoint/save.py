@@ -21,16 +21,17 @@ import shutil
 import tempfile
 from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.nn import Module
 
 from nvmm.checkpoint.files import complete, latest, read_record
 from nvmm.checkpoint.weights import checksums, current_layout, rng_tensor, sharded_weights, without
+from nvmm.config.choices import require
 from nvmm.parallel import generators
 
-SHARDING_TYPES = ("fully_reshardable", "dp_reshardable")
+ShardingType = Literal["fully_reshardable", "dp_reshardable"]
 
 
 class Checkpoint:
@@ -53,7 +54,7 @@ class Checkpoint:
         self,
         save_interval: int | None = 1000,
         keep_last: int | None = 3,
-        optimizer: str = "fully_reshardable",
+        optimizer: ShardingType = "fully_reshardable",
         async_save: bool = False,
         *,
         directory: Path,
@@ -62,9 +63,7 @@ class Checkpoint:
             raise ValueError(f"checkpoint.save_interval={save_interval} must be positive or null")
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last} must be positive or null")
-        if optimizer not in SHARDING_TYPES:
-            allowed = " or ".join(SHARDING_TYPES)
-            raise ValueError(f"checkpoint.optimizer={optimizer} must be {allowed}")
+        require("checkpoint.optimizer", optimizer, ShardingType)
         self.save_interval = save_interval
         self.keep_last = keep_last
         self.sharding_type = optimizer

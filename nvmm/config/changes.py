@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nvmm.config.signatures import value_of
+
 FREE = (
     "parallel",
     "logger",
@@ -66,10 +68,11 @@ def _under(key: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def differences(key: str, saved: Any, current: Any) -> Iterator[Change]:
-    """The leaves, below `key`, in which two nested dicts differ."""
+    """The leaves, below `key`, in which two nested dicts differ; an absent one has the default of
+    the constructor that its dict names."""
     if isinstance(saved, dict) and isinstance(current, dict):
         for name in sorted(saved.keys() | current.keys()):
             path = f"{key}.{name}" if key else name
-            yield from differences(path, saved.get(name), current.get(name))
+            yield from differences(path, value_of(saved, name), value_of(current, name))
     elif saved != current:
         yield Change(key, saved, current)

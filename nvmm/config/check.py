@@ -164,6 +164,29 @@ def suggestion(key: str, config: DictConfig | Mapping[str, Any]) -> str | None:
     return None
 
 
+def accepts(key: str, config: DictConfig | Mapping[str, Any]) -> bool:
+    """Whether `config`, which lacks `key`, may have it: some constructor has that parameter, or
+    has a mapping of any keys there."""
+    node: Any = resolve(config)[0]
+    inside = False
+    parts = key.split(".")
+    for depth, part in enumerate(parts, 1):
+        if not isinstance(node, Mapping):
+            return False
+        if part in node:
+            inside = inside or "_target_" in node
+            node = node[part]
+            continue
+        if "_target_" not in node:
+            return inside
+        parameter = _parameters(node).get(part)
+        if parameter is None:
+            return _signature(node).any_keyword
+        kinds = None if parameter.annotation is None else _allowed(parameter.annotation)
+        return depth == len(parts) or "a mapping" in (kinds or ())
+    return True
+
+
 @functools.cache
 def _schema(entry: str) -> dict[str, Any]:
     schema = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{entry}.yaml"), resolve=False)
@@ -224,7 +247,9 @@ def _check_target(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
         if name in _SPECIAL:
             continue
         parameter = accepted.parameters.get(name)
-        if parameter is not None:
+        if parameter is not None and _is_the_codes(parameter, node):
+            yield Problem(f"{key}.{name}", value, "must not be given: nvmm itself gives it")
+        elif parameter is not None:
             yield from _check_type(parameter, value, f"{key}.{name}")
         elif not accepted.any_keyword:
             allowed = _unknown(f"a parameter of {target}", name, accepted.parameters)
@@ -232,24 +257,34 @@ def _check_target(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
     for parameter in accepted.parameters.values():
         if parameter.name in node or parameter.name in given or not parameter.required:
             continue
-        if _left_to_caller(parameter, node, target):
+        if _left_to_caller(parameter, node):
             continue
         yield Problem(f"{key}.{parameter.name}", None, f"must be given: {target} requires it")
 
 
-def _left_to_caller(parameter: Parameter, node: Mapping[str, Any], target: str) -> bool:
-    """Whether a partial may lack `parameter`: in nvmm the code adds keyword-only parameters."""
-    if not node.get("_partial_"):
-        return False
-    return not parameter.positional or not target.startswith("nvmm.")
+def _left_to_caller(parameter: Parameter, node: Mapping[str, Any]) -> bool:
+    """Whether `node` may lack a parameter that has no default."""
+    foreign = not str(node["_target_"]).startswith("nvmm.")
+    return _is_the_codes(parameter, node) or bool(node.get("_partial_") and foreign)
+
+
+def _is_the_codes(parameter: Parameter, node: Mapping[str, Any]) -> bool:
+    """Whether nvmm completes `node` with `parameter`: the keyword-only ones of its own partials."""
+    ours = str(node["_target_"]).startswith("nvmm.")
+    return bool(node.get("_partial_")) and ours and not parameter.positional
+
+
+def _signature(node: Mapping[str, Any]) -> Signature:
+    try:
+        return signature(str(node["_target_"])) if "_target_" in node else Signature({})
+    except UnknownTargetError:
+        return Signature({})
 
 
 def _parameters(node: Mapping[str, Any]) -> dict[str, Parameter]:
-    try:
-        accepted = signature(str(node["_target_"])) if "_target_" in node else Signature({})
-    except UnknownTargetError:
-        return {}
-    return accepted.parameters
+    """What a config may give to the constructor of `node`."""
+    parameters = _signature(node).parameters.values()
+    return {p.name: p for p in parameters if not _is_the_codes(p, node)}
 
 
 def _not_found(error: UnknownTargetError) -> str:
@@ -276,8 +311,12 @@ def _check_type(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]
     if isinstance(value, Mapping) and "_target_" in value:
         return
     allowed = _allowed(parameter.annotation)
-    if allowed and not any(_fits(value, kind) for kind in allowed):
-        names = [k if isinstance(k, str) else repr(k[0]) for k in allowed]
+    if not allowed or any(_fits(value, kind) for kind in allowed):
+        return
+    names = [kind if isinstance(kind, str) else str(kind[0]) for kind in allowed]
+    if isinstance(allowed[0], tuple):
+        yield Problem(key, value, f"must be one of {', '.join(names)}")
+    else:
         yield Problem(key, repr(value), f"must be {' or '.join(names)}")
 
 

@@ -35,6 +35,7 @@ from nvmm.parallel.environment import rank, world_size
 
 BAD_CONFIG = 2
 """Exit code of a refused config: starting again cannot help."""
+_FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
     --cfg, --info, or --multirun (each job in a process of its own). Exits with BAD_CONFIG, every
     problem printed to stderr, when the config is bad.
     """
+    typed, accepted = list(sys.argv), set[str]()
     # Hydra then raises what goes wrong instead of printing it and leaving with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs: list[Job] = []
 
     def collect(composed: DictConfig) -> None:
-        overrides: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        overrides = [text[2:] if _key(text) in accepted else text for text in given]
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         for old in sorted(_rename_targets(composed)):
             if rank() == 0:
@@ -90,12 +93,36 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
             plain["run"]["name"] = HydraConfig.get().runtime.choices.get("experiment") or entry
         jobs.append(Job(plain, overrides, filled))
 
-    path = str(check.config_dir())
+    command = hydra.main(
+        version_base="1.3", config_path=str(check.config_dir()), config_name=entry
+    )(collect)
     try:
-        hydra.main(version_base="1.3", config_path=path, config_name=entry)(collect)()
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        refuse(entry, _explain(entry, error))
+        try:
+            command()
+        except _FAILURES as error:
+            problems, unwritten = _explain(entry, error)
+            if problems:
+                refuse(entry, problems)
+            accepted |= {_key(text) for text in unwritten}
+            sys.argv = [f"++{text}" if text in unwritten else text for text in typed]
+            command()
+    except _FAILURES as error:
+        refuse(entry, [_message(error)])
+    finally:
+        sys.argv = typed
     return jobs[0] if jobs else None
+
+
+def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose `configs/<entry>.yaml` with overrides as the command line takes them.
+
+    Raises ValueError that says what has no place.
+    """
+    with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
+        config, _, problems = _place(entry, list(overrides))
+    if config is None or problems:
+        raise ValueError("\n".join(map(str, problems)))
+    return config
 
 
 def _rename_targets(node: DictConfig | ListConfig) -> set[str]:
@@ -165,39 +192,70 @@ def log_to_stderr() -> None:
     logging.getLogger("nvmm").setLevel(logging.INFO)
 
 
-def _explain(entry: str, error: Exception) -> list[object]:
-    """Say what Hydra refused: every override it cannot place, with the nearest that it can."""
+def _explain(entry: str, error: Exception) -> tuple[list[object], list[str]]:
+    """Say what Hydra refused: every override it cannot place, with the nearest that it can.
+
+    Returns (problems, overrides whose key is in no YAML, but in a constructor).
+    """
     if isinstance(error, OverrideParseException):
-        return [f"{error.override!r} is no override: {_message(error)} (no spaces around =)"]
+        return [f"{error.override!r} is no override: {_message(error)} (no spaces around =)"], []
     arguments = get_args_parser().parse_args()
     overrides = list(arguments.overrides)
     if arguments.config_dir:
         overrides.append(f"hydra.searchpath=[file://{os.path.abspath(arguments.config_dir)}]")
-    name = arguments.config_name or entry
-    problems: list[object] = []
-    unknown: list[str] = []
-    groups = False
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        composed = None
-        while composed is None:
-            try:
-                composed = hydra.compose(name, overrides)
-            except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as failure:
-                culprit = _culprit(failure, overrides)
-                if culprit is None:
-                    return [*problems, _message(failure)]
-                overrides.remove(culprit)
-                if isinstance(failure, MissingConfigException):
-                    groups = True
-                    problems.append(_unknown_option(culprit, failure.options or (), loader))
-                else:
-                    unknown.append(culprit)
-        for override in unknown:
-            problems.append(_unknown_key(override, composed, loader))
-    if problems and not groups:
-        problems += check.check(composed, entry=entry, world_size=world_size())
-    return problems or [_message(error)]
+        config, unwritten, problems = _place(arguments.config_name or entry, overrides)
+    if config is not None and problems:
+        problems += check.check(config, entry=entry, world_size=world_size())
+    return problems or ([] if unwritten else [_message(error)]), unwritten
+
+
+def _place(name: str, overrides: list[str]) -> tuple[DictConfig | None, list[str], list[object]]:
+    """Compose with all of the overrides that have a place.
+
+    Returns (the config, None where an option is unknown; the overrides whose key is in no YAML, but
+    in a constructor; what is wrong with the others).
+    """
+    loader = GlobalHydra.instance().config_loader()
+    placed = {_first(text): text for text in overrides}
+    unknown: dict[str, str] = {}
+    unwritten: list[str] = []
+    problems: list[object] = []
+    groups = False
+    while True:
+        try:
+            config = hydra.compose(name, list(placed))
+        except _FAILURES as failure:
+            culprit = _culprit(failure, list(placed))
+            if culprit is None:
+                return None, unwritten, [*problems, _message(failure)]
+            if isinstance(failure, MissingConfigException):
+                groups = True
+                problems.append(_unknown_option(culprit, failure.options or (), loader))
+                del placed[culprit]
+            else:
+                unknown[culprit] = placed.pop(culprit)
+            continue
+        known = [t for t in unknown if t[0] not in "+~" and check.accepts(_key(t), config)]
+        if not known:
+            break
+        for text in known:
+            unwritten.append(unknown[text])
+            placed[f"++{text}"] = unknown.pop(text)
+    problems += [_unknown_key(text, config, loader) for text in unknown]
+    return None if groups else config, unwritten, problems
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _first(override: str) -> str:
+    """The first job's part of an override that `--multirun` would go through."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    return f"{override.partition('=')[0]}={next(iter(parsed.sweep_string_iterator()))}"
 
 
 def _culprit(error: Exception, overrides: list[str]) -> str | None:
@@ -226,8 +284,6 @@ def _unknown_key(override: str, composed: DictConfig, loader: ConfigLoader) -> P
     key, _, value = override.lstrip("+~").partition("=")
     if "=" in override and not override.startswith(("+", "~")):
         found = check.suggestion(key, composed)
-        if found == key:
-            return Problem(key, value, f"is not in the YAML yet; add it with +{override}")
         names = {str(name) for name in composed} | set(loader.list_groups(""))
         found = found or nearest(key, names)
         return Problem(key, value, "does not exist" + (f"; did you mean {found}?" if found else ""))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvmm.config.signatures import value_of
+
 MISSING = "???"
 """OmegaConf's mark of a value that the user must give."""
 
@@ -35,10 +37,11 @@ class View:
     world_size: int | None = None
 
     def get(self, key: str) -> Any:
-        """The value at `key`; None when it is absent, null or not set yet."""
+        """The value at `key`, which has its constructor's default where it is absent; None when it
+        is null or not set yet, or no constructor has it."""
         node: Any = self.config
         for part in key.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
+            node = value_of(node, part) if isinstance(node, Mapping) else None
         return None if node == MISSING else node
 
     def integer(self, key: str, default: int | None = None) -> int | None:

@@ -7,13 +7,15 @@ import torch and megatron.core (seconds) and run foreign code before the config 
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import importlib.machinery
 import importlib.util
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Bases that add no constructor parameter; some of them exist only in C.
 _PLAIN_BASES = {"object", "ABC", "Generic", "Protocol"}
@@ -24,10 +26,11 @@ _DEPTH = 30
 class Parameter:
     """One parameter of a constructor.
 
-    annotation: its type as written, or None.
+    annotation: its type as written, or None; a name of a Literal is replaced by the Literal.
     required: it has no default.
     nullable: its default is None, whatever the annotation says.
     positional: it can be filled from `_args_`.
+    default: as written, a name of a module's constant replaced by the constant; None without one.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Parameter:
     required: bool
     nullable: bool
     positional: bool
+    default: ast.expr | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def signature(target: str) -> Signature:
         return UNREADABLE
     if isinstance(found.node, ast.ClassDef):
         return _class_signature(found.module, found.node) or Signature({})
-    return _function_signature(found.node, drop_first=found.bound)
+    return _function_signature(found.module, found.node, drop_first=found.bound)
 
 
 def _locate(target: str) -> _Found:
@@ -300,8 +304,59 @@ def _member(owner: _Definition, name: str) -> _Found | None:
     return None
 
 
+def default_of(target: str, name: str) -> Any:
+    """What parameter `name` of the constructor at `target` is when a config lacks it, as a config
+    says it (tuples are lists); None where that cannot be read from source."""
+    try:
+        parameter = signature(target).parameters.get(name)
+    except UnknownTargetError:
+        return None
+    try:
+        value = ast.literal_eval(parameter.default) if parameter and parameter.default else None
+    except ValueError:
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def value_of(node: Mapping[str, Any], name: str) -> Any:
+    """What a mapping of a config says of `name`: a value, or its constructor's default."""
+    return node[name] if name in node else default_of(str(node.get("_target_", "")), name)
+
+
+class _Constants(ast.NodeTransformer):
+    """Puts a Literal or a constant in the place of the name that it has in a module."""
+
+    def __init__(self, module: _Module) -> None:
+        self.module = module
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return _constant(self.module, node.id) or node
+
+
+def _constant(module: _Module, name: str, depth: int = 0) -> ast.expr | None:
+    """What `name = Literal[...]` or `name = 1` binds in `module`, or in the module of its package
+    that it is imported from; None for every other name."""
+    for statement in module.bindings.get(name, []):
+        match statement:
+            case ast.Assign(value=ast.Subscript(value=head) as value):
+                return value if ast.unparse(head).rpartition(".")[2] == "Literal" else None
+            case ast.Assign(value=ast.Constant() | ast.Tuple() | ast.UnaryOp() as value):
+                return value
+            case ast.ImportFrom(names=aliases) if depth < _DEPTH:
+                original = next(a.name for a in aliases if (a.asname or a.name) == name)
+                path = _source(module, statement)
+                if path.partition(".")[0] == module.name.partition(".")[0]:
+                    source = _load(path)
+                    return _constant(source, original, depth + 1) if source else None
+    return None
+
+
+def _resolved(module: _Module, node: ast.expr | None) -> ast.expr | None:
+    return None if node is None else _Constants(module).visit(copy.deepcopy(node))
+
+
 def _function_signature(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, *, drop_first: bool
+    module: _Module, node: ast.FunctionDef | ast.AsyncFunctionDef, *, drop_first: bool
 ) -> Signature:
     arguments = node.args
     positional = [*arguments.posonlyargs, *arguments.args]
@@ -314,7 +369,14 @@ def _function_signature(
         (a, d, False) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
     ]
     parameters = {
-        a.arg: Parameter(a.arg, a.annotation, d is None, _is_none(d), by_position)
+        a.arg: Parameter(
+            a.arg,
+            _resolved(module, a.annotation),
+            d is None,
+            _is_none(d),
+            by_position,
+            _resolved(module, d),
+        )
         for a, d, by_position in pairs
     }
     return Signature(parameters, arguments.kwarg is not None, arguments.vararg is not None)
@@ -324,21 +386,21 @@ def _class_signature(module: _Module, node: ast.ClassDef, depth: int = 0) -> Sig
     """Parameters of the constructor; None when neither the class nor a base defines one."""
     methods = {s.name: s for s in node.body if isinstance(s, ast.FunctionDef) and _bound_names(s)}
     if "__init__" in methods:
-        return _function_signature(methods["__init__"], drop_first=True)
+        return _function_signature(module, methods["__init__"], drop_first=True)
     decorators = _decorators(node)
     if decorators & {"define", "frozen", "attrs", "s"}:
         return UNREADABLE
     if _dataclass_option(node, "init"):
         return Signature({f.name: f for f in _fields(module, node, depth).values()})
     if "__new__" in methods:
-        return _function_signature(methods["__new__"], drop_first=True)
+        return _function_signature(module, methods["__new__"], drop_first=True)
     for base in node.bases:
         name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
         last = name.rpartition(".")[2]
         if last in _PLAIN_BASES:
             continue
         if last == "NamedTuple":
-            return Signature(_annotated(node, kw_only=False))
+            return Signature(_annotated(module, node, kw_only=False))
         found = _expression(module, base)
         if depth > _DEPTH or not isinstance(found, _Definition):
             return UNREADABLE
@@ -370,7 +432,7 @@ def _fields(module: _Module, node: ast.ClassDef, depth: int) -> dict[str, Parame
             if depth < _DEPTH:
                 found |= _fields(definition.module, definition.node, depth + 1)
     if "dataclass" in _decorators(node):
-        found |= _annotated(node, kw_only=_dataclass_option(node, "kw_only"))
+        found |= _annotated(module, node, kw_only=_dataclass_option(node, "kw_only"))
         for statement in node.body:
             if _field_option(statement, "init") == "False":
                 for name in _bound_names(statement):
@@ -378,7 +440,7 @@ def _fields(module: _Module, node: ast.ClassDef, depth: int) -> dict[str, Parame
     return found
 
 
-def _annotated(node: ast.ClassDef, *, kw_only: bool) -> dict[str, Parameter]:
+def _annotated(module: _Module, node: ast.ClassDef, *, kw_only: bool) -> dict[str, Parameter]:
     found = {}
     for statement in node.body:
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
@@ -400,7 +462,12 @@ def _annotated(node: ast.ClassDef, *, kw_only: bool) -> dict[str, Parameter]:
             by_keyword = kw_only
         name = statement.target.id
         found[name] = Parameter(
-            name, statement.annotation, required, _is_none(default), not by_keyword
+            name,
+            _resolved(module, statement.annotation),
+            required,
+            _is_none(default),
+            not by_keyword,
+            _resolved(module, default),
         )
     return found
 

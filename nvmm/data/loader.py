@@ -9,13 +9,14 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from nvmm.batch import Batch, Sample
+from nvmm.config.choices import require
 from nvmm.data.order import mixture, sample_ids
 from nvmm.data.order.mixture import Part
 from nvmm.data.order.order import Order, Settings
@@ -24,6 +25,7 @@ from nvmm.data.shards.dataset import Dataset, builder_digest
 from nvmm.data.steps import Numbers, OnePass, Step, Steps, end_with
 
 log = logging.getLogger("nvmm")
+OnError = Literal["skip", "stop"]
 SPLITS = ("train", "validation")
 COUNTERS = ("samples", "tokens", "bad")
 _FEW = 1000  # samples below which a rate of bad ones says little
@@ -42,9 +44,9 @@ class Data:
     on_error: "skip" samples that cannot be used, leaving a hole, or "stop" at the first.
     max_bad_fraction: the run stops when more of its samples are bad (of 1,000 at least).
     log_samples: list the sample ids of every step in metrics.jsonl.
-    seed: of the training order.
     pack: plan rows of up to sequence_length tokens; a micro-batch is one packed row. All batch
         sizes then count packs, not samples.
+    seed: of the training order.
     """
 
     def __init__(
@@ -55,20 +57,19 @@ class Data:
         validation: Dataset | None = None,
         blend: Sequence[Mapping[str, Any]] | None = None,
         window: int = 4096,
-        on_error: str = "skip",
+        on_error: OnError = "skip",
         max_bad_fraction: float = 0.01,
         log_samples: bool = False,
+        pack: bool = False,
         *,
         tokenizer: Tokenizer,
         seed: int = 0,
-        pack: bool = False,
     ) -> None:
         if sequence_length < 1:
             raise ValueError(f"data.sequence_length={sequence_length} must be at least 1")
         if num_workers < 0:
             raise ValueError(f"data.num_workers={num_workers} must be at least 0")
-        if on_error not in ("skip", "stop"):
-            raise ValueError(f"data.on_error={on_error} must be skip or stop")
+        require("data.on_error", on_error, OnError)
         self._options: dict[str, Any] = {
             "tokenizer": tokenizer,
             "sequence_length": sequence_length,

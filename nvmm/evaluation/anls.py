@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def anls(*, prediction: str, answers: Sequence[str], threshold: float = 0.5) -> float:
+def anls(threshold: float = 0.5, *, prediction: str, answers: Sequence[str]) -> float:
     """Best similarity of the prediction to any answer, 0 where it is below the threshold.
 
     similarity = 1 - edit distance / longer length, on lower-case text with white space tidied. A

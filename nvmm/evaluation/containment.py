@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def containment(
-    *, prediction: str, answers: Sequence[str], handwritten_math: bool = False
+    handwritten_math: bool = False, *, prediction: str, answers: Sequence[str]
 ) -> float:
     """1.0 if any answer occurs in the prediction, else 0.0.
 

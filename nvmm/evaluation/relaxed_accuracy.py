@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 
-def relaxed_accuracy(*, prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
+def relaxed_accuracy(tolerance: float = 0.05, *, prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction is right for any answer, else 0.0.
 
     Two numbers agree when |prediction - answer| <= tolerance * |answer|. An answer of 0, or a side

@@ -38,7 +38,7 @@ _RESTORED = {
 
 
 def vqa_accuracy(
-    *, prediction: str, answers: Sequence[str], normalize_unanimous: bool = True
+    normalize_unanimous: bool = True, *, prediction: str, answers: Sequence[str]
 ) -> float:
     """Mean over people of min(other people who gave this answer / 3, 1).
 

@@ -6,11 +6,14 @@ import dataclasses
 import functools
 import logging
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-CHOICES = ("auto", "eager", "fused")
+from nvmm.config.choices import require
+
+Choice = Literal["auto", "eager", "fused"]
 PATH = Path(__file__).with_name("native.so")
 
 logger = logging.getLogger(__name__)
@@ -50,26 +53,25 @@ class Kernels:
         multi_tensor: norm and clipping of the gradients.
     """
 
-    norm: str = "auto"
-    activation: str = "auto"
-    gated_residual: str = "auto"
-    linear_cross_entropy: str = "auto"
-    rope: str = "auto"
-    merge: str = "auto"
-    pixel_shuffle: str = "auto"
-    joint_norm: str = "auto"
-    adamw: str = "auto"
-    multi_tensor: str = "auto"
+    norm: Choice = "auto"
+    activation: Choice = "auto"
+    gated_residual: Choice = "auto"
+    linear_cross_entropy: Choice = "auto"
+    rope: Choice = "auto"
+    merge: Choice = "auto"
+    pixel_shuffle: Choice = "auto"
+    joint_norm: Choice = "auto"
+    adamw: Choice = "auto"
+    multi_tensor: Choice = "auto"
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if value not in CHOICES:
-                raise ValueError(f"kernels.{name}={value} must be one of {', '.join(CHOICES)}")
+            require(f"kernels.{name}", value, Choice)
             if value == "fused" and MISSING:
                 raise ValueError(f"kernels.{name}=fused needs the kernels, but {MISSING}")
 
     @classmethod
-    def all(cls, value: str) -> Kernels:
+    def all(cls, value: Choice) -> Kernels:
         """One choice for every operation."""
         return cls(**{field.name: value for field in dataclasses.fields(cls)})
 

@@ -13,7 +13,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import tensor_parallel
@@ -27,12 +27,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import Parameter
 
+from nvmm.config.choices import require
 from nvmm.kernels.gated_residual import gated_residual
-from nvmm.modules.spans import TEXT_SEES, span_attention
+from nvmm.modules.spans import TextSees, span_attention
 from nvmm.parallel.setup import default_device
 
-PLACEMENTS = ("inside", "before")
-GATES = ("scalar", "channel")
+Placement = Literal["inside", "before"]
+Gate = Literal["scalar", "channel"]
 
 
 @dataclass(frozen=True)
@@ -57,26 +58,22 @@ class CrossAttention:
 
     interval: int = 1
     offset: int | None = None
-    placement: str = "inside"
+    placement: Placement = "inside"
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
     kv_channels: int | None = None
-    gate: str = "scalar"
+    gate: Gate = "scalar"
     initial_gate: float = 0.0
     ffn_hidden_size: int | None = None
     qk_norm: bool = False
     kv_norm: bool = False
     bias: bool = False
-    text_sees: str = "preceding"
+    text_sees: TextSees = "preceding"
 
     def __post_init__(self) -> None:
-        choices = {"placement": PLACEMENTS, "gate": GATES, "text_sees": TEXT_SEES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.cross_attention.{name}={getattr(self, name)} must be one of"
-                    f" {', '.join(allowed)}"
-                )
+        require("model.cross_attention.placement", self.placement, Placement)
+        require("model.cross_attention.gate", self.gate, Gate)
+        require("model.cross_attention.text_sees", self.text_sees, TextSees)
         if self.interval < 1 or not 0 <= (self.offset or 0) < self.interval:
             raise ValueError(
                 f"model.cross_attention.interval={self.interval} must be at least 1, and"

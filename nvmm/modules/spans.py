@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nvmm.batch import Batch, Media
+from nvmm.config.choices import require
 
-TEXT_SEES = ("preceding", "last", "nothing")
+TextSees = Literal["preceding", "last", "nothing"]
 _QUERY_BLOCK = 512
 
 
@@ -30,7 +32,7 @@ def key_bounds(media: Media) -> list[int]:
 
 
 def query_spans(
-    media: Media, batch: Batch, text_sees: str = "preceding", num_following: int = 0
+    media: Media, batch: Batch, text_sees: TextSees = "preceding", num_following: int = 0
 ) -> Tensor:
     """int32 [s + num_following, b, 2] on the host: the keys each position sees; equal ends: none.
 
@@ -41,10 +43,7 @@ def query_spans(
     num_following: positions after the row's end to add, as decoding appends them to padded rows.
     Raises ValueError when the tiles are not in the order of their texts and items.
     """
-    if text_sees not in TEXT_SEES:
-        raise ValueError(
-            f"model.cross_attention.text_sees={text_sees} must be one of {', '.join(TEXT_SEES)}"
-        )
+    require("model.cross_attention.text_sees", text_sees, TextSees)
     b, s = batch.tokens.shape
     spans = torch.zeros(s + num_following, b, 2, dtype=torch.int32)
     bounds = key_bounds(media)

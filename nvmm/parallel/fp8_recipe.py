@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-RECIPES = {
+from nvmm.config.choices import require
+
+Recipe = Literal["delayed", "current", "blockwise", "mxfp8"]
+Format = Literal["hybrid", "e4m3"]
+Algorithm = Literal["max", "most_recent"]
+RECIPES: dict[Recipe, str] = {
     "delayed": "delayed",
     "current": "tensorwise",
     "blockwise": "blockwise",
     "mxfp8": "mxfp8",
 }
 """Ours -> mcore's names."""
-FORMATS = ("hybrid", "e4m3")
-ALGORITHMS = ("max", "most_recent")
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,20 @@ class Fp8:
         exclude: patterns of linears by global name (without `.weight`) that keep theirs.
     """
 
-    recipe: str = "delayed"
-    format: str | None = None
+    recipe: Recipe = "delayed"
+    format: Format | None = None
     margin: int = 0
     amax_history_len: int = 1024
-    amax_compute_algo: str = "max"
+    amax_compute_algo: Algorithm = "max"
     num_layers_at_start_in_bf16: int = 0
     num_layers_at_end_in_bf16: int = 0
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        allowed = {
-            "recipe": tuple(RECIPES),
-            "format": (*FORMATS, None),
-            "amax_compute_algo": ALGORITHMS,
-        }
-        for name, choices in allowed.items():
-            if getattr(self, name) not in choices:
-                listed = ", ".join(map(str, choices)).replace("None", "null")
-                raise ValueError(
-                    f"precision.fp8.{name}={getattr(self, name)} must be one of {listed}"
-                )
+        require("precision.fp8.recipe", self.recipe, Recipe)
+        if self.format is not None:
+            require("precision.fp8.format", self.format, Format)
+        require("precision.fp8.amax_compute_algo", self.amax_compute_algo, Algorithm)
         if self.amax_history_len < 1:
             raise ValueError(
                 f"precision.fp8.amax_history_len={self.amax_history_len} must be at least 1"

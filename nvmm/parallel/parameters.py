@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from nvmm.config.choices import Backend
 from nvmm.parallel.setup import METADATA, Parallel, Precision
 
 
@@ -112,7 +113,7 @@ def build_chunks(
     model: Callable[..., Module],
     parallel: Parallel,
     precision: Precision,
-    backend: str = "native",
+    backend: Backend = "native",
     seed: int = 0,
     adapt: Callable[[list[Any]], None] | None = None,
 ) -> list[Any]:

@@ -10,18 +10,25 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from nvmm.config.choices import Backend, require
 from nvmm.parallel import environment, generators
 from nvmm.parallel.fp8_recipe import Fp8
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+Dtype = Literal["fp32", "bf16", "fp64"]
+Encoder = Literal["replicated", "sharded"]
+DTYPES: dict[Dtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
 METADATA = {"non_homogeneous_layers": True}
 """Save metadata of every sharded_state_dict: tensors of a layer are named with its index."""
 
@@ -38,13 +45,12 @@ class Precision:
         fp8: products in FP8, None for none.
     """
 
-    dtype: str = "fp32"
+    dtype: Dtype = "fp32"
     grad_reduce_in_fp32: bool = True
     fp8: Fp8 | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"precision.dtype={self.dtype} must be one of {', '.join(DTYPES)}")
+        require("precision.dtype", self.dtype, Dtype)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -98,16 +104,15 @@ class Parallel:
     num_layers_in_last_pipeline_stage: int | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    encoder: str = "replicated"
-    recompute_granularity: str | None = None
-    recompute_method: str | None = None
+    encoder: Encoder = "replicated"
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
     variable_seq_lengths: bool = True
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.encoder not in ("replicated", "sharded"):
-            raise ValueError(f"parallel.encoder={self.encoder} must be replicated or sharded")
+        require("parallel.encoder", self.encoder, Encoder)
 
     @property
     def model_parallel_size(self) -> int:
@@ -240,7 +245,7 @@ class Parallel:
             "recompute_num_layers": (self.recompute_num_layers or 1) if full else None,
         }
 
-    def chunks(self, precision: Precision, backend: str = "native") -> list[Chunk]:
+    def chunks(self, precision: Precision, backend: Backend = "native") -> list[Chunk]:
         """The model chunks this rank builds: one, or one per virtual pipeline stage."""
         from megatron.core import parallel_state
 
@@ -277,7 +282,7 @@ class Chunk:
 
     parallel: Parallel
     precision: Precision
-    backend: str = "native"
+    backend: Backend = "native"
     pre_process: bool = True
     post_process: bool = True
     vp_stage: int | None = None

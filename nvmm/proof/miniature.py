@@ -200,7 +200,7 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     if "vision" not in model:
         return
     vision, connector = model["vision"], model["connector"]
-    grid = 2 * connector.get("downsample", 1)
+    grid = 2 * connector.get("downsample", 2)
     vision["image_size"] = grid * vision["patch_size"]
     given = vision["transformer"]["num_attention_heads"]
     heads = 5 if given % 2 or given % full else 4

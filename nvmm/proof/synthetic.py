@@ -158,7 +158,7 @@ def _text(
     count, size, per_tile = 0, 0, 0
     if model is not None:
         size = model["vision"]["image_size"]
-        grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 1)
+        grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 2)
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]

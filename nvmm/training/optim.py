@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-SCHEDULES = ("cosine", "linear", "constant")
-MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from nvmm.config.choices import require
+
+Schedule = Literal["cosine", "linear", "constant"]
+MomentsDtype = Literal["fp32", "bf16"]
+MOMENTS: dict[MomentsDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_BETA_OF_BF16 = 0.99
 """bfloat16 rounds away changes of less than 1/256: a mean that keeps more than 255/256 of itself
 each step could not fall."""
@@ -43,7 +46,7 @@ class Optim:
     min_learning_rate: float = 0.0
     warmup_steps: int = 0
     decay_steps: int | None = None
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     betas: Sequence[float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -51,13 +54,11 @@ class Optim:
     no_decay: Sequence[str] = ()
     freeze: Sequence[str] = ()
     groups: Sequence[Mapping[str, Any]] = ()
-    moments_dtype: str = "fp32"
+    moments_dtype: MomentsDtype = "fp32"
 
     def __post_init__(self) -> None:
         _check_rates("optim", self.learning_rate, self.min_learning_rate)
-        if self.schedule not in SCHEDULES:
-            allowed = ", ".join(SCHEDULES)
-            raise ValueError(f"optim.schedule={self.schedule} must be one of {allowed}")
+        require("optim.schedule", self.schedule, Schedule)
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"optim.decay_steps={self.decay_steps} must exceed"
@@ -65,9 +66,7 @@ class Optim:
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
-        if self.moments_dtype not in MOMENTS:
-            allowed = ", ".join(MOMENTS)
-            raise ValueError(f"optim.moments_dtype={self.moments_dtype} must be one of {allowed}")
+        require("optim.moments_dtype", self.moments_dtype, MomentsDtype)
         if self.moments_dtype == "bf16" and max(self.betas) > MOST_BETA_OF_BF16:
             raise ValueError(
                 f"optim.betas={self.betas} must be at most {MOST_BETA_OF_BF16} with"
@@ -135,7 +134,7 @@ def learning_rate(
     floor: float = 0.0,
     warmup_steps: int = 0,
     decay_steps: int,
-    schedule: str = "cosine",
+    schedule: Schedule = "cosine",
 ) -> float:
     """Learning rate of the 0-based optimizer step `step`.
 

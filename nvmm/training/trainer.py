@@ -13,7 +13,7 @@ from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch.nn import Module
 from nvmm.batch import Batch
 from nvmm.checkpoint.base import Base
 from nvmm.checkpoint.save import Checkpoint
+from nvmm.config.choices import Backend, require
 from nvmm.modules.fp8_scales import Scaling
 from nvmm.modules.lora import Lora
 from nvmm.objectives.objective import Objective
@@ -42,6 +43,7 @@ from nvmm.training.reference import Reference
 from nvmm.training.start import start
 
 log = logging.getLogger("nvmm")
+OnNonfinite = Literal["stop", "skip"]
 
 
 class Trainer:
@@ -73,7 +75,7 @@ class Trainer:
         validation_batches: int | None = None,
         max_minutes: float | None = None,
         profile: list[int] | None = None,
-        on_nonfinite: str = "stop",
+        on_nonfinite: OnNonfinite = "stop",
         *,
         model: Callable[..., Module],
         objective: Objective,
@@ -87,13 +89,12 @@ class Trainer:
         config: dict[str, Any],
         overrides: list[str] | None = None,
         lora: Lora | None = None,
-        backend: str = "native",
+        backend: Backend = "native",
         seed: int = 1234,
         resume: str = "auto",
         init_from: str | None = None,
     ) -> None:
-        if on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"trainer.on_nonfinite={on_nonfinite} must be stop or skip")
+        require("trainer.on_nonfinite", on_nonfinite, OnNonfinite)
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
         if global_batch_size % (micro_batch_size * self.data_parallel_size):
             raise ValueError(

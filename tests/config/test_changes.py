@@ -65,3 +65,19 @@ def test_another_model_objective_tokenizer_or_seed_is_refused() -> None:
         "tokenizer.image_token",
         "seed",
     }
+
+
+def test_an_absent_leaf_has_its_constructor_s_default() -> None:
+    cross = {"_target_": "nvmm.modules.cross_attention.CrossAttention"}
+    optim = {"_target_": "nvmm.training.optim.Optim", "learning_rate": 1.0}
+    short = SAVED | {"model": {"cross_attention": cross}, "optim": optim}
+    long = SAVED | {
+        "model": {"cross_attention": cross | {"gate": "scalar", "interval": 1, "offset": None}},
+        "optim": optim | {"betas": [0.9, 0.95], "schedule": "cosine"},
+    }
+    assert compare(short, long) == compare(long, short) == ([], [])
+    long["model"]["cross_attention"]["gate"] = "channel"
+    long["optim"]["schedule"] = "linear"
+    refused, notable = compare(short, long)
+    assert list(map(str, refused)) == ["model.cross_attention.gate: 'scalar' -> 'channel'"]
+    assert list(map(str, notable)) == ["optim.schedule: 'cosine' -> 'linear'"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nvmm.config.check import check, digest, resolve, suggestion, to_plain
+from nvmm.config.check import accepts, check, digest, resolve, suggestion, to_plain
 
 ROOT = Path(__file__).parents[2]
 MODULE = """
@@ -20,6 +20,7 @@ MODULE = """
         def __init__(
             self, size: int, rate: float = 0.1, mode: Literal["a", "b"] | None = None,
             flag: bool = False, name: str = None, items: Optional[list[int]] = None, any=None,
+            options: dict[str, int] | None = None, free=None, open=None,
         ): ...
 
     @dataclass
@@ -60,12 +61,12 @@ def lines(node: Any) -> list[str]:
         ("Part", {}, "objective.size=null must be given: user_parts.Part requires it"),
         ("Part", {"_partial_": True}, None),
         ("Part", {"_args_": [1]}, None),
-        ("Part", {"_args_": list(range(9))}, "objective._args_=[0, 1, 2, 3, 4, 5, 6, 7, 8] must"),
+        ("Part", {"_args_": [0] * 11}, "objective._args_=[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] must"),
         ("Part", {"size": "1"}, "objective.size='1' must be int"),
         ("Part", {"size": True}, "objective.size=True must be int"),
         ("Part", {"size": 1.5}, "objective.size=1.5 must be int"),
         ("Part", {"size": 1, "rate": 1}, None),
-        ("Part", {"size": 1, "mode": "c"}, "objective.mode='c' must be 'a' or 'b' or null"),
+        ("Part", {"size": 1, "mode": "c"}, "objective.mode=c must be one of a, b, null"),
         ("Part", {"size": 1, "mode": None, "name": None, "items": [1]}, None),
         ("Part", {"size": 1, "flag": 1}, "objective.flag=1 must be bool"),
         ("Part", {"size": 1, "items": 3}, "objective.items=3 must be a list or null"),
@@ -218,6 +219,9 @@ def test_a_refusal_lists_everything(tmp_path: Path) -> None:
         "+fooo=1",
         "+optim.lr=1",
         "model.transformer.qk_layernorm=true",
+        "data.seed=5",
+        "+data.tokenizer=x",
+        "data.train.storage.cache_dir=x",
         "+model.transformer.num_layer=2",
         "optim.warmup_steps=1000",
         "parallel.tensor_model_parallel_size=3",
@@ -229,7 +233,9 @@ def test_a_refusal_lists_everything(tmp_path: Path) -> None:
         "seeed=1 does not exist; did you mean seed?",
         "fooo=1 is not a key of configs/train.yaml",
         "optim.lr=1 is not a parameter of nvmm.training.optim.Optim; did you mean learning_rate?",
-        "add it with +model.transformer.qk_layernorm=true",
+        "data.seed=5 does not exist",
+        "data.train.storage.cache_dir=x does not exist",
+        "data.tokenizer=x must not be given: nvmm itself gives it",
         "did you mean num_layers?",
         "optim.warmup_steps=1000 must be at most trainer.max_steps=200",
         "num_attention_heads=4 must be divisible by parallel.tensor_model_parallel_size=3",
@@ -239,12 +245,80 @@ def test_a_refusal_lists_everything(tmp_path: Path) -> None:
         assert line in done.stderr
 
 
+def test_a_parameter_that_no_yaml_names_needs_no_plus(tmp_path: Path) -> None:
+    given = [
+        "data.pack=true",
+        "model.transformer.qk_layernorm=true",
+        "data.train.build.fields.question=query",
+        "+data.train.build.max_pixels=7",
+    ]
+    done = train("experiment=language/tiny", *given, "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for line in ("pack: true", "qk_layernorm: true", "question: query", "max_pixels: 7"):
+        assert line in done.stdout
+
+
+LOAD = """
+import sys
+from nvmm.config.compose import load
+sys.argv = ["nvmm.train", *sys.argv[1:]]
+job = load("train")
+print(sys.argv[1:] == job.overrides, job.config["data"]["pack"], "torch" in sys.modules)
+"""
+
+
+def test_overrides_are_kept_as_they_were_typed(tmp_path: Path) -> None:
+    """So that a resume can be told them again."""
+    paths = ["tokenizer.path=t", "data.train.shards=a.tar", "+model.transformer.qk_layernorm=true"]
+    command = [sys.executable, "-c", LOAD, "experiment=language/tiny", "data.pack=true", *paths]
+    for _ in range(2):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
+        )
+        assert done.stdout == "True True False\n", done.stderr
+
+
+def test_a_sweep_over_a_parameter_that_no_yaml_names(tmp_path: Path) -> None:
+    done = train("--multirun", "data.pack=true,7", "experiment=language/tiny", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "data.train.shards=??? is not set" in done.stderr
+    assert "data.pack" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "accepted"),
+    [
+        ("part.rate", True),
+        ("part.rat", False),
+        ("part.rate.deeper", False),
+        ("part.options.any.key", True),
+        ("part.any", True),
+        ("part.any.key", False),
+        ("part.free.new", True),
+        ("part.free.new.deeper", True),
+        ("part.open.whatever", True),
+        ("plain.new", False),
+        ("new", False),
+        ("part.size.deeper", False),
+        ("data.seed", False),
+        ("data.pack", True),
+    ],
+)
+def test_which_keys_a_config_may_have(key: str, accepted: bool) -> None:
+    part = {"_target_": "user_parts.Part", "size": 1, "free": {"a": 1}}
+    part["open"] = {"_target_": "user_parts.open_ended", "path": "x"}
+    data = {"_target_": "nvmm.data.loader.Data", "_partial_": True}
+    assert accepts(key, {"part": part, "plain": {"a": 1}, "data": data}) == accepted
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([], "model=??? is not chosen; add experiment=..."),
         (["experiment=language/tini"], "did you mean language/tiny?"),
         (["model=langage_tiny"], "did you mean language_tiny?"),
+        (["model=internvit_6b"], "model=internvit_6b does not exist"),
+        (["language=qwen2_72b"], "language=qwen2_72b does not exist"),
         (["modle=language_tiny"], "modle=language_tiny does not exist; did you mean model?"),
         (["seed=", "1"], "no spaces around ="),
         (["--multirun", "seed=1,2", "precision.dtype=fp16"], "one of fp32, bf16"),

@@ -1,5 +1,6 @@
 """Constructor signatures read from source: equal to inspect's, and nothing is imported."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nvmm.config.signatures import UNREADABLE, UnknownTargetError, signature
+from nvmm.config.signatures import UNREADABLE, UnknownTargetError, default_of, signature
 
 PACKAGE = {
     "__init__.py": """
@@ -82,6 +83,28 @@ PACKAGE = {
             shared: int = 1
             inherited: str = "x"
     """,
+    "words.py": """
+        from typing import Literal
+        Mode = Literal["a", "b"]
+        SIZES = (1, 2)
+        MOST = 7
+        Other = dict[str, int]
+    """,
+    "worded.py": """
+        from dataclasses import dataclass
+        from typing import Literal
+        from .words import MOST, SIZES, Other
+        from .words import Mode as Way
+        Here = Literal["c"]
+
+        @dataclass
+        class Worded:
+            here: Here = "c"
+            there: Way | None = None
+            sizes: tuple[int, ...] = SIZES
+
+        def function(way: Way, other: Other, most: int = -MOST, late: float = 1e-3): ...
+    """,
     "stars.py": "class Starred:\n    def __init__(self, star): ...\n",
     "lazy.py": "def __getattr__(name): ...\n",
     "explodes.py": "class Safe:\n    def __init__(self, a): ...\nraise SystemExit('imported')\n",
@@ -140,6 +163,31 @@ def test_positions_and_defaults() -> None:
     parameters = signature("sig_package.parts.Config").parameters
     assert [p.name for p in parameters.values() if not p.positional] == ["late", "later"]
     assert signature("sig_package.parts.function").parameters["b"].nullable
+
+
+def test_names_of_literals_and_constants_are_followed() -> None:
+    fields = signature("sig_package.worded.Worded").parameters
+    assert ast.unparse(fields["here"].annotation) == "Literal['c']"
+    assert ast.unparse(fields["there"].annotation) == "Literal['a', 'b'] | None"
+    parameters = signature("sig_package.worded.function").parameters
+    assert ast.unparse(parameters["way"].annotation) == "Literal['a', 'b']"
+    assert ast.unparse(parameters["other"].annotation) == "Other"
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "default"),
+    [
+        ("sig_package.worded.Worded", "here", "c"),
+        ("sig_package.worded.Worded", "there", None),
+        ("sig_package.worded.Worded", "sizes", [1, 2]),
+        ("sig_package.worded.Worded", "missing", None),
+        ("sig_package.worded.function", "late", 1e-3),
+        ("sig_package.worded.function", "most", -7),
+        ("sig_package.no_such", "x", None),
+    ],
+)
+def test_defaults_are_read_as_a_config_says_them(target: str, name: str, default: object) -> None:
+    assert default_of(target, name) == default
 
 
 @pytest.mark.parametrize(

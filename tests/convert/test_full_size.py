@@ -39,8 +39,9 @@ def golden(model: str) -> dict[str, list[int]]:
 
 
 def config_of(model: str) -> dict[str, Any]:
+    group = "vision" if (config_dir() / "vision" / f"{model}.yaml").is_file() else "model"
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        return OmegaConf.to_container(compose(f"model/{model}")["model"], resolve=True)  # type: ignore
+        return OmegaConf.to_container(compose(f"{group}/{model}")[group], resolve=True)  # type: ignore
 
 
 def shapes_72b() -> dict[str, list[int]]:

@@ -164,7 +164,7 @@ def test_refusals(make_data: MakeData) -> None:
         steps(without, 1, split="validation")
     with pytest.raises(ValueError, match=r"data\.num_workers=-1"):
         make_data(num_workers=-1)
-    with pytest.raises(ValueError, match=r"data\.on_error=ignore must be skip or stop"):
+    with pytest.raises(ValueError, match=r"data\.on_error=ignore must be one of skip, stop"):
         make_data(on_error="ignore")
 
 

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from nvmm.config.rules.all import _CHOICES as CHOICES
 from nvmm.kernels import library
 from nvmm.kernels.library import Kernels, fused
 from nvmm.kernels.norm import eager_norm, norm
@@ -31,14 +29,6 @@ def _restore(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kernels.norm=fast must be one of auto, eager, fused"):
         Kernels(norm="fast")
-
-
-def test_the_config_and_its_rules_list_every_choice() -> None:
-    names = {field.name for field in dataclasses.fields(Kernels)}
-    listed = OmegaConf.load(ROOT / "configs" / "train.yaml").kernels
-    assert {name for name in listed if name != "_target_"} == names
-    rules = {key: value for key, value in CHOICES.items() if key.startswith("kernels.")}
-    assert rules == {f"kernels.{name}": library.CHOICES for name in names}
 
 
 @needs_kernels

@@ -65,7 +65,10 @@ def test_the_encoder_has_no_sequence_or_pipeline_parallelism() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Parallel(encoder="split"), "parallel.encoder=split must be replicated or sharded"),
+        (
+            lambda: Parallel(encoder="split"),
+            "parallel.encoder=split must be one of replicated",
+        ),
         (lambda: Precision("fp16"), "precision.dtype=fp16 must be one of fp32, bf16"),
     ],
 )

@@ -152,7 +152,7 @@ def test_the_command(quickstart: Path, tmp_path: Path) -> None:
         f"tokenizer.path={quickstart}/tokenizer",
     ]
     page = tmp_path / "batch.html"
-    done = command(*paths, "sample=3,5", "+data.pack=true", "--no-color", "--html", str(page))
+    done = command(*paths, "sample=3,5", "data.pack=true", "--no-color", "--html", str(page))
     assert done.returncode == 0, done.stderr
     assert "1 packed row" in done.stdout and "sample 5 (" in done.stdout
     assert page.read_text().startswith("<!doctype html>")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from nvmm.batch import IMAGE
-from nvmm.config.check import check, config_dir, to_plain
+from nvmm.config.check import check, to_plain
+from nvmm.config.compose import composed
 from nvmm.data.loader import Data
 from nvmm.data.prepare import digits
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -21,11 +21,10 @@ def configs(name: str, regime: str, system: str = "d") -> list[dict]:
     """The composed configs of an arm's three stages."""
     made = ablate_tiles.arm(name, 5, ablate_tiles.REGIMES[regime], Path("runs/x"), 100, system)
     found = []
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        for command in made.commands[:3]:
-            config = compose("train", list(command.arguments[4:]))
-            assert check(config) == [], name
-            found.append(to_plain(config))
+    for command in made.commands[:3]:
+        config = composed("train", command.arguments[4:])
+        assert check(config) == [], name
+        found.append(to_plain(config))
     return found
 
 

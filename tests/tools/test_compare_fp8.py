@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
-from nvmm.config.check import check, config_dir, to_plain
+from nvmm.config.check import check, to_plain
+from nvmm.config.compose import composed
 from nvmm.data.prepare import digits
 from tools import compare_fp8
 
 
 def test_arms_differ_in_precision_alone() -> None:
     found = {}
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        for name in compare_fp8.ARMS:
-            command = compare_fp8.arm(name, 5, Path("runs/x"), 300).commands[2]
-            config = compose("train", list(command.arguments[4:]))
-            assert check(config) == [], name
-            found[name] = to_plain(config)
+    for name in compare_fp8.ARMS:
+        command = compare_fp8.arm(name, 5, Path("runs/x"), 300).commands[2]
+        config = composed("train", command.arguments[4:])
+        assert check(config) == [], name
+        found[name] = to_plain(config)
     own = {name: (c.pop("precision"), c.pop("kernels"), c.pop("run")) for name, c in found.items()}
     assert all(config == found["fp32"] for config in found.values())
-    recipes = {name: p["fp8"]["recipe"] for name, (p, *_) in own.items() if p["fp8"] is not None}
+    recipes = {
+        name: p["fp8"].get("recipe", "delayed") for name, (p, *_) in own.items() if "fp8" in p
+    }
     assert recipes == {name: name for name in ("delayed", "current", "blockwise", "mxfp8")}
-    assert {p["dtype"] for name, (p, *_) in own.items() if name != "bf16"} == {"fp32"}
+    assert {p.get("dtype", "fp32") for name, (p, *_) in own.items() if name != "bf16"} == {"fp32"}
     assert own["fp32_eager"][1] != own["fp32"][1] == own["bf16"][1]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from nvmm.config.check import check, config_dir, to_plain
+from nvmm.config.check import check, to_plain
+from nvmm.config.compose import composed
 from nvmm.data.prepare import digits
 from tools import bench_nvlm, compare_nvlm
 
@@ -16,11 +16,10 @@ def stages(system: str) -> list[dict]:
     """The composed configs of a system's three stages."""
     made = compare_nvlm.arm(system, 5, Path("runs/x"), 100)
     found = []
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        for command in made.commands[:3]:
-            config = compose("train", list(command.arguments[4:]))
-            assert check(config) == [], system
-            found.append(to_plain(config))
+    for command in made.commands[:3]:
+        config = composed("train", command.arguments[4:])
+        assert check(config) == [], system
+        found.append(to_plain(config))
     return found
 
 

@@ -7,11 +7,6 @@ from typing import Any
 
 from nvmm.config.problem import Problem, View, divisors
 
-CHOICES = {
-    "data.on_error": ("skip", "stop"),
-    "data.train.build.tags.variant": ("none", "1d", "2d_grid", "2d_bbox"),
-    "data.train.build.tags.form": ("megatron", "hf"),
-}
 _NESTED_KEYS = ("name", "weight", "temperature", "blend")
 _DATASET_KEYS = (
     *("name", "weight", "repeat", "epochs", "samples"),
@@ -101,7 +96,7 @@ def blend(view: View) -> Iterator[Problem]:
         if shards is not None:
             yield Problem("data.train.shards", shards, "must be null where data.blend is given")
         yield from _blend_entries(entries, "data.blend")
-    elif isinstance(view.get("data.train"), Mapping) and "blend" in view.get("data"):
+    elif isinstance(view.get("data.train"), Mapping):
         if view.config["data"]["train"].get("shards") is None:
             yield Problem("data.train.shards", None, "must name files, or give data.blend")
 
@@ -123,6 +118,10 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
             yield from _blend_entries(entry["blend"], f"{where}.blend")
         elif entry.get("shards") is None:
             yield Problem(f"{where}.shards", None, "must name files, or give a nested blend")
+        build = entry.get("build")
+        if build is not None and not (isinstance(build, Mapping) and "_target_" in build):
+            allowed = "must be a whole builder, as data.train.build: it needs a _target_"
+            yield Problem(f"{where}.build", build, allowed)
         for name in ("weight", "temperature", "repeat", "samples", "local_window"):
             value = entry.get(name)
             if isinstance(value, int | float) and value <= 0:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
+from nvmm.config.choices import Backend
 from nvmm.config.problem import Problem, View, divisors
 from nvmm.config.rules import precision
 
@@ -103,7 +104,10 @@ def _transformer_fields(view: View) -> Iterator[Problem]:
 
 
 def _backend(view: View) -> Iterator[Problem]:
-    if view.get("backend") == "transformer_engine" and not _transformer_engine(view):
+    backend = view.get("backend")
+    if backend is not None and backend not in get_args(Backend):
+        yield Problem("backend", backend, f"must be one of {', '.join(get_args(Backend))}")
+    if backend == "transformer_engine" and not _transformer_engine(view):
         yield Problem(
             "backend",
             "transformer_engine",

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from nvmm.config.problem import Problem, View
-from nvmm.parallel.fp8_recipe import ALGORITHMS, FORMATS, RECIPES, Fp8
+from nvmm.parallel.fp8_recipe import RECIPES, Fp8
 
-CHOICES = {
-    "precision.dtype": ("fp32", "bf16", "fp64"),
-    "precision.fp8.recipe": tuple(RECIPES),
-    "precision.fp8.format": FORMATS,
-    "precision.fp8.amax_compute_algo": ALGORITHMS,
-}
 FIELDS = tuple(Fp8().transformer_kwargs())
 """TransformerConfig's, which precision.fp8 decides."""
 _OF_DELAYED = {

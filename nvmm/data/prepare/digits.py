@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nvmm.data.samples.chat import IMAGE_MARKER, ImageTags
+from nvmm.data.samples.chat import IMAGE_MARKER, ImageTags, Variant
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
 from nvmm.io.progress import watch
@@ -65,7 +65,7 @@ class Form:
         names the image that it is about. In training each image is asked about, in random order.
     """
 
-    tags: str = "1d"
+    tags: Variant = "1d"
     max_images: int = 1
 
     def __post_init__(self) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import tile_indices
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -19,9 +21,9 @@ IMAGE_MARKER = "<image>"
 DOCUMENT = "document"
 """Role of a turn that is a whole document: no roles are written and all of its text is trained."""
 
-VARIANTS = ("none", "1d", "2d_grid", "2d_bbox")
-FORMS = ("megatron", "hf")
-ATTENDED_CHOICES = ("none", "regular", "all")
+Variant = Literal["none", "1d", "2d_grid", "2d_bbox"]
+TagForm = Literal["megatron", "hf"]
+Attended = Literal["none", "regular", "all"]
 """Which tiles cross-attention reads instead of the decoder: NVLM-D, -H (all but thumbnails), -X."""
 
 
@@ -37,15 +39,15 @@ class ImageTags:
     thumbnail_tag: tag of the thumbnail, and of the tile of a one-tile image.
     """
 
-    variant: str = "1d"
-    form: str = "megatron"
+    variant: Variant = "1d"
+    form: TagForm = "megatron"
     thumbnail_tag: str = "<tile_global_thumbnail>"
     image_start: str = "<Image>"
     image_end: str = "</Image>"
 
     def __post_init__(self) -> None:
-        _require("tags.variant", self.variant, VARIANTS)
-        _require("tags.form", self.form, FORMS)
+        require("tags.variant", self.variant, Variant)
+        require("tags.form", self.form, TagForm)
 
     def tag(self, tile: int, grid: tuple[int, int], tile_size: int) -> str:
         """Text before the placeholders of one tile; `tile` is 1..k row-major, 0 the thumbnail."""
@@ -196,11 +198,6 @@ class Rendered:
     attended: list[AttendedTile] = field(default_factory=list)
 
 
-def _require(key: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{key}={value} is unknown; use one of {', '.join(allowed)}")
-
-
 class _Writer:
     """Collects text until a boundary forces tokenisation, so that pieces are tokenised as one."""
 
@@ -253,7 +250,7 @@ def render(
     tags: ImageTags,
     tile_size: int,
     tokens_per_tile: int,
-    attended: str = "none",
+    attended: Attended = "none",
     generation_prompt: bool = False,
     source: str = "",
 ) -> Rendered:
@@ -318,7 +315,7 @@ def render(
     return out.out
 
 
-def is_attended(tile: int, attended: str) -> bool:
+def is_attended(tile: int, attended: Attended) -> bool:
     """Whether cross-attention reads this tile of an image (0: the thumbnail)."""
     return attended == "all" or (attended == "regular" and tile != 0)
 
@@ -329,7 +326,7 @@ def _write_image(
     tags: ImageTags,
     tile_size: int,
     tokens_per_tile: int,
-    attended: str,
+    attended: Attended,
 ) -> None:
     out.text(tags.image_start)
     for tile in image.tiles:

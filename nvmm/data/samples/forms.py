@@ -12,8 +12,9 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+from nvmm.config.choices import require
 from nvmm.data.samples.chat import DOCUMENT, IMAGE_MARKER, Turn
 from nvmm.data.samples.images import Picture
 from nvmm.data.samples.record import Record
@@ -25,6 +26,7 @@ ROLES = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+Choice = Literal["heaviest", "drawn"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -67,7 +69,7 @@ class Chat:
         one for a key at all times.
     """
 
-    choice: str = "heaviest"
+    choice: Choice = "heaviest"
     names: ClassVar[tuple[str, ...]] = (
         "conversations",
         "messages",
@@ -78,8 +80,7 @@ class Chat:
     )
 
     def __post_init__(self) -> None:
-        if self.choice not in ("heaviest", "drawn"):
-            raise ValueError(f"form.choice={self.choice} is unknown; use heaviest or drawn")
+        require("form.choice", self.choice, Choice)
 
     def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
         if record.get("question") is not None:

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from nvmm.batch import ATTENDED_IMAGE, IMAGE, MediaKind, Sample, Text, TextMedia
+from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.chat import (
-    ATTENDED_CHOICES,
     DOCUMENT,
     IMAGE_MARKER,
+    Attended,
     ChatTemplate,
     ImageLayout,
     ImageTags,
@@ -65,7 +66,7 @@ class InstructBuilder(Builder):
         max_tiles: int = 6,
         use_thumbnail: bool = True,
         max_pixels: int = MAX_PIXELS,
-        attended: str = "none",
+        attended: Attended = "none",
         form: Form | None = None,
         fields: Fields | None = None,
         *,
@@ -78,10 +79,7 @@ class InstructBuilder(Builder):
             )
         if not 1 <= min_tiles <= max_tiles:
             raise ValueError(f"min_tiles={min_tiles}, max_tiles={max_tiles}: need 1 <= min <= max")
-        if attended not in ATTENDED_CHOICES:
-            raise ValueError(
-                f"attended={attended} is unknown; use one of {', '.join(ATTENDED_CHOICES)}"
-            )
+        require("attended", attended, Attended)
         if attended != "none" and tags.form != "megatron":
             raise ValueError(
                 f"tags.form={tags.form} with attended={attended}: a tag that is tokenised together"

@@ -19,11 +19,12 @@ import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample, Text
+from nvmm.config.choices import require
 from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.record import Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ FIELDS = (
     *("query", "positive", "negatives", "instruction", "symmetric", "in_batch_negatives"),
     *("positive_id", "negative_ids", "positive_ids", "scores"),
 )
-MASKINGS = ("sentence_transformers", "nv_embed", "mm_embed", "none")
+Masking = Literal["sentence_transformers", "nv_embed", "mm_embed", "none"]
 
 
 class RetrievalBuilder(Builder):
@@ -64,15 +65,14 @@ class RetrievalBuilder(Builder):
         num_negatives: int,
         in_batch_negatives: bool,
         instruction: str | None = None,
-        masking: str = "sentence_transformers",
+        masking: Masking = "sentence_transformers",
         num_answers: int = 16,
         fields: Fields | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
     ) -> None:
-        if masking not in MASKINGS:
-            raise ValueError(f"masking={masking} must be one of {', '.join(MASKINGS)}")
+        require("masking", masking, Masking)
         if num_negatives < 0 or num_answers < 1:
             raise ValueError(
                 f"num_negatives={num_negatives} must be at least 0, num_answers={num_answers} 1"

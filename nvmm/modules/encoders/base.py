@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nvmm.modules.encoders.layers import EncoderAttention, EncoderLayer, padded_heads
+from nvmm.modules.encoders.layers import EncoderAttention, EncoderLayer, QKNorm, padded_heads
 from nvmm.modules.flops import Training, encoder_flops, sizes
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel.groups import encoder_groups
@@ -50,7 +50,7 @@ class EncoderTower(MegatronModule):
         transformer: Callable[..., Any],
         part: str,
         *,
-        qk_norm: str | None,
+        qk_norm: QKNorm | None,
         layer_scale: float | None,
         post_layernorm: bool,
         chunk: Chunk,

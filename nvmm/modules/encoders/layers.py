@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,14 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from torch.nn import Parameter
 
+from nvmm.config.choices import require
 from nvmm.kernels.gated_residual import gated_residual
 from nvmm.kernels.joint_norm import joint_norm
 from nvmm.kernels.norm import norm
 from nvmm.modules.mlp import NativeMLP
 from nvmm.parallel.setup import default_device
+
+QKNorm = Literal["joint"]
 
 
 class EncoderLayer(TransformerLayer):
@@ -129,7 +132,7 @@ class EncoderAttention(SelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         num_heads: int,
-        qk_norm: str | None = None,
+        qk_norm: QKNorm | None = None,
     ) -> None:
         linear_qkv = functools.partial(
             _with_bias, submodules.linear_qkv, enabled=config.add_qkv_bias
@@ -149,13 +152,12 @@ class EncoderAttention(SelfAttention):
             with torch.no_grad():
                 self.linear_qkv.weight.zero_()
                 self.linear_proj.weight.zero_()
-        if qk_norm == "joint":
+        if qk_norm is not None:
+            require("model.vision.qk_norm", qk_norm, QKNorm)
             # Not q_layernorm: mcore sums over TP every gradient whose name contains that.
             size = self.hidden_size_per_attention_head
             self.q_norm = JointNorm(config, self.heads, size, self.tp_group)
             self.k_norm = JointNorm(config, self.heads, size, self.tp_group)
-        elif qk_norm is not None:
-            raise ValueError(f"model.vision.qk_norm={qk_norm} must be joint or null")
         self.qk_norm = qk_norm
 
     def get_query_key_value_tensors(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.modules.encoders.layers import QKNorm
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk
 
@@ -48,7 +49,7 @@ class VisionTransformer(EncoderTower):
         patch_bias: bool = True,
         pre_layernorm: bool = False,
         post_layernorm: bool = False,
-        qk_norm: str | None = None,
+        qk_norm: QKNorm | None = None,
         layer_scale: float | None = None,
         drop_class_token: bool = True,
         image_mean: Sequence[float] = IMAGENET_MEAN,

@@ -9,6 +9,7 @@ import random
 import re
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from nvmm.data.loader import Data
 from nvmm.data.prepare import digits
-from nvmm.data.samples.chat import VARIANTS, ImageTags
+from nvmm.data.samples.chat import ImageTags, Variant
 from nvmm.data.samples.images import choose_grid
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -175,7 +176,7 @@ def test_every_sample_builds_within_the_configured_length(folder: Path) -> None:
         assert longest <= 64, part
 
 
-@pytest.mark.parametrize("tags", VARIANTS)
+@pytest.mark.parametrize("tags", get_args(Variant))
 def test_text_announces_tiles_as_its_form_says(tags: str) -> None:
     drawn = [digits.text_sample(random.Random(n), digits.Form(tags)) for n in range(40)]
     plain = [digits.text_sample(random.Random(n), digits.Form("none")) for n in range(40)]
@@ -218,7 +219,7 @@ def test_forms_are_checked_and_kept_with_the_data(tmp_path: Path) -> None:
     assert not digits.build(tmp_path, few, form=digits.Form(max_images=2))
     names = set(Dataset(str(tmp_path / "strings/train-*.tar"), build=dict).members(0))
     assert "0.png" in names and "png" not in names
-    with pytest.raises(ValueError, match=r"tags\.variant=3d is unknown"):
+    with pytest.raises(ValueError, match=r"tags\.variant=3d must be one of"):
         digits.Form("3d")
     with pytest.raises(ValueError, match="max_images=0 must be at least 1"):
         digits.Form(max_images=0)

@@ -116,7 +116,7 @@ def test_placeholders_in_the_text_are_refused(tiny: Tokenizer) -> None:
 
 
 def test_wrong_options_are_refused(tiny: Tokenizer) -> None:
-    with pytest.raises(ValueError, match="attended=some is unknown; use one of none, regular, all"):
+    with pytest.raises(ValueError, match="attended=some must be one of none, regular, all"):
         builder(tiny, attended="some")
     with pytest.raises(ValueError, match=r"tags\.form=hf with attended=all"):
         builder(tiny, attended="all", tags=ImageTags(form="hf"))

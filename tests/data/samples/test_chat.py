@@ -233,7 +233,7 @@ def test_refuses_wrong_numbers_of_markers(qwen: Tokenizer) -> None:
 
 
 def test_refuses_unknown_choices(qwen: Tokenizer, tiny: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"tags\.variant=3d is unknown; use one of none, 1d"):
+    with pytest.raises(ValueError, match=r"tags\.variant=3d must be one of none, 1d"):
         ImageTags(variant="3d")
     with pytest.raises(ValueError, match=r"tags\.form=vllm"):
         ImageTags(form="vllm")

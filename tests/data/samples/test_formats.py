@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from nvmm.config import compose
 from nvmm.config.check import check, config_dir, to_plain
 from nvmm.data.prepare.digits import train_tokenizer
 from nvmm.data.shards.dataset import write_shards
@@ -58,8 +58,7 @@ def composed(name: str, folder: Path) -> dict[str, Any]:
         "data.num_workers=0",
         "trainer.validation_interval=null",
     ]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("train", overrides)
+    config = compose.composed("train", overrides)
     assert check(config) == []
     return to_plain(config)
 

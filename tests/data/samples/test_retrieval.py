@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare import retrieval_sets
 from nvmm.data.samples.checks import check_sample
-from nvmm.data.samples.retrieval import MASKINGS, RetrievalBuilder
+from nvmm.data.samples.retrieval import Masking, RetrievalBuilder
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.data.shards.dataset import Dataset, write_shards
 from nvmm.objectives.contrastive import Contrastive
@@ -85,7 +85,7 @@ def test_masking_conventions(tokenizer: Tokenizer) -> None:
         "mm_embed": 1 + len(line) + 1,
         "none": 0,
     }
-    assert set(expected) == set(MASKINGS)
+    assert set(expected) == set(get_args(Masking))
     for masking, start in expected.items():
         ids, found = builder(tokenizer, masking=masking).encode("bird sings", "find it")
         assert found == start
