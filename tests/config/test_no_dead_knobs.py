@@ -67,6 +67,7 @@ VALUES: dict[str, list[Any]] = {
     "build.instruction": ["Find it."],
     "build.fields": [{"question": "query"}],
     "build.form": [{"_target_": "nvmm.data.samples.forms.Document"}],
+    "build.min_tiles": [6],
     "data.sequence_length": [24],
 }
 """End of a key -> values to try, where its type does not say enough."""
@@ -77,6 +78,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "optim.weight_decay": {"optim.learning_rate": 0.1},
     "optim.no_decay": {"optim.weight_decay": 1.0},
     "build.min_tiles": {"data.train.build.max_tiles": 6, "data.validation.build.max_tiles": 6},
+    "connector.activation_func": {"model.connector.hidden_size": 32},
     "cross_attention.offset": {"model.cross_attention.interval": 2},
     "data.window": {"data.pack": True},
 }
