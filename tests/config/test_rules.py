@@ -183,6 +183,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data__train__build__tokens_per_tile": 64}, "data.train.build.tokens_per_tile=64", "256"),
     ({"data__train__build__min_tiles": 7}, "data.train.build.min_tiles=7", "max_tiles=6"),
     ({"data__max_bad_fraction": 1.5}, "data.max_bad_fraction=1.5", "[0, 1]"),
+    (
+        {"data__validation": {"local_window": 8}},
+        "data.validation.local_window=8",
+        "validation is not shuffled",
+    ),
     ({"data__window": 0}, "data.window=0", "at least 1"),
     ({"data__blend": None}, "data.train.shards=null", "or give data.blend"),
     ({"data__blend": []}, "data.blend=[]", "a list of datasets"),

@@ -86,6 +86,13 @@ def attended(view: View) -> Iterator[Problem]:
             yield Problem(key, False, "must be true: what a stage sends depends on the tiles")
 
 
+def validation(view: View) -> Iterator[Problem]:
+    """Validation reads its samples once, in the order of the files."""
+    key = "data.validation.local_window"
+    if view.get(key) is not None:
+        yield Problem(key, view.get(key), "must be null: validation is not shuffled")
+
+
 def blend(view: View) -> Iterator[Problem]:
     fraction = view.number("data.max_bad_fraction")
     if fraction is not None and not 0 <= fraction <= 1:
@@ -96,8 +103,9 @@ def blend(view: View) -> Iterator[Problem]:
         if shards is not None:
             yield Problem("data.train.shards", shards, "must be null where data.blend is given")
         yield from _blend_entries(entries, "data.blend")
-    elif isinstance(view.get("data.train"), Mapping):
-        if view.config["data"]["train"].get("shards") is None:
+    elif isinstance(train := view.get("data.train"), Mapping):
+        named = "shards" in train or "blend" in view.get("data")
+        if named and train.get("shards") is None:
             yield Problem("data.train.shards", None, "must name files, or give data.blend")
 
 
@@ -135,4 +143,4 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
         yield Problem(where, None, "must be given: other datasets of this list have a weight")
 
 
-RULES = (vision, attended, blend)
+RULES = (vision, attended, validation, blend)
