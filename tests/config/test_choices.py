@@ -143,7 +143,6 @@ def at(key: str, node: Any) -> dict[str, Any]:
             for build, name, allowed in (
                 (RETRIEVAL, "masking", "sentence_transformers, nv_embed, mm_embed, none"),
                 (BUILD, "attended", "none, regular, all"),
-                (BUILD, "template.style", "chatml, yi, pretraining"),
                 (BUILD, "tags.variant", "none, 1d, 2d_grid, 2d_bbox"),
                 (BUILD, "tags.form", "megatron, hf"),
                 (BUILD, "form.choice", "heaviest, drawn"),
