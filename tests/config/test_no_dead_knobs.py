@@ -62,7 +62,6 @@ VALUES: dict[str, list[Any]] = {
     "connector.activation_func": [{"_target_": _LOOKUP, "path": "torch.nn.functional.relu"}],
     "cross_attention.offset": [0],
     "template.system": ["Be brief."],
-    "template.turn_start": ["<other>"],
     "build.max_pixels": [1],
     "build.instruction": ["Find it."],
     "build.fields": [{"question": "query"}],
@@ -98,6 +97,7 @@ UNSEEN: dict[str, str] = {
     "index_dir": "is where an index is kept: tests/data/shards/test_index.py",
     "storage": "is how remote shards are read: tests/data/shards/test_storage.py",
     "build.attended": "must fit the model: tests/data/samples/test_attended.py",
+    "template.generation_prompt": "is of prompts alone: tests/data/samples/test_chat.py",
     "moments_dtype": "changes what a step stores, which the next ones read",
 }
 """End of a key -> why one rank's steps on synthetic batches may not show it."""
