@@ -144,3 +144,12 @@ def test_a_part_is_no_model() -> None:
         for name in models:
             config = compose("train", [f"model={Path(name).stem}"])
             assert "vocab_size" in config.model.get("language", config.model), name
+
+
+@pytest.mark.parametrize("entry", ["train", "evaluate", "generate"])
+def test_no_group_takes_the_name_of_a_key(entry: str) -> None:
+    """`key=value` would choose from the group. compose.argument rewrites the two that do."""
+    config = YAMLS[f"{entry}.yaml"]
+    chosen = {next(iter(d)) for d in config["defaults"] if isinstance(d, dict)}
+    taken = {key for key in config.keys() - chosen if (config_dir() / key).is_dir()}
+    assert taken - {"hydra"} <= {"checkpoint", "tokenizer"}
