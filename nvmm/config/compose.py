@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nvmm.config import check
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
+from nvmm.config.signatures import completed
 from nvmm.parallel.environment import rank, world_size
 
 BAD_CONFIG = 2
@@ -88,7 +89,7 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
             if status:
                 sys.exit(status)
             return
-        plain = check.to_plain(composed)
+        plain = completed(check.to_plain(composed))
         if "run" in plain and plain["run"]["name"] is None:
             plain["run"]["name"] = HydraConfig.get().runtime.choices.get("experiment") or entry
         jobs.append(Job(plain, overrides, filled))

@@ -7,6 +7,7 @@ import torch and megatron.core (seconds) and run foreign code before the config 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import importlib.machinery
@@ -316,6 +317,28 @@ def default_of(target: str, name: str) -> Any:
     except ValueError:
         return None
     return list(value) if isinstance(value, tuple) else value
+
+
+def completed(config: Any) -> Any:
+    """Return a copy of a plain config that states the defaults of nvmm's constructors.
+
+    A run keeps this copy: a default that changes later does not change what was trained. Left out
+    are defaults that source does not give as plain values.
+    """
+    if isinstance(config, list):
+        return [completed(item) for item in config]
+    if not isinstance(config, Mapping):
+        return config
+    stated = {key: completed(value) for key, value in config.items()}
+    target = str(config.get("_target_", ""))
+    if target.startswith("nvmm."):
+        for parameter in signature(target).parameters.values():
+            if parameter.name in stated or not parameter.positional or parameter.default is None:
+                continue
+            with contextlib.suppress(ValueError):
+                value = ast.literal_eval(parameter.default)
+                stated[parameter.name] = list(value) if isinstance(value, tuple) else value
+    return stated
 
 
 def value_of(node: Mapping[str, Any], name: str) -> Any:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nvmm.config.signatures import UNREADABLE, UnknownTargetError, default_of, signature
+from nvmm.config.changes import compare
+from nvmm.config.signatures import (
+    UNREADABLE,
+    UnknownTargetError,
+    completed,
+    default_of,
+    signature,
+)
 
 PACKAGE = {
     "__init__.py": """
@@ -246,3 +253,15 @@ def test_transformer_config_without_megatron() -> None:
     ).stdout.split(maxsplit=3)
     assert int(output[0]) > 200
     assert output[1:] == ["True", "True", "set()\n"]
+
+
+def test_a_run_keeps_what_its_constructors_say_by_themselves() -> None:
+    """A default that changes later does not change what a checkpoint was trained with."""
+    optim = {"_target_": "nvmm.training.optim.Optim", "learning_rate": 1e-3}
+    foreign = {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 2}
+    stated = completed({"optim": optim, "list": [foreign]})
+    assert stated["optim"] | optim == stated["optim"]
+    assert stated["optim"]["schedule"] == "cosine" and stated["optim"]["betas"] == [0.9, 0.95]
+    assert stated["list"] == [foreign]
+    assert completed(stated) == stated
+    assert compare({"optim": optim}, {"optim": stated["optim"]}) == ([], [])
