@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,26 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID",
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="write the golden files anew")
+
+
+HEAVY = (
+    *("proof/test_equivalence.py", "checkpoint/test_checkpoint.py", "kernels/test_simulator.py"),
+    *("training/test_trainer.py", "modules/test_fp8_scales.py", "proof/test_equivalence_fp8.py"),
+    *("config/test_no_dead_knobs.py", "proof/test_mutants.py", "training/test_reference.py"),
+    *("proof/test_equivalence_embedder.py", "test_configs.py", "data/test_kill.py"),
+)
+"""Files that take longest: they go first, so that two processes end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the heavy files first; the order within a file stays."""
+    order = {name: number for number, name in enumerate(HEAVY)}
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return order.get(name, len(order))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
