@@ -39,12 +39,18 @@ check: venv ## format, lint, types, spelling
 	$(BIN)/mypy nvmm
 	$(BIN)/codespell
 
-test: venv kernels ## the tests that need neither a GPU nor patience
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=20
+# Two files at a time: many tests run two or four ranks of their own.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 20
 
-test-slow: venv kernels ## the slow tests (installs the embed extra)
+test: venv kernels ## the tests that need neither a GPU nor patience (JOBS=2 files at a time)
+	$(PYTEST) -m "not slow and not gpu"
+
+SHARD ?= 1/1
+
+test-slow: venv kernels ## the slow tests (installs the embed extra; SHARD=1/4: a quarter of them)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
-	$(BIN)/python -m pytest -m "slow and not gpu" --durations=20
+	$(PYTEST) -m "slow and not gpu" --shard $(SHARD)
 
 golden: venv kernels ## write the golden losses and names anew (look at the diff)
 	$(BIN)/python -m pytest -m "not gpu" -k golden --golden

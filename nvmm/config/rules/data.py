@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvmm.config.problem import Problem, View, divisors
+from nvmm.config.signatures import class_attribute
 
 _NESTED_KEYS = ("name", "weight", "temperature", "blend")
 _DATASET_KEYS = (
@@ -93,6 +94,32 @@ def validation(view: View) -> Iterator[Problem]:
         yield Problem(key, view.get(key), "must be null: validation is not shuffled")
 
 
+def extras(view: View) -> Iterator[Problem]:
+    """The data give what the objective needs, and nothing that nobody reads."""
+    objective, model = (str(view.get(f"{part}._target_")) for part in ("objective", "model"))
+    needed, read = class_attribute(objective, "extras"), class_attribute(model, "extras")
+    entries = view.get("data.blend")
+    builders = [f"data.{split}.build" for split in ("train", "validation")]
+    targets = {key: view.get(f"{key}._target_") for key in builders}
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        build = entry.get("build") if isinstance(entry, Mapping) else None
+        if isinstance(build, Mapping):
+            targets[f"data.blend[{index}].build"] = build.get("_target_")
+    for key, target in targets.items():
+        given = class_attribute(str(target), "extras") if target else None
+        if given is None or needed is None or read is None:
+            continue  # not from source: the first batch shows it
+        name = f"{key}._target_"
+        if needed - given:
+            missing = ", ".join(sorted(needed - given))
+            yield Problem(name, target, f"gives no {missing}, which objective={objective} needs")
+        elif given - needed - read:
+            unread = ", ".join(sorted(given - needed - read))
+            yield Problem(
+                name, target, f"gives {unread}, which neither {objective} nor {model} reads"
+            )
+
+
 def blend(view: View) -> Iterator[Problem]:
     fraction = view.number("data.max_bad_fraction")
     if fraction is not None and not 0 <= fraction <= 1:
@@ -143,4 +170,4 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
         yield Problem(where, None, "must be given: other datasets of this list have a weight")
 
 
-RULES = (vision, attended, validation, blend)
+RULES = (vision, attended, validation, extras, blend)
