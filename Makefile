@@ -41,7 +41,8 @@ check: venv ## format, lint, types, spelling
 
 # Two files at a time: many tests run two or four ranks of their own.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --durations 20
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile \
+	--no-loadscope-reorder --durations 20
 
 test: venv kernels ## the tests that need neither a GPU nor patience (JOBS=2 files at a time)
 	$(PYTEST) -m "not slow and not gpu"

@@ -399,7 +399,7 @@ def save_dp_reshardable(rank, world_size, init_method, directory):
     [
         ({"save_interval": 0}, "checkpoint.save_interval=0"),
         ({"keep_last": 0}, "checkpoint.keep_last=0"),
-        ({"optimizer": "zero"}, "checkpoint.optimizer=zero must be fully_reshardable or"),
+        ({"optimizer": "zero"}, "checkpoint.optimizer=zero must be one of fully_reshardable"),
     ],
 )
 def test_bad_values_are_named(tmp_path, arguments, message):

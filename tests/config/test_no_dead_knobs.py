@@ -34,10 +34,9 @@ from nvmm.proof.synthetic import SyntheticData, synthetic_steps
 
 SYSTEMS = (
     "language/tiny",
-    "nvlm_x/quickstart",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("nvlm_d/quickstart", "nvlm_h/quickstart", "nv_embed/tiny")
+        for name in ("nvlm_d/quickstart", "nvlm_x/quickstart", "nvlm_h/quickstart", "nv_embed/tiny")
     ),
 )
 SPECIAL = ("_target_", "_partial_")

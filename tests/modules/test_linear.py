@@ -126,7 +126,7 @@ def test_formats() -> None:
     ("field", "message"),
     [
         ({"recipe": "tensorwise"}, "precision.fp8.recipe=tensorwise must be one of delayed, cur"),
-        ({"format": "e5m2"}, "precision.fp8.format=e5m2 must be one of hybrid, e4m3, null"),
+        ({"format": "e5m2"}, "precision.fp8.format=e5m2 must be one of hybrid, e4m3"),
         ({"amax_compute_algo": "mean"}, "precision.fp8.amax_compute_algo=mean must be one of max"),
         ({"amax_history_len": 0}, "precision.fp8.amax_history_len=0 must be at least 1"),
     ],

@@ -111,20 +111,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "xattn_dense": tiny.config(tiny.cross_attending(**XATTN_DENSE), attended="all"),
 }
 ROWS = [
-    *itertools.product(["language", "nvlm_d", "nvlm_d_frozen_vision", "nvlm_d_connector"], COMMON),
-    *itertools.product(["language_tied"], ["tp2", "pp2", "pp2_vp2", "dp2_overlap"]),
-    *itertools.product(["nvlm_d", "nvlm_d_frozen_vision"], ["sharded", "sharded_sp"]),
-    ("nvlm_d", "sharded_pp2"),
-    *itertools.product(["nvlm_d_frozen_patches"], ["recompute", "tp2_recompute"]),
-    *itertools.product(["nvlm_d_lora"], ["tp2_sp", "pp2", "dp2_overlap", "tp2_recompute"]),
-    ("nvlm_d_lora", "sharded"),
-    *itertools.product(["nvlm_d_packed"], ["tp2", "tp2_sp", "pp2_vp2", "dp2", "cp2", "cp2_tp2_sp"]),
-    *itertools.product(["language"], ["cp2"]),
-    *itertools.product(["language_packed"], ["tp2_pp2", "cp2_tp2"]),
-    *itertools.product(["nvlm_d"], ["cp2_tp2", "cp2_dp2", "cp2_overlap"]),
-    *itertools.product(["nvlm_d_frozen_vision_packed"], ["pp2", "cp2", "cp2_tp2"]),
+    # Every layout meets every system, and each of them meets packed and padded rows.
+    *itertools.product(["language"], ["tp2", "pp2", "cp2", "dp2", "tp2_pp2"]),
+    *itertools.product(["language_packed"], ["tp2_sp", "pp2_vp2", "cp2_tp2"]),
+    *itertools.product(["nvlm_d"], ["tp2_sp", "pp2_vp2", "cp2_tp2", "tp2_pp2"]),
+    *itertools.product(["nvlm_d_packed"], ["tp2", "pp2", "cp2", "dp2"]),
+    *itertools.product(["nvlm_d_frozen_vision"], ["tp2", "tp2_sp", "pp2_vp2", "dp2"]),
+    *itertools.product(["nvlm_d_frozen_vision_packed"], ["pp2", "cp2", "cp2_tp2", "tp2_pp2"]),
+    *itertools.product(["nvlm_d"], ["pp2_uneven", "dp2_overlap", "recompute", "selective"]),
+    *itertools.product(["nvlm_d"], ["tp2_recompute", "cp2_overlap", "sharded", "sharded_pp2"]),
+    ("nvlm_d_frozen_vision", "sharded_sp"),
+    *itertools.product(["nvlm_d_connector"], ["tp2_sp", "pp2_vp2", "dp2_overlap"]),
+    *itertools.product(["language_tied"], ["tp2", "pp2_vp2"]),
+    ("nvlm_d_frozen_patches", "tp2_recompute"),
+    *itertools.product(["nvlm_d_lora"], ["tp2_sp", "pp2", "sharded"]),
     *itertools.product(["nvlm_x"], ["tp2_sp", "pp2_vp2", "dp2_overlap"]),
-    *itertools.product(["nvlm_h"], ["pp4", "recompute"]),
+    ("nvlm_h", "pp4"),
     ("nvlm_x_frozen_language", "pp2"),
     ("nvlm_h_packed", "cp2_tp2_sp"),
     ("xattn_dense", "tp2_sp_pp2"),
@@ -134,23 +136,36 @@ CONTEXT = ["cp2_tp2_sp", "cp2_dp2", "cp2_pp2", "cp2_overlap", "cp2_recompute"]
 SYSTEMS = ["language", "nvlm_d", "nvlm_d_frozen_vision"]
 SLOW_ROWS = [
     row
-    for row in [
-        *itertools.product([*SYSTEMS, *(f"{name}_packed" for name in SYSTEMS)], MATRIX + CONTEXT),
-        *itertools.product(
-            ["nvlm_d", "nvlm_d_packed"], ["cp2_sharded", "cp2_selective", "cp2_pp2_vp2"]
-        ),
-        *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
-        *itertools.product(["nvlm_d_lora"], ["pp2_vp2", "tp2_pp2", "cp2_tp2_sp", "sharded_sp"]),
-        *itertools.product(
-            [f"nvlm_{kind}{rest}" for kind in "xh" for rest in ("", "_packed", "_frozen_vision")],
-            [*COMMON, "pp4", "tp2_sp_pp2", *CONTEXT, "cp2", "cp2_tp2", "cp2_pp2_vp2"],
-        ),
-        *itertools.product(
-            ["nvlm_x_frozen_language", "nvlm_h_frozen_language"], [*COMMON, "cp2_tp2_sp"]
-        ),
-        *itertools.product(["nvlm_x", "nvlm_h"], ["sharded", "sharded_sp", "sharded_pp2"]),
-        *itertools.product(["xattn_dense"], [*COMMON, "cp2_tp2_sp"]),
-    ]
+    for row in dict.fromkeys(
+        [
+            *itertools.product([*SYSTEMS, "nvlm_d_connector"], COMMON),
+            *itertools.product(["language_tied"], ["pp2", "dp2_overlap"]),
+            *itertools.product(["nvlm_d", "nvlm_d_frozen_vision"], ["sharded", "sharded_sp"]),
+            ("nvlm_d_frozen_patches", "recompute"),
+            *itertools.product(
+                [*SYSTEMS, *(f"{name}_packed" for name in SYSTEMS)], MATRIX + CONTEXT
+            ),
+            *itertools.product(
+                ["nvlm_d", "nvlm_d_packed"], ["cp2_sharded", "cp2_selective", "cp2_pp2_vp2"]
+            ),
+            *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
+            *itertools.product(["nvlm_d_lora"], ["pp2_vp2", "tp2_pp2", "cp2_tp2_sp", "sharded_sp"]),
+            *itertools.product(["nvlm_d_lora"], ["dp2_overlap", "tp2_recompute"]),
+            *itertools.product(
+                [
+                    f"nvlm_{kind}{rest}"
+                    for kind in "xh"
+                    for rest in ("", "_packed", "_frozen_vision")
+                ],
+                [*COMMON, "pp4", "tp2_sp_pp2", *CONTEXT, "cp2", "cp2_tp2", "cp2_pp2_vp2"],
+            ),
+            *itertools.product(
+                ["nvlm_x_frozen_language", "nvlm_h_frozen_language"], [*COMMON, "cp2_tp2_sp"]
+            ),
+            *itertools.product(["nvlm_x", "nvlm_h"], ["sharded", "sharded_sp", "sharded_pp2"]),
+            *itertools.product(["xattn_dense"], [*COMMON, "cp2_tp2_sp"]),
+        ]
+    )
     if row not in ROWS
 ]
 References = Callable[[str], tuple[Result, Path]]

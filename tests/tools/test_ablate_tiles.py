@@ -107,4 +107,4 @@ def test_samples_of_several_images_fit(tmp_path: Path) -> None:
         if part != "text/train":
             images = {int(sample.text.media[IMAGE].items.max()) + 1 for sample in samples}
             assert images == {1, 2, 3}
-            assert max(int(s.media[IMAGE].tiles.max()) for s in samples) > 3
+            assert max(int(s.text.media[IMAGE].tiles.max()) for s in samples) > 3
