@@ -97,7 +97,7 @@ class Builder:
 
 def measure(folder: Path) -> dict[str, Any]:
     """What one process sees of an index that lies in `folder`."""
-    from nvmm.data.order.mixture import Part
+    from nvmm.data.order.mixture import Component
     from nvmm.data.order.order import Order, Settings
     from nvmm.data.shards.dataset import Dataset, builder_digest
 
@@ -110,12 +110,12 @@ def measure(folder: Path) -> dict[str, Any]:
     assert len(columns["start"]) == count
     result["open_MiB"] = resident() - before
     digest = builder_digest(dataset.build)
-    parts = [Part("one", dataset, Fraction(1), None, count)]
+    components = [Component("one", dataset, Fraction(1), None, count)]
     for name, settings in (
         ("plain", Settings(4096)),
         ("packed", Settings(4096, 4096, 1, {"one": digest})),
     ):
-        order = Order(parts, 1, settings, BATCH)
+        order = Order(components, 1, settings, BATCH)
         done = 0
         begin = time.perf_counter()
         for k in range(200 if name == "plain" else 60):
@@ -124,10 +124,10 @@ def measure(folder: Path) -> dict[str, Any]:
         position = json.loads(json.dumps(order.position(k + 1)))
         result[f"{name}_position_bytes"] = len(json.dumps(position))
         begin = time.perf_counter()
-        Order(parts, 1, settings, BATCH, position).batch(k + 1)
+        Order(components, 1, settings, BATCH, position).batch(k + 1)
         result[f"{name}_resume_seconds"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    Order(parts, 1, Settings(4096), BATCH).batch(1000 * count // BATCH)
+    Order(components, 1, Settings(4096), BATCH).batch(1000 * count // BATCH)
     result["plain_seek_1000_epochs_seconds"] = time.perf_counter() - begin
     result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result

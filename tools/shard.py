@@ -46,13 +46,13 @@ def index_config(overrides: list[str]) -> None:
     tokenizer = instantiate(job.config["tokenizer"], _convert_="all")
     data = instantiate(job.config["data"], _convert_="all")(tokenizer=tokenizer)
     data.count_lengths()
-    for part in data.parts:
-        tokens = part.dataset.lengths[:, 0]
+    for component in data.components:
+        tokens = component.dataset.lengths[:, 0]
         bad = int((tokens < 0).sum())
         total = int(tokens[tokens > 0].sum(dtype="int64"))
         print(
-            f"{part.name}: {len(tokens)} samples, {bad} bad, {total} tokens, weight"
-            f" {float(part.weight):.4g}: {part.dataset.index.path}"
+            f"{component.name}: {len(tokens)} samples, {bad} bad, {total} tokens, weight"
+            f" {float(component.weight):.4g}: {component.dataset.index.path}"
         )
 
 
