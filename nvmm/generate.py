@@ -51,9 +51,9 @@ def generate(job: compose.Job) -> str:
 
 
 def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes | str]:
-    """The prompt and its pictures as members of a shard's sample.
+    """The prompt and its images as members of a shard's sample.
 
-    Raises ValueError for a picture that cannot be read.
+    Raises ValueError for an image that cannot be read.
     """
     paths = [images] if isinstance(images, str) else list(images or [])
     found: dict[str, bytes | str] = {

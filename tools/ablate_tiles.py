@@ -83,7 +83,7 @@ class Regime:
 
     @property
     def strings(self) -> Path:
-        """Folder of the pictures of strings."""
+        """Folder of the images of strings."""
         return DATA / ("quickstart" if self.max_images == 1 else f"digits_{self.max_images}_images")
 
     def build_data(self) -> None:

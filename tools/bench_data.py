@@ -1,9 +1,9 @@
 """Samples/s of nvmm, megatron-energon and webdataset on the same shards: python tools/bench_data.py
 
-Real pictures (scikit-learn's and scikit-image's, cropped and scaled) as small JPEG, large JPEG and
+Real images (scikit-learn's and scikit-image's, cropped and scaled) as small JPEG, large JPEG and
 PNG, with questions; blended 1 : 1 : 1, tiled to 448 pixels with at most 6 tiles and the thumbnail,
 rendered, and collated by 2 workers. "same builder" runs nvmm's builder and collation in the other
-loader, so that the rows differ in the loader alone; "Pillow, floats" does to pictures what
+loader, so that the rows differ in the loader alone; "Pillow, floats" does to images what
 Megatron-LM's multimodal example does: Pillow resizes, each tile becomes normalised floats.
 
 Every row is a process of its own. Rounds take turns; the medians are printed. Memory is the
@@ -73,11 +73,11 @@ def write_data(folder: Path, samples: int) -> None:
     from sklearn.datasets import load_sample_image
 
     root = Path(skimage.__file__).parent / "data"
-    pictures = [Image.open(root / f"{name}.png").convert("RGB") for name in PLAIN]
-    pictures.append(Image.open(root / "hubble_deep_field.jpg").convert("RGB"))
-    pictures += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    images = [Image.open(root / f"{name}.png").convert("RGB") for name in PLAIN]
+    images.append(Image.open(root / "hubble_deep_field.jpg").convert("RGB"))
+    images += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     for number, name in enumerate(SETS):
-        drawn = draw(np.random.default_rng(number), pictures, name, samples)
+        drawn = draw(np.random.default_rng(number), images, name, samples)
         write_shards(folder / name, name, drawn, samples_per_shard=samples // 4)
     train_tokenizer(folder / "tokenizer")
     prepare_energon(folder)
@@ -85,24 +85,24 @@ def write_data(folder: Path, samples: int) -> None:
 
 
 def draw(
-    rng: np.random.Generator, pictures: list[Image.Image], name: str, samples: int
+    rng: np.random.Generator, images: list[Image.Image], name: str, samples: int
 ) -> Iterator[dict[str, Any]]:
-    """Random crops of real pictures, scaled to the set's sizes."""
+    """Random crops of real images, scaled to the set's sizes."""
     kind, least, most = SETS[name]
     for number in range(samples):
-        picture = pictures[rng.integers(len(pictures))]
-        width, height = (int(side * rng.uniform(0.5, 1.0)) for side in picture.size)
+        image = images[rng.integers(len(images))]
+        width, height = (int(side * rng.uniform(0.5, 1.0)) for side in image.size)
         left, top = (
-            rng.integers(picture.width - width + 1),
-            rng.integers(picture.height - height + 1),
+            rng.integers(image.width - width + 1),
+            rng.integers(image.height - height + 1),
         )
         scale = rng.uniform(least, most) / max(width, height)
         size = (max(1, int(width * scale)), max(1, int(height * scale)))
-        crop = picture.resize(size, box=(left, top, left + width, top + height))
+        crop = image.resize(size, box=(left, top, left + width, top + height))
         buffer = io.BytesIO()
         crop.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
         record = {
-            "question": f"Which picture is number {number}?",
+            "question": f"Which image is number {number}?",
             "answer": f"{number} of {name}.",
         }
         extension = "jpg" if kind == "JPEG" else "png"

@@ -29,7 +29,7 @@ BATCH = 128
 
 
 def build_rate(folder: Path, count: int) -> dict[str, Any]:
-    """Index `count` samples of shards with a text and a picture each, by one process and by all."""
+    """Index `count` samples of shards with a text and an image each, by one process and by all."""
     import io
 
     from PIL import Image
@@ -75,7 +75,7 @@ def write_synthetic(folder: Path, count: int) -> None:
 
 
 def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
-    """Columns of a shard of PER_SHARD samples with one picture each."""
+    """Columns of a shard of PER_SHARD samples with one image each."""
     rng = np.random.default_rng(int(Path(shard).stem.rpartition("-")[2]))
     starts = np.arange(PER_SHARD) * 50_000
     keys = "".join(f"{i:09d}" for i in range(PER_SHARD)).encode()

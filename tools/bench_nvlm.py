@@ -135,7 +135,7 @@ def micro_batch(config: dict[str, Any], size: int) -> Any:
 
 
 def members(number: int, digits: int) -> dict[str, Any]:
-    """A picture of noise that is cut to GRID, and a question of so many digits."""
+    """An image of noise that is cut to GRID, and a question of so many digits."""
     rng = np.random.default_rng(number)
     cols, rows = GRID
     pixels = rng.integers(0, 256, (rows * TILE_SIZE, cols * TILE_SIZE, 3), dtype=np.uint8)

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("llava", help="LLaVA-style JSON and a folder of pictures")
+    command = commands.add_parser("llava", help="LLaVA-style JSON and a folder of images")
     command.add_argument("--json", required=True, help="JSON list, or .jsonl")
     command.add_argument("--images", required=True, help="folder that image names are relative to")
     command = commands.add_parser("jsonl", help="JSON records and folders of any files")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from nvmm.evaluation.pictures import MAX_PICTURES, picture_fields
+from nvmm.evaluation.images import MAX_IMAGES, image_fields
 from nvmm.io.progress import progress
 
 if TYPE_CHECKING:
@@ -246,10 +246,10 @@ def _lines(
     """Lines of predictions.jsonl; the first few with what the report draws of their images."""
     for number, prediction in enumerate(predictions):
         line = asdict(prediction)
-        if number < MAX_PICTURES:
+        if number < MAX_IMAGES:
             members = dataset.members(prediction.sample_id)
             media = model.builder.prompt(members).text.media
-            line |= picture_fields(members, media)
+            line |= image_fields(members, media)
         yield line
 
 

@@ -23,9 +23,9 @@ _HTML_STYLE = """
 .text { color: var(--quiet); }
 .target { color: var(--good); font-weight: 600; text-decoration: underline; }
 .media { color: var(--s0); }
-.pictures { display: flex; flex-wrap: wrap; gap: 14px; margin: 16px 0; }
-.pictures figure { margin: 0; }
-.pictures img { width: 128px; image-rendering: pixelated; border: 1px solid var(--rule); }
+.images { display: flex; flex-wrap: wrap; gap: 14px; margin: 16px 0; }
+.images figure { margin: 0; }
+.images img { width: 128px; image-rendering: pixelated; border: 1px solid var(--rule); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 2px 12px; text-align: left; font-weight: normal; white-space: pre; }
 """
@@ -65,7 +65,7 @@ class Tile:
     tag: str
     start: int
     stop: int
-    picture: Tensor
+    pixels: Tensor
     keys: int = 0
     modality: str = "image"
 
@@ -154,7 +154,7 @@ def _attended_tile(batch: Batch, tokenizer: Tokenizer, media: Media, index: int)
         tag=tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
         start=start,
         stop=stop,
-        picture=media.values[index],
+        pixels=media.values[index],
         keys=media.tokens_per_item + len(own),
     )
 
@@ -170,7 +170,7 @@ def _tile(
         tag=before.rpartition(image_start)[2].strip(),
         start=start,
         stop=start + media.tokens_per_item,
-        picture=media.values[index],
+        pixels=media.values[index],
     )
 
 
@@ -277,8 +277,8 @@ def _shown(stretch: Stretch, segment: Segment, color: bool) -> str:
 def _tile_lines(segment: Segment) -> list[str]:
     return [
         f"  {_tile_name(tile):20} tag {tile.tag or 'none':26} {_where(tile)}"
-        f"  {tile.picture.shape[-1]} x {tile.picture.shape[-2]} pixels, mean"
-        f" {tile.picture.float().mean():.1f}"
+        f"  {tile.pixels.shape[-1]} x {tile.pixels.shape[-2]} pixels, mean"
+        f" {tile.pixels.float().mean():.1f}"
         for tile in segment.tiles
     ]
 
@@ -310,7 +310,7 @@ def _table(segment: Segment, every: bool) -> list[str]:
 
 
 def to_html(batch: Batch, found: Sequence[Segment], title: str) -> str:
-    """The micro-batch as one self-contained page, pictures included."""
+    """The micro-batch as one self-contained page, images included."""
     body = "".join(_html(segment) for segment in found)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -328,8 +328,8 @@ def _html(segment: Segment) -> str:
         f"{escape(_shown(stretch, segment, False).removeprefix('[[').removesuffix(']]'))}</span>"
         for stretch in segment.stretches
     )
-    pictures = "".join(
-        f'<figure><img alt="{_tile_name(tile)}" src="data:image/png;base64,{_png(tile.picture)}">'
+    images = "".join(
+        f'<figure><img alt="{_tile_name(tile)}" src="data:image/png;base64,{_png(tile.pixels)}">'
         f"<figcaption>{_tile_name(tile)}<br>{escape(tile.tag or 'no tag')}<br>"
         f"{_where(tile)}</figcaption></figure>"
         for tile in segment.tiles
@@ -343,14 +343,14 @@ def _html(segment: Segment) -> str:
     return (
         f"<section><h2>Sample {segment.sample_id}</h2>"
         f"<p class=quiet>{escape(_heading(segment))}</p>"
-        f"<div class='panel tokens'>{text}</div><div class=pictures>{pictures}</div>"
+        f"<div class='panel tokens'>{text}</div><div class=images>{images}</div>"
         "<details><summary>Every position</summary><table><tr><th>column<th>position<th>token"
         f"<th>label<th>weight{rows}</table></details></section>"
     )
 
 
-def _png(picture: Tensor) -> str:
+def _png(pixels: Tensor) -> str:
     """uint8 [3, height, width] -> base64 PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -8,7 +8,7 @@ The page needs no network, script or library. A section whose file is missing sa
 - `evaluation/<benchmark>/<checkpoint>/predictions.jsonl` (`nvmm.evaluate`; of each benchmark the
   newest checkpoint), one held-out sample a line: {sample_id, source, kind (of the question),
   question, answers: [...], prediction, score (1 is right)}, and for the samples to be drawn also
-  the fields that `nvmm.evaluation.pictures` makes.
+  the fields that `nvmm.evaluation.images` makes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nvmm.report.charts import (
 )
 from nvmm.report.style import STYLE
 
-MAX_PICTURES = 12
+MAX_IMAGES = 12
 _STATS = {
     "steps": "steps",
     "samples_seen": "samples seen",
@@ -61,7 +61,7 @@ def write_report(run_dir: str | Path) -> Path:
     note = f"<p>{escape(str(about['note']))}</p>" if about.get("note") else ""
     sections = {
         "Held-out accuracy": _accuracy(summary, evaluations),
-        "Held-out pictures": _pictures([line for lines in evaluations.values() for line in lines]),
+        "Held-out images": _images([line for lines in evaluations.values() for line in lines]),
         "Training": _training(steps, _lines(run_dir / "validation.jsonl")),
         "Stages": _stages([*earlier, run_dir]) if earlier else None,
         "Configuration": _configuration(run_dir, config, earlier),
@@ -164,16 +164,16 @@ def _accuracy_table(means: Mapping[str, tuple[float, str]]) -> str:
     )
 
 
-def _pictures(predictions: Sequence[Mapping[str, Any]]) -> str:
+def _images(predictions: Sequence[Mapping[str, Any]]) -> str:
     if not predictions:
         return _missing("evaluation", "nvmm.evaluate writes it")
     drawn = [line for line in predictions if line.get("image") or line.get("tiles")]
-    cards = "".join(_card(line) for line in (drawn or predictions)[:MAX_PICTURES])
+    cards = "".join(_card(line) for line in (drawn or predictions)[:MAX_IMAGES])
     note = (
-        "The picture, the tiles the encoder sees (numbered in the order of the sequence, the"
+        "The image, the tiles the encoder sees (numbered in the order of the sequence, the"
         " thumbnail last), and the model's answer."
         if drawn
-        else "The predictions carry no pictures; the first answers:"
+        else "The predictions carry no images; the first answers:"
     )
     return f"<p class=quiet>{note}</p><div class=cards>{cards}</div>"
 
@@ -187,7 +187,7 @@ def _card(line: Mapping[str, Any]) -> str:
     source = str(line.get("source") or line.get("sample_id", ""))
     return (
         f"<article class='card {'right' if right else 'wrong'}'>"
-        f"<div class=shown>{_picture(line.get('image'), 'picture')}{_tiles(line)}</div>"
+        f"<div class=shown>{_image(line.get('image'), 'image')}{_tiles(line)}</div>"
         f"<dl><dt>Question</dt><dd>{escape(str(line.get('question', '')))}</dd>"
         f"<dt>Answer</dt><dd>{escape(answers)}</dd>"
         f"<dt>Model</dt><dd><b>{escape(str(line.get('prediction', ''))) or '(nothing)'}</b>"
@@ -202,14 +202,14 @@ def _tiles(line: Mapping[str, Any]) -> str:
     if not tiles:
         return ""
     if len(tiles) == 1:
-        return f"<figure>{_picture(tiles[0], 'tile')}<figcaption>1 tile</figcaption></figure>"
+        return f"<figure>{_image(tiles[0], 'tile')}<figcaption>1 tile</figcaption></figure>"
     cols, rows = (int(n) for n in line.get("grid") or (len(tiles) - 1, 1))
     cells = "".join(
-        f"<span class=cell>{_picture(tile, f'tile {i}')}<em>{i}</em></span>"
+        f"<span class=cell>{_image(tile, f'tile {i}')}<em>{i}</em></span>"
         for i, tile in enumerate(tiles[: cols * rows], start=1)
     )
     thumbnails = (
-        f"<figure>{_picture(tile, 'thumbnail')}<figcaption>thumbnail</figcaption></figure>"
+        f"<figure>{_image(tile, 'thumbnail')}<figcaption>thumbnail</figcaption></figure>"
         for tile in tiles[cols * rows :]
     )
     return (
@@ -218,7 +218,7 @@ def _tiles(line: Mapping[str, Any]) -> str:
     )
 
 
-def _picture(data: object, alt: str) -> str:
+def _image(data: object, alt: str) -> str:
     if not isinstance(data, str) or not _BASE64.fullmatch(data):
         return ""
     return f'<img class="{alt.split()[0]}" alt="{alt}" src="data:image/png;base64,{data}">'

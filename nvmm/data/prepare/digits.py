@@ -1,7 +1,7 @@
 """The quickstart's data: strings of real handwritten digits, written as webdataset shards.
 
 The digits are scikit-learn's `load_digits` (UCI optical recognition of handwritten digits, 1,797
-pictures of 8x8); layouts, questions and the training augmentation are synthetic.
+images of 8x8); layouts, questions and the training augmentation are synthetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nvmm.data.shards.dataset import write_shards
 from nvmm.io.progress import watch
 
 BLANK = "<|blank|>"
-"""Stands for a picture patch without a digit where the task is given as text."""
+"""Stands for an image patch without a digit where the task is given as text."""
 
 MAX_DIGITS = 6
 SPECIAL_TOKENS = (
@@ -76,14 +76,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Digits:
-    """Digit pictures of one split: pixels uint8 [n, 10, 10] with a black frame, n labels."""
+    """Digit images of one split: pixels uint8 [n, 10, 10] with a black frame, n labels."""
 
     pixels: np.ndarray
     labels: tuple[int, ...]
 
 
 def load_splits() -> dict[str, Digits]:
-    """train (1,257 pictures), validation (180) and test (360): no picture is in two of them."""
+    """train (1,257 images), validation (180) and test (360): no image is in two of them."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -98,7 +98,7 @@ def load_splits() -> dict[str, Digits]:
 
 
 def draw_digit(pixels: np.ndarray, size: int, rng: random.Random, augment: bool) -> Image.Image:
-    """One digit as a grey picture of size x size; `augment` distorts it a little."""
+    """One digit as a grey image of size x size; `augment` distorts it a little."""
     angle = shear = shift_x = shift_y = 0.0
     scale_x = scale_y = 1.0
     if augment:
@@ -174,7 +174,7 @@ def conversation(images: str, turns: list[tuple[str, str, str]]) -> dict[str, ob
 
 
 def text_sample(rng: random.Random, form: Form = Form()) -> dict[str, object]:
-    """The task as text: in each tile's 2x2 slots stand digits instead of picture features."""
+    """The task as text: in each tile's 2x2 slots stand digits instead of image features."""
     tags = ImageTags(form.tags)
     if form.max_images == 1:
         labels, block = text_image(rng, tags)
@@ -186,7 +186,7 @@ def text_sample(rng: random.Random, form: Form = Form()) -> dict[str, object]:
 
 
 def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
-    """The digits of a string, and text in the place of its tiled picture."""
+    """The digits of a string, and text in the place of its tiled image."""
     count = rng.randint(1, MAX_DIGITS)
     labels = [rng.randrange(10) for _ in range(count)]
     if rng.random() < 0.3:
@@ -218,7 +218,7 @@ def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
 def draw_image(
     digits: Digits, rng: random.Random, *, count: int, augment: bool
 ) -> tuple[list[int], bytes]:
-    """The digits of a string, and its picture as PNG bytes."""
+    """The digits of a string, and its image as PNG bytes."""
     chosen = [rng.randrange(len(digits.labels)) for _ in range(count)]
     buffer = io.BytesIO()
     draw_string(digits, chosen, rng, augment).save(buffer, "PNG", compress_level=1)
@@ -228,23 +228,23 @@ def draw_image(
 def image_sample(
     digits: Digits, rng: random.Random, *, count: int, kind: str, augment: bool
 ) -> tuple[dict[str, object], bytes]:
-    """A picture as PNG bytes, and its question."""
-    labels, picture = draw_image(digits, rng, count=count, augment=augment)
+    """An image as PNG bytes, and its question."""
+    labels, image = draw_image(digits, rng, count=count, augment=augment)
     question, answer = ask(labels, kind, rng)
-    return {"question": question, "answer": answer, "kind": kind}, picture
+    return {"question": question, "answer": answer, "kind": kind}, image
 
 
 def images_sample(
     digits: Digits, rng: random.Random, *, counts: list[int], train: bool
 ) -> tuple[dict[str, object], list[bytes]]:
-    """Several pictures; a question about each of them in training, about one elsewhere."""
+    """Several images; a question about each of them in training, about one elsewhere."""
     images = [draw_image(digits, rng, count=count, augment=train) for count in counts]
-    pictures = [picture for _, picture in images]
+    image_files = [data for _, data in images]
     turns = ask_in_turn([labels for labels, _ in images], rng)
     if train:
-        return conversation(f"{IMAGE_MARKER}\n" * len(images), turns), pictures
+        return conversation(f"{IMAGE_MARKER}\n" * len(images), turns), image_files
     question, answer, kind = turns[0]
-    return {"question": question, "answer": answer, "kind": kind}, pictures
+    return {"question": question, "answer": answer, "kind": kind}, image_files
 
 
 def _samples(
@@ -257,8 +257,8 @@ def _samples(
             record = text_sample(rng, form)
         elif part == "strings" and form.max_images > 1:
             counts = [_count(rng) for _ in range(rng.randint(1, form.max_images))]
-            record, pictures = images_sample(digits, rng, counts=counts, train=split == "train")
-            members |= {f"{place}.png": picture for place, picture in enumerate(pictures)}
+            record, images = images_sample(digits, rng, counts=counts, train=split == "train")
+            members |= {f"{place}.png": image for place, image in enumerate(images)}
         else:
             count = _count(rng) if part == "strings" else 1
             kind = "read" if part == "single" else choose_kind(rng)
@@ -331,8 +331,8 @@ def _parts(amounts: Amounts) -> list[tuple[str, str, int]]:
 
 def _card(amounts: Amounts, splits: dict[str, Digits], form: Form) -> str:
     rows = "\n".join(f"| {part}/{split} | {n} |" for part, split, n in _parts(amounts))
-    pictures = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
-    return _CARD.format(rows=rows, pictures=pictures, seed=amounts.seed, **asdict(form))
+    images = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
+    return _CARD.format(rows=rows, images=images, seed=amounts.seed, **asdict(form))
 
 
 _CARD = """# Handwritten digit strings
@@ -340,21 +340,21 @@ _CARD = """# Handwritten digit strings
 Made by `tools/quickstart_data.py` of nvmm (seed {seed}); the same arguments give the same bytes.
 
 ## What is real
-The digits: 1,797 pictures of 8x8 written by 43 people, *Optical Recognition of Handwritten Digits*
+The digits: 1,797 images of 8x8 written by 43 people, *Optical Recognition of Handwritten Digits*
 (E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning Repository, doi:10.24432/C50P49), licence
 CC BY 4.0, as shipped with scikit-learn (`sklearn.datasets.load_digits`). They are split by
-picture: {pictures}. No picture is in two splits; writers are not told apart, so one writer may be.
+image: {images}. No image is in two splits; writers are not told apart, so one writer may be.
 
 ## What is synthetic
 - Layout: digits are enlarged to 24 to 32 pixels and set in one row or (one string in five) two,
   with random gaps and margins. 5 % of the strings have one digit, the others 2 to 6 alike often.
 - Questions: "Read the number." (80 %), "Which digit is number k?" (12 %), "How many digits are
   there?" (8 %). Answers follow from the labels.
-- Training pictures only: each digit is rotated up to 0.22 rad, sheared, scaled, shifted and
+- Training images only: each digit is rotated up to 0.22 rad, sheared, scaled, shifted and
   dimmed. Validation and test digits are shown as they are.
-- `text`: the same task without pictures. Digits stand as text in the four slots of each tile (tags:
+- `text`: the same task without images. Digits stand as text in the four slots of each tile (tags:
   {tags}). It stands in for the language pretraining of a real system, in this task's own format.
-- Pictures in a sample of `text` and `strings`: at most {max_images}.
+- Images in a sample of `text` and `strings`: at most {max_images}.
 
 ## Parts
 | part | samples |

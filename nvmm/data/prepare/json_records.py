@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.samples.decode import DECODERS, PICTURES
+from nvmm.data.samples.decode import DECODERS, IMAGES
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -33,7 +33,7 @@ def samples(
 
     files: key of a record, which holds a name or a list -> the folder that names are relative to;
         a folder alone stands for the key `image`. Names that lead out of their folder are refused,
-        and so are extensions without a decoder. The only picture is the member jpg (or png, ...),
+        and so are extensions without a decoder. The only image is the member jpg (or png, ...),
         several are 0.jpg, 1.jpg, ...; other files are `key.extension`.
     """
     roots = files if isinstance(files, Mapping) else {"image": files}
@@ -41,19 +41,19 @@ def samples(
         where = f"record {number} (id {record.get('id')})"
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
         sample: dict[str, Any] = {"__key__": f"{number:09d}", "json": text.encode("utf-8")}
-        pictures: list[Path] = []
+        images: list[Path] = []
         for key, root in roots.items():
             listed = record.get(key) or []
             for place, name in enumerate([listed] if isinstance(listed, str) else listed):
                 path = _file(Path(root).resolve(), name, f"{where}: {key} {name}")
                 kind = path.suffix[1:].lower()
-                if kind in PICTURES:
-                    pictures.append(path)
+                if kind in IMAGES:
+                    images.append(path)
                 else:
                     sample[f"{key.lower()}{place or ''}.{kind}"] = path.read_bytes()
-        for place, path in enumerate(pictures):
+        for place, path in enumerate(images):
             kind = path.suffix[1:].lower()
-            sample[kind if len(pictures) == 1 else f"{place}.{kind}"] = path.read_bytes()
+            sample[kind if len(images) == 1 else f"{place}.{kind}"] = path.read_bytes()
         yield sample
 
 

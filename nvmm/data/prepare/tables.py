@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.samples.decode import DECODERS, PICTURES
+from nvmm.data.samples.decode import DECODERS, IMAGES
 
 _BATCH = 64
 _MAGIC = {
@@ -88,12 +88,12 @@ def _arrow_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
 def samples(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """One sample a row: its files, and the json of everything else.
 
-    A row's only picture is the member jpg (or png, ...), several are 0.jpg, 1.jpg ... in the order
+    A row's only image is the member jpg (or png, ...), several are 0.jpg, 1.jpg ... in the order
     of columns; other files are `column.extension`. Raises ValueError for a file that was not
     embedded or is of no known format.
     """
     for number, row in enumerate(rows):
-        pictures: list[tuple[str, bytes]] = []
+        images: list[tuple[str, bytes]] = []
         sample: dict[str, Any] = {"__key__": f"{number:09d}"}
         record: dict[str, Any] = {}
         for column, value in row.items():
@@ -103,13 +103,13 @@ def samples(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                 continue
             for place, item in enumerate(values):
                 data, kind = _file(item, f"row {number}, column {column}")
-                if kind in PICTURES:
-                    pictures.append((kind, data))
+                if kind in IMAGES:
+                    images.append((kind, data))
                 else:
                     name = column.replace(".", "_").lower()
                     sample[f"{name}{place or ''}.{kind}"] = data
-        for place, (kind, data) in enumerate(pictures):
-            sample[kind if len(pictures) == 1 else f"{place}.{kind}"] = data
+        for place, (kind, data) in enumerate(images):
+            sample[kind if len(images) == 1 else f"{place}.{kind}"] = data
         text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=_plain)
         yield sample | {"json": text.encode("utf-8")}
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import MAX_PIXELS, decode_image
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
+IMAGES = ("png", "jpg", "jpeg", "webp")
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "ten", "npy", "npz"})
 """Extensions that webdataset would unpickle, or whose formats may hold pickles."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a member may grow to: width * height of a picture, seconds of a sound."""
+    """What a member may grow to: width * height of an image, seconds of a sound."""
 
     max_pixels: int = MAX_PIXELS
     max_seconds: float = 3600.0
@@ -122,12 +122,12 @@ def _ends_early(data: bytes) -> bool:
     return False
 
 
-def _picture(data: bytes, source: str, limits: Limits) -> Image.Image:
+def _image(data: bytes, source: str, limits: Limits) -> Image.Image:
     return decode_image(data, source=source, max_pixels=limits.max_pixels)
 
 
 DECODERS: dict[str, Callable[[bytes, str, Limits], Any]] = {
-    **dict.fromkeys(PICTURES, _picture),
+    **dict.fromkeys(IMAGES, _image),
     **dict.fromkeys(("wav", "flac", "ogg"), decode_sound),
     "json": decode_json,
     **dict.fromkeys(("txt", "text", "caption"), decode_text),

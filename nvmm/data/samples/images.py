@@ -25,7 +25,7 @@ from nvmm.data.samples.bad_sample import BadSample
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 1024 * 1024
-"""Default limit on width * height; a larger picture is refused before it is decompressed."""
+"""Default limit on width * height; a larger image is refused before it is decompressed."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,14 +40,14 @@ _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """Of an image, in pixels."""
 
     width: int
     height: int
 
 
-Picture = Image.Image | Size
-"""A picture, or all that is needed to plan for one."""
+ImageOrSize = Image.Image | Size
+"""An image, or all that is needed to plan for one."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def tile_image(
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
     """uint8 [c, h, w] -> [c, height, width].
 
-    Pillow's antialiased bicubic filter in uint8, four times as fast as Pillow's own; on pictures
+    Pillow's antialiased bicubic filter in uint8, four times as fast as Pillow's own; on images
     they agree to 2 levels of 255 (tests/data/samples/test_images.py).
     """
     if pixels.shape[1:] == (height, width):
@@ -150,12 +150,12 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """PNG, JPEG or WebP bytes -> an upright 8-bit picture in mode RGB or L.
+    """PNG, JPEG or WebP bytes -> an upright 8-bit image in mode RGB or L.
 
     EXIF's rotation is applied; palettes and CMYK become RGB; what is transparent shows white; of 16
     bits the upper 8 are kept; of an animation the first frame.
 
-    Raises BadSample, naming the picture `source`, for damaged or truncated bytes, other formats,
+    Raises BadSample, naming the image `source`, for damaged or truncated bytes, other formats,
     and more than `max_pixels`, which are not decompressed.
     """
     with _open(data, source, max_pixels) as image:
@@ -165,7 +165,7 @@ def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> I
 
 
 def read_size(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Size:
-    """The size that `decode_image` gives, or its error, from the picture's header alone."""
+    """The size that `decode_image` gives, or its error, from the image's header alone."""
     with _open(data, source, max_pixels) as image:
         turned = _turn(image) in _SIDEWAYS
         return Size(image.height, image.width) if turned else Size(image.width, image.height)
@@ -173,7 +173,7 @@ def read_size(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Size
 
 @contextmanager
 def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture before its pixels are read; what goes wrong from here on is a BadSample."""
+    """The image before its pixels are read; what goes wrong from here on is a BadSample."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
@@ -204,9 +204,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         # Pillow keeps the upper byte of 16-bit colours by itself, but not of 16-bit grey
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode[0] in "IF":

@@ -1,4 +1,4 @@
-"""Members of a shard -> `Sample`: pictures are tiled, turns rendered, and both made to fit.
+"""Members of a shard -> `Sample`: images are tiled, turns rendered, and both made to fit.
 
 What the sample says is a form's business (`nvmm.data.samples.forms`), under which names it says
 it, `fields` (`nvmm.data.samples.record`).
@@ -32,7 +32,7 @@ from nvmm.data.samples.chat import (
 )
 from nvmm.data.samples.decode import Limits
 from nvmm.data.samples.forms import Chat, Example, Form
-from nvmm.data.samples.images import MAX_PIXELS, Picture, Tiles, choose_grid, tile_image
+from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize, Tiles, choose_grid, tile_image
 from nvmm.data.samples.record import Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ class InstructBuilder(Builder):
     template, tags: see `nvmm.data.samples.chat`.
     tokens_per_tile: placeholders a tile occupies, after the model's downsampling.
     min_tiles, max_tiles: limits of the grid; the thumbnail comes on top. 1 and 1: a plain resize.
-    max_pixels: larger pictures are refused before they are decompressed.
+    max_pixels: larger images are refused before they are decompressed.
     attended: which tiles stay outside the sequence for cross-attention to read: none (NVLM-D),
         regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
         tags stand in the text: NVLM-X).
@@ -132,15 +132,15 @@ class InstructBuilder(Builder):
         return self._example(members, Record.sizes)[1].accepted
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens and tiles of the training example, from text and the headers of the pictures."""
+        """Tokens and tiles of the training example, from text and the headers of the images."""
         source, example = self._example(members, Record.sizes)
-        rendered, _ = self._fit(example.turns, example.pictures, source, prompt=False)
+        rendered, _ = self._fit(example.turns, example.images, source, prompt=False)
         return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
 
     def _example(
-        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[Picture]]
+        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[ImageOrSize]]
     ) -> tuple[str, Example]:
-        """Source and example; `read` gives the pictures, or their sizes."""
+        """Source and example; `read` gives the images, or their sizes."""
         record = self.record(members)
         example = self.form(record, read(record))
         if example.turns[0].role == DOCUMENT:
@@ -148,23 +148,23 @@ class InstructBuilder(Builder):
         return record.source, example
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
-        source, example = self._example(members, Record.pictures)
+        source, example = self._example(members, Record.images)
         turns = example.turns
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
-        rendered, limit = self._fit(turns, example.pictures, source, prompt)
+        rendered, limit = self._fit(turns, example.images, source, prompt)
         if not prompt and not any(rendered.weights):
             raise BadSample(source, "no supervised token; a sample needs an assistant turn")
         tiles = [
             tile_image(
-                picture,
+                image,
                 min_tiles=min(self.min_tiles, limit),
                 max_tiles=limit,
                 tile_size=self.tile_size,
                 use_thumbnail=self.use_thumbnail,
             )
-            for picture in example.pictures
-            if isinstance(picture, Image.Image)
+            for image in example.images
+            if isinstance(image, Image.Image)
         ]
         placeholder = self.tokenizer.image_id
         found = rendered.tokens.count(placeholder)
@@ -219,12 +219,12 @@ class InstructBuilder(Builder):
         return media
 
     def _fit(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture], source: str, prompt: bool
+        self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
     ) -> tuple[Rendered, int]:
         """Render with as many tiles as fit; returns the rendering and the tile limit used."""
         ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
-        for limit in ladder if pictures else ladder[:1]:
-            rendered = self._render(turns, pictures, limit, source, prompt)
+        for limit in ladder if images else ladder[:1]:
+            rendered = self._render(turns, images, limit, source, prompt)
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
             if self.attended != "none" and not prompt and self._may_be_cut(rendered):
@@ -253,24 +253,24 @@ class InstructBuilder(Builder):
     def _render(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Picture],
+        images: Sequence[ImageOrSize],
         limit: int,
         source: str,
         prompt: bool = False,
     ) -> Rendered:
-        """The turns with at most `limit` tiles a picture, whatever their length."""
+        """The turns with at most `limit` tiles an image, whatever their length."""
         layouts = [
             ImageLayout.of(
                 choose_grid(
-                    picture.width,
-                    picture.height,
+                    image.width,
+                    image.height,
                     min_tiles=min(self.min_tiles, limit),
                     max_tiles=limit,
                     tile_size=self.tile_size,
                 ),
                 use_thumbnail=self.use_thumbnail,
             )
-            for picture in pictures
+            for image in images
         ]
         return render(
             turns,
@@ -286,11 +286,11 @@ class InstructBuilder(Builder):
         )
 
     def _cut(self, example: Example, source: str) -> Example:
-        """A document without what follows the last picture that fits at one tile each."""
-        document, pictures = example.turns[0], example.pictures
-        if not pictures:
+        """A document without what follows the last image that fits at one tile each."""
+        document, images = example.turns[0], example.images
+        if not images:
             return example
-        rendered = self._render([document], pictures, 1, source)
+        rendered = self._render([document], images, 1, source)
         kept = sum(end <= self.sequence_length for end in self._ends(rendered))
         text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: kept + 1])
-        return replace(example, turns=[Turn(DOCUMENT, text)], pictures=pictures[:kept])
+        return replace(example, turns=[Turn(DOCUMENT, text)], images=images[:kept])

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.decode import PICTURES, Limits, check_extension, decode, naming
+from nvmm.data.samples.decode import IMAGES, Limits, check_extension, decode, naming
 from nvmm.data.samples.images import Size, read_size
 
 Fields = Mapping[str, str | Sequence[str]]
@@ -94,20 +94,20 @@ class Record:
             raise self.bad(f"{name} must be a list that is not empty, got {value!r}")
         return value
 
-    def pictures(self) -> list[Image.Image]:
-        """The pictures, upright, 8 bits, in RGB or L, in their order."""
-        return [self._decoded(name) for name in self._picture_names()]
+    def images(self) -> list[Image.Image]:
+        """The images, upright, 8 bits, in RGB or L, in their order."""
+        return [self._decoded(name) for name in self._image_names()]
 
     def sizes(self) -> list[Size]:
-        """Sizes of `pictures()`, from the pictures' headers."""
+        """Sizes of `images()`, from the images' headers."""
         found = []
-        for name in self._picture_names():
+        for name in self._image_names():
             with naming(name):
                 data, limit = self._members[name], self._limits.max_pixels
                 found.append(read_size(data, source=self.source, max_pixels=limit))
         return found
 
-    def _picture_names(self) -> list[str]:
+    def _image_names(self) -> list[str]:
         places = self._fields.get("image")
         if places is None:
             return self._numbered()
@@ -119,15 +119,15 @@ class Record:
         found: list[tuple[int, str]] = []
         for member in self._members:
             number, _, kind = member.rpartition(".")
-            if kind not in PICTURES:
+            if kind not in IMAGES:
                 continue
             if number and not number.isdecimal():
-                raise self.bad(f"picture {member} has no number; name it in build.fields.image")
+                raise self.bad(f"image {member} has no number; name it in build.fields.image")
             found.append((int(number) if number else -1, member))
         found.sort()
         if len({number for number, _ in found}) != len(found):
             names = ", ".join(member for _, member in found)
-            raise self.bad(f"order of pictures {names} is ambiguous; number them")
+            raise self.bad(f"order of images {names} is ambiguous; number them")
         return [member for _, member in found]
 
     def _decoded(self, member: str) -> Any:

@@ -7,7 +7,7 @@ thousand samples and for ten million.
     shard start stop    of each sample: its shard, and its bytes in it
     key keys            end of its key in the blob of keys
     text                bytes of its text members
-    image sizes         end of its pictures in the list of (width, height), in order of the tar
+    image sizes         end of its images in the list of (width, height), in order of the tar
     lengths-<digest>    tokens and tiles that one builder makes of it (-1: it cannot be built)
 """
 
@@ -51,7 +51,7 @@ _COLUMNS = {
 }
 _TEXT = ("json", "txt")
 _IMAGES = ("png", "jpg", "jpeg", "webp")
-_HEADER = 1 << 16  # bytes of a picture that nearly always hold its size
+_HEADER = 1 << 16  # bytes of an image that nearly always hold its size
 _FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096  # below, processes cost more than they save
 
 
@@ -86,7 +86,7 @@ class Index:
         return self.columns["keys"][start : int(ends[number])].tobytes().decode()
 
     def image_sizes(self, number: int) -> list[tuple[int, int]]:
-        """(width, height) of a sample's pictures in the order of the tar; (0, 0) where unknown."""
+        """(width, height) of a sample's images in the order of the tar; (0, 0) where unknown."""
         ends = self.columns["image"]
         start = int(ends[number - 1]) if number else 0
         sizes = self.columns["sizes"].reshape(-1, 2)[start : int(ends[number])]
@@ -107,9 +107,9 @@ class Index:
         starts = np.where(numbers > 0, ends[np.maximum(numbers - 1, 0)], 0)
         counts = ends[numbers] - starts
         sample = np.repeat(np.arange(len(numbers)), counts)
-        picture = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
+        image = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
         pixels = np.zeros(len(numbers), dtype=np.int64)
-        np.add.at(pixels, sample, sizes[picture].astype(np.int64).prod(axis=1))
+        np.add.at(pixels, sample, sizes[image].astype(np.int64).prod(axis=1))
         return self.columns["text"][numbers].astype(np.int64) // 4 + 1 + pixels // 784
 
     def lengths(self, digest: str) -> NDArray[np.int32] | None:

@@ -14,12 +14,12 @@ from nvmm.batch import ATTENDED, MediaKind, TextMedia
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PICTURES = 12
+MAX_IMAGES = 12
 """Samples of a benchmark whose images are kept, and drawn by the report."""
 _IMAGE_SIZE, _TILE_SIZE = 640, 112
 
 
-def picture_fields(
+def image_fields(
     members: Mapping[str, Any], media: Mapping[MediaKind, TextMedia]
 ) -> dict[str, Any]:
     """Return what a line of `predictions.jsonl` needs for its first image to be drawn.
@@ -34,14 +34,14 @@ def picture_fields(
     """
     from PIL.Image import fromarray
 
-    from nvmm.data.samples.decode import PICTURES
+    from nvmm.data.samples.decode import IMAGES
     from nvmm.data.samples.images import choose_grid, decode_image
 
     kinds = [kind for kind in media if kind.modality == "image"]
     numbers = {}  # "png" alone, or numbered: "0.png", "1.png", ...
     for name in members:
         number, _, extension = name.rpartition(".")
-        if extension in PICTURES and (not number or number.isdecimal()):
+        if extension in IMAGES and (not number or number.isdecimal()):
             numbers[name] = int(number or 0)
     if not numbers or not kinds:
         return {}
