@@ -169,7 +169,7 @@ def train(
     from nvmm.data.samples.tokenizer import Tokenizer
     from nvmm.data.shards.dataset import Dataset
     from nvmm.evaluation import beir
-    from nvmm.inference.embedding import Encoder
+    from nvmm.inference.embedding import TextEncoder
     from nvmm.parallel.setup import Parallel, shutdown
     from nvmm.proof.equivalence import build_trainer
 
@@ -184,7 +184,7 @@ def train(
     )
     batches = trainer.batches("train", 0)
     losses = [trainer.train_step(step, next(batches)).metrics["loss"] for step in range(steps)]
-    encode = Encoder([chunk.eval() for chunk in trainer.chunks], data.train.build, 64)
+    encode = TextEncoder([chunk.eval() for chunk in trainer.chunks], data.train.build, 64)
     test = json.loads((folder / "test.json").read_text())
     scores = beir.evaluate(
         encode, test["corpus"], test["queries"], test["qrels"], instruction=INSTRUCTION
