@@ -61,14 +61,15 @@ PLAIN += ("ihc", "moon", "motorcycle_left", "motorcycle_right")
 
 
 class Loader(NamedTuple):
-    """batches: endless. state: what resumes after the batches read so far; None: it cannot."""
+    """A running loader. batches: they never end. state: returns the state from which it resumes
+    after the batches read so far; None: it cannot resume."""
 
     batches: Iterator[Batch]
     state: Callable[[], Any] | None
 
 
 def write_data(folder: Path, samples: int) -> None:
-    """Shards of every set, energon's metadata, its blend, and a tokenizer."""
+    """Write shards of every set, energon's metadata, its blend, and a tokenizer."""
     import skimage
     from sklearn.datasets import load_sample_image
 
@@ -87,7 +88,7 @@ def write_data(folder: Path, samples: int) -> None:
 def draw(
     rng: np.random.Generator, images: list[Image.Image], name: str, samples: int
 ) -> Iterator[dict[str, Any]]:
-    """Random crops of real images, scaled to the set's sizes."""
+    """Yield random crops of real images, scaled to the set's sizes."""
     kind, least, most = SETS[name]
     for number in range(samples):
         image = images[rng.integers(len(images))]
@@ -114,7 +115,7 @@ def draw(
 
 
 def prepare_energon(folder: Path) -> None:
-    """What `energon prepare` writes, and a blend of equal weights."""
+    """Write the files of `energon prepare`, and a blend of equal weights."""
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
     entries = []
@@ -134,7 +135,7 @@ def prepare_energon(folder: Path) -> None:
 
 
 def builder(folder: Path) -> InstructBuilder:
-    """The builder of every row."""
+    """Return the builder of every row."""
     return InstructBuilder(
         template(),
         ImageTags(),
@@ -145,7 +146,7 @@ def builder(folder: Path) -> InstructBuilder:
 
 
 def pillow_tiles(image: Image.Image, *, min_tiles: int, max_tiles: int, **_: Any) -> Tiles:
-    """`tile_image` by Pillow and in floats, tile by tile."""
+    """Do as `tile_image` does, by Pillow and in floats, tile by tile."""
     image = image.convert("RGB")
     cols, rows = grid = choose_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles)
     whole = image.resize((cols * 448, rows * 448), Image.Resampling.BICUBIC)
@@ -282,7 +283,7 @@ ROWS = (
 
 
 def used() -> tuple[float, float]:
-    """MiB, and seconds of CPU so far, of this process and all below it."""
+    """Return MiB, and seconds of CPU so far, of this process and all below it."""
     process = psutil.Process()
     size, seconds = 0, 0.0
     for one in (process, *process.children(recursive=True)):
@@ -295,7 +296,7 @@ def used() -> tuple[float, float]:
 
 
 def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float | None]:
-    """One row, in this process."""
+    """Measure one row, in this process."""
     if how.startswith("Pillow"):
         with_pillow()
     open_loader = OPEN[name]
@@ -314,7 +315,7 @@ def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float 
     for number in range(batches):
         batch = next(loader.batches)
         tiles += len(batch.media[IMAGE].values)
-        if number % 10 == 9:  # reading the maps takes a while: it is not counted
+        if number % 10 == 9:  # Reading the maps takes a while, which is not counted.
             pause = time.perf_counter()
             highest = max(highest, used()[0])
             waited += time.perf_counter() - pause
@@ -348,7 +349,7 @@ def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float 
 
 
 def run_row(name: str, how: str, options: argparse.Namespace) -> dict[str, float | None]:
-    """One row in a process of its own."""
+    """Measure one row in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--row", f"{name}:{how}"]
     command += ["--data", str(options.data), "--batches", str(options.batches)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
@@ -369,7 +370,7 @@ def main() -> None:
     if options.row:
         name, _, how = options.row.partition(":")
         print(json.dumps(measure(name, how, options.data, options.batches)), flush=True)
-        os._exit(0)  # energon's watchdog threads and workers need no farewell
+        os._exit(0)  # Exiting in order would wait for energon's watchdog threads and workers.
     complete = options.data / "complete"
     if not complete.is_file() or complete.read_text() != str(options.samples):
         write_data(options.data, options.samples)

@@ -56,7 +56,7 @@ def build_rate(folder: Path, count: int) -> dict[str, Any]:
 
 
 def write_synthetic(folder: Path, count: int) -> None:
-    """An index of `count` samples, token counts with it, whose shards are empty files."""
+    """Make an index of `count` samples, token counts with it, whose shards are empty files."""
     from nvmm.data.shards import index as module
     from nvmm.data.shards.dataset import builder_digest
     from nvmm.data.shards.index import open_index
@@ -75,7 +75,7 @@ def write_synthetic(folder: Path, count: int) -> None:
 
 
 def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
-    """Columns of a shard of PER_SHARD samples with one image each."""
+    """Return the columns of a shard of PER_SHARD samples with one image each."""
     rng = np.random.default_rng(int(Path(shard).stem.rpartition("-")[2]))
     starts = np.arange(PER_SHARD) * 50_000
     keys = "".join(f"{i:09d}" for i in range(PER_SHARD)).encode()
@@ -92,11 +92,11 @@ def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
 
 
 class Builder:
-    """Stands for a builder; nothing is built."""
+    """A stand-in for a builder; nothing is built."""
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """What one process sees of an index that lies in `folder`."""
+    """Measure one process's use of an index that lies in `folder`."""
     from nvmm.data.order.mixture import Component
     from nvmm.data.order.order import Order, Settings
     from nvmm.data.shards.dataset import Dataset, builder_digest
@@ -134,7 +134,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def resident() -> float:
-    """MiB of this process that are in memory."""
+    """Return the MiB of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """One line a figure."""
+    """Print one line a figure."""
     for name, value in result.items():
         print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
     print(flush=True)

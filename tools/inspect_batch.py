@@ -1,4 +1,4 @@
-"""Show what training would see of some samples.
+"""Show some samples as training would see them.
 
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 data.pack=true

@@ -23,7 +23,7 @@ from nvmm.data.shards.storage import expand
 
 
 def index_shards(options: argparse.Namespace) -> None:
-    """Build the index of some patterns, as a dataset of them would on first use."""
+    """Build the index of the patterns, as a dataset of them would on first use."""
     from nvmm.data.shards.dataset import Dataset
 
     dataset = Dataset(options.shards, build=dict, index_dir=options.index_dir)
@@ -57,7 +57,7 @@ def index_config(overrides: list[str]) -> None:
 
 
 def key_and_folder(text: str) -> tuple[str, str]:
-    """An argument KEY=FOLDER."""
+    """Split an argument KEY=FOLDER."""
     key, equals, folder = text.partition("=")
     if not key or not equals or not folder:
         raise argparse.ArgumentTypeError(f"{text} must be KEY=FOLDER")
@@ -65,7 +65,7 @@ def key_and_folder(text: str) -> tuple[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def samples(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """The samples that a command line asks for."""
+    """Return the samples that a command line asks for."""
     if options.command in ("llava", "jsonl"):
         files = {"image": options.images} if options.command == "llava" else dict(options.files)
         return json_records.samples(json_records.read_records(options.json), files)
