@@ -3,7 +3,7 @@
 A `Sample` is one training example after decoding, tiling and templating: one text or several (a
 query and its documents, two answers to compare), each with media of its own. A `Batch` is one
 micro-batch: padded rows (b >= 1), or one packed row (b = 1) whose segments `cu_seqlens` delimits;
-every text is a row or a segment, and `owners` says whose.
+every text is a row or a segment, and `owners` says which sample it belongs to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ of it (NVLM sections 3.3 and 3.4)."""
 
 
 class MediaKind(NamedTuple):
-    """One kind of media: what it is ("image", "audio" ...) and where its features go."""
+    """One kind of media: its modality ("image", "audio" ...) and where its features go."""
 
     modality: str
     placement: str = SEQUENCE
@@ -52,7 +52,7 @@ class TextMedia:
     positions: int64 [n], index in the text's tokens of each tile's first placeholder; of attended
         media, of the first token of the tile's tag, or of the first token after the tile if the
         text has no tag.
-    items: int64 [n], which item (image, sound) of the text the tile belongs to (0-based).
+    items: int64 [n], the item of the text that the tile belongs to, an image or a sound (0-based).
     tiles: int64 [n], place of the tile in its item: 1..k row-major, 0 for the thumbnail.
     placeholder_id: token id that stands for one media feature; -1 for attended media.
     tokens_per_item: features of each tile: consecutive placeholders, or keys.
@@ -77,8 +77,8 @@ class Text:
     """One text of a sample, placeholders expanded, not yet shifted.
 
     tokens: int64 [n].
-    weights: float32 [n]; the weight of token i *as a target* (0 = not supervised). Not shifted.
-    media: kind -> its media in this text.
+    weights: float32 [n]; the weight of token i *as a target*, 0 where it is not supervised.
+    media: kind -> the media of that kind in this text.
     extras: tensors of this text that one objective or model reads, each of the same shape in every
         text; a batch stacks them.
     """
@@ -110,7 +110,7 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all its texts."""
+        """The number of tokens of all its texts."""
         return sum(len(text.tokens) for text in self.texts)
 
 
@@ -122,7 +122,7 @@ class Media:
         except the values, and no placed media.
     rows: int64 [n], the row of `Batch.tokens` that holds the placeholders or the tags.
     positions, ends: as in TextMedia, as columns of that row.
-    texts: int64 [n], which text of the micro-batch, an index into `Batch.owners`.
+    texts: int64 [n], the text that each tile belongs to, an index into `Batch.owners`.
     items, tiles, placeholder_id, tokens_per_item, tag_ids: as in TextMedia.
     """
 
@@ -139,7 +139,7 @@ class Media:
 
     @property
     def num_keys(self) -> int:
-        """Rows that cross-attention reads of attended media, features and tags."""
+        """The number of keys that cross-attention reads of attended media, features and tags."""
         tags = 0 if self.tag_ids is None else int((self.tag_ids >= 0).sum())
         return self.positions.numel() * self.tokens_per_item + tags
 
@@ -158,12 +158,12 @@ class Batch:
         Both are padded on the right (prompts of generation on the left); a segment of padding, the
         last one, has length 0.
     sample_ids: int64 [num_samples].
-    owners: int64 [num_texts], which sample each text (row or segment, without the padding's)
-        belongs to, an index into `sample_ids`; it never falls.
+    owners: int64 [num_texts], the sample that each text belongs to, an index into `sample_ids`;
+        ascending. Texts are all rows, or all segments but the padding's.
     cu_seqlens: int32 [num_segments + 1] over the packed row, or None for padded rows.
         The last entry equals s: padding of a packed row is a segment of its own.
-    media: kind -> Media.
-    extras: tensors [num_texts, ...] of the texts, and what `Objective.prepare` adds.
+    media: kind -> the media of that kind.
+    extras: tensors [num_texts, ...] of the texts, and those that `Objective.prepare` adds.
     """
 
     tokens: Tensor
@@ -200,39 +200,39 @@ class Batch:
 
     @property
     def max_seqlen(self) -> int:
-        """Longest packed segment, or the padded length."""
+        """The length of the longest packed segment, or the padded length."""
         if self.cu_seqlens is None:
             return int(self.tokens.shape[1])
         return int((self.cu_seqlens[1:] - self.cu_seqlens[:-1]).max())
 
     @property
     def num_tokens(self) -> int:
-        """Number of supervised label positions."""
+        """The number of supervised label positions."""
         return int((self.loss_mask != 0).sum())
 
     @property
     def sample_lengths(self) -> Tensor:
-        """Valid tokens of each sample over all its texts, int64 [num_samples]."""
+        """The valid tokens of each sample over all its texts, int64 [num_samples]."""
         lengths = self.lengths[: self.owners.numel()].long()
         return torch.zeros_like(self.sample_ids).index_add_(0, self.owners, lengths)
 
     def require(self, reads: Collection[MediaKind], reader: str) -> None:
         """Raise ValueError when the batch has media that `reader` does not read.
 
-        reader: names the model for the message.
+        reader: name of the model, for the message.
         """
         unread = sorted(str(kind) for kind in self.media.keys() - set(reads))
         if unread:
-            able = ", ".join(sorted(map(str, reads))) or "no media"
+            readable = ", ".join(sorted(map(str, reads))) or "no media"
             hint = "; data.train.build.attended=none places tiles in the sequence"
             raise ValueError(
                 f"the data (data.train.build or data.validation.build) give {', '.join(unread)},"
-                f" which {reader} does not read: it reads {able}"
+                f" which {reader} does not read: it reads {readable}"
                 + (hint if ATTENDED in " ".join(unread) else "")
             )
 
     def count_media(self, modality: str) -> Tensor:
-        """Items and tiles of a modality in each sample, int64 [2, num_samples].
+        """Count items and tiles of a modality in each sample, int64 [2, num_samples].
 
         An item whose tiles are placed in several ways (NVLM-H's thumbnail) counts once.
         """
@@ -243,11 +243,11 @@ class Batch:
         tiles = torch.cat([torch.stack([media.texts, media.items]) for media in kinds], dim=1)
         items = tiles.unique(dim=1)
         return torch.stack(
-            [self.owners[part[0]].bincount(minlength=count) for part in (items, tiles)]
+            [self.owners[counted[0]].bincount(minlength=count) for counted in (items, tiles)]
         )
 
     def replace(self, **changes: object) -> Batch:
-        """A copy with some fields exchanged."""
+        """Return a copy with some fields exchanged."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -260,6 +260,7 @@ class Batch:
 
 
 def _map(value, function):  # type: ignore[no-untyped-def]
+    """Apply `function` to every tensor in a value, through dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

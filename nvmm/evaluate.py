@@ -1,7 +1,7 @@
 """Score a checkpoint: `python -m nvmm.evaluate checkpoint=DIR benchmark=NAME`.
 
-Alone or under torchrun. Any tensor and pipeline parallel size serves, whatever the checkpoint was
-trained with; what is left of the world is data parallel and shares the questions.
+It runs alone or under torchrun, at any tensor and pipeline parallel size, whatever the checkpoint
+was trained with. The data-parallel ranks share the questions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def evaluate(job: compose.Job) -> dict[str, Any]:
-    """Run one benchmark on all ranks; returns the summary that metrics.json holds."""
+    """Run one benchmark on all ranks; return the summary that metrics.json holds."""
     from nvmm.evaluation.benchmark import Settings
     from nvmm.inference.restore import restore_from
     from nvmm.parallel import setup
@@ -44,6 +44,7 @@ def evaluate(job: compose.Job) -> dict[str, Any]:
         restored = restore_from(config, benchmark.builder)
         result = benchmark.run(restored, settings)
     summary = {"benchmark": benchmark.name, "checkpoint": str(restored.path), **result.summary}
+    # Rank 0 writes the results, and adds them to the run that the checkpoint belongs to.
     if environment.rank() == 0:
         folder = output_folder(config["output"], restored.path, benchmark.name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,12 +60,12 @@ def evaluate(job: compose.Job) -> dict[str, Any]:
     return summary
 
 
-def output_folder(given: str | None, checkpoint: Path, name: str) -> Path:
-    """Where results go: `given`, else beside the run's checkpoints."""
-    if given is not None:
-        return Path(given).expanduser()
-    inside = checkpoint.parent.name == "checkpoints"
-    run = checkpoint.parent.parent if inside else Path("runs")
+def output_folder(output: str | None, checkpoint: Path, name: str) -> Path:
+    """Return the folder of the results: `output`, else one beside the run's checkpoints."""
+    if output is not None:
+        return Path(output).expanduser()
+    in_run = checkpoint.parent.name == "checkpoints"
+    run = checkpoint.parent.parent if in_run else Path("runs")
     return run / "evaluation" / name / checkpoint.name
 
 

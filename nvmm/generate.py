@@ -1,6 +1,6 @@
 """Answer one prompt: `python -m nvmm.generate checkpoint=DIR image=FILE prompt=TEXT`.
 
-Alone or under torchrun, at any tensor and pipeline parallel size; rank 0 prints the answer.
+It runs alone or under torchrun, at any tensor and pipeline parallel size; rank 0 prints the answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def generate(job: compose.Job) -> str:
-    """Answer the job's prompt on all ranks; returns the text."""
+    """Answer the job's prompt on all ranks; return the text."""
     from nvmm.inference.restore import restore_from
     from nvmm.parallel import setup
 
@@ -51,12 +51,12 @@ def generate(job: compose.Job) -> str:
 
 
 def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes | str]:
-    """The prompt and its pictures as members of a shard's sample.
+    """Return the prompt and its images as members of a shard's sample.
 
-    Raises ValueError for a picture that cannot be read.
+    Raises ValueError for an image that cannot be read.
     """
     paths = [images] if isinstance(images, str) else list(images or [])
-    found: dict[str, bytes | str] = {
+    sample: dict[str, bytes | str] = {
         "__url__": "prompt",
         "__key__": "",
         "json": json.dumps({"question": prompt}).encode(),
@@ -64,14 +64,14 @@ def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes 
     for number, path in enumerate(paths):
         try:
             # The builder looks at the content, not at the extension.
-            found[f"{number}.png"] = Path(path).expanduser().read_bytes()
+            sample[f"{number}.png"] = Path(path).expanduser().read_bytes()
         except OSError as error:
             raise ValueError(f"image={path} cannot be read ({error.strerror})") from error
-    return found
+    return sample
 
 
 def quoted(text: str) -> str:
-    """`prompt=` and `system=` in the quotes that Hydra's grammar wants around , : and the like."""
+    """Put `prompt=` and `system=` in the quotes that Hydra's grammar wants around , and :."""
     key, equals, value = text.partition("=")
     if key not in ("prompt", "system") or not equals or value[:1] in _QUOTES or value == "null":
         return text

@@ -1,15 +1,15 @@
-"""Arms of a comparison: chains of commands, each run once, resumed, and measured.
+"""Variants of a comparison: chains of commands, each run once, resumed, and measured.
 
 A command keeps `command.json` in its folder: its arguments, whether it is done, and the time,
-processor time and memory of every attempt. What is done is not run again; what was interrupted is
-started with the same arguments, and `nvmm.train` then goes on from its newest checkpoint. Commands
-of several arms in one folder, such as a first stage that they share, run once.
+processor time and memory of every attempt. A command that is done is not run again; one that was
+interrupted is started with the same arguments, and `nvmm.train` then goes on from its newest
+checkpoint. Commands of several variants in one folder, such as a first stage that they share, run
+once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -27,9 +27,11 @@ from typing import Any
 
 import yaml
 
+from nvmm.io.files import lock, write
+
 _POLL_SECONDS = 0.5
 _SHOWN_LINES = 15
-# Where nvmm.report looks for it.
+# nvmm.report looks for scores there.
 _SCORES = Path("evaluation/heldout/last")
 
 
@@ -37,9 +39,9 @@ _SCORES = Path("evaluation/heldout/last")
 class Command:
     """One process of this interpreter.
 
-    folder: where `command.json` and `log.txt` are kept; arguments: what follows `python`;
-    complete: asked after a clean exit, whether the work is whole (a training that was told to stop
-    exits cleanly too).
+    folder: folder of `command.json` and `log.txt`. arguments: the words after `python`. complete:
+    returns, after a clean exit, whether the work is done; a training that was told to stop exits
+    cleanly too.
     """
 
     folder: Path
@@ -48,8 +50,8 @@ class Command:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Commands that follow each other; `name` and `seed` tell the arm's results apart."""
+class Variant:
+    """A variant of a comparison: commands that follow each other, under a name and a seed."""
 
     name: str
     seed: int
@@ -63,17 +65,17 @@ ALONE = (
     "checkpoint.save_interval=200",
     "checkpoint.keep_last=1",
 )
-"""Overrides of training in an arm: one process, no validation, the newest checkpoint alone."""
+"""Overrides of training in a variant: one process, no validation, the newest checkpoint alone."""
 
 
 def train(folder: Path, *overrides: str) -> Command:
-    """`nvmm.train` with `folder` as its run directory."""
+    """Return the command `nvmm.train` with `folder` as its run directory."""
     arguments = ("-W", "ignore", "-m", "nvmm.train", *overrides, f"run.dir={folder}")
     return Command(folder, arguments, partial(_trained, folder))
 
 
 def evaluate(folder: Path, *overrides: str) -> Command:
-    """`nvmm.evaluate` of the newest checkpoint of the run in `folder`, on held-out questions."""
+    """Return the command `nvmm.evaluate` of `folder`'s newest checkpoint, on held-out questions."""
     output = folder / _SCORES
     arguments = ("-W", "ignore", "-m", "nvmm.evaluate", f"checkpoint={folder}", f"output={output}")
     return Command(output, (*arguments, "benchmark=heldout", *overrides))
@@ -84,15 +86,21 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def run(arms: Sequence[Arm], jobs: int) -> None:
-    """Bring every arm to its end, `jobs` commands at a time.
+def run(variants: Sequence[Variant], jobs: int) -> None:
+    """Run every variant to its end, `jobs` commands at a time.
 
     Raises ValueError when a folder holds a command of other arguments, RuntimeError with the end of
     its log when a command fails or is interrupted; the other commands are then stopped.
     """
     processes = _Processes()
+
+    def run_variant(variant: Variant) -> None:
+        for command in variant.commands:
+            with _locked(command.folder, processes):
+                _run_command(command, f"{variant.name}, seed {variant.seed}", processes)
+
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_run_arm, arm, processes) for arm in arms]
+        futures = [pool.submit(run_variant, variant) for variant in variants]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -103,19 +111,19 @@ def run(arms: Sequence[Arm], jobs: int) -> None:
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """Numbers of one run directory that was trained and evaluated by `train` and `evaluate`.
+    """Return the numbers of a run directory that was trained and evaluated by these commands.
 
-    Per second and per step they are medians over the steps, without the first tenth. `cpu_seconds`
-    and `peak_memory_bytes` are those of the training process, start-up included.
+    Rates are medians, and numbers per sample means, over the steps without the first tenth.
+    `cpu_seconds` and `peak_memory_bytes` are those of the training process, start-up included.
     """
     summary = json.loads((folder / "summary.json").read_text())
     scores = json.loads((folder / _SCORES / "metrics.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = lines[len(lines) // 10 :]
+    lines = lines[len(lines) // 10 :]  # The first steps warm up.
     attempts = _read(folder)["attempts"]
     return {
         "exact_match": scores["score"],
-        **{f"exact_match_{kind}": part["score"] for kind, part in scores["kinds"].items()},
+        **{f"exact_match_{kind}": group["score"] for kind, group in scores["kinds"].items()},
         "questions": scores["num_samples"],
         "samples": summary["samples_seen"],
         "steps": summary["steps"],
@@ -133,28 +141,28 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
-def save(path: Path, found: Mapping[str, Any], **settings: Any) -> None:
+def save(path: Path, results: Mapping[str, Any], **settings: Any) -> None:
     """Write results with the settings, machine, commit and date that they were made with."""
     from nvmm.training.summary import git_revision, machine
 
     record = {
-        "results": found,
+        "results": results,
         "settings": settings,
         "machine": machine(),
         "git_revision": git_revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write(path, json.dumps(record, indent=2) + "\n")
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and, of several values, their sample standard deviation: `0.573 ± 0.021`."""
+    """Return the mean and, of several values, the sample standard deviation: `0.573 ± 0.021`."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -163,13 +171,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _run_arm(arm: Arm, processes: _Processes) -> None:
-    for command in arm.commands:
-        with _locked(command.folder, processes):
-            _run_command(command, f"{arm.name}, seed {arm.seed}", processes)
-
-
 def _run_command(command: Command, label: str, processes: _Processes) -> None:
+    """Run a command unless it is done, and keep its record; the caller holds its folder's lock."""
+    # 1. Refuse a folder that belongs to another command, and leave one that is done.
     record = _read(command.folder) or {"arguments": list(command.arguments), "attempts": []}
     if record["arguments"] != list(command.arguments):
         raise ValueError(
@@ -178,13 +182,16 @@ def _run_command(command: Command, label: str, processes: _Processes) -> None:
         )
     if record.get("done"):
         return
-    _write(command.folder, record)
+    # 2. The record is written before the start, so that an interrupted command keeps its folder.
+    path = command.folder / "command.json"
+    write(path, json.dumps(record, indent=2) + "\n")
     number = len(record["attempts"]) + 1
     print(f"{time.strftime('%H:%M:%S')} {label}: {command.folder}, attempt {number}", flush=True)
     status, attempt = processes.run(command)
     record["attempts"].append(attempt)
     record["done"] = status == 0 and command.complete()
-    _write(command.folder, record)
+    write(path, json.dumps(record, indent=2) + "\n")
+    # 3. A failure shows the end of its log.
     if not record["done"]:
         log = command.folder / "log.txt"
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
@@ -193,7 +200,7 @@ def _run_command(command: Command, label: str, processes: _Processes) -> None:
 
 
 class _Processes:
-    """The commands that run now; once stopped, none is started any more."""
+    """The processes that run now; once stopped, none is started any more."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -201,7 +208,10 @@ class _Processes:
         self.stopped = False
 
     def run(self, command: Command) -> tuple[int, dict[str, float]]:
-        """Exit status, and what the process and its children took."""
+        """Run a command; return its exit status, and the resources that it and its children used.
+
+        Raises RuntimeError when processes were stopped before.
+        """
         begin = time.monotonic()
         with (command.folder / "log.txt").open("ab") as log:
             with self._lock:
@@ -213,7 +223,7 @@ class _Processes:
                     stderr=subprocess.STDOUT,
                 )
                 self._running.add(process)
-            # wait4 gives the resources of this child; Popen.wait would not
+            # wait4 gives the resources of this child, which Popen.wait does not.
             _, status, usage = os.wait4(process.pid, 0)
             with self._lock:
                 process.returncode = os.waitstatus_to_exitcode(status)
@@ -239,32 +249,27 @@ class _Processes:
 
 @contextlib.contextmanager
 def _locked(folder: Path, processes: _Processes) -> Iterator[None]:
-    """One command at a time in a folder, over threads and other calls of a tool."""
+    """Allow one command at a time in a folder, over threads and other calls of a tool."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with contextlib.ExitStack() as stack:
+        # Polling, unlike waiting, sees that the others were stopped.
         while True:
             processes.raise_if_stopped()
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(lock(folder / "lock", wait=False))
                 break
             time.sleep(_POLL_SECONDS)
         yield
 
 
 def _trained(folder: Path) -> bool:
-    """Whether the training in `folder` took its last step."""
+    """Return whether the training in `folder` took its last step."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     steps = json.loads((folder / "summary.json").read_text())["steps"]
     return bool(steps >= config["trainer"]["max_steps"])
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """Return the record of a folder's command, empty where none has been started."""
     path = folder / "command.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    path = folder / "command.json"
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial_path, path)

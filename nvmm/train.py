@@ -1,7 +1,7 @@
 """Train a model: `python -m nvmm.train experiment=NAME [key=value ...]`, alone or under torchrun.
 
-Composes and checks the config before torch is imported, agrees on it and on one run directory with
-every other rank, then builds the parts and hands them to the trainer.
+It composes and checks the config before torch is imported, agrees on it and on one run directory
+with every other rank, then builds the components and hands them to the trainer.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def main() -> None:
         return
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # Leaves a failing rank's traceback where torchrun finds it, so that it names the first one.
+    # `record` leaves a failing rank's traceback for torchrun, so that it names the first one.
     record(train)(job)
 
 
 def train(job: compose.Job) -> dict[str, Any]:
-    """Run one job on this rank; returns the trainer's summary."""
+    """Run one job on this rank; return the trainer's summary."""
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
 
@@ -44,6 +44,7 @@ def train(job: compose.Job) -> dict[str, Any]:
     compose.log_to_stderr()
     config = job.config
     try:
+        # 1. Join the other ranks. From here on a refusal is all ranks' together.
         kernels = instantiate(config["kernels"], _convert_="all")
         precision = instantiate(config["precision"], _convert_="all")
         parallel = instantiate(config["parallel"], _convert_="all")
@@ -52,13 +53,14 @@ def train(job: compose.Job) -> dict[str, Any]:
         _agree(config)
         run_dir = _agree_on_directory(config)
         config["run"] |= {"id": run_dir.name, "dir": str(run_dir)}
-        parts = {
+        # 2. Build the components that the config names, then the trainer of them all.
+        components = {
             name: instantiate(config[name], _convert_="all")
             for name in ("model", "lora", "objective", "optim", "tokenizer")
         }
-        _check_vocabulary(config["model"], parts["tokenizer"])
+        _check_vocabulary(config["model"], components["tokenizer"])
         data = instantiate(config["data"], _convert_="all")(
-            tokenizer=parts.pop("tokenizer"), seed=config["seed"]
+            tokenizer=components.pop("tokenizer"), seed=config["seed"]
         )
         checkpoint = instantiate(config["checkpoint"], _convert_="all")(
             directory=run_dir / "checkpoints"
@@ -70,7 +72,7 @@ def train(job: compose.Job) -> dict[str, Any]:
             enabled=environment.rank() == 0,
         )
         trainer = instantiate(config["trainer"], _convert_="all")(
-            **parts,
+            **components,
             data=data,
             checkpoint=checkpoint,
             logger=logger,
@@ -88,6 +90,7 @@ def train(job: compose.Job) -> dict[str, Any]:
         compose.refuse("train", [error.__cause__])
     except ValueError as error:
         compose.refuse("train", [error])
+    # 3. Train; a collective that hangs is named as what it is.
     try:
         summary: dict[str, Any] = trainer.fit(started=partial(_write, run_dir, job))
     except RuntimeError as error:
@@ -107,6 +110,7 @@ def train(job: compose.Job) -> dict[str, Any]:
 
 
 def _check_vocabulary(model: dict[str, Any], tokenizer: Any) -> None:
+    """Raise ValueError for a model without an embedding for every token."""
     key = "model.language" if "language" in model else "model"
     size = model.get("language", model)["vocab_size"]
     # A placeholder behind the vocabulary needs no row: features take its place.
@@ -119,17 +123,17 @@ def _check_vocabulary(model: dict[str, Any], tokenizer: Any) -> None:
 
 
 def _agree(config: dict[str, Any]) -> None:
-    """Refuse a config that is not the same on every rank, naming ranks and keys."""
+    """End the process when the config is not the same on every rank, naming ranks and keys."""
     import torch
     import torch.distributed as dist
 
-    theirs = json.loads(_from_first_rank(json.dumps(config)))
-    differs = configs.digest(config) != configs.digest(theirs)
+    first = json.loads(_from_first_rank(json.dumps(config)))
+    differs = configs.digest(config) != configs.digest(first)
     flags = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(flags, torch.tensor([int(differs)]))
     ranks = [rank for rank, flag in enumerate(flags) if flag.item()]
     if differs:
-        changes = resuming.differences("", theirs, config)
+        changes = resuming.differences("", first, config)
         compose.refuse(
             "train", [f"{c.key}={c.current!r} is {c.saved!r} on rank 0" for c in changes]
         )
@@ -140,13 +144,13 @@ def _agree(config: dict[str, Any]) -> None:
 
 
 def _agree_on_directory(config: dict[str, Any]) -> Path:
-    """The run directory, chosen by rank 0 and the same on every rank."""
+    """Return the run directory, chosen by rank 0 and the same on every rank."""
     chosen = ""
     if environment.rank() == 0:
         chosen = str(run_directory(config["run"]))
         if config["resume"] == "never" and any(Path(chosen).glob("checkpoints/step_*")):
             problem = Problem("resume", "never", f"must be auto where {chosen} has a checkpoint")
-            chosen = f"\0{problem}"
+            chosen = f"\0{problem}"  # No path has a zero byte, so the other ranks can tell.
     chosen = _from_first_rank(chosen)
     if chosen.startswith("\0"):
         compose.refuse("train", [chosen[1:]])
@@ -154,7 +158,7 @@ def _agree_on_directory(config: dict[str, Any]) -> Path:
 
 
 def run_directory(run: dict[str, Any], root: Path = Path("runs")) -> Path:
-    """Where a run is kept: `run.dir`, else runs/<name>/<id>, created.
+    """Make the folder of a run, `run.dir`, else runs/<name>/<id>, and return it.
 
     The id is `run.id`, the launcher's job id where that survives a requeue, else the start time.
     A restart by torchrun (--max-restarts) finds the directory of the first start again.
@@ -163,15 +167,16 @@ def run_directory(run: dict[str, Any], root: Path = Path("runs")) -> Path:
         path = Path(run["dir"])
     else:
         path = root / str(run["name"])
-        given = run["id"] or environment.requeued_id()
-        if given is None:
+        run_id = run["id"] or environment.requeued_id()
+        if run_id is None:
             return _timed_directory(path)
-        path /= str(given)
+        path /= str(run_id)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def _timed_directory(parent: Path) -> Path:
+    """Make a folder named by the start time, or find that of this launch's first start."""
     launch = environment.generated_id()
     mark = f"-{launch[:8]}" if launch else ""
     earlier = sorted(parent.glob(f"*{mark}")) if mark else []
@@ -184,13 +189,13 @@ def _timed_directory(parent: Path) -> Path:
         try:
             path.mkdir(parents=True)
             return path
-        except FileExistsError:  # another run started in the same second
+        except FileExistsError:  # Another run started in the same second.
             attempt += 1
             path = parent / f"{started}-{attempt}"
 
 
 def _from_first_rank(text: str) -> str:
-    """Rank 0's `text`, on every rank."""
+    """Return rank 0's `text` on every rank."""
     import torch
     import torch.distributed as dist
 
@@ -204,7 +209,7 @@ def _from_first_rank(text: str) -> str:
 
 
 def _write(run_dir: Path, job: compose.Job) -> None:
-    """Keep what the run was started with; a refused resume leaves the earlier start's."""
+    """Keep the config that the run started with; a refused resume leaves the earlier start's."""
     if environment.rank() != 0:
         return
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.config)))

@@ -1,4 +1,4 @@
-"""Arms of a comparison: run once, shared, resumed, refused, measured, printed."""
+"""Variants of a comparison: run once, shared, resumed, refused, measured, printed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def written(folder: Path) -> str:
 
 
 def test_commands_run_in_order_and_once(tmp_path: Path) -> None:
-    arm = studies.Arm("arm", 1, tuple(write(tmp_path / name, name) for name in ("b", "a", "c")))
-    studies.run([arm], jobs=1)
-    studies.run([arm], jobs=1)
+    variant = studies.Variant(
+        "variant", 1, tuple(write(tmp_path / name, name) for name in ("b", "a", "c"))
+    )
+    studies.run([variant], jobs=1)
+    studies.run([variant], jobs=1)
     assert written(tmp_path) == "bac"
     record = json.loads((tmp_path / "a" / "command.json").read_text())
     assert record["done"] is True
@@ -39,7 +41,7 @@ def test_commands_run_in_order_and_once(tmp_path: Path) -> None:
 
 def test_a_shared_command_runs_once(tmp_path: Path) -> None:
     start = write(tmp_path / "start", "s")
-    made = [studies.Arm(n, 1, (start, write(tmp_path / n, n))) for n in ("1", "2", "3")]
+    made = [studies.Variant(n, 1, (start, write(tmp_path / n, n))) for n in ("1", "2", "3")]
     studies.run(made, jobs=3)
     text = written(tmp_path)
     assert text[0] == "s"
@@ -51,12 +53,14 @@ def test_a_failed_command_says_why_and_is_tried_again(tmp_path: Path) -> None:
     code = f"import os; assert os.path.exists({str(mend)!r}), 'it is broken'"
     before = write(tmp_path / "before", "b")
     after = write(tmp_path / "after", "a")
-    arm = studies.Arm("arm", 7, (before, studies.Command(tmp_path / "broken", ("-c", code)), after))
-    with pytest.raises(RuntimeError, match=r"(?s)arm, seed 7: exit status 1.*it is broken"):
-        studies.run([arm], jobs=1)
+    variant = studies.Variant(
+        "variant", 7, (before, studies.Command(tmp_path / "broken", ("-c", code)), after)
+    )
+    with pytest.raises(RuntimeError, match=r"(?s)variant, seed 7: exit status 1.*it is broken"):
+        studies.run([variant], jobs=1)
     assert written(tmp_path) == "b"
     mend.touch()
-    studies.run([arm], jobs=1)
+    studies.run([variant], jobs=1)
     assert written(tmp_path) == "ba"
     record = json.loads((tmp_path / "broken" / "command.json").read_text())
     assert [record["done"], len(record["attempts"])] == [True, 2]
@@ -70,15 +74,15 @@ def test_a_clean_exit_before_the_end_is_not_done(tmp_path: Path) -> None:
         complete=lambda: file.read_text() == "xx",
     )
     with pytest.raises(RuntimeError, match="it was told to stop"):
-        studies.run([studies.Arm("arm", 1, (command,))], jobs=1)
-    studies.run([studies.Arm("arm", 1, (command,))], jobs=1)
+        studies.run([studies.Variant("variant", 1, (command,))], jobs=1)
+    studies.run([studies.Variant("variant", 1, (command,))], jobs=1)
     assert file.read_text() == "xx"
 
 
 def test_other_arguments_in_a_used_folder_are_refused(tmp_path: Path) -> None:
-    studies.run([studies.Arm("arm", 1, (write(tmp_path / "a", "1"),))], jobs=1)
+    studies.run([studies.Variant("variant", 1, (write(tmp_path / "a", "1"),))], jobs=1)
     with pytest.raises(ValueError, match=r"holds a command of other arguments.* name another"):
-        studies.run([studies.Arm("arm", 1, (write(tmp_path / "a", "2"),))], jobs=1)
+        studies.run([studies.Variant("variant", 1, (write(tmp_path / "a", "2"),))], jobs=1)
     assert written(tmp_path) == "1"
 
 
@@ -91,9 +95,9 @@ def test_a_failure_stops_the_others(tmp_path: Path) -> None:
         "sys.exit(3)"
     )
     planned = [
-        studies.Arm("long", 1, (studies.Command(tmp_path / "long", ("-c", wait)),)),
-        studies.Arm("bad", 1, (studies.Command(tmp_path / "bad", ("-c", fail)),)),
-        studies.Arm("later", 1, (write(tmp_path / "later", "l"),)),
+        studies.Variant("long", 1, (studies.Command(tmp_path / "long", ("-c", wait)),)),
+        studies.Variant("bad", 1, (studies.Command(tmp_path / "bad", ("-c", fail)),)),
+        studies.Variant("later", 1, (write(tmp_path / "later", "l"),)),
     ]
     with pytest.raises(RuntimeError, match="bad, seed 1: exit status 3"):
         studies.run(planned, jobs=2)
@@ -103,8 +107,8 @@ def test_a_failure_stops_the_others(tmp_path: Path) -> None:
 
 
 def test_two_callers_take_turns_in_a_folder(tmp_path: Path) -> None:
-    arm = studies.Arm("arm", 1, (write(tmp_path / "a", "1"),))
-    threads = [threading.Thread(target=studies.run, args=([arm], 1)) for _ in range(3)]
+    variant = studies.Variant("variant", 1, (write(tmp_path / "a", "1"),))
+    threads = [threading.Thread(target=studies.run, args=([variant], 1)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -116,9 +120,9 @@ def test_spread_and_table() -> None:
     assert studies.spread([0.25], 2) == "0.25"
     assert studies.spread([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
     assert studies.table(
-        ("arm", "score"), [["none", "1"], ["a longer one", "0.5"]]
+        ("variant", "score"), [["none", "1"], ["a longer one", "0.5"]]
     ).splitlines() == [
-        "| arm          | score |",
+        "| variant      | score |",
         "| ------------ | ----- |",
         "| none         | 1     |",
         "| a longer one | 0.5   |",
@@ -220,11 +224,11 @@ def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:
         f"benchmark.shards={data}/strings/test-*.tar",
         "max_new_tokens=2",
     )
-    arm = studies.Arm("nvlm_d", 1, (training, scoring))
+    variant = studies.Variant("nvlm_d", 1, (training, scoring))
     for step in (1, 2):
         with pytest.raises(RuntimeError, match=f"(?s)told to stop.*stopped at step {step} of 3"):
-            studies.run([arm], jobs=1)
-    studies.run([arm], jobs=1)
+            studies.run([variant], jobs=1)
+    studies.run([variant], jobs=1)
     numbers = studies.measure(run)
     assert [numbers["steps"], numbers["samples"], numbers["questions"]] == [3, 12, 4]
     assert 0 <= numbers["exact_match"] <= 1

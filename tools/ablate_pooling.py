@@ -37,7 +37,7 @@ NUM_NEGATIVES = 2
 
 @dataclass(frozen=True)
 class Synset:
-    """A noun's synset: its words, joined; its definition; offsets of what it is a kind of."""
+    """A noun's synset: its words, joined; its definition; offsets of its hypernyms."""
 
     offset: str
     words: str
@@ -46,11 +46,11 @@ class Synset:
 
 
 def read_nouns(path: Path) -> list[Synset]:
-    """WordNet's data.noun, whose format is wndb(5WN)."""
-    found = []
+    """Read WordNet's data.noun, whose format is wndb(5WN)."""
+    synsets = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(" "):
-            continue  # the licence
+            continue  # The licence is indented.
         fields, _, gloss = line.partition(" | ")
         parts = fields.split(" ")
         count = int(parts[3], 16)
@@ -60,12 +60,12 @@ def read_nouns(path: Path) -> list[Synset]:
             pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i")
         ]
         definition = gloss.partition('; "')[0].strip()
-        found.append(Synset(parts[0], ", ".join(words), definition, tuple(parents)))
-    return found
+        synsets.append(Synset(parts[0], ", ".join(words), definition, tuple(parents)))
+    return synsets
 
 
 def fetch(folder: Path) -> Path:
-    """data.noun of wordnet-base, downloaded once."""
+    """Return the path of wordnet-base's data.noun, downloaded once."""
     target = folder / "wordnet" / "usr" / "share" / "wordnet" / "data.noun"
     if not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def fetch(folder: Path) -> Path:
 
 
 def build(folder: Path, synsets: list[Synset]) -> None:
-    """folder/train-*.tar, tokenizer, test.json {corpus, queries, qrels}."""
+    """Write folder/train-*.tar, tokenizer, test.json {corpus, queries, qrels}."""
     order = list(range(len(synsets)))
     random.Random(0).shuffle(order)
     test = [synsets[i] for i in order[:NUM_QUERIES]]
@@ -121,7 +121,7 @@ def build(folder: Path, synsets: list[Synset]) -> None:
 
 
 def config_of(pooling: str, causal: bool, seed: int, steps: int) -> dict[str, Any]:
-    """The run's config: the tiny NV-Embed, two layers of it."""
+    """Return the run's config: the tiny NV-Embed, two layers of it."""
     import hydra
 
     from nvmm.config.check import config_dir, resolve
@@ -161,7 +161,7 @@ def config_of(pooling: str, causal: bool, seed: int, steps: int) -> dict[str, An
 def train(
     rank: int, world: int, init: str, folder: Path, config: dict[str, Any], steps: int, batch: int
 ) -> dict[str, float]:
-    """One run; held-out scores."""
+    """Run one training; return held-out scores."""
     import functools
 
     from nvmm.data.loader import Data
@@ -169,7 +169,7 @@ def train(
     from nvmm.data.samples.tokenizer import Tokenizer
     from nvmm.data.shards.dataset import Dataset
     from nvmm.evaluation import beir
-    from nvmm.inference.embedding import Encoder
+    from nvmm.inference.embedding import TextEncoder
     from nvmm.parallel.setup import Parallel, shutdown
     from nvmm.proof.equivalence import build_trainer
 
@@ -184,7 +184,7 @@ def train(
     )
     batches = trainer.batches("train", 0)
     losses = [trainer.train_step(step, next(batches)).metrics["loss"] for step in range(steps)]
-    encode = Encoder([chunk.eval() for chunk in trainer.chunks], data.train.build, 64)
+    encode = TextEncoder([chunk.eval() for chunk in trainer.chunks], data.train.build, 64)
     test = json.loads((folder / "test.json").read_text())
     scores = beir.evaluate(
         encode, test["corpus"], test["queries"], test["qrels"], instruction=INSTRUCTION
@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Mean and standard deviation over seeds, as Markdown."""
+    """Return mean and standard deviation over seeds, as Markdown."""
     lines = ["| pooling, mask | nDCG@10 | recall@10 | loss |", "|---|---|---|---|"]
     for name, runs in results.items():
         cells = []

@@ -1,10 +1,10 @@
 """NVLM's ablation of tiles and tags in small: python tools/ablate_tiles.py [--regime strings]
 
-Every arm trains the quickstart's NVLM-D (or X, H: --system) from one start a seed, the quickstart's
-two first stages, on the same samples in the same order, and answers the same held-out questions.
-Arms differ in how an image becomes tokens:
+Every variant trains the quickstart's NVLM-D (or X, H: --system) from one start a seed, the
+quickstart's two first stages, on the same samples in the same order, and answers the same held-out
+questions. Variants differ in how an image becomes tokens:
 
-  low_res  one tile of the whole image
+  low_res  one tile of the image
   none     tiles and thumbnail without tags
   1d       <tile_1> <tile_2> ...
   2d_grid  <tile_x0_y0> <tile_x1_y0> ...
@@ -16,7 +16,7 @@ Regimes:
   images   1 to 3 images a sample, of which a question names one: the number of tokens before a
            tile varies; the start has seen no tags
 
-An interrupted call goes on with the same command; what is done is not run again.
+An interrupted call goes on with the same command; stages that are done are not run again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nvmm import studies
 from nvmm.data.prepare import digits
 
 DATA = Path("data")
-ARMS = {
+VARIANTS = {
     "low_res": ("data.train.build.tags.variant=none", "data.train.build.max_tiles=1"),
     **{
         variant: (f"data.train.build.tags.variant={variant}",)
@@ -68,7 +68,10 @@ PAPER = {
 
 @dataclass(frozen=True)
 class Regime:
-    """tags: of the start's text; samples of up to max_images, batch of them a step."""
+    """One setting of the data.
+
+    tags: tags in the start's text. max_images: images of a sample. batch: samples of a step.
+    """
 
     tags: str
     max_images: int
@@ -76,18 +79,18 @@ class Regime:
 
     @property
     def text(self) -> Path:
-        """Folder of the start's text."""
+        """The folder of the start's text."""
         if self.max_images > 1:
             return self.strings
         return DATA / ("quickstart" if self.tags == digits.Form().tags else f"digits_{self.tags}")
 
     @property
     def strings(self) -> Path:
-        """Folder of the pictures of strings."""
+        """The folder of the images of strings."""
         return DATA / ("quickstart" if self.max_images == 1 else f"digits_{self.max_images}_images")
 
     def build_data(self) -> None:
-        """Write what is not there yet: the quickstart's data and this regime's own."""
+        """Write the quickstart's data and this regime's where they are not there yet."""
         digits.build(DATA / "quickstart")
         form = digits.Form(self.tags, self.max_images)
         if self.max_images > 1:
@@ -104,17 +107,17 @@ REGIMES = {
 }
 
 
-def arm(
+def variant(
     name: str, seed: int, regime: Regime, folder: Path, steps: int, system: str = "d"
-) -> studies.Arm:
-    """The start of `seed`, which arms share, then the stage and the evaluation of one arm."""
+) -> studies.Variant:
+    """Return one variant: the start of `seed`, which all share, then its stage and evaluation."""
     experiment = f"experiment=nvlm_{system}/quickstart"
     base = (*BASE, f"seed={seed}")
     text, single = f"{regime.text}/text/train-*.tar", f"{DATA}/quickstart/single/train-*.tar"
     untagged = f"data.train.build.tags.variant={regime.tags}"
     start = folder / f"seed{seed}"
     run = start / name
-    return studies.Arm(
+    return studies.Variant(
         name,
         seed,
         (
@@ -138,7 +141,7 @@ def arm(
                 run,
                 experiment,
                 *base,
-                *ARMS[name],
+                *VARIANTS[name],
                 f"data.train.shards=[{regime.strings}/strings/train-*.tar]",
                 f"trainer.max_steps={steps}",
                 f"trainer.global_batch_size={regime.batch}",
@@ -156,11 +159,11 @@ def arm(
     )
 
 
-def report(found: dict[str, list[dict[str, float]]]) -> str:
-    """Our numbers, mean and sample standard deviation over seeds, and the paper's."""
+def report(results: dict[str, list[dict[str, float]]]) -> str:
+    """Return our numbers, mean and sample standard deviation over seeds, and the paper's."""
     kinds = {"all": "exact_match"} | {kind: f"exact_match_{kind}" for kind in digits.KINDS}
     rows = []
-    for name, seeds in found.items():
+    for name, seeds in results.items():
         shown = [studies.spread([seed[key] for seed in seeds], 3) for key in kinds.values()]
         for key, places in {
             "tokens_per_sample": 1,
@@ -169,24 +172,24 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
         }.items():
             shown.append(studies.spread([seed[key] for seed in seeds], places))
         rows.append([name, str(len(seeds)), *shown])
-    head = ("arm", "seeds", *kinds, "tokens", "tiles", "CPU-s")
+    head = ("variant", "seeds", *kinds, "tokens", "tiles", "CPU-s")
     lines = [studies.table(head, rows)]
-    if "none" in found:
-        lines += [compare(name, found) for name in found if name not in ("none", "low_res")]
+    if "none" in results:
+        lines += [compare(name, results) for name in results if name not in ("none", "low_res")]
     for model, paper in PAPER.items():
-        listed = [[name, *map(str, paper[name])] for name in found if name in paper]
+        listed = [[name, *map(str, paper[name])] for name in results if name in paper]
         title = f"The paper's, NVLM-{model} 34B (section 3.2):"
-        lines += ["", title, studies.table(("arm", *COLUMNS), listed)]
+        lines += ["", title, studies.table(("variant", *COLUMNS), listed)]
     return "\n".join(lines)
 
 
-def compare(name: str, found: dict[str, list[dict[str, float]]]) -> str:
-    """An arm's gain over no tags, beside what the number of questions lets vary by chance."""
+def compare(name: str, results: dict[str, list[dict[str, float]]]) -> str:
+    """Return a variant's gain over no tags, beside the standard error of so many questions."""
     gains = [
-        ours["exact_match"] - theirs["exact_match"]
-        for ours, theirs in zip(found[name], found["none"], strict=True)
+        tagged["exact_match"] - untagged["exact_match"]
+        for tagged, untagged in zip(results[name], results["none"], strict=True)
     ]
-    rate = statistics.mean(each["exact_match"] for each in (*found[name], *found["none"]))
+    rate = statistics.mean(each["exact_match"] for each in (*results[name], *results["none"]))
     error = math.sqrt(2 * rate * (1 - rate) / (QUESTIONS * len(gains)))
     return (
         f"{name} - none: {studies.spread(gains, 3)} (standard error of the questions {error:.3f})"
@@ -199,15 +202,15 @@ def main() -> None:
     )
     parser.add_argument("--regime", default="strings", choices=REGIMES)
     parser.add_argument("--system", default="d", choices=("d", "x", "h"))
-    parser.add_argument("--arms", default="low_res,none,1d", help=f"of {','.join(ARMS)}")
+    parser.add_argument("--arms", default="low_res,none,1d", help=f"of {','.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=800, help="of the last stage")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--to", default="runs/ablate_tiles", help="folder of the runs and results")
     options = parser.parse_args()
     names = options.arms.split(",")
-    if unknown := set(names) - ARMS.keys():
-        parser.error(f"--arms {','.join(sorted(unknown))}: use {', '.join(ARMS)}")
+    if unknown := set(names) - VARIANTS.keys():
+        parser.error(f"--arms {','.join(sorted(unknown))}: use {', '.join(VARIANTS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     studies.exit_on_sigterm()
     regime = REGIMES[options.regime]
@@ -217,17 +220,17 @@ def main() -> None:
         folder = folder.with_name(f"{options.regime}_{options.system}")
     seeds = range(SEED, SEED + options.seeds)
     planned = [
-        arm(name, seed, regime, folder, options.steps, options.system)
+        variant(name, seed, regime, folder, options.steps, options.system)
         for name in names
         for seed in seeds
     ]
     studies.run(planned, options.jobs)
-    found = {
+    results = {
         name: [studies.measure(folder / f"seed{seed}" / name) for seed in seeds] for name in names
     }
     settings = {key: getattr(options, key) for key in ("system", "regime", "steps")}
-    studies.save(folder / "results.json", found, **settings)
-    print(report(found))
+    studies.save(folder / "results.json", results, **settings)
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ _LAYER_BYTES = 154_000_000
 
 
 class Random:
-    """Random bf16 tensors of a Qwen2 model's shapes."""
+    """Return random bf16 tensors of a Qwen2 model's shapes."""
 
     def __init__(self, shapes: dict[str, list[int]]) -> None:
         self.spec = {
@@ -157,7 +157,7 @@ def _mbridge(folder: Path, there: str, total: int) -> None:
 
 
 def _make(folder: Path, gigabytes: float) -> tuple[int, int]:
-    """Write the model; its bytes and those of its largest tensor."""
+    """Write the model; return its bytes and those of its largest tensor."""
     h, f, v = 2048, 11008, 151936
     layers = max(1, round((gigabytes * 1e9 - 4 * v * h) / _LAYER_BYTES))
     hf = {

@@ -1,9 +1,9 @@
 """Samples/s of nvmm, megatron-energon and webdataset on the same shards: python tools/bench_data.py
 
-Real pictures (scikit-learn's and scikit-image's, cropped and scaled) as small JPEG, large JPEG and
+Real images (scikit-learn's and scikit-image's, cropped and scaled) as small JPEG, large JPEG and
 PNG, with questions; blended 1 : 1 : 1, tiled to 448 pixels with at most 6 tiles and the thumbnail,
 rendered, and collated by 2 workers. "same builder" runs nvmm's builder and collation in the other
-loader, so that the rows differ in the loader alone; "Pillow, floats" does to pictures what
+loader, so that the rows differ in the loader alone; "Pillow, floats" does to images what
 Megatron-LM's multimodal example does: Pillow resizes, each tile becomes normalised floats.
 
 Every row is a process of its own. Rounds take turns; the medians are printed. Memory is the
@@ -61,23 +61,24 @@ PLAIN += ("ihc", "moon", "motorcycle_left", "motorcycle_right")
 
 
 class Loader(NamedTuple):
-    """batches: endless. state: what resumes after the batches read so far; None: it cannot."""
+    """A running loader. batches: they never end. state: returns the state from which it resumes
+    after the batches read so far; None: it cannot resume."""
 
     batches: Iterator[Batch]
     state: Callable[[], Any] | None
 
 
 def write_data(folder: Path, samples: int) -> None:
-    """Shards of every set, energon's metadata, its blend, and a tokenizer."""
+    """Write shards of every set, energon's metadata, its blend, and a tokenizer."""
     import skimage
     from sklearn.datasets import load_sample_image
 
     root = Path(skimage.__file__).parent / "data"
-    pictures = [Image.open(root / f"{name}.png").convert("RGB") for name in PLAIN]
-    pictures.append(Image.open(root / "hubble_deep_field.jpg").convert("RGB"))
-    pictures += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    images = [Image.open(root / f"{name}.png").convert("RGB") for name in PLAIN]
+    images.append(Image.open(root / "hubble_deep_field.jpg").convert("RGB"))
+    images += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     for number, name in enumerate(SETS):
-        drawn = draw(np.random.default_rng(number), pictures, name, samples)
+        drawn = draw(np.random.default_rng(number), images, name, samples)
         write_shards(folder / name, name, drawn, samples_per_shard=samples // 4)
     train_tokenizer(folder / "tokenizer")
     prepare_energon(folder)
@@ -85,24 +86,24 @@ def write_data(folder: Path, samples: int) -> None:
 
 
 def draw(
-    rng: np.random.Generator, pictures: list[Image.Image], name: str, samples: int
+    rng: np.random.Generator, images: list[Image.Image], name: str, samples: int
 ) -> Iterator[dict[str, Any]]:
-    """Random crops of real pictures, scaled to the set's sizes."""
+    """Yield random crops of real images, scaled to the set's sizes."""
     kind, least, most = SETS[name]
     for number in range(samples):
-        picture = pictures[rng.integers(len(pictures))]
-        width, height = (int(side * rng.uniform(0.5, 1.0)) for side in picture.size)
+        image = images[rng.integers(len(images))]
+        width, height = (int(side * rng.uniform(0.5, 1.0)) for side in image.size)
         left, top = (
-            rng.integers(picture.width - width + 1),
-            rng.integers(picture.height - height + 1),
+            rng.integers(image.width - width + 1),
+            rng.integers(image.height - height + 1),
         )
         scale = rng.uniform(least, most) / max(width, height)
         size = (max(1, int(width * scale)), max(1, int(height * scale)))
-        crop = picture.resize(size, box=(left, top, left + width, top + height))
+        crop = image.resize(size, box=(left, top, left + width, top + height))
         buffer = io.BytesIO()
         crop.save(buffer, kind, **({"quality": 90} if kind == "JPEG" else {}))
         record = {
-            "question": f"Which picture is number {number}?",
+            "question": f"Which image is number {number}?",
             "answer": f"{number} of {name}.",
         }
         extension = "jpg" if kind == "JPEG" else "png"
@@ -114,7 +115,7 @@ def draw(
 
 
 def prepare_energon(folder: Path) -> None:
-    """What `energon prepare` writes, and a blend of equal weights."""
+    """Write the files of `energon prepare`, and a blend of equal weights."""
     from megatron.energon.flavors.webdataset import BaseWebdatasetFactory
 
     entries = []
@@ -134,7 +135,7 @@ def prepare_energon(folder: Path) -> None:
 
 
 def builder(folder: Path) -> InstructBuilder:
-    """The builder of every row."""
+    """Return the builder of every row."""
     return InstructBuilder(
         template(),
         ImageTags(),
@@ -145,7 +146,7 @@ def builder(folder: Path) -> InstructBuilder:
 
 
 def pillow_tiles(image: Image.Image, *, min_tiles: int, max_tiles: int, **_: Any) -> Tiles:
-    """`tile_image` by Pillow and in floats, tile by tile."""
+    """Do as `tile_image` does, by Pillow and in floats, tile by tile."""
     image = image.convert("RGB")
     cols, rows = grid = choose_grid(*image.size, min_tiles=min_tiles, max_tiles=max_tiles)
     whole = image.resize((cols * 448, rows * 448), Image.Resampling.BICUBIC)
@@ -282,7 +283,7 @@ ROWS = (
 
 
 def used() -> tuple[float, float]:
-    """MiB, and seconds of CPU so far, of this process and all below it."""
+    """Return MiB, and seconds of CPU so far, of this process and all below it."""
     process = psutil.Process()
     size, seconds = 0, 0.0
     for one in (process, *process.children(recursive=True)):
@@ -295,7 +296,7 @@ def used() -> tuple[float, float]:
 
 
 def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float | None]:
-    """One row, in this process."""
+    """Measure one row, in this process."""
     if how.startswith("Pillow"):
         with_pillow()
     open_loader = OPEN[name]
@@ -314,7 +315,7 @@ def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float 
     for number in range(batches):
         batch = next(loader.batches)
         tiles += len(batch.media[IMAGE].values)
-        if number % 10 == 9:  # reading the maps takes a while: it is not counted
+        if number % 10 == 9:  # Reading the maps takes a while, which is not counted.
             pause = time.perf_counter()
             highest = max(highest, used()[0])
             waited += time.perf_counter() - pause
@@ -348,7 +349,7 @@ def measure(name: str, how: str, folder: Path, batches: int) -> dict[str, float 
 
 
 def run_row(name: str, how: str, options: argparse.Namespace) -> dict[str, float | None]:
-    """One row in a process of its own."""
+    """Measure one row in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--row", f"{name}:{how}"]
     command += ["--data", str(options.data), "--batches", str(options.batches)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
@@ -369,7 +370,7 @@ def main() -> None:
     if options.row:
         name, _, how = options.row.partition(":")
         print(json.dumps(measure(name, how, options.data, options.batches)), flush=True)
-        os._exit(0)  # energon's watchdog threads and workers need no farewell
+        os._exit(0)  # Exiting in order would wait for energon's watchdog threads and workers.
     complete = options.data / "complete"
     if not complete.is_file() or complete.read_text() != str(options.samples):
         write_data(options.data, options.samples)

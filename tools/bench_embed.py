@@ -27,7 +27,7 @@ LEARNING_RATE = 1e-4
 
 
 def timed(step: Callable[[], float], steps: int) -> dict[str, float]:
-    """Seconds of the fastest step, the first loss, and MiB of the peak above the start."""
+    """Return seconds of the fastest step, the first loss, and MiB of the peak above the start."""
     before = resident()
     losses, seconds = [], []
     for _ in range(steps):
@@ -39,13 +39,13 @@ def timed(step: Callable[[], float], steps: int) -> dict[str, float]:
 
 
 def resident() -> float:
-    """MiB that this process holds."""
+    """Return the MiB that this process holds."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def batches_of(ids: Tensor, chunk: int) -> list[Any]:
-    """ids [queries, 2, length] as micro-batches of `chunk` samples."""
+    """Return ids [queries, 2, length] as micro-batches of `chunk` samples."""
     from nvmm.batch import Sample, Text
     from nvmm.data.collate import collate
 
@@ -78,7 +78,7 @@ def batches_of(ids: Tensor, chunk: int) -> list[Any]:
 def ours(
     rank: int, world: int, init: str, config: dict[str, Any], ids: Tensor, chunk: int, steps: int
 ) -> dict[str, float]:
-    """Our trainer's step; `chunk` samples a micro-batch, all of them: no GradCache."""
+    """Time our trainer's step; `chunk` samples a micro-batch, all of them: no GradCache."""
     from nvmm.parallel.setup import Parallel, shutdown
     from nvmm.proof.equivalence import build_trainer
     from nvmm.proof.synthetic import SyntheticData
@@ -97,7 +97,7 @@ def ours(
 def theirs(
     rank: int, world: int, init: str, config: dict[str, Any], ids: Tensor, chunk: int, steps: int
 ) -> dict[str, float]:
-    """MultipleNegativesRankingLoss, or the Cached one with chunks, and torch's AdamW."""
+    """Time MultipleNegativesRankingLoss, or the Cached one with chunks, and torch's AdamW."""
     from sentence_transformers import SentenceTransformer, losses
     from sentence_transformers.models import Normalize, Pooling
 
@@ -156,7 +156,7 @@ class Memory:
 
 
 def exported(rank: int, world: int, init: str, config: dict[str, Any]) -> Any:
-    """The Transformers model with the weights that ours begins with."""
+    """Return the Transformers model with the weights that ours begins with."""
     from hydra.utils import instantiate
 
     from nvmm.convert.formats import nv_embed
@@ -214,7 +214,7 @@ def main() -> None:
 
 
 def config_of() -> dict[str, Any]:
-    """The tiny NV-Embed with the objective's plain settings."""
+    """Return the config of the tiny NV-Embed with the objective's plain settings."""
     import hydra
 
     from nvmm.config.check import config_dir, resolve

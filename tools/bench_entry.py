@@ -1,4 +1,4 @@
-"""How long the commands take before torch is imported: python tools/bench_entry.py
+"""Time the commands up to the import of torch: python tools/bench_entry.py
 
 Prints medians over several runs and their ratio to starting Python and importing Hydra alone, all
 in this run. Aims: a refused config within 2 s, --help within 1.5 s.
@@ -26,7 +26,7 @@ ROWS = {
 
 
 def seconds(arguments: list[str], status: int) -> float:
-    """Wall time of one run; raises RuntimeError when it ends with another status."""
+    """Return the wall time of one run; raise RuntimeError when it ends with another status."""
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
     elapsed = time.perf_counter() - begin
@@ -44,7 +44,7 @@ def main() -> None:
     for number in range(options.runs + 1):
         for name, (arguments, status) in ROWS.items():
             elapsed = seconds(arguments, status)
-            if number > 0:  # the first round warms the file cache
+            if number > 0:  # The first round warms the file cache.
                 times[name].append(elapsed)
     base = statistics.median(times["import hydra"])
     print(f"{'command':26} {'median s':>9} {'to import hydra':>16}")

@@ -29,7 +29,7 @@ BATCH = 128
 
 
 def build_rate(folder: Path, count: int) -> dict[str, Any]:
-    """Index `count` samples of shards with a text and a picture each, by one process and by all."""
+    """Index `count` samples of shards with a text and an image each, by one process and by all."""
     import io
 
     from PIL import Image
@@ -56,7 +56,7 @@ def build_rate(folder: Path, count: int) -> dict[str, Any]:
 
 
 def write_synthetic(folder: Path, count: int) -> None:
-    """An index of `count` samples, token counts with it, whose shards are empty files."""
+    """Make an index of `count` samples, token counts with it, whose shards are empty files."""
     from nvmm.data.shards import index as module
     from nvmm.data.shards.dataset import builder_digest
     from nvmm.data.shards.index import open_index
@@ -75,7 +75,7 @@ def write_synthetic(folder: Path, count: int) -> None:
 
 
 def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
-    """Columns of a shard of PER_SHARD samples with one picture each."""
+    """Return the columns of a shard of PER_SHARD samples with one image each."""
     rng = np.random.default_rng(int(Path(shard).stem.rpartition("-")[2]))
     starts = np.arange(PER_SHARD) * 50_000
     keys = "".join(f"{i:09d}" for i in range(PER_SHARD)).encode()
@@ -92,12 +92,12 @@ def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
 
 
 class Builder:
-    """Stands for a builder; nothing is built."""
+    """A stand-in for a builder; nothing is built."""
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """What one process sees of an index that lies in `folder`."""
-    from nvmm.data.order.mixture import Part
+    """Measure one process's use of an index that lies in `folder`."""
+    from nvmm.data.order.mixture import Component
     from nvmm.data.order.order import Order, Settings
     from nvmm.data.shards.dataset import Dataset, builder_digest
 
@@ -110,12 +110,12 @@ def measure(folder: Path) -> dict[str, Any]:
     assert len(columns["start"]) == count
     result["open_MiB"] = resident() - before
     digest = builder_digest(dataset.build)
-    parts = [Part("one", dataset, Fraction(1), None, count)]
+    components = [Component("one", dataset, Fraction(1), None, count)]
     for name, settings in (
         ("plain", Settings(4096)),
         ("packed", Settings(4096, 4096, 1, {"one": digest})),
     ):
-        order = Order(parts, 1, settings, BATCH)
+        order = Order(components, 1, settings, BATCH)
         done = 0
         begin = time.perf_counter()
         for k in range(200 if name == "plain" else 60):
@@ -124,17 +124,17 @@ def measure(folder: Path) -> dict[str, Any]:
         position = json.loads(json.dumps(order.position(k + 1)))
         result[f"{name}_position_bytes"] = len(json.dumps(position))
         begin = time.perf_counter()
-        Order(parts, 1, settings, BATCH, position).batch(k + 1)
+        Order(components, 1, settings, BATCH, position).batch(k + 1)
         result[f"{name}_resume_seconds"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    Order(parts, 1, Settings(4096), BATCH).batch(1000 * count // BATCH)
+    Order(components, 1, Settings(4096), BATCH).batch(1000 * count // BATCH)
     result["plain_seek_1000_epochs_seconds"] = time.perf_counter() - begin
     result["peak_MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return result
 
 
 def resident() -> float:
-    """MiB of this process that are in memory."""
+    """Return the MiB of this process that are in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """One line a figure."""
+    """Print one line a figure."""
     for name, value in result.items():
         print(f"{name:32} {value:,.4f}" if isinstance(value, float) else f"{name:32} {value:,}")
     print(flush=True)

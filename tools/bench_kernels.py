@@ -37,7 +37,7 @@ from nvmm.kernels.rope import rope
 
 Variants = dict[str, Callable[..., Any]]
 Steps = dict[str, Callable[[], Any]]
-"""Name of a variant -> one measured step; the first is the kernel, the second eager."""
+"""A name of a variant -> one measured step; the first is the kernel, the second eager."""
 VOCABULARY = 152_064
 CROSS_ENTROPY = "linear cross-entropy"
 CROSS_ENTROPY_REPEATS = 3  # of seconds each
@@ -49,25 +49,25 @@ HEADER = (
 
 
 def naive_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As models write it: every step a pass over memory."""
+    """Compute it as models write it: every step is a pass over memory."""
     h = x.float()
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight
 
 
 def naive_residual_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """An add, and a norm."""
+    """Add, then normalise."""
     total = x + residual
     return naive_rms_norm(total, weight), total
 
 
 def fused_residual_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """An add, and PyTorch's norm."""
+    """Add, then normalise by PyTorch."""
     total = x + residual
     return eager_norm(total, weight, eps=1e-5, rms=True), total
 
 
 def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm by its definition."""
+    """Compute LayerNorm by its definition."""
     h = x.float()
     h = h - h.mean(-1, keepdim=True)
     return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * weight + bias
@@ -75,30 +75,30 @@ def naive_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @functools.cache
 def angles(rows: int, device: torch.device) -> Tensor:
-    """[rows, 1, 64] of heads of 128 channels."""
+    """Return [rows, 1, 64], the angles of heads of 128 channels."""
     return torch.outer(torch.arange(rows), 1e4 ** -(torch.arange(64) / 64))[:, None].to(device)
 
 
 @functools.cache
 def rotations(rows: int, device: torch.device) -> Tensor:
-    """The table that all layers of a model share."""
+    """Return the table that all layers of a model share."""
     angle = angles(rows, device)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 @functools.cache
 def places(rows: int, device: torch.device) -> Tensor:
-    """Every second row."""
+    """Return a mask of every second row."""
     return torch.arange(0, rows, 2, device=device)
 
 
 def kernel_rope(x: Tensor) -> Tensor:
-    """All heads as queries, so that there is one output to differentiate."""
+    """Turn all heads as queries, so that there is one output to differentiate."""
     return rope(x, x.detach()[:, :, :0], rotations(x.shape[0], x.device))[0]
 
 
 def naive_rope(x: Tensor) -> Tensor:
-    """As mcore turns queries, and then keys, in every layer."""
+    """Turn queries, and then keys, as mcore does in every layer."""
     angle = angles(x.shape[0], x.device)
     freqs = torch.cat([angle, angle], -1)[:, :, None]
     a, b = x.chunk(2, -1)
@@ -107,12 +107,12 @@ def naive_rope(x: Tensor) -> Tensor:
 
 
 def eager_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The whole logits, as mcore's output layer and loss make them."""
+    """Make all logits at once, as mcore's output layer and loss do."""
     return F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
 
 
 def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[int, ...]]]]:
-    """Name -> variants (the first is the kernel, the second eager), shapes of the arguments."""
+    """Return name -> variants (the first is the kernel, the second eager), argument shapes."""
     found: dict[str, tuple[Variants, list[tuple[int, ...]]]] = {
         "RMSNorm": (
             {
@@ -192,7 +192,7 @@ def operations(rows: int, width: int) -> dict[str, tuple[Variants, list[tuple[in
 def differentiated(
     variants: Variants, inputs: Sequence[Tensor], upstream: Tensor | None = None
 ) -> Steps:
-    """Forward and backward of each variant."""
+    """Return forward and backward of each variant."""
     leaves = [t for t in inputs if t.requires_grad]
     ones: Any = upstream
     if upstream is None:
@@ -207,7 +207,7 @@ def differentiated(
 def optimizers(
     sizes: Sequence[int], dtype: torch.dtype, moments: torch.dtype, device: str
 ) -> Steps:
-    """A step of AdamW; of bf16 parameters ours keeps masters, torch's does not.
+    """Return steps of AdamW; of bf16 parameters ours keeps masters, torch's does not.
 
     Variants share their tensors as far as their dtypes agree: the place in memory alone makes a
     difference of half the time.
@@ -225,7 +225,7 @@ def optimizers(
         "eager": torch.optim.AdamW(leaves, 1e-3, weight_decay=0.1, foreach=True),
         "AdamW(fused=True)": torch.optim.AdamW(leaves, 1e-3, weight_decay=0.1, fused=True),
     }.items():
-        optimizer.step()  # allocates the state
+        optimizer.step()  # The first step allocates the state.
         for leaf, mean, square in zip(leaves, *shared, strict=True):
             state = optimizer.state[leaf]
             if state["exp_avg"].dtype == dtype:
@@ -235,7 +235,7 @@ def optimizers(
 
 
 def lists(sizes: Sequence[int], dtype: torch.dtype, device: str) -> tuple[Steps, Steps]:
-    """The norm, and scaling in place, of a list; eager as mcore's own fallback does it."""
+    """Return norm, and scaling in place, of a list; eager is mcore's own fallback."""
     tensors = [torch.randn(n, device=device).to(dtype) for n in sizes]
     flag = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -260,7 +260,7 @@ def lists(sizes: Sequence[int], dtype: torch.dtype, device: str) -> tuple[Steps,
 
 
 def cases(rows: int, width: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Steps]]:
-    """Title -> what makes its steps, for tensors of `rows` x `width` elements in all."""
+    """Return title -> a function that makes its steps, for tensors of `rows` x `width` elements."""
 
     def operation(variants: Variants, shapes: list[tuple[int, ...]]) -> Steps:
         inputs = [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
@@ -294,12 +294,12 @@ _compile = False
 
 
 def compiled(function: Callable[..., Any]) -> Variants:
-    """torch.compile of a function, where that is asked for."""
+    """Return torch.compile of a function, where that is asked for."""
     return {COMPILED: torch.compile(function)} if _compile else {}
 
 
 def medians(steps: Steps, repeats: int, device: str) -> dict[str, float]:
-    """Milliseconds of each variant, which take turns."""
+    """Return milliseconds of each variant, which take turns."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repeats + 1):
         for name, step in steps.items():
@@ -307,7 +307,7 @@ def medians(steps: Steps, repeats: int, device: str) -> dict[str, float]:
             step()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if number:  # the first makes threads, libraries and compiled code
+            if number:  # The first makes threads, libraries and compiled code.
                 times[name].append(time.perf_counter() - begin)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
@@ -316,7 +316,7 @@ Setting = tuple[int, int, torch.dtype, str, bool]
 
 
 def build(setting: Setting, number: int, rows: int | None = None) -> Steps:
-    """The steps of the case with this number."""
+    """Return the steps of the case with this number."""
     global _compile
     whole, width, dtype, device, _compile = setting
     torch.set_num_threads(1)
@@ -327,7 +327,7 @@ def build(setting: Setting, number: int, rows: int | None = None) -> Steps:
 
 def peak_memory(setting: Setting, number: int, name: str, pipe: Any) -> None:
     """Send the bytes that a step takes above what was there and what it gives."""
-    # Libraries, threads and compiled code are there before the count.
+    # A step before the count loads libraries, starts threads and compiles code.
     build(setting, number, rows=8)[name]()
     step = build(setting, number)[name]
     if name == COMPILED:
@@ -352,11 +352,11 @@ def _status(key: str) -> int:
 
 
 def in_process(*arguments: Any) -> float:
-    """`peak_memory` in a process of its own, in MiB."""
+    """Measure `peak_memory` in a process of its own, in MiB."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=peak_memory, args=(*arguments, sender))
-    # Of the new process: large blocks go back to the system once they are free.
+    # In the new process, large blocks go back to the system once they are free.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     process.start()
     del os.environ["MALLOC_MMAP_THRESHOLD_"]
@@ -367,7 +367,7 @@ def in_process(*arguments: Any) -> float:
 
 
 def row(title: str, dtype: str, times: dict[str, float], memory: dict[str, float]) -> str:
-    """A row of the table: how many times the kernel's each variant's time is, and all memory."""
+    """Return a row of the table: each variant's time over the kernel's, and all memory."""
     others = [name for name in times if name not in ("kernel", "eager", COMPILED)]
     ratios = {name: f"{times[name] / times['kernel']:.2f}" for name in times}
     fused = ", ".join(f"{ratios[name]} ({name})" for name in others)

@@ -30,7 +30,7 @@ from nvmm.config.compose import composed
 SYSTEMS = ("x", "h", "d")
 TEXT_TOKENS, TILE_TOKENS, TILE_SIZE, GRID = 256, 64, 128, (3, 2)
 OVERHEAD = 22
-"""Tokens of NVLM-D's template, tags and answer beside the question's digits."""
+"""The number of tokens of NVLM-D's template, tags and answer beside the question's digits."""
 SHAPE = (
     "parallel=single",
     "init_from=null",
@@ -46,7 +46,7 @@ SHAPE = (
     "model.language.transformer.ffn_hidden_size=768",
     "model.language.max_sequence_length=1024",
 )
-# The paper's 10 blocks over 60 layers.
+# The paper has 10 blocks over 60 layers.
 BLOCKS = {"d": (), "x": ("model.cross_attention.interval=6",)}
 BLOCKS["h"] = BLOCKS["x"]
 PAPER = {"x": (1024, 5063), "h": (1280, 7071), "d": (2816, 8885)}
@@ -72,7 +72,7 @@ def main() -> None:
 def bench(
     systems: tuple[str, ...], rounds: int, batch: int, tokenizer: str
 ) -> dict[str, dict[str, float]]:
-    """CPU and wall seconds of a step of each system; the first round warms up."""
+    """Return CPU and wall seconds of a step of each system; the first round warms up."""
     from nvmm.parallel.setup import Parallel, shutdown
     from nvmm.proof.equivalence import build_trainer
     from nvmm.proof.synthetic import SyntheticData
@@ -109,7 +109,7 @@ def bench(
 
 
 def configure(system: str, tokenizer: str) -> dict[str, Any]:
-    """The quickstart's config of a system at the shape above."""
+    """Return the quickstart's config of a system at the shape above."""
     overrides = [f"experiment=nvlm_{system}/quickstart", *SHAPE, *BLOCKS[system]]
     overrides.append(f"tokenizer.path={tokenizer}")
     config = composed("train", overrides)
@@ -120,7 +120,7 @@ def configure(system: str, tokenizer: str) -> dict[str, Any]:
 
 
 def micro_batch(config: dict[str, Any], size: int) -> Any:
-    """Rows of noise in GRID tiles and digits, TEXT_TOKENS long for NVLM-D."""
+    """Return rows of noise in GRID tiles and digits, TEXT_TOKENS long for NVLM-D."""
     from nvmm.data.collate import collate
 
     tokenizer = instantiate(config["tokenizer"])
@@ -135,7 +135,7 @@ def micro_batch(config: dict[str, Any], size: int) -> Any:
 
 
 def members(number: int, digits: int) -> dict[str, Any]:
-    """A picture of noise that is cut to GRID, and a question of so many digits."""
+    """Return an image of noise that is cut to GRID, and a question of so many digits."""
     rng = np.random.default_rng(number)
     cols, rows = GRID
     pixels = rng.integers(0, 256, (rows * TILE_SIZE, cols * TILE_SIZE, 3), dtype=np.uint8)
@@ -147,7 +147,7 @@ def members(number: int, digits: int) -> dict[str, Any]:
 
 
 def report(found: dict[str, dict[str, float]]) -> str:
-    """Our step times beside the paper's, each over NVLM-D's."""
+    """Return our step times beside the paper's, each over NVLM-D's."""
     ours = found["d"]["cpu_seconds_per_step"]
     rows = []
     for system, numbers in found.items():

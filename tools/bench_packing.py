@@ -33,7 +33,7 @@ SKEWS: dict[str, Callable[[np.random.Generator, int], Any]] = {
 
 
 def samples_of(skew: str, count: int, mean: int, capacity: int) -> list[Sample]:
-    """Random tokens; every token is supervised."""
+    """Return samples of random tokens; every token is supervised."""
     rng = np.random.default_rng(0)
     draws = SKEWS[skew](rng, count)
     lengths = np.clip(draws / draws.mean() * mean, 8, capacity).astype(int)
@@ -44,7 +44,7 @@ def samples_of(skew: str, count: int, mean: int, capacity: int) -> list[Sample]:
 
 
 def our_model() -> Any:
-    """A LanguageModel of SIZES in a world of this process."""
+    """Return a LanguageModel of SIZES in a world of this process."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from nvmm.models.language import LanguageModel
@@ -75,7 +75,7 @@ def our_model() -> Any:
 
 
 def their_model() -> Any:
-    """Transformers' Qwen2 of the same sizes."""
+    """Return Transformers' Qwen2 of the same sizes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     return Qwen2ForCausalLM(
@@ -93,7 +93,7 @@ def their_model() -> Any:
 
 
 def ours(model: Any, micro_batches: list[list[Sample]], packed: bool) -> float:
-    """Summed loss of one pass; gradients are computed and dropped."""
+    """Return the summed loss of one pass; gradients are computed and dropped."""
     total = 0.0
     for samples in micro_batches:
         batch = collate(samples, pad_id=0, packed=packed)
@@ -105,7 +105,7 @@ def ours(model: Any, micro_batches: list[list[Sample]], packed: bool) -> float:
 
 
 def theirs(model: Any, collator: Any, micro_batches: list[list[Sample]]) -> None:
-    """The same work by Transformers."""
+    """Do the same work by Transformers."""
     for samples in micro_batches:
         batch = collator([{"input_ids": sample.tokens} for sample in samples])
         model(**batch, use_cache=False).loss.backward()

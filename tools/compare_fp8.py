@@ -1,11 +1,11 @@
 """FP8's recipes against float32 in small: python tools/compare_fp8.py
 
-All arms start from one checkpoint, the quickstart's first two stages in float32, and train its
+All variants start from one checkpoint, the quickstart's first two stages in float32, and train its
 third for some steps on the same samples in the same order; each then answers the same held-out
-questions in its own precision. The rest of an FP8 arm is float32 too: the products are all that
+questions in its own precision. The rest of an FP8 variant is float32 too: the products are all that
 differs.
 
-An interrupted call goes on with the same command; what is done is not run again.
+An interrupted call goes on with the same command; stages that are done are not run again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from nvmm.parallel.fp8_recipe import RECIPES
 
 DATA = Path("data/quickstart")  # of the experiments
 _EAGER = ("norm", "activation", "gated_residual", "linear_cross_entropy")
-ARMS: dict[str, tuple[str, ...]] = {
+VARIANTS: dict[str, tuple[str, ...]] = {
     "fp32": ("precision=fp32",),
-    # The same arithmetic, rounded elsewhere: what the choice of a kernel alone makes of a run.
+    # The same arithmetic is rounded elsewhere: so much the choice of kernels alone changes a run.
     "fp32_eager": ("precision=fp32", *(f"kernels.{name}=eager" for name in _EAGER)),
     "bf16": ("precision=bf16",),
     **{
@@ -32,18 +32,18 @@ ARMS: dict[str, tuple[str, ...]] = {
         for recipe in RECIPES
     },
 }
-"""Overrides of the last stage."""
+"""The overrides of the last stage of each variant."""
 EXPERIMENT = "experiment=nvlm_d/quickstart"
 LAST = 30
-"""Steps at the end over which the loss is averaged."""
+"""The number of last steps over which the loss is averaged."""
 QUESTIONS = 1000
 
 
-def arm(name: str, seed: int, folder: Path, steps: int) -> studies.Arm:
-    """The start, the last stage and its evaluation of one of ARMS."""
+def variant(name: str, seed: int, folder: Path, steps: int) -> studies.Variant:
+    """Return one of VARIANTS: the start, the last stage and its evaluation."""
     run = folder / f"seed{seed}"
     base = (*studies.ALONE, f"seed={seed}")
-    return studies.Arm(
+    return studies.Variant(
         name,
         seed,
         (
@@ -53,7 +53,7 @@ def arm(name: str, seed: int, folder: Path, steps: int) -> studies.Arm:
                 run / name,
                 EXPERIMENT,
                 *base,
-                *ARMS[name],
+                *VARIANTS[name],
                 f"trainer.max_steps={steps}",
                 f"init_from={run / 'align'}",
             ),
@@ -69,25 +69,25 @@ def arm(name: str, seed: int, folder: Path, steps: int) -> studies.Arm:
 
 
 def final_loss(folder: Path) -> float:
-    """Mean loss of a run's last steps."""
+    """Return the mean loss of a run's last steps."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()[-LAST:]
     return statistics.mean(json.loads(line)["loss"] for line in lines)
 
 
-def report(found: dict[str, list[dict[str, float]]]) -> str:
-    """Means and sample deviations over seeds; losses against float32's of the same seed."""
+def report(results: dict[str, list[dict[str, float]]]) -> str:
+    """Return means and sample deviations over seeds; losses beside float32's of the same seed."""
     rows = []
-    for name, seeds in found.items():
+    for name, seeds in results.items():
         off = [
-            100 * (own["loss"] / plain["loss"] - 1)
-            for own, plain in zip(seeds, found["fp32"], strict=True)
+            100 * (rounded["loss"] / plain["loss"] - 1)
+            for rounded, plain in zip(seeds, results["fp32"], strict=True)
         ]
         cells = [studies.spread([seed["loss"] for seed in seeds], 4), studies.spread(off, 2)]
         for key in ("exact_match", *(f"exact_match_{kind}" for kind in digits.KINDS)):
             cells.append(studies.spread([seed[key] for seed in seeds], 3))
         cells.append(studies.spread([seed["cpu_seconds"] for seed in seeds], 0))
         rows.append([name, *cells])
-    head = ("arm", "loss", "% of fp32's", "all", *digits.KINDS, "CPU-s")
+    head = ("variant", "loss", "% of fp32's", "all", *digits.KINDS, "CPU-s")
     return studies.table(head, rows)
 
 
@@ -95,24 +95,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arms", default=",".join(ARMS), help="fp32 is always one")
+    parser.add_argument("--arms", default=",".join(VARIANTS), help="fp32 is always one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of the last stage")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--to", type=Path, default=Path("runs/compare_fp8"), help="its folder")
     options = parser.parse_args()
     names = list(dict.fromkeys(["fp32", *options.arms.split(",")]))
-    if not set(names) <= set(ARMS):
-        parser.error(f"--arms {options.arms}: use {','.join(ARMS)}")
+    if not set(names) <= set(VARIANTS):
+        parser.error(f"--arms {options.arms}: use {','.join(VARIANTS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     studies.exit_on_sigterm()
     digits.build(DATA)
     seeds = range(1234, 1234 + options.seeds)
     studies.run(
-        [arm(name, seed, options.to, options.steps) for seed in seeds for name in names],
+        [variant(name, seed, options.to, options.steps) for seed in seeds for name in names],
         options.jobs,
     )
-    found = {
+    results = {
         name: [
             studies.measure(options.to / f"seed{seed}" / name)
             | {"loss": final_loss(options.to / f"seed{seed}" / name)}
@@ -120,8 +120,8 @@ def main() -> None:
         ]
         for name in names
     }
-    studies.save(options.to / "results.json", found, steps=options.steps)
-    print(report(found))
+    studies.save(options.to / "results.json", results, steps=options.steps)
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Each system trains the quickstart's three stages (the task as text, single digit
 same samples in the same order, for the same steps, and answers the same held-out questions. The
 stages of all systems take the same overrides. Steps whose tiles dominate: tools/bench_nvlm.py.
 
-An interrupted call goes on with the same command; what is done is not run again.
+An interrupted call goes on with the same command; stages that are done are not run again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SEED = 1234
 QUESTIONS = 1000
 
 
-def arm(system: str, seed: int, folder: Path, steps: int) -> studies.Arm:
-    """Three stages and the evaluation of one system."""
+def variant(system: str, seed: int, folder: Path, steps: int) -> studies.Variant:
+    """Return three stages and the evaluation of one system."""
     run = folder / f"seed{seed}" / system
     experiment = f"experiment=nvlm_{system}/quickstart"
     base = (*studies.ALONE, f"seed={seed}")
-    return studies.Arm(
+    return studies.Variant(
         f"nvlm_{system}",
         seed,
         (
@@ -51,8 +51,8 @@ def arm(system: str, seed: int, folder: Path, steps: int) -> studies.Arm:
     )
 
 
-def report(found: dict[str, list[dict[str, float]]]) -> str:
-    """Means and sample standard deviations over seeds."""
+def report(results: dict[str, list[dict[str, float]]]) -> str:
+    """Return means and sample standard deviations over seeds."""
     columns = {
         "all": ("exact_match", 3, 1.0),
         **{kind: (f"exact_match_{kind}", 3, 1.0) for kind in digits.KINDS},
@@ -63,7 +63,7 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
         "parameters": ("num_parameters", 0, 1.0),
     }
     rows = []
-    for system, seeds in found.items():
+    for system, seeds in results.items():
         cells = [
             studies.spread([factor * seed[key] for seed in seeds], places)
             for key, places, factor in columns.values()
@@ -89,14 +89,14 @@ def main() -> None:
     studies.exit_on_sigterm()
     digits.build(DATA)
     seeds = range(SEED, SEED + options.seeds)
-    planned = [arm(name, seed, options.to, options.steps) for name in systems for seed in seeds]
+    planned = [variant(name, seed, options.to, options.steps) for name in systems for seed in seeds]
     studies.run(planned, options.jobs)
-    found = {
+    results = {
         name: [studies.measure(options.to / f"seed{seed}" / name / "strings") for seed in seeds]
         for name in systems
     }
-    studies.save(options.to / "results.json", found, steps=options.steps)
-    print(report(found))
+    studies.save(options.to / "results.json", results, steps=options.steps)
+    print(report(results))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ BAD_INPUT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0, or 1 when `verify` finds a difference, or BAD_INPUT."""
+    """Run one command; return 0, 1 when `verify` finds a difference, or BAD_INPUT."""
     options = _parser().parse_args(arguments)
     from hydra.errors import InstantiationException
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def import_(options: argparse.Namespace) -> int:
-    """Hugging Face folders -> a checkpoint of ours."""
+    """Import Hugging Face folders as a checkpoint of ours."""
     from nvmm.convert.importing import check_given, derive, import_folders
     from nvmm.convert.models import DTYPES, open_checkpoint, open_folder
 
@@ -76,7 +76,7 @@ def import_(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """A checkpoint of ours -> a Hugging Face folder."""
+    """Export a checkpoint of ours as a Hugging Face folder."""
     from nvmm.convert.exporting import export
     from nvmm.convert.models import DTYPES, open_checkpoint
 
@@ -95,7 +95,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def rewrite(options: argparse.Namespace) -> int:
-    """A weights-only copy of one checkpoint (reshard), or the mean of several (average)."""
+    """Write a weights-only copy of one checkpoint (reshard), or the mean of several (average)."""
     from nvmm.convert.exporting import rewrite
     from nvmm.convert.models import DTYPES, open_checkpoint
 
@@ -112,7 +112,7 @@ def rewrite(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """A LoRA checkpoint and its base -> one checkpoint without adapters."""
+    """Merge a LoRA checkpoint and its base to one checkpoint without adapters."""
     from nvmm.convert.adapters import merge
     from nvmm.convert.models import DTYPES, open_checkpoint
 
@@ -131,7 +131,7 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def adapter(options: argparse.Namespace) -> int:
-    """A LoRA checkpoint's adapters -> a PEFT folder, and back."""
+    """Export a LoRA checkpoint's adapters as a PEFT folder, or import one."""
     from nvmm.convert.adapters import export_adapter, import_adapter
     from nvmm.convert.models import open_checkpoint
 
@@ -149,7 +149,7 @@ def adapter(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Names, shapes, dtypes, config and layout; no tensor is loaded."""
+    """Print names, shapes, dtypes, config and layout; no tensor is loaded."""
     from nvmm.convert.verify import inspect, open_side
 
     about = inspect(open_side(at(options.path)))
@@ -165,7 +165,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Tensors through the mapping, then logits; the report lies beside b's weights."""
+    """Compare tensors through the mapping, then logits; the report lies beside b's weights."""
     import torch
 
     from nvmm.convert.logits import logits
@@ -193,7 +193,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _composed(overrides: list[str]) -> dict[str, Any]:
-    """What `model=NAME` or `experiment=NAME`, and overrides of it, say about model and data."""
+    """Compose `model=NAME` or `experiment=NAME` with overrides, for its model and data."""
     from nvmm.config import check, compose
 
     groups = [text for text in overrides if text.startswith(("model=", "experiment="))]

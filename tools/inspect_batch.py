@@ -1,4 +1,4 @@
-"""Show what training would see of some samples.
+"""Show some samples as training would see them.
 
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
     python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 data.pack=true
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--all", action="store_true", help="list every position")
     parser.add_argument("--no-color", action="store_true", help="[[brackets]] instead of colours")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with pictures")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with images")
     options, overrides = parser.parse_known_args()
     chosen = [text.removeprefix("sample=") for text in overrides if text.startswith("sample=")]
     overrides = [text for text in overrides if not text.startswith("sample=")]

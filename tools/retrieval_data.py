@@ -11,6 +11,7 @@ import argparse
 from typing import Any
 
 from nvmm.data.prepare import retrieval_sets
+from nvmm.data.prepare.records import read_lines
 from nvmm.data.shards.dataset import write_shards
 
 
@@ -29,10 +30,10 @@ def _records(options: argparse.Namespace) -> Any:
     if options.command == "beir":
         mined = None
         if options.negatives:
-            lines = retrieval_sets.read_lines(options.negatives)
+            lines = read_lines(options.negatives)
             mined = {str(line["query_id"]): list(map(str, line["ids"])) for line in lines}
         return retrieval_sets.beir(options.source, options.split, mined)
-    rows = list(retrieval_sets.read_lines(options.source))
+    rows = list(read_lines(options.source))
     if options.command == "triplets":
         return retrieval_sets.triplets(rows)
     return retrieval_sets.classes(

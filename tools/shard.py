@@ -23,7 +23,7 @@ from nvmm.data.shards.storage import expand
 
 
 def index_shards(options: argparse.Namespace) -> None:
-    """Build the index of some patterns, as a dataset of them would on first use."""
+    """Build the index of the patterns, as a dataset of them would on first use."""
     from nvmm.data.shards.dataset import Dataset
 
     dataset = Dataset(options.shards, build=dict, index_dir=options.index_dir)
@@ -46,18 +46,18 @@ def index_config(overrides: list[str]) -> None:
     tokenizer = instantiate(job.config["tokenizer"], _convert_="all")
     data = instantiate(job.config["data"], _convert_="all")(tokenizer=tokenizer)
     data.count_lengths()
-    for part in data.parts:
-        tokens = part.dataset.lengths[:, 0]
+    for component in data.components:
+        tokens = component.dataset.lengths[:, 0]
         bad = int((tokens < 0).sum())
         total = int(tokens[tokens > 0].sum(dtype="int64"))
         print(
-            f"{part.name}: {len(tokens)} samples, {bad} bad, {total} tokens, weight"
-            f" {float(part.weight):.4g}: {part.dataset.index.path}"
+            f"{component.name}: {len(tokens)} samples, {bad} bad, {total} tokens, weight"
+            f" {float(component.weight):.4g}: {component.dataset.index.path}"
         )
 
 
 def key_and_folder(text: str) -> tuple[str, str]:
-    """An argument KEY=FOLDER."""
+    """Split an argument KEY=FOLDER."""
     key, equals, folder = text.partition("=")
     if not key or not equals or not folder:
         raise argparse.ArgumentTypeError(f"{text} must be KEY=FOLDER")
@@ -65,12 +65,12 @@ def key_and_folder(text: str) -> tuple[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("llava", help="LLaVA-style JSON and a folder of pictures")
+    command = commands.add_parser("llava", help="LLaVA-style JSON and a folder of images")
     command.add_argument("--json", required=True, help="JSON list, or .jsonl")
     command.add_argument("--images", required=True, help="folder that image names are relative to")
     command = commands.add_parser("jsonl", help="JSON records and folders of any files")
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def samples(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """The samples that a command line asks for."""
+    """Return the samples that a command line asks for."""
     if options.command in ("llava", "jsonl"):
         files = {"image": options.images} if options.command == "llava" else dict(options.files)
         return json_records.samples(json_records.read_records(options.json), files)

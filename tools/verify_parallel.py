@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def describe(small: Miniature, job: Any, *, packed: bool, everything: bool) -> None:
-    """Print what was asked for and what stands for it."""
+    """Print the layout that was asked for and the one that stands for it."""
     print(f"layout      {small.full}")
     if len(small.layouts) > 1 or small.layouts[0].name != small.full:
         names = " and ".join(f"{x.name} ({x.world_size} ranks)" for x in small.layouts)
@@ -88,7 +88,7 @@ def describe(small: Miniature, job: Any, *, packed: bool, everything: bool) -> N
 
 
 def verify(small: Miniature, *, packed: bool, fault: Callable[[], None] | None = None) -> int:
-    """Run one rank and every layout, print their tables; returns the exit status.
+    """Run one rank and every layout, print their tables; return the exit status.
 
     fault: called first on the ranks of a layout, not on the one rank that it is compared with.
     """
@@ -121,7 +121,7 @@ def verify(small: Miniature, *, packed: bool, fault: Callable[[], None] | None =
 def show(
     expected: Result, result: Result, comparison: Comparison, layout: Layout, seconds: float
 ) -> None:
-    """The table of one layout beside one rank."""
+    """Return the table of one layout beside one rank."""
     print("\n" + FIELDS.format("", "one rank", layout.name.partition(",")[0], "relative"))
     for name, attribute in (("loss", "losses"), ("grad norm", "grad_norms")):
         pairs = zip(getattr(expected, attribute), getattr(result, attribute), strict=True)

@@ -1,4 +1,4 @@
-"""Samples -> one micro-batch: padding or packing, and the label shift (here and nowhere else).
+"""Samples become one micro-batch: padded or packed, with labels shifted here and nowhere else.
 
 padded on the right     a a a a .        packed (one row)    a a a a b b c c c .
                         b b . . .        cu_seqlens          0       4   6     9 10
@@ -28,13 +28,13 @@ def collate(
 ) -> Batch:
     """Return padded rows [b, s], or with `packed` one row [1, s] of segments; a text is a row.
 
-    s is rounded up to `pad_multiple`, each segment of a packed row to `segment_multiple` (what the
-    layout needs: `Parallel.sequence_multiple`, `Parallel.segment_multiple`). Label t is token t + 1
-    of the same text; a text's last position, padding, and every label of weight 0 are
+    s is rounded up to `pad_multiple`, each segment of a packed row to `segment_multiple`; the
+    layout needs these (`Parallel.sequence_multiple`, `Parallel.segment_multiple`). Label t is token
+    t + 1 of the same text; a text's last position, padding, and every label of weight 0 are
     IGNORE_INDEX.
 
-    padding: side of padded rows that is filled up. Generation pads on the left, so that every
-        row's next token has one place; positions begin behind the padding.
+    padding: side of padded rows that is filled up. Generation pads on the left, so that the next
+        tokens of all rows are one column; positions begin behind the padding.
 
     Raises ValueError naming the samples when a text is empty, when texts differ in their extras,
     or when media of one kind disagree on their placeholder.
@@ -46,31 +46,31 @@ def collate(
             f"pad_multiple={pad_multiple} must be a multiple of"
             f" segment_multiple={segment_multiple}, both at least 1"
         )
-    # 1. All texts in order, and whose they are.
+    # 1. List all texts in order, and the sample that each belongs to.
     texts = [text for sample in samples for text in sample.texts]
     owners = [number for number, sample in enumerate(samples) for _ in sample.texts]
     sources = [f"{samples[i].source} (sample {samples[i].sample_id})" for i in owners]
     sizes = [len(text.tokens) for text in texts]
     if 0 in sizes:
         raise ValueError(f"{sources[sizes.index(0)]}: a text has no tokens")
-    padded = [_round_up(size, segment_multiple) for size in sizes]
-    rows, width = (1, sum(padded)) if packed else (len(texts), max(sizes))
+    padded_sizes = [_round_up(size, segment_multiple) for size in sizes]
+    rows, width = (1, sum(padded_sizes)) if packed else (len(texts), max(sizes))
     width = _round_up(width, pad_multiple)
 
-    # 2. Every text at its place: (row, first column).
+    # 2. Put every text at its row and first column.
     places: list[tuple[int, int]] = []
     offset = 0
     for number, size in enumerate(sizes):
         left = width - size if padding == "left" else 0
         places.append((0, offset) if packed else (number, left))
-        offset += padded[number]
+        offset += padded_sizes[number]
     tokens = torch.full((rows, width), pad_id, dtype=torch.int64)
     labels = torch.full((rows, width), IGNORE_INDEX, dtype=torch.int64)
     loss_mask = torch.zeros(rows, width, dtype=torch.float32)
     position_ids = torch.arange(width).repeat(rows, 1)
-    for text, size, room, (row, start) in zip(texts, sizes, padded, places, strict=True):
+    for text, size, room, (row, start) in zip(texts, sizes, padded_sizes, places, strict=True):
         tokens[row, start : start + size] = text.tokens
-        # 3. The shift: what stands at t predicts the token after it, with that token's weight.
+        # 3. Shift the labels: position t predicts the token after it, with that token's weight.
         weights = text.weights[1:]
         loss_mask[row, start : start + size - 1] = weights
         labels[row, start : start + size - 1] = text.tokens[1:].masked_fill(
@@ -81,14 +81,14 @@ def collate(
         elif padding == "left":
             position_ids[row] = (position_ids[row] - start).clamp(min=0)
 
-    # 4. What is left of a packed row is a segment of padding.
+    # 4. The rest of a packed row is a segment of padding, which attends to itself alone.
     cu_seqlens = None
     if packed:
         if width > offset:
             position_ids[0, offset:] = torch.arange(width - offset)
-            padded.append(width - offset)
+            padded_sizes.append(width - offset)
             sizes.append(0)
-        cu_seqlens = torch.tensor([0, *padded]).cumsum(0).to(torch.int32)
+        cu_seqlens = torch.tensor([0, *padded_sizes]).cumsum(0).to(torch.int32)
     batch = Batch(
         tokens=tokens,
         labels=labels,
@@ -141,6 +141,7 @@ def check_shift(batch: Batch, sources: Sequence[str] = ()) -> None:
 
 
 def _extras(texts: Sequence[Text], sources: Sequence[str]) -> dict[str, Tensor]:
+    """Stack the extras of all texts, [num_texts, ...]; raise ValueError when their names differ."""
     for text, source in zip(texts, sources, strict=True):
         if text.extras.keys() != texts[0].extras.keys():
             raise ValueError(
@@ -153,9 +154,13 @@ def _extras(texts: Sequence[Text], sources: Sequence[str]) -> dict[str, Tensor]:
 def _media(
     texts: Sequence[Text], places: Sequence[tuple[int, int]], sources: Sequence[str]
 ) -> dict[MediaKind, Media]:
+    """Join the media of all texts, kind by kind, moved to the row and first column of their text.
+
+    Raises ValueError when texts differ in the placeholder or the format of a kind.
+    """
     merged: dict[MediaKind, Media] = {}
     for kind in sorted({kind for text in texts for kind in text.media}):
-        having = [
+        entries = [
             (number, text.media[kind], *places[number])
             for number, text in enumerate(texts)
             if kind in text.media
@@ -167,37 +172,37 @@ def _media(
                 media.values.dtype,
                 media.values.shape[1:],
             )
-            for _, media, _, _ in having
+            for _, media, _, _ in entries
         }
         if len(formats) > 1:
-            names = ", ".join(dict.fromkeys(sources[number] for number, *_ in having))
+            names = ", ".join(dict.fromkeys(sources[number] for number, *_ in entries))
             raise ValueError(
                 f"media {kind} of {names} differ in (placeholder_id, tokens_per_item, dtype,"
                 f" shape): {sorted(map(str, formats))}"
             )
-        counts = torch.tensor([len(media.positions) for _, media, _, _ in having])
+        counts = torch.tensor([len(media.positions) for _, media, _, _ in entries])
 
         def spread(values: list[int], counts: Tensor = counts) -> Tensor:
             return torch.repeat_interleave(torch.tensor(values), counts)
 
         merged[kind] = Media(
-            values=torch.cat([media.values for _, media, _, _ in having]),
-            rows=spread([row for _, _, row, _ in having]),
-            positions=torch.cat([media.positions + start for _, media, _, start in having]),
-            texts=spread([number for number, *_ in having]),
-            items=torch.cat([media.items for _, media, _, _ in having]),
-            tiles=torch.cat([media.tiles for _, media, _, _ in having]),
-            placeholder_id=having[0][1].placeholder_id,
-            tokens_per_item=having[0][1].tokens_per_item,
-            **_attended([(media, start) for _, media, _, start in having]),
+            values=torch.cat([media.values for _, media, _, _ in entries]),
+            rows=spread([row for _, _, row, _ in entries]),
+            positions=torch.cat([media.positions + start for _, media, _, start in entries]),
+            texts=spread([number for number, *_ in entries]),
+            items=torch.cat([media.items for _, media, _, _ in entries]),
+            tiles=torch.cat([media.tiles for _, media, _, _ in entries]),
+            placeholder_id=entries[0][1].placeholder_id,
+            tokens_per_item=entries[0][1].tokens_per_item,
+            **_attended([(media, start) for _, media, _, start in entries]),
         )
     return merged
 
 
-def _attended(parts: Sequence[tuple[TextMedia, int]]) -> dict[str, Tensor]:
-    """`ends` and `tag_ids` of attended media, texts moved by their starts."""
-    ends = [media.ends + start for media, start in parts if media.ends is not None]
-    tags = [media.tag_ids for media, _ in parts if media.tag_ids is not None]
+def _attended(media_and_starts: Sequence[tuple[TextMedia, int]]) -> dict[str, Tensor]:
+    """Return `ends` and `tag_ids` of attended media, texts moved by their starts."""
+    ends = [media.ends + start for media, start in media_and_starts if media.ends is not None]
+    tags = [media.tag_ids for media, _ in media_and_starts if media.tag_ids is not None]
     merged = {"ends": torch.cat(ends)} if ends else {}
     if tags:
         width = max(ids.shape[1] for ids in tags)

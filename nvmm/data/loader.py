@@ -1,4 +1,4 @@
-"""Datasets -> the micro-batches of one data-parallel rank, in a global order."""
+"""Datasets become the micro-batches of one data-parallel rank, in a global order."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from torch.utils.data import DataLoader
 from nvmm.batch import Batch, Sample
 from nvmm.config.choices import require
 from nvmm.data.order import mixture, sample_ids
-from nvmm.data.order.mixture import Part
+from nvmm.data.order.mixture import Component
 from nvmm.data.order.order import Order, Settings
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest
-from nvmm.data.steps import Numbers, OnePass, Step, Steps, end_with
+from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with
 
 log = logging.getLogger("nvmm")
 OnError = Literal["skip", "stop"]
 SPLITS = ("train", "validation")
 COUNTERS = ("samples", "tokens", "bad")
-_FEW = 1000  # samples below which a rate of bad ones says little
+_FEW = 1000
+"""A rate of bad samples is taken over this many at least; of fewer it would say little."""
 
 
 class Data:
@@ -39,14 +40,14 @@ class Data:
         same for any number.
     train, validation: datasets whose builders still lack tokenizer and sequence_length.
     blend: several training datasets with weights (nvmm.data.order.mixture); `train` then names no
-        shards, and what an entry leaves out is `train`'s.
+        shards, and an entry inherits from `train` the keys that it leaves out.
     window: samples of the order that are planned together.
-    on_error: "skip" samples that cannot be used, leaving a hole, or "stop" at the first.
+    on_error: "skip" samples that cannot be used, leaving an empty slot, or "stop" at the first.
     max_bad_fraction: the run stops when more of its samples are bad (of 1,000 at least).
     log_samples: list the sample ids of every step in metrics.jsonl.
     pack: plan rows of up to sequence_length tokens; a micro-batch is one packed row. All batch
         sizes then count packs, not samples.
-    seed: of the training order.
+    seed: seed of the training order.
     """
 
     def __init__(
@@ -94,25 +95,32 @@ class Data:
         self._reported: set[tuple[int, int]] = set()
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def components(self) -> list[Component]:
         """The training datasets; opens their indices."""
         if self.blend is not None:
             return mixture.read(self.blend, self._template, self._options)
-        return [Part("train", self.train, Fraction(1), None, len(self.train))]
+        return [Component("train", self.train, Fraction(1), None, len(self.train))]
 
     def sample(self, sample_id: int) -> Sample:
-        """One training sample by its id."""
-        ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
-        if ordinal >= len(self.parts):
-            raise IndexError(f"sample {sample_id} is of dataset {ordinal} of {len(self.parts)}")
-        sample = self.parts[ordinal].dataset[number]
+        """Return one training sample by its id."""
+        ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        if ordinal >= len(self.components):
+            raise IndexError(
+                f"sample {sample_id} is of dataset {ordinal} of {len(self.components)}"
+            )
+        sample = self.components[ordinal].dataset[number]
         return dataclasses.replace(sample, sample_id=sample_id)
 
     def count_lengths(self) -> dict[str, str]:
-        """Count the tokens of all training samples, where that was not done yet; name -> digest."""
-        for part in self.parts:
-            _ = part.dataset.lengths
-        return {part.name: builder_digest(part.dataset.build) for part in self.parts}
+        """Count the tokens of all training samples, where that was not done yet.
+
+        Return name of each dataset -> digest of the builder that its counts are of.
+        """
+        for component in self.components:
+            _ = component.dataset.lengths
+        return {
+            component.name: builder_digest(component.dataset.build) for component in self.components
+        }
 
     def order(
         self,
@@ -120,20 +128,22 @@ class Data:
         position: Mapping[str, Any] | None = None,
         segment_multiple: int = 1,
     ) -> Order:
-        """The order of the training samples."""
+        """Return the order of the training samples, from `position` where there is one."""
         settings = Settings(self.window)
         if self.pack:
             digests = self.count_lengths()
             settings = Settings(self.window, self.sequence_length, segment_multiple, digests)
-        return Order(self.parts, self.seed, settings, global_batch_size, position)
+        return Order(self.components, self.seed, settings, global_batch_size, position)
 
     def num_batches(self, split: str, global_batch_size: int) -> int:
-        """Global batches in one pass; the last may be incomplete."""
+        """Return the number of global batches in one pass; the last may be incomplete."""
         return -(-len(self._dataset(split)) // global_batch_size)
 
     def position(self, step: int) -> dict[str, Any] | None:
-        """The training data's place before `step`, the one after the last that was read; None on
-        ranks that read nothing."""
+        """Return the position of the training data before `step`; None on ranks that read nothing.
+
+        Raises ValueError unless `step` is the one after the last that was read.
+        """
         if self._position is not None and self._position["step"] != step:
             raise ValueError(f"the data is at step {self._position['step']}, not at {step}")
         return self._position
@@ -159,11 +169,14 @@ class Data:
         pad_multiple: int = 1,
         segment_multiple: int = 1,
     ) -> Iterator[list[Batch]]:
-        """Per step, from step `start`, the micro-batches of data-parallel rank `rank` of `size`.
+        """Yield for each step, from `start`, the micro-batches of data-parallel rank `rank` of
+        `size`.
 
-        A global batch is dealt by cost, the same number of micro-batches to every rank, at every
-        step. Training never ends; validation is one pass in the dataset's order, whose last
-        global batch is filled up with blank samples of id -1.
+        A global batch is assigned to ranks by cost, the same number of micro-batches to every rank,
+        at every step. Training never ends; validation is one pass in the dataset's order, whose
+        last global batch is filled up with blank samples of id -1.
+
+        Raises ValueError for a batch size that does not divide.
         """
         dataset = self._dataset(split)
         if not 0 <= rank < size:
@@ -176,16 +189,16 @@ class Data:
         order: Order | OnePass
         if split == "train":
             order = self.order(global_batch_size, position, segment_multiple)
-            numbered = {order.ordinals[part.name]: part.dataset for part in self.parts}
+            numbered = {order.ordinals[c.name]: c.dataset for c in self.components}
             self._numbered = {number: name for name, number in order.ordinals.items()}
             stop = None
         else:
             order, numbered = OnePass(len(dataset), global_batch_size), {0: dataset}
             stop = self.num_batches(split, global_batch_size)
-        damage = [line for one in numbered.values() for line in one.index.damage]
+        damage = [line for item in numbered.values() for line in item.index.damage]
         for line in [*getattr(order, "changes", ()), *damage] if rank == 0 else ():
             log.info(f"data: {line}")
-        steps = Steps(
+        global_batches = GlobalBatches(
             datasets=numbered,
             order=order,
             micro_batch_size=micro_batch_size,
@@ -197,27 +210,31 @@ class Data:
             packed=self.pack,
             planned=self.pack and split == "train",
         )
-        return self._iterate(steps, Numbers(start, stop))
+        return self._iterate(global_batches, StepNumbers(start, stop))
 
-    def _iterate(self, steps: Steps, numbers: Numbers) -> Iterator[list[Batch]]:
-        for step in self._steps(steps, numbers):
+    def _iterate(
+        self, global_batches: GlobalBatches, numbers: StepNumbers
+    ) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step; report its bad samples, remember its position."""
+        for step in self._steps(global_batches, numbers):
             for sample_id, problem in step.problems:
                 self._report(sample_id, problem)
             if step.position is not None:
                 self._position = step.position
             yield step.batches
 
-    def _steps(self, steps: Steps, numbers: Numbers) -> Iterator[Step]:
+    def _steps(self, global_batches: GlobalBatches, numbers: StepNumbers) -> Iterator[Step]:
+        """Yield the steps in order, computed in this process or by the workers."""
         if self.num_workers == 0:
-            yield from (steps[k] for k in numbers)
+            yield from (global_batches[k] for k in numbers)
             return
-        # forkserver: a fork of a process that has run threaded torch ops hangs in the child.
-        # It imports torch and the builders once, for all its workers.
+        # A fork of a process that has run threaded torch ops hangs in the child, so the workers
+        # come from a fork server. It imports torch and the builders once, for all of them.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["nvmm.data.loader", "nvmm.data.samples.instruct"])
-        # generator: without one DataLoader draws its seed from torch's global state.
+        # Without a generator DataLoader draws its seed from torch's global state.
         yield from DataLoader(
-            steps,  # type: ignore[arg-type]
+            global_batches,  # type: ignore[arg-type]
             batch_size=None,
             sampler=numbers,
             num_workers=self.num_workers,
@@ -229,22 +246,23 @@ class Data:
     # -- bad samples, counters --------------------------------------------------------------
 
     def _report(self, sample_id: int, problem: str) -> None:
+        """Log a bad sample once, or stop at it."""
         if self.on_error == "stop":
             raise ValueError(f"{problem} (data.on_error=stop)")
-        ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
+        ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         if (ordinal, number) not in self._reported:
             self._reported.add((ordinal, number))
             log.warning(f"bad sample, left out: {problem}")
 
     def counter_names(self, modalities: Collection[str]) -> list[str]:
-        """Names of what `count` returns, the same on every rank."""
-        kinds = [f"{modality}.{what}" for modality in modalities for what in ("items", "tiles")]
-        return [f"{name}/{what}" for name in self.datasets for what in (*COUNTERS, *kinds)]
+        """Return the keys of `count`, the same on every rank."""
+        media = [f"{modality}.{unit}" for modality in modalities for unit in ("items", "tiles")]
+        return [f"{name}/{counter}" for name in self.datasets for counter in (*COUNTERS, *media)]
 
     def count(self, batches: Sequence[Batch], modalities: Collection[str]) -> dict[str, float]:
-        """Return what micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets.
+        """Count what micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets.
 
-        modalities: of the media that are counted, in items ("image.items") and tiles.
+        modalities: the media to count, in items ("image.items") and tiles ("image.tiles").
         """
         counts = dict.fromkeys(self.counter_names(modalities), 0.0)
         for batch in batches:
@@ -259,15 +277,15 @@ class Data:
                 values |= {f"{modality}.items": items, f"{modality}.tiles": tiles}
             ordinals = sample_ids.split(samples)[0]
             for ordinal in np.unique(ordinals[samples != sample_ids.FILLING]).tolist():
-                for what, value in values.items():
+                for counter, value in values.items():
                     total = float(value[ordinals == ordinal].sum())
-                    counts[f"{self._numbered[ordinal]}/{what}"] += total
+                    counts[f"{self._numbered[ordinal]}/{counter}"] += total
         return counts
 
     def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
         """Raise ValueError when too many of the samples of a run were bad.
 
-        totals: dataset -> counters (COUNTERS) since the run's first step, over all ranks.
+        totals: dataset -> its counters (COUNTERS) since the run's first step, over all ranks.
         """
         bad = sum(counts["bad"] for counts in totals.values())
         seen = bad + sum(counts["samples"] for counts in totals.values())

@@ -1,4 +1,4 @@
-"""Step numbers -> the micro-batches of one data-parallel rank: what loader processes run."""
+"""The global batches of a run by step number, as loader processes compute them for one rank."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from nvmm.batch import Batch, Sample
 from nvmm.data.collate import collate
 from nvmm.data.order import sample_ids
-from nvmm.data.order.packing import Pack, deal
+from nvmm.data.order.packing import Pack, assign
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.shards.dataset import Dataset
 
 
 @dataclasses.dataclass(frozen=True)
-class Numbers:
+class StepNumbers:
     """Step numbers from `start`; endless without `stop`."""
 
     start: int
@@ -36,24 +36,27 @@ class Numbers:
 
 @dataclasses.dataclass(frozen=True)
 class OnePass:
-    """Each sample once, in order; FILLING fills the last global batch."""
+    """An order with each sample once; FILLING fills the last global batch."""
 
     num_samples: int
     global_batch_size: int
 
     def batch(self, k: int) -> list[Pack]:
-        """Global batch k."""
+        """Return the packs of global batch k, one sample each."""
         first = k * self.global_batch_size
         numbers = range(first, first + self.global_batch_size)
         return [Pack((n if n < self.num_samples else sample_ids.FILLING,), 0, 0) for n in numbers]
 
     def position(self, k: int) -> None:
-        """A pass over held-out data has no place to go on from."""
+        """Return None: a pass over held-out data is never resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One rank's part of a step; problems: id and reason of its bad samples; position: after it."""
+    """One rank's share of a step.
+
+    problems: id and reason of each bad sample. position: of the order after the step, or None.
+    """
 
     batches: list[Batch]
     problems: list[tuple[int, str]]
@@ -61,11 +64,11 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
-    """Step number -> the micro-batches of one rank.
+class GlobalBatches:
+    """Global batches by step number; an item is one rank's share, a `Step`.
 
-    datasets: by their number in sample ids. order: an Order or OnePass. planned: the order's packs
-    rely on token counts, which the samples must have.
+    datasets: number in sample ids -> dataset. order: an Order or OnePass. planned: the order's
+    packs rely on token counts, which the samples must have.
     """
 
     datasets: Mapping[int, Dataset]
@@ -82,34 +85,38 @@ class Steps:
     def __getitem__(self, k: int) -> Step:
         packs: list[Pack] = self.order.batch(k)
         costs = [pack.cost for pack in packs]
-        dealt = deal(costs, self.micro_batch_size, self.size, padded=not self.packed)
+        assigned = assign(costs, self.micro_batch_size, self.size, padded=not self.packed)
         problems: list[tuple[int, str]] = []
         batches = [
             collate(
-                [self._sample(i, problems) for pack in chosen for i in packs[pack].samples],
+                [self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples],
                 pad_id=self.pad_id,
                 pad_multiple=self.pad_multiple,
                 segment_multiple=self.segment_multiple,
                 packed=self.packed,
             )
-            for chosen in dealt[self.rank]
+            for micro_batch in assigned[self.rank]
         ]
         return Step(batches, problems, self.order.position(k + 1))
 
     def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
-        """Return the sample, or the blank of its dataset's builder in the place of a bad one."""
-        if sample_id != sample_ids.FILLING:
-            try:
-                return self._built(sample_id)
-            except ValueError as error:
-                problems.append((sample_id, str(error)))
-            ordinal = int(sample_ids.split(sample_id)[0][()])
-            hole = int(sample_ids.hole(np.array(sample_id)))
-            return self.datasets[ordinal].build.blank(hole)
-        return next(iter(self.datasets.values())).build.blank(sample_id)
+        """Return the sample, or the blank of its dataset's builder in the slot of a bad one.
 
-    def _built(self, sample_id: int) -> Sample:
-        ordinal, _, number = (int(part[()]) for part in sample_ids.split(sample_id))
+        problems: gets the id and the reason of a bad sample.
+        """
+        if sample_id == sample_ids.FILLING:
+            return next(iter(self.datasets.values())).build.blank(sample_id)
+        try:
+            return self._checked(sample_id)
+        except ValueError as error:
+            problems.append((sample_id, str(error)))
+        ordinal = int(sample_ids.split(sample_id)[0][()])
+        empty_slot = int(sample_ids.empty_slot(np.array(sample_id)))
+        return self.datasets[ordinal].build.blank(empty_slot)
+
+    def _checked(self, sample_id: int) -> Sample:
+        """Return a sample; raise ValueError when it is bad or not as long as it was planned."""
+        ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         dataset = self.datasets[ordinal]
         sample = dataclasses.replace(dataset[number], sample_id=sample_id)
         check_sample(sample)
@@ -127,8 +134,8 @@ class Steps:
 def end_with(pid: int, worker: int = 0) -> None:
     """Make this loader process end when process `pid`, its rank, does.
 
-    A rank that is killed cannot end its loaders, and theirs is the fork server for a parent, which
-    lives as long as they do.
+    A rank that is killed cannot end its loaders. Their parent is the fork server, which lives as
+    long as they do.
     """
     try:
         watched = os.pidfd_open(pid)

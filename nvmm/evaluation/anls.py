@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def anls(threshold: float = 0.5, *, prediction: str, answers: Sequence[str]) -> float:
-    """Best similarity of the prediction to any answer, 0 where it is below the threshold.
+    """Return the best similarity of the prediction to any answer, 0 if it is below the threshold.
 
     similarity = 1 - edit distance / longer length, on lower-case text with white space tidied. A
     similarity of exactly `threshold` counts, as in the competition's script (the paper's formula
@@ -24,7 +24,7 @@ def anls(threshold: float = 0.5, *, prediction: str, answers: Sequence[str]) -> 
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Least number of insertions, deletions and substitutions that turn `a` into `b`."""
+    """Return the least number of insertions, deletions and substitutions from `a` to `b`."""
     if len(a) < len(b):
         a, b = b, a
     above = list(range(len(b) + 1))

@@ -21,11 +21,11 @@ class Retrieval(Benchmark):
 
     Args:
         folder: corpus.jsonl, queries.jsonl and qrels/<split>.tsv.
-        split: of the qrels.
-        instruction: put before queries; None for that of training.
+        split: name of the qrels' file.
+        instruction: text before queries; None for that of training.
         ignore_identical_ids: leave out the document that has the query's id (ArguAna, Quora, ...).
         judge: "nvmm", or "mteb" for that library's scores (the embed extra).
-        name, builder: as `Benchmark` says.
+        name, builder: see `Benchmark`.
     """
 
     folder: str
@@ -74,10 +74,10 @@ def evaluate(
     ignore_identical_ids: bool = False,
     cutoffs: Sequence[int] = (1, 5, 10, 100),
 ) -> dict[str, float]:
-    """Means over the queries that have a relevant document: {"ndcg_at_10": ..., ...}.
+    """Return means over the queries that have a relevant document: {"ndcg_at_10": ..., ...}.
 
-    corpus, queries: id -> text; qrels: query id -> document id -> relevance above 0.
-    instruction: put before queries, not before documents.
+    corpus, queries: id -> text. qrels: query id -> document id -> relevance above 0.
+    instruction: text before queries, not before documents.
     ignore_identical_ids: leave the document with a query's id out of its ranking, as mteb does for
         sets whose queries are documents (ArguAna, Quora, ...).
 
@@ -92,10 +92,11 @@ def evaluate(
     documents = encode(list(corpus.values()), None)
     totals = dict.fromkeys((f"{name}_at_{k}" for name in METRICS for k in cutoffs), 0.0)
     for start in range(0, len(asked), _QUERIES):
-        part = asked[start : start + _QUERIES]
-        scores = encode([queries[query] for query in part], instruction) @ documents.t()
+        some = asked[start : start + _QUERIES]
+        scores = encode([queries[query] for query in some], instruction) @ documents.t()
+        # One more than is scored, as the document with the query's own id may be left out.
         best = torch.topk(scores, min(max(cutoffs) + 1, len(ids)), dim=1).indices.tolist()
-        for query, row in zip(part, best, strict=True):
+        for query, row in zip(some, best, strict=True):
             ranking = [ids[i] for i in row if not (ignore_identical_ids and ids[i] == query)]
             for name, metric in METRICS.items():
                 for k in cutoffs:

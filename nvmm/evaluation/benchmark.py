@@ -1,4 +1,4 @@
-"""Benchmarks: what a model is asked, and how its answers are scored."""
+"""Benchmarks ask a model questions and score its answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from nvmm.evaluation.pictures import MAX_PICTURES, picture_fields
+from nvmm.evaluation.images import MAX_IMAGES, image_fields
 from nvmm.io.progress import progress
 
 if TYPE_CHECKING:
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 Encode = Callable[[Sequence[str], str | None], Tensor]
-"""(texts, instruction or None) -> unit vectors [texts, h]."""
+"""A function from (texts, instruction or None) to unit vectors [texts, h]."""
 
 
 class Metric(Protocol):
-    """Scores one prediction against the accepted answers, in [0, 1]."""
+    """A score of one prediction against the accepted answers, in [0, 1]."""
 
     def __call__(self, *, prediction: str, answers: Sequence[str]) -> float: ...
 
 
 @dataclass(frozen=True)
 class Example:
-    """One question as it is asked.
+    """One question, ready for the model.
 
-    members: of the shard's sample, with the member json in the form that the sample builder of
-        training reads. question: as in the data. kind: the group it is reported under.
+    members: the shard's sample, with the member json in the form that the sample builder of
+        training reads. question: the question as in the data. kind: the group it is reported under.
     """
 
     members: dict[str, Any]
@@ -56,10 +56,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is run; what one of them has no use for, it refuses.
+    """Options of running a benchmark; a benchmark refuses those that it has no use for.
 
-    batch_size: samples of a forward pass. num_samples: the first ones alone; None: all.
-    max_new_tokens: instead of the benchmark's. temperature, top_p, use_cache, seed: of generation.
+    batch_size: samples of a forward pass. num_samples: ask so many, the first ones; None: all.
+    max_new_tokens: replaces the benchmark's. temperature, top_p, use_cache, seed: options of
+    generation.
     """
 
     batch_size: int = 8
@@ -73,10 +74,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark found, the same on every rank.
+    """The result of a benchmark, the same on every rank.
 
-    summary: what metrics.json holds. scores: key of a run's summary.json -> value. text: what a
-    person reads. lines: of predictions.jsonl; made when asked for, on one rank.
+    summary: content of metrics.json. scores: key of a run's summary.json -> value. text: the result
+    for a person to read. lines: returns the lines of predictions.jsonl; called on one rank.
     """
 
     summary: dict[str, Any]
@@ -94,9 +95,10 @@ def refuse_settings(settings: Settings, keep: Sequence[str]) -> None:
 
 
 class Benchmark(ABC):
-    """What `benchmark=` chooses: `run` asks a restored model and scores what it says.
+    """A choice of `benchmark=`: `run` asks a restored model and scores its answers.
 
-    name: of the output folder. builder: parameters of the checkpoint's sample builder to change.
+    name: name of the output folder. builder: parameters of the checkpoint's sample builder to
+    change.
     """
 
     name: str
@@ -104,7 +106,7 @@ class Benchmark(ABC):
 
     @abstractmethod
     def run(self, model: Restored, settings: Settings) -> Result:
-        """Run on all ranks together. Raises ValueError for settings that it has no use for."""
+        """Run on all ranks together; raise ValueError for settings that it has no use for."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,15 @@ class Questions(Benchmark):
     """Questions in shards, each with accepted answers.
 
     Args:
-        name: names the output directory.
+        name: name of the output directory.
         shards: file patterns of tar shards whose member json is `{"question", "answers"}` or a
             conversation that ends with the answer.
-        metric: of one answer; the benchmark's score is the mean over its questions.
+        metric: score of one answer; the benchmark's score is the mean over its questions.
         metric_by_kind: another metric for questions of some kinds.
         suffix: text put on a line of its own behind every question.
         question, answers, kind: fields of the member json; a sample without `kind` is reported
             under "all" alone.
-        max_new_tokens: longest answer.
+        max_new_tokens: tokens of the longest answer.
         builder: parameters of the checkpoint's sample builder to change, e.g. `max_tiles: 12` or
             `template: {system: ...}`.
     """
@@ -138,7 +140,7 @@ class Questions(Benchmark):
 
     @property
     def metric_name(self) -> str:
-        """Name of the metric's function."""
+        """The name of the metric's function."""
         metric: Any = self.metric
         return str(getattr(metric, "func", metric).__name__)
 
@@ -147,24 +149,24 @@ class Questions(Benchmark):
         from megatron.core import parallel_state
 
         from nvmm.data.shards.dataset import Dataset
-        from nvmm.inference.decoding import deal, gather
+        from nvmm.inference.decoding import gather, share
 
         dataset = Dataset(self.shards, model.builder)
         num_samples = len(dataset)
         if settings.num_samples is not None:
             num_samples = min(num_samples, settings.num_samples)
         rank = parallel_state.get_data_parallel_rank()
-        dealt = deal(num_samples, rank, parallel_state.get_data_parallel_world_size())
+        local_numbers = share(num_samples, rank, parallel_state.get_data_parallel_world_size())
         predictions: list[Prediction] = []
         first = torch.distributed.get_rank() == 0
-        with progress(len(dealt), self.name, "question", disable=not first) as bar:
-            for start in range(0, len(dealt), settings.batch_size):
-                numbers = dealt[start : start + settings.batch_size]
+        with progress(len(local_numbers), self.name, "question", disable=not first) as bar:
+            for start in range(0, len(local_numbers), settings.batch_size):
+                numbers = local_numbers[start : start + settings.batch_size]
                 predictions += self._answer(model, dataset, numbers, settings)
                 bar.update(len(numbers))
         predictions = gather(predictions, num_samples)
         summary = summarize(predictions)
-        kinds = {kind: part["score"] for kind, part in summary["kinds"].items()}
+        kinds = {kind: group["score"] for kind, group in summary["kinds"].items()}
         scores = {f"{self.name}_{self.metric_name}": {"overall": summary["score"], **kinds}}
         return Result(
             summary,
@@ -176,7 +178,7 @@ class Questions(Benchmark):
     def _answer(
         self, model: Restored, dataset: Any, numbers: Sequence[int], settings: Settings
     ) -> list[Prediction]:
-        """A batch of questions, answered and scored."""
+        """Answer a batch of questions and score the answers."""
         examples = [self.ask(dataset.members(number)) for number in numbers]
         prompts = [
             replace(model.builder.prompt(example.members), sample_id=number)
@@ -207,7 +209,7 @@ class Questions(Benchmark):
         return predictions
 
     def ask(self, members: Mapping[str, Any]) -> Example:
-        """The question in one sample's members. Raises ValueError naming a sample without one."""
+        """Return the question in one sample's members; raise ValueError where there is none."""
         source = f"{members.get('__url__', '')}:{members.get('__key__', '')}"
         try:
             record = json.loads(members["json"])
@@ -217,6 +219,7 @@ class Questions(Benchmark):
             raise ValueError(f"{source}: member json must be an object")
         kind = str(record.get(self.kind, "all"))
         ending = f"\n{self.suffix}" if self.suffix else ""
+        # A conversation asks with its last user turn; other records with a field of this name.
         turns = record.get("conversations", record.get("messages"))
         if isinstance(turns, list):
             asked = [turn for turn in turns if _role(turn) in ("human", "user")]
@@ -229,13 +232,13 @@ class Questions(Benchmark):
             if self.question not in record:
                 raise ValueError(f"{source}: member json has no field {self.question}")
             question = str(record[self.question])
-            given = record.get(self.answers, record.get("answer", []))
-            listed = [str(a) for a in (given if isinstance(given, list) else [given])]
-            record = {"question": question + ending, "answers": listed}
+            answers = record.get(self.answers, record.get("answer", []))
+            answers = answers if isinstance(answers, list) else [answers]
+            record = {"question": question + ending, "answers": [str(a) for a in answers]}
         return Example({**members, "json": json.dumps(record).encode()}, question, kind)
 
     def score(self, prediction: str, answers: Sequence[str], kind: str) -> float:
-        """Score of one answer under the metric of its kind."""
+        """Return the score of one answer under the metric of its kind."""
         metric = self.metric_by_kind.get(kind, self.metric)
         return float(metric(prediction=prediction, answers=answers))
 
@@ -243,18 +246,18 @@ class Questions(Benchmark):
 def _lines(
     model: Restored, dataset: Any, predictions: Sequence[Prediction]
 ) -> Iterator[dict[str, Any]]:
-    """Lines of predictions.jsonl; the first few with what the report draws of their images."""
+    """Yield the lines of predictions.jsonl; the first few have the images that the report draws."""
     for number, prediction in enumerate(predictions):
         line = asdict(prediction)
-        if number < MAX_PICTURES:
+        if number < MAX_IMAGES:
             members = dataset.members(prediction.sample_id)
             media = model.builder.prompt(members).text.media
-            line |= picture_fields(members, media)
+            line |= image_fields(members, media)
         yield line
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    """Mean score and number of questions, overall and for each kind in alphabetical order."""
+    """Return mean score and number of questions, overall and for each kind, kinds sorted."""
     kinds = sorted({prediction.kind for prediction in predictions})
     return _mean(predictions) | {
         "kinds": {kind: _mean([p for p in predictions if p.kind == kind]) for kind in kinds}
@@ -262,7 +265,7 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any], name: str) -> str:
-    """The summary as text: one line for each kind, then the whole."""
+    """Return the summary as text: one line for each kind, then one for all."""
     rows = [*summary["kinds"].items(), (name, summary)]
     width = max(len(label) for label, _ in rows)
     return "\n".join(

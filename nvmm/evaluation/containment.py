@@ -12,7 +12,7 @@ from collections.abc import Sequence
 def containment(
     handwritten_math: bool = False, *, prediction: str, answers: Sequence[str]
 ) -> float:
-    """1.0 if any answer occurs in the prediction, else 0.0.
+    """Return 1.0 if any answer occurs in the prediction, else 0.0.
 
     Case and line breaks are ignored. `handwritten_math` is OCRBench's rule for HME100K: all spaces
     are dropped and case counts, since answers are LaTeX. A blank answer matches only a blank

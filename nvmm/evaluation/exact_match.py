@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def exact_match(ignore_case: bool = False, *, prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is one of the answers, else 0.0.
+    """Return 1.0 if the prediction is one of the answers, else 0.0.
 
     White space around both is dropped and each run of it inside counts as one space.
     """

@@ -1,6 +1,6 @@
 """mteb 2 offline: an embedder behind its encoder interface, a BEIR folder as its task.
 
-Needs the `embed` extra. mteb downloads nothing here: data and model are given.
+It needs the `embed` extra. mteb downloads nothing here, as it gets data and model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def evaluate(
     instruction: str | None = None,
     ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
-    """mteb's scores of a retrieval task; arguments as in `nvmm.evaluation.beir.evaluate`."""
+    """Return mteb's scores of a retrieval task.
+
+    The arguments are those of `nvmm.evaluation.beir.evaluate`.
+    """
     import mteb
 
     task = _task(corpus, queries, qrels, name, instruction)
@@ -38,19 +41,20 @@ def evaluate(
 
 
 def _encoder(encode: Encode) -> Any:
+    """Return an encoder as mteb wants it."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
     from mteb.types import PromptType
 
     class Model(AbsEncoder):
-        """Instructions of queries go to `encode`, which knows their template and masking."""
+        """An encoder whose queries' instructions go to `encode`, which knows their template."""
 
         mteb_model_meta = ModelMeta.create_empty({"name": "nvmm/checkpoint", "revision": "local"})
 
         def encode(
             self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **options: Any
         ) -> Any:
-            """Vectors of all batches of `inputs`, [n, h]."""
+            """Return the vectors of all batches of `inputs`, [n, h]."""
             texts = [text for batch in inputs for text in batch["text"]]
             prompt = (task_metadata.prompt or {}).get("query")
             query = prompt_type == PromptType.query
@@ -66,6 +70,7 @@ def _task(
     name: str,
     instruction: str | None,
 ) -> Any:
+    """Return the texts and qrels as a task of mteb."""
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -74,7 +79,7 @@ def _task(
         return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
 
     class Task(AbsTaskRetrieval):
-        """The given texts as one subset of one split."""
+        """The texts as one subset of one split."""
 
         metadata = TaskMetadata(
             name=name,
@@ -90,7 +95,7 @@ def _task(
         )
 
         def load_data(self, **options: Any) -> None:
-            """No download."""
+            """Make the data set of the texts, without a download."""
             split = {
                 "queries": rows({query: queries[query] for query in qrels}),
                 "corpus": rows(corpus),

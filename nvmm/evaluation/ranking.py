@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 
 def ndcg(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
-    """Discounted gain of the first k over the best possible; gains are the relevances.
+    """Return the discounted gain of the first k over the best possible; gains are relevances.
 
-    ranking: document ids, best first; relevant: id -> relevance above 0, not empty.
+    ranking: document ids, best first. relevant: id -> relevance above 0, not empty.
     """
     gains = [relevant.get(document, 0) for document in ranking[:k]]
     ideal = sorted(relevant.values(), reverse=True)[:k]
@@ -17,7 +17,7 @@ def ndcg(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
 
 
 def reciprocal_rank(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
-    """1 / the place of the first relevant document, 0 where the first k have none."""
+    """Return 1 / the rank of the first relevant document, 0 where the first k have none."""
     for place, document in enumerate(ranking[:k], 1):
         if document in relevant:
             return 1 / place
@@ -25,12 +25,12 @@ def reciprocal_rank(ranking: Sequence[str], relevant: Mapping[str, int], k: int)
 
 
 def recall(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
-    """Share of the relevant documents that are among the first k."""
+    """Return the share of the relevant documents that are among the first k."""
     return sum(document in relevant for document in ranking[:k]) / len(relevant)
 
 
 def hit_rate(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
-    """1 if any relevant document is among the first k (UniIR calls this Recall@k), else 0."""
+    """Return 1 if a relevant document is among the first k (UniIR's Recall@k), else 0."""
     return float(any(document in relevant for document in ranking[:k]))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def relaxed_accuracy(tolerance: float = 0.05, *, prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction is right for any answer, else 0.0.
+    """Return 1.0 if the prediction is right for any answer, else 0.0.
 
     Two numbers agree when |prediction - answer| <= tolerance * |answer|. An answer of 0, or a side
     that is no number, is compared as text, ignoring case and outer white space.
@@ -28,6 +28,7 @@ def _agree(prediction: str, answer: str, tolerance: float) -> bool:
 
 
 def _number(text: str) -> float | None:
+    """Return the finite number that a text is, else None; "12%" is 0.12."""
     try:
         value = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

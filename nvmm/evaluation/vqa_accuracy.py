@@ -40,20 +40,21 @@ _RESTORED = {
 def vqa_accuracy(
     normalize_unanimous: bool = True, *, prediction: str, answers: Sequence[str]
 ) -> float:
-    """Mean over people of min(other people who gave this answer / 3, 1).
+    """Return the mean over people of min(other people who gave this answer / 3, 1).
 
     With fewer than 4 answers the 3 becomes the number of other people, so that n equal answers
     are worth 1 and a single answer is an exact match.
 
     Args:
-        answers: what each person said, usually 10.
-        normalize_unanimous: the official script compares raw text where all raw answers are the
-            same, so "Yes." misses ten times "yes"; false reproduces that.
+        answers: one of each person, usually 10.
+        normalize_unanimous: normalise also where all raw answers are the same. The official script
+            compares raw text there, so "Yes." misses ten times "yes"; false reproduces that.
     """
     if not answers:
         return 0.0
-    guess = _flat(prediction)
-    truths = [_flat(answer) for answer in answers]
+    guess, *truths = (
+        text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers)
+    )
     if normalize_unanimous or len(set(truths)) > 1:
         guess = normalize(guess)
         truths = [normalize(truth) for truth in truths]
@@ -66,20 +67,16 @@ def vqa_accuracy(
 
 
 def normalize(text: str) -> str:
-    """Official normalisation: punctuation, lower case, number words, articles, contractions.
+    """Normalise as officially: punctuation, lower case, number words, articles, contractions.
 
     A punctuation mark becomes nothing where the text has it beside a space, or has digits grouped
     by commas anywhere; else a space. Periods go unless a digit follows.
     """
-    out = text
+    cleaned = text
     grouped = _GROUPED_DIGITS.search(text) is not None
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
-        out = out.replace(mark, "" if beside_space or grouped else " ")
-    out = _PERIOD.sub("", out)
-    words = (_NUMBERS.get(word, word) for word in out.lower().split())
+        cleaned = cleaned.replace(mark, "" if beside_space or grouped else " ")
+    cleaned = _PERIOD.sub("", cleaned)
+    words = (_NUMBERS.get(word, word) for word in cleaned.lower().split())
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
-
-
-def _flat(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()

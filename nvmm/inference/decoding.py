@@ -23,10 +23,10 @@ from nvmm.parallel import schedule
 
 
 def left_padded(samples: Sequence[Sample], pad_id: int) -> tuple[Batch, Tensor | None]:
-    """Prompts -> one Batch, rows padded on the left with `pad_id`, and its key spans.
+    """Collate prompts to one Batch, padded on the left with `pad_id`; return it with key spans.
 
-    Returns the batch (tokens [b, s], media columns moved by the padding) and int32 [b, 2] (first,
-    last + 1) valid keys of each row, or None when all rows have one length.
+    In the batch, tokens are [b, s] and media columns are moved by the padding. Key spans are int32
+    [b, 2], first and last + 1 of the valid keys of each row, or None when all have one length.
     """
     batch = collate(samples, pad_id=pad_id, padding="left")
     width = batch.tokens.shape[1]
@@ -48,7 +48,7 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """Continue every prompt; all ranks of a model-parallel group call it alike and get the result.
+    """Continue every prompt; collective over a model-parallel group, which gets the result.
 
     Args:
         model: this rank's one chunk, in eval mode, built without sequence, context and virtual
@@ -64,6 +64,8 @@ def generate(
         use_cache: False runs the whole sequence for every token (to check the cache).
 
     Returns: the new tokens of each prompt, at most `max_new_tokens`.
+
+    Raises ValueError for a layout that cannot decode, and for options out of range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -72,17 +74,25 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     _check_layout(model)
+    # 1. Pad prompts on the left, so that the next tokens of all rows take one slot of the cache.
     batch, spans = left_padded(prompts, pad_id)
     device = next(model[0].parameters()).device
     batch = batch.to(device)
     spans = None if spans is None else spans.to(device)
-    context = _cache(batch, max_new_tokens) if use_cache else None
+    context = None
+    if use_cache:
+        from megatron.core.inference.contexts import StaticInferenceContext
+
+        rows, width = batch.tokens.shape
+        context = StaticInferenceContext(rows, width + max_new_tokens)
+    # Each row draws from a generator of its own, so that its answer depends on no other row.
     generators = [_generator(seed, int(i)) for i in batch.sample_ids]
     stops = set(stop_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
 
     for _ in range(max_new_tokens):
+        # 2. Run the prompts, then one token a row. The last stage chooses for the whole group.
         outputs = _forward(
             model, [batch], "logits", key_spans=spans, inference_context=context, last_only=True
         )
@@ -91,6 +101,7 @@ def generate(
             uniforms = [float(torch.rand((), generator=g)) for g in generators]
             chosen.copy_(choose(outputs[0], temperature, top_p, uniforms))
         _broadcast_from_last_stage(chosen)
+        # 3. Rows that have ended go on in the batch, but their tokens are dropped.
         for row in sorted(running):
             token = int(chosen[row])
             if token in stops:
@@ -99,6 +110,7 @@ def generate(
                 answers[row].append(token)
         if not running:
             break
+        # 4. With a cache only the new tokens are run next, without one all tokens again.
         if context is not None:
             context.sequence_len_offset += batch.tokens.shape[1]
             context.enable_decode_mode()
@@ -107,9 +119,11 @@ def generate(
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Sequence[float]) -> Tensor:
-    """One token for each row of logits [b, vocab]: the likeliest, or a draw from the nucleus.
+    """Choose a token for each row of logits [b, vocab]: the likeliest, or a draw from the nucleus.
 
-    uniforms: for each row a number in [0, 1) that decides the draw. Returns int64 [b].
+    uniforms: for each row a number in [0, 1) that decides the draw.
+
+    Returns: int64 [b].
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -125,10 +139,12 @@ def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Sequence[
 
 
 def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float, int]]:
-    """Log-probability of each sample's supervised tokens, as (sum, number of tokens), in order.
+    """Return the log-probability of each sample's supervised tokens, (sum, number), in order.
 
-    Positions count where `loss_mask` is not 0, whatever its weight there. Packed and padded rows
-    are both fine. All ranks of a model-parallel group call it alike and get the result.
+    Positions count where `loss_mask` is not 0, whatever its weight there. Rows may be packed or
+    padded. It is collective over a model-parallel group, which gets the result.
+
+    Raises ValueError unless the model is in eval mode.
     """
     if model[0].training:
         raise ValueError("score needs the model in eval mode")
@@ -145,40 +161,43 @@ def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float
 
 
 def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
-    """Vectors [texts, h] of an embedder for the texts of all batches, fp32.
+    """Return fp32 [texts, h], the vectors of an embedder for the texts of all batches.
 
-    Every rank of a model-parallel group calls it alike and gets the result.
+    It is collective over a model-parallel group, which gets the result.
     """
     _check_layout(model)
     outputs = _forward(model, batches, "embedding")
     count = sum(int((batch.lengths > 0).sum()) for batch in batches)
     config: Any = model[0].config
     device = batches[0].tokens.device
-    found = torch.cat(outputs) if outputs else torch.empty(count, config.hidden_size, device=device)
-    _broadcast_from_last_stage(found)
-    return found
+    vectors = torch.empty(count, config.hidden_size, device=device)
+    if outputs:
+        vectors = torch.cat(outputs)
+    _broadcast_from_last_stage(vectors)
+    return vectors
 
 
-def deal(num_samples: int, rank: int, size: int) -> range:
-    """Indices of the samples that data-parallel rank `rank` of `size` evaluates."""
+def share(num_samples: int, rank: int, size: int) -> range:
+    """Return the indices of the samples that data-parallel rank `rank` of `size` evaluates."""
     return range(rank, num_samples, size)
 
 
 def gather(local: Sequence[Any], num_samples: int) -> list[Any]:
-    """Results of `deal`'s samples from all data-parallel ranks, in the samples' order."""
+    """Gather the results of all data-parallel ranks' `share`, in the samples' order."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group()
     size = dist.get_world_size(group)
-    parts: list[Any] = [None] * size
-    dist.all_gather_object(parts, list(local), group=group)
-    found: list[Any] = [None] * num_samples
-    for rank, part in enumerate(parts):
-        found[rank::size] = part
-    return found
+    shares: list[Any] = [None] * size
+    dist.all_gather_object(shares, list(local), group=group)
+    results: list[Any] = [None] * num_samples
+    for rank, rank_results in enumerate(shares):
+        results[rank::size] = rank_results
+    return results
 
 
 def _check_layout(model: Sequence[Module]) -> None:
+    """Raise ValueError for a layout that cannot run one new token a step."""
     if len(model) != 1:
         raise ValueError(
             "parallel.virtual_pipeline_model_parallel_size must be null in generation, not"
@@ -195,14 +214,8 @@ def _check_layout(model: Sequence[Module]) -> None:
         )
 
 
-def _cache(batch: Batch, max_new_tokens: int) -> Any:
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    rows, width = batch.tokens.shape
-    return StaticInferenceContext(rows, width + max_new_tokens)
-
-
 def _generator(seed: int, sample_id: int) -> torch.Generator:
+    """Return a generator that depends on the seed and the sample alone."""
     digest = hashlib.blake2b(f"{seed}/{sample_id}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -210,7 +223,7 @@ def _generator(seed: int, sample_id: int) -> torch.Generator:
 def _advance(
     batch: Batch, spans: Tensor | None, chosen: Tensor, *, keep: bool
 ) -> tuple[Batch, Tensor | None]:
-    """The next step's batch: only the new tokens, or with `keep` the sequence with them."""
+    """Return the next step's batch: only the new tokens, or with `keep` the sequence with them."""
     new = chosen[:, None]
     tokens = torch.cat([batch.tokens, new], 1) if keep else new
     positions = batch.position_ids[:, -1:] + 1
@@ -236,7 +249,7 @@ def _forward(
     last_only: bool = False,
     **keywords: Any,
 ) -> list[Tensor]:
-    """One forward-only pass; the outputs on the last pipeline stage, nothing elsewhere.
+    """Run one forward-only pass; return outputs on the last pipeline stage, nothing elsewhere.
 
     last_only: keep the last position of each output.
     """
@@ -257,7 +270,7 @@ def _broadcast_from_last_stage(tensor: Tensor) -> None:
 
 
 def _per_sample(loss: Tensor, batch: Batch) -> Tensor:
-    """Per-token loss [b, s] -> [num_samples, 2]: sum of log-probabilities, number of tokens."""
+    """Sum a per-token loss [b, s] to [num_samples, 2]: log-probability, number of tokens."""
     num_texts = batch.owners.numel()
     if batch.cu_seqlens is None:
         texts = torch.arange(num_texts, device=loss.device)[:, None].expand_as(loss)

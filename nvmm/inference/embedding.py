@@ -1,4 +1,4 @@
-"""Texts -> vectors with an embedder, at any tensor, pipeline and data parallel size."""
+"""Texts become vectors with an embedder, at any tensor, pipeline and data parallel size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.nn import Module
 
 from nvmm.data.collate import collate
 from nvmm.data.samples.retrieval import RetrievalBuilder
-from nvmm.inference.decoding import deal, embed, gather
+from nvmm.inference.decoding import embed, gather, share
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """An embedder ready to encode.
+class TextEncoder:
+    """An embedder ready to encode texts.
 
-    model: this rank's one chunk, in eval mode; builder: the `RetrievalBuilder` that trained it;
+    model: this rank's one chunk, in eval mode. builder: the `RetrievalBuilder` that trained it.
     batch_size: texts of a forward pass.
     """
 
@@ -27,23 +27,23 @@ class Encoder:
     batch_size: int = 32
 
     def __call__(self, texts: Sequence[str], instruction: str | None = None) -> Tensor:
-        """Unit vectors, fp32 [texts, h] on the CPU, the same on every rank; collective.
+        """Return unit vectors, fp32 [texts, h] on the CPU, the same on every rank; collective.
 
-        instruction: the task's, put before every text; None for documents.
+        instruction: the task's instruction, put before every text; None for documents.
         """
         from megatron.core import parallel_state
 
         size = parallel_state.get_data_parallel_world_size()
-        mine = deal(len(texts), parallel_state.get_data_parallel_rank(), size)
-        samples = [self.builder.text(texts[number], instruction) for number in mine]
+        numbers = share(len(texts), parallel_state.get_data_parallel_rank(), size)
+        samples = [self.builder.text(texts[number], instruction) for number in numbers]
         # Texts of like length share a batch.
         order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
-        found: list[Tensor] = [torch.empty(0)] * len(samples)
+        local: list[Tensor] = [torch.empty(0)] * len(samples)
         device = next(self.model[0].parameters()).device
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
             vectors = embed(self.model, [batch.to(device)]).cpu()
             for i, vector in zip(chosen, vectors, strict=True):
-                found[i] = vector
-        return torch.stack(gather(found, len(texts)))
+                local[i] = vector
+        return torch.stack(gather(local, len(texts)))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nvmm.batch import Sample
     from nvmm.data.samples.builder import Builder
     from nvmm.data.samples.tokenizer import Tokenizer
-    from nvmm.inference.embedding import Encoder
+    from nvmm.inference.embedding import TextEncoder
 
 _KERNELS = "nvmm.kernels.library.Kernels"
 _PARALLEL = "nvmm.parallel.setup.Parallel"
@@ -29,10 +29,10 @@ _PARALLEL = "nvmm.parallel.setup.Parallel"
 class Restored:
     """A checkpoint ready to answer: `generate`, `score` and `embed`.
 
-    Every rank of the world calls them alike. Samples are dealt over the data-parallel ranks by the
-    caller (`nvmm.inference.decoding.deal`) for `generate` and `score`, and by `embed` itself.
+    Every rank of the world calls them alike. Samples are shared by the data-parallel ranks: the
+    caller does so (`nvmm.inference.decoding.share`) for `generate` and `score`, `embed` by itself.
 
-    path: the checkpoint's folder; model: this rank's one chunk, in eval mode; builder: the sample
+    path: the checkpoint's folder. model: this rank's one chunk, in eval mode. builder: the sample
     builder that trained it.
     """
 
@@ -43,7 +43,7 @@ class Restored:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer."""
+        """The tokens that end an answer."""
         return self.builder.stop_ids
 
     def generate(
@@ -78,30 +78,34 @@ class Restored:
         from nvmm.inference.decoding import score
 
         pad_id = self.tokenizer.pad_id
-        parts = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-        return [row for part in parts for row in score(self.model, [collate(part, pad_id=pad_id)])]
+        rows: list[tuple[float, int]] = []
+        for start in range(0, len(samples), batch_size):
+            batch = collate(samples[start : start + batch_size], pad_id=pad_id)
+            rows += score(self.model, [batch])
+        return rows
 
     def embed(
         self, texts: Sequence[str], instruction: str | None = None, batch_size: int = 32
     ) -> Tensor:
         """Return unit vectors of texts, fp32 [texts, h] on the CPU, the same on every rank.
 
-        instruction: the task's, put before every text; None for documents. Raises ValueError for a
-        checkpoint that is no embedder.
+        instruction: the task's instruction, put before every text; None for documents.
+
+        Raises ValueError for a checkpoint that is no embedder.
         """
         return self.encoder(batch_size)(texts, instruction)
 
-    def encoder(self, batch_size: int = 32) -> Encoder:
-        """Return what embeds texts. Raises ValueError for a checkpoint that is no embedder."""
+    def encoder(self, batch_size: int = 32) -> TextEncoder:
+        """Return an encoder of texts. Raises ValueError for a checkpoint that is no embedder."""
         from nvmm.data.samples.retrieval import RetrievalBuilder
-        from nvmm.inference.embedding import Encoder
+        from nvmm.inference.embedding import TextEncoder
 
         if not isinstance(self.builder, RetrievalBuilder):
             raise ValueError(
                 f"{self.path} is no embedder: its data.train.build is"
                 f" {type(self.builder).__name__}, not RetrievalBuilder"
             )
-        return Encoder(self.model, self.builder, batch_size)
+        return TextEncoder(self.model, self.builder, batch_size)
 
 
 def restore(
@@ -125,11 +129,11 @@ def restore(
     Args:
         checkpoint: a checkpoint's folder, or a run directory for its newest.
         parallel: sizes of `nvmm.parallel.setup.Parallel`; one rank by default.
-        precision, backend, kernels, sequence_length: instead of the checkpoint's.
-        tokenizer: folder, where the checkpoint's tokenizer has moved.
-        base: where the base of a LoRA checkpoint has moved.
+        precision, backend, kernels, sequence_length: values that replace the checkpoint's.
+        tokenizer: folder of the checkpoint's tokenizer, where that has moved.
+        base: folder of a LoRA checkpoint's base, where that has moved.
         build: parameters of the saved sample builder to exchange.
-        trust_config: run what the checkpoint's config names outside nvmm, mcore and torch.
+        trust_config: run constructors of the checkpoint's config outside nvmm, mcore and torch.
 
     Raises ValueError when the checkpoint is missing or incomplete, its config is not trusted, the
     layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
@@ -141,14 +145,17 @@ def restore(
     from nvmm.checkpoint.load import load_scales, load_weights
     from nvmm.modules.fp8_scales import Scaling
 
-    # 1. What to build: the saved config with this command's changes, if it is trusted.
+    # 1. Take the saved config with this command's changes, if it is trusted.
     path = find(checkpoint)
     state = read_state(path)
     saved = state["config"]
+    train = (saved.get("data") or {}).get("train") or {}
+    if not isinstance(train.get("build"), Mapping):
+        raise ValueError("the checkpoint's data.train.build names no sample builder to ask with")
     sections = {
         "model": saved["model"],
         "tokenizer": dict(saved["tokenizer"]),
-        "build": _builder_config(saved, build or {}),
+        "build": _merged(train["build"], build or {}),
         "precision": precision or saved["precision"],
         "lora": saved.get("lora"),
         "kernels": {"_target_": _KERNELS, **(saved.get("kernels") or {}), **(kernels or {})},
@@ -158,7 +165,7 @@ def restore(
     if not trust_config:
         require_trusted(sections, path)
 
-    # 2. Whether the layout fits it.
+    # 2. Refuse a layout that does not fit the model.
     layout = {"_target_": _PARALLEL, **(parallel or {})} | {
         "sequence_parallel": False,
         "virtual_pipeline_model_parallel_size": None,
@@ -176,7 +183,7 @@ def restore(
     if problems:
         raise ValueError("; ".join(str(problem) for problem in problems))
 
-    # 3. Tokenizer and builder, which must be those of training.
+    # 3. Make the tokenizer, which must be that of training, and the sample builder.
     words = instantiate(sections["tokenizer"])
     if words.digest != state["tokenizer_digest"]:
         raise ValueError(
@@ -185,9 +192,13 @@ def restore(
             " name its folder with tokenizer=DIR"
         )
     length = sequence_length or saved["data"]["sequence_length"]
-    builder = _build(sections["build"], tokenizer=words, sequence_length=length)
+    make_builder: Callable[..., Any] = instantiate(sections["build"])
+    try:
+        builder = make_builder(tokenizer=words, sequence_length=length)
+    except TypeError as error:
+        raise ValueError(f"the sample builder does not take its parameters: {error}") from error
 
-    # 4. The model, frozen, and its weights.
+    # 4. Build the model, frozen, and load its weights.
     sizes = instantiate(layout)
     instantiate(sections["kernels"]).install(device_type(), log=environment.rank() == 0)
     sizes.initialize(seed=seed)
@@ -217,7 +228,7 @@ RESTORE_KEYS = (
 
 
 def restore_from(config: Mapping[str, Any], build: Mapping[str, Any] | None = None) -> Restored:
-    """Restore what a composed config of a command asks for (configs/evaluate.yaml)."""
+    """Restore the checkpoint that a command's composed config names (configs/evaluate.yaml)."""
     return restore(
         config["checkpoint"]["path"],
         tokenizer=config["tokenizer"]["path"],
@@ -226,23 +237,8 @@ def restore_from(config: Mapping[str, Any], build: Mapping[str, Any] | None = No
     )
 
 
-def _builder_config(saved: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    train = (saved.get("data") or {}).get("train") or {}
-    if not isinstance(train.get("build"), Mapping):
-        raise ValueError("the checkpoint's data.train.build names no sample builder to ask with")
-    return _merged(train["build"], changes)
-
-
 def _merged(base: Any, changes: Any) -> Any:
+    """Return nested mappings with the values of `changes` in place of those of `base`."""
     if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
         return changes
     return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}
-
-
-def _build(node: Mapping[str, Any], **options: Any) -> Any:
-    partial: Callable[..., Any] = instantiate(node)
-    try:
-        builder = partial(**options)
-    except TypeError as error:
-        raise ValueError(f"the sample builder does not take its parameters: {error}") from error
-    return builder

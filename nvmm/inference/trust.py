@@ -1,14 +1,12 @@
-"""Which constructors a checkpoint's config may name: opening one runs nothing else."""
+"""The constructors that a checkpoint's config may name: opening one runs nothing else."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 _TRUSTED = (
     *(
         "nvmm.models.",
@@ -29,10 +27,10 @@ _GET_METHOD = "hydra.utils.get_method"
 
 
 def require_trusted(config: Any, path: Path) -> None:
-    """Refuse a checkpoint's config that would run anything but nvmm's and mcore's constructors.
+    """Raise ValueError for a config that would run more than nvmm's and mcore's constructors.
 
-    Raises ValueError naming every such `_target_`, and every interpolation: a saved config is
-    resolved and has none.
+    The error names every such `_target_`, and every interpolation: a saved config is resolved and
+    has none.
     """
     foreign = sorted(set(_foreign(config)))
     if foreign:
@@ -43,6 +41,7 @@ def require_trusted(config: Any, path: Path) -> None:
 
 
 def _foreign(node: Any) -> Iterator[str]:
+    """Yield everything in a config that would run other code."""
     if isinstance(node, str) and "${" in node:
         yield node
     if isinstance(node, list):
@@ -61,21 +60,21 @@ def _foreign(node: Any) -> Iterator[str]:
 
 
 def _home(name: str, prefixes: tuple[str, ...]) -> str:
-    """Module that defines what `name` leads to, empty where `name` has none of the prefixes.
+    """Return the module that defines `name`'s function, empty where it has none of the prefixes.
 
     A name alone says little: `torch.nn.functional.torch.os.system` is os.system.
     """
     if not name.startswith(prefixes):
         return ""
     module, _, rest = name.partition(".")
-    found: Any = importlib.import_module(module)
+    value: Any = importlib.import_module(module)
     path = module
-    for part in rest.split("."):
-        path = f"{path}.{part}"
-        if not hasattr(found, part):
+    for attribute in rest.split("."):
+        path = f"{path}.{attribute}"
+        if not hasattr(value, attribute):
             try:
                 importlib.import_module(path)
             except ImportError:
                 return ""
-        found = getattr(found, part, None)
-    return str(getattr(found, "__module__", "")) if callable(found) else ""
+        value = getattr(value, attribute, None)
+    return str(getattr(value, "__module__", "")) if callable(value) else ""

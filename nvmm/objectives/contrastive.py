@@ -34,7 +34,7 @@ class Contrastive(Objective):
     ranks. One loss covers a micro-batch of every rank, or with `grad_cache` the global batch.
 
     Args:
-        temperature: divides the scores. NV-Embed's paper gives none; 0.02 is E5-Mistral's.
+        temperature: divisor of the scores. NV-Embed's paper gives none; 0.02 is E5-Mistral's.
         cross_rank_negatives: take other data-parallel ranks' documents as candidates.
         mask_false_negatives: drop candidates that are a positive of the same query text, by
             document id or by text, or one of the query's `answers`.
@@ -42,9 +42,9 @@ class Contrastive(Objective):
             other queries to choose from.
         matryoshka_dims: prefixes of the vector, each normalised anew, whose losses are averaged
             (arXiv:2205.13147); () is the whole vector.
-        distillation_weight: of KL(teacher || model) over a query's own documents, against 1 minus
-            it of the rest; a query without teacher scores has no such term.
-        teacher_temperature: divides the teacher's scores.
+        distillation_weight: weight of KL(teacher || model) over a query's own documents; the rest
+            has 1 minus it. A query without teacher scores has no such term.
+        teacher_temperature: divisor of the teacher's scores.
         grad_cache: a first pass without gradients embeds all micro-batches, the loss of the whole
             batch is differentiated with respect to the embeddings, and the training pass
             propagates that. With one micro-batch a rank it changes nothing and is left out.
@@ -85,30 +85,38 @@ class Contrastive(Objective):
         self.grad_cache = grad_cache
 
     def prepare(self, run: Run, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
-        """GradCache's first pass: extras["gradient"], d loss / d embedding of the whole batch."""
+        """Run GradCache's first pass; return batches with what their training pass needs.
+
+        extras["gradient"]: [texts, h], d loss of the global batch / d embedding.
+        extras["queries"]: [queries, 3], METRICS of the micro-batch's queries.
+        """
         if not self.grad_cache or len(batches) == 1:
             return batches, {}
         outputs = run(batches)
         if not outputs:
-            return batches, {}  # not the last pipeline stage
+            return batches, {}  # This is not the last pipeline stage.
         embeddings = torch.cat([output.detach() for output in outputs]).requires_grad_()
         with torch.enable_grad():
             queries = self.per_query(embeddings, batches)
             (gradient,) = torch.autograd.grad(queries[:, 0].sum(), embeddings)
         gradients = gradient.split([len(output) for output in outputs])
-        parts = queries.detach().split([int(_is_query(batch).sum()) for batch in batches])
+        num_queries = [int(_is_query(batch).sum()) for batch in batches]
         return [
-            batch.replace(extras=batch.extras | {"gradient": gradient, "queries": part})
-            for batch, gradient, part in zip(batches, gradients, parts, strict=True)
+            batch.replace(extras=batch.extras | {"gradient": gradient, "queries": metrics})
+            for batch, gradient, metrics in zip(
+                batches, gradients, queries.detach().split(num_queries), strict=True
+            )
         ], {}
 
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum over this rank's queries, their number, metrics).
+        """Return (sum over this rank's queries, their number, metrics).
 
-        output: unit vectors [texts, h].
-        accuracy: share of queries whose positive scores highest; negatives: candidates a query has
-        beside its positive.
+        output: [texts, h], unit vectors.
+
+        The metric accuracy is the share of queries whose positive scores highest; negatives is the
+        number of candidates that a query has beside its positive.
         """
+        # After GradCache's first pass, output x gradient has the gradient of the whole loss.
         if "gradient" in batch.extras:
             total = (output * batch.extras["gradient"]).sum()
             queries = batch.extras["queries"]
@@ -128,59 +136,67 @@ class Contrastive(Objective):
         )
 
     def per_query(self, embeddings: Tensor, batches: Sequence[Batch]) -> Tensor:
-        """METRICS of each of this rank's queries, [queries, 3]; the first has a gradient.
+        """Return [queries, 3], METRICS of each of this rank's queries; the first has a gradient.
 
-        Collective over data-parallel ranks, forward and backward: gradients of an embedding come
-        back from every rank that used it, so that the sum over ranks is exact and nobody scales.
+        It is collective over data-parallel ranks, forward and backward: gradients of an embedding
+        come back from every rank that used it, so that the sum over ranks is exact and nobody
+        scales.
 
         embeddings: [texts, h], those of all `batches` in order.
+
+        Raises ValueError when matryoshka_dims exceed h.
         """
         texts = _texts(embeddings, batches)
         if self.cross_rank_negatives:
             texts = _all_ranks(texts)
-        found = _Candidates(texts, self.mask_false_negatives)
+        candidates = _Candidates(texts, self.mask_false_negatives)
         dims = self.matryoshka_dims or (embeddings.shape[1],)
         if max(dims) > embeddings.shape[1]:
             raise ValueError(
                 f"objective.matryoshka_dims={list(dims)} must be at most the embedding's"
                 f" {embeddings.shape[1]}"
             )
-        losses = [self._loss(texts, found, dim) for dim in dims]
-        scores = found.scores(texts.embeddings.detach()).masked_fill(~found.mask, -torch.inf)
-        correct = scores.argmax(1) == found.target
-        negatives = found.mask.sum(1) - 1
+        losses = [self._loss(texts, candidates, dim) for dim in dims]
+        scores = candidates.scores(texts.embeddings.detach())
+        scores = scores.masked_fill(~candidates.mask, -torch.inf)
+        correct = scores.argmax(1) == candidates.target
+        negatives = candidates.mask.sum(1) - 1
         return torch.stack([torch.stack(losses).mean(0), correct.float(), negatives.float()], dim=1)
 
-    def _loss(self, texts: _Texts, found: _Candidates, dim: int) -> Tensor:
-        """fp32 [own queries], on the first `dim` axes."""
+    def _loss(self, texts: _Texts, candidates: _Candidates, dim: int) -> Tensor:
+        """Return fp32 [local queries], the loss on the first `dim` axes."""
         embeddings = F.normalize(texts.embeddings[:, :dim], dim=-1)
-        scores = found.scores(embeddings) / self.temperature
-        loss = _choose(scores, found.mask, found.target)
+        scores = candidates.scores(embeddings) / self.temperature
+        loss = _choose(scores, candidates.mask, candidates.target)
         if self.symmetric:
-            positives = embeddings[found.positives[found.own]]
-            backward = positives @ embeddings[found.queries].t() / self.temperature
-            both = (loss + _choose(backward, found.reverse_mask, found.own)) / 2
-            loss = torch.where(found.reverse_mask.sum(1) > 1, both, loss)
+            positives = embeddings[candidates.positives[candidates.local]]
+            backward = positives @ embeddings[candidates.queries].t() / self.temperature
+            reverse_loss = _choose(backward, candidates.reverse_mask, candidates.local)
+            has_choice = candidates.reverse_mask.sum(1) > 1
+            loss = torch.where(has_choice, (loss + reverse_loss) / 2, loss)
         if self.distillation_weight:
-            weight = self.distillation_weight * found.is_taught
-            loss = (1 - weight) * loss + weight * self._distillation(scores, texts, found)
+            weight = self.distillation_weight * candidates.is_taught
+            loss = (1 - weight) * loss + weight * self._distillation(scores, texts, candidates)
         return loss
 
-    def _distillation(self, scores: Tensor, texts: _Texts, found: _Candidates) -> Tensor:
-        teacher = texts.teacher[found.documents].expand_as(scores) / self.teacher_temperature
-        teacher = teacher.masked_fill(~found.same_sample, -torch.inf).nan_to_num(nan=0.0)
-        wanted = teacher.masked_fill(~found.same_sample, -torch.inf).log_softmax(1)
-        given = scores.masked_fill(~found.same_sample, -torch.inf).log_softmax(1)
-        terms = wanted.exp() * (wanted - given)
-        return terms.masked_fill(~found.same_sample, 0).sum(1)
+    def _distillation(self, scores: Tensor, texts: _Texts, candidates: _Candidates) -> Tensor:
+        """Return fp32 [local queries], KL(teacher || model) over each query's own documents."""
+        others = ~candidates.same_sample
+        teacher = texts.teacher[candidates.documents].expand_as(scores) / self.teacher_temperature
+        # Queries without a teacher have NaN here, which a weight of 0 would not remove.
+        teacher = teacher.masked_fill(others, -torch.inf).nan_to_num(nan=0.0)
+        teacher = teacher.masked_fill(others, -torch.inf).log_softmax(1)
+        model = scores.masked_fill(others, -torch.inf).log_softmax(1)
+        terms = teacher.exp() * (teacher - model)
+        return terms.masked_fill(others, 0).sum(1)
 
 
 @dataclass(frozen=True)
 class _Texts:
     """The texts of one loss: embeddings [n, h], answers [n, k], and [n] each of the others.
 
-    sample: number of the sample; is_own: on this rank; is_valid: not of a sample that only fills
-    the batch.
+    sample: number of the sample. is_local: whether the text is this rank's. is_valid: False for a
+    text of a sample that only fills the batch.
     """
 
     embeddings: Tensor
@@ -191,84 +207,93 @@ class _Texts:
     answers: Tensor
     in_batch: Tensor
     is_valid: Tensor
-    is_own: Tensor
+    is_local: Tensor
     teacher: Tensor
 
 
 class _Candidates:
-    """Who competes with whom.
+    """The documents that each of this rank's queries chooses from, and the queries in reverse.
 
     queries, documents, positives: indices of the valid texts; positives[k] belongs to queries[k].
-    own: places in `queries` of this rank's. mask: bool [own, documents]; target: int64 [own], the
-    positive's place in documents. reverse_mask: bool [own, queries].
+    local: places in `queries` of this rank's. same_sample: bool [local, documents], the query's own
+    documents. mask: bool [local, documents], the candidates. target: int64 [local], the positive's
+    place in `documents`. reverse_mask: bool [local, queries], candidates of the positive.
+    is_taught: bool [local], whether all own documents have a teacher's score.
     """
 
     def __init__(self, texts: _Texts, mask_false_negatives: bool) -> None:
-        def where(mask: Tensor) -> Tensor:
+        def valid(mask: Tensor) -> Tensor:
             return (mask & texts.is_valid).nonzero()[:, 0]
 
         def same(name: str, first: Tensor, second: Tensor) -> Tensor:
             values = getattr(texts, name)
             return values[first][:, None] == values[second]
 
-        self.queries = where(texts.role == QUERY)
-        self.documents = where(texts.role != QUERY)
-        self.positives = where(texts.role == POSITIVE)
-        self.own = texts.is_own[self.queries].nonzero()[:, 0]
-        asked = self.queries[self.own]
-        self.same_sample = same("sample", asked, self.documents)
+        self.queries = valid(texts.role == QUERY)
+        self.documents = valid(texts.role != QUERY)
+        self.positives = valid(texts.role == POSITIVE)
+        self.local = texts.is_local[self.queries].nonzero()[:, 0]
+        self.local_queries = self.queries[self.local]
+        queries = self.local_queries
+        # 1. A query chooses its positive among its own documents: positive and hard negatives.
+        self.same_sample = same("sample", queries, self.documents)
         is_positive = texts.role[self.documents] == POSITIVE
         self.target = (self.same_sample & is_positive).int().argmax(1)
-        others = texts.in_batch[asked][:, None]
-        mask, reverse = self.same_sample | others, others.expand(-1, len(self.queries))
+        # 2. Where its data set says so, all other samples' documents are negatives too.
+        in_batch = texts.in_batch[queries][:, None]
+        mask, reverse = self.same_sample | in_batch, in_batch.expand(-1, len(self.queries))
         if mask_false_negatives:
-            asked_alike = same("sample", asked, self.queries) | same(
-                "text_hash", asked, self.queries
+            # 3. Two samples may ask the same: the positives of every query with this text answer
+            # this query, whether they are known by their id or their text.
+            same_query = same("sample", queries, self.queries) | same(
+                "text_hash", queries, self.queries
             )
             is_answer = same("document_id", self.positives, self.documents) | same(
                 "text_hash", self.positives, self.documents
             )
-            # A query's positives are those of every query with its text.
-            mask = mask & ~(asked_alike.float() @ is_answer.float()).bool()
-            mask = mask & ~_answered(texts, asked, self.documents)
-            own = self.positives[self.own]
-            answers_too = same("document_id", own, self.positives) | same(
-                "text_hash", own, self.positives
+            mask = mask & ~(same_query.float() @ is_answer.float()).bool()
+            # 4. The data may know more answers than the positive.
+            mask = mask & ~_answered(texts, queries, self.documents)
+            # 5. In reverse a positive chooses its query: not among queries with the same text, nor
+            # those with the same positive, nor those that name it among their answers.
+            positives = self.positives[self.local]
+            same_positive = same("document_id", positives, self.positives) | same(
+                "text_hash", positives, self.positives
             )
-            reverse = reverse & ~asked_alike & ~answers_too
-            reverse = reverse & ~_answered(texts, self.queries, own).t()
+            reverse = reverse & ~same_query & ~same_positive
+            reverse = reverse & ~_answered(texts, self.queries, positives).t()
+        # 6. The masks above drop the target as well, which always stays.
         self.mask = mask.scatter(1, self.target[:, None], True)
-        self.reverse_mask = reverse.scatter(1, self.own[:, None], True)
-        known = ~texts.teacher[self.documents].isnan()
-        self.is_taught = (known | ~self.same_sample).all(1)
-        self._asked = asked
+        self.reverse_mask = reverse.scatter(1, self.local[:, None], True)
+        has_teacher = ~texts.teacher[self.documents].isnan()
+        self.is_taught = (has_teacher | ~self.same_sample).all(1)
 
     def scores(self, embeddings: Tensor) -> Tensor:
-        """Dot products [own queries, documents]."""
-        return embeddings[self._asked] @ embeddings[self.documents].t()
+        """Return dot products [local queries, documents]."""
+        return embeddings[self.local_queries] @ embeddings[self.documents].t()
 
 
 def _answered(texts: _Texts, queries: Tensor, documents: Tensor) -> Tensor:
-    """bool [queries, documents]: the document is among the query's `answers`."""
+    """Return bool [queries, documents], whether the document is among the query's `answers`."""
     ids = texts.document_id[documents]
-    found = torch.zeros(len(queries), len(ids), dtype=torch.bool, device=ids.device)
+    answered = torch.zeros(len(queries), len(ids), dtype=torch.bool, device=ids.device)
     for answer in texts.answers[queries].unbind(1):
-        found |= answer[:, None] == ids
-    return found
+        answered |= answer[:, None] == ids
+    return answered
 
 
 def _choose(scores: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy [rows] of the target among the candidates of each row."""
+    """Return [rows], the cross-entropy of the target among the candidates of each row."""
     return F.cross_entropy(scores.masked_fill(~mask, -torch.inf), target, reduction="none")
 
 
 def _is_query(batch: Batch) -> Tensor:
-    """bool [texts]: queries of real samples."""
+    """Return bool [texts], True for queries of real samples."""
     return (batch.extras["role"] == QUERY) & (batch.sample_ids >= 0)[batch.owners]
 
 
 def _texts(embeddings: Tensor, batches: Sequence[Batch]) -> _Texts:
-    """This rank's texts, samples numbered from 0."""
+    """Return this rank's texts, with samples numbered from 0."""
 
     def joined(name: str) -> Tensor:
         return torch.cat([batch.extras[name] for batch in batches])
@@ -285,18 +310,19 @@ def _texts(embeddings: Tensor, batches: Sequence[Batch]) -> _Texts:
         answers=joined("answers"),
         in_batch=joined("in_batch").bool(),
         is_valid=(torch.cat([batch.sample_ids for batch in batches]) >= 0)[sample],
-        is_own=torch.ones_like(sample, dtype=torch.bool),
+        is_local=torch.ones_like(sample, dtype=torch.bool),
         teacher=joined("teacher"),
     )
 
 
 def _all_ranks(texts: _Texts) -> _Texts:
-    """The texts of all data-parallel ranks; ranks may have different numbers of them."""
+    """Gather the texts of all data-parallel ranks, which may have different numbers of them."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group()
     if group.size() == 1:
         return texts
+    # Ranks are padded to the most texts for the collective; `held` marks the real ones after it.
     count = len(texts.role)
     counts = gather(torch.tensor([count], device=texts.role.device), group)[:, 0]
     missing = int(counts.max()) - count
@@ -316,6 +342,6 @@ def _all_ranks(texts: _Texts) -> _Texts:
         answers=gathered(texts.answers),
         in_batch=gathered(texts.in_batch.long()).bool(),
         is_valid=gathered(texts.is_valid.long()).bool(),
-        is_own=ranks == group.rank(),
+        is_local=ranks == group.rank(),
         teacher=gathered(texts.teacher),
     )

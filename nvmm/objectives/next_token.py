@@ -15,7 +15,7 @@ class NextToken(Objective):
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (sum, number of supervised tokens, {"loss": [sum, count]}).
 
-        output: loss of each token [b, s].
+        output: [b, s], the loss of each token.
         """
         total = (output.float() * batch.loss_mask).sum()
         count = (batch.loss_mask != 0).sum().to(torch.int)

@@ -1,4 +1,4 @@
-"""What a training objective is."""
+"""The base class of training objectives, which make a loss of a batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Run(Protocol):
     weights: "current", or "reference" for the weights that the run started from (its `init_from`,
     else the seed's), also after a resume; for an objective that `needs_reference`.
 
-    Returns one output per micro-batch on the last pipeline stage, an empty list elsewhere. The
+    It returns one output per micro-batch on the last pipeline stage, an empty list elsewhere. The
     current weights run as in training and with the random numbers of the pass that follows; the
     reference runs in eval mode, without dropout.
     """
@@ -26,11 +26,11 @@ class Run(Protocol):
 
 
 class Objective(ABC):
-    """Batch -> loss.
+    """A function from a batch to its loss.
 
-    output: what the model is asked for, its `forward`'s `output`.
-    extras: names of `Batch.extras` that it needs of the data. The trainer refuses batches that lack
-        one, or have one that neither the objective nor the model reads.
+    output: the model's output that it needs, its `forward`'s `output`.
+    extras: names of the `Batch.extras` that the data must have for it. The trainer refuses batches
+        that lack one, or have one that neither the objective nor the model reads.
     needs_reference: whether it runs the reference weights; the trainer keeps them only then.
     """
 
@@ -41,8 +41,8 @@ class Objective(ABC):
     def prepare(self, run: Run, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """Return the batches to train on, with more `extras`, and metrics that replace `loss`'s.
 
-        Called once a step on every rank before the training pass, and before that of a validation
-        batch (in eval mode, without gradients). The default changes nothing.
+        The trainer calls it once a step on every rank before the training pass, and before that of
+        a validation batch (in eval mode, without gradients). The default changes nothing.
         """
         return batches, {}
 

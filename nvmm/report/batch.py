@@ -1,4 +1,4 @@
-"""A micro-batch as a person reads it: text and loss mask, labels, tiles, borders, positions."""
+"""A micro-batch for a person to read: text and loss mask, labels, tiles, borders, positions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _HTML_STYLE = """
 .text { color: var(--quiet); }
 .target { color: var(--good); font-weight: 600; text-decoration: underline; }
 .media { color: var(--s0); }
-.pictures { display: flex; flex-wrap: wrap; gap: 14px; margin: 16px 0; }
-.pictures figure { margin: 0; }
-.pictures img { width: 128px; image-rendering: pixelated; border: 1px solid var(--rule); }
+.images { display: flex; flex-wrap: wrap; gap: 14px; margin: 16px 0; }
+.images figure { margin: 0; }
+.images img { width: 128px; image-rendering: pixelated; border: 1px solid var(--rule); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 2px 12px; text-align: left; font-weight: normal; white-space: pre; }
 """
@@ -33,7 +33,10 @@ td, th { padding: 2px 12px; text-align: left; font-weight: normal; white-space: 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring tokens of one kind: text, target (supervised) or media (one tile)."""
+    """Neighbouring tokens of one kind: text, target (supervised) or media (one tile).
+
+    start, stop: columns of the row. text: the tokens, decoded.
+    """
 
     kind: str
     start: int
@@ -43,7 +46,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Line:
-    """One place of a row: its position id, its token and the label that it predicts."""
+    """One column of a row: its position id, its token and the label that it predicts."""
 
     column: int
     position: int
@@ -56,8 +59,8 @@ class Line:
 class Tile:
     """One tile: its image in the sample, its place (0: thumbnail), tag, placeholders, pixels.
 
-    keys: of a tile that cross-attention reads, how many; start .. stop is then its tag's place.
-    modality: "image" for what can be drawn.
+    keys: number of keys of a tile that cross-attention reads; start .. stop is then its tag.
+    modality: "image" for tiles that can be drawn.
     """
 
     image: int
@@ -65,7 +68,7 @@ class Tile:
     tag: str
     start: int
     stop: int
-    picture: Tensor
+    pixels: Tensor
     keys: int = 0
     modality: str = "image"
 
@@ -86,14 +89,14 @@ class Segment:
 
     @property
     def num_targets(self) -> int:
-        """Supervised tokens."""
+        """The number of supervised tokens."""
         return sum(line.weight != 0 for line in self.lines)
 
 
 def segments(
     batch: Batch, tokenizer: Tokenizer, sources: Sequence[str], *, image_start: str = "<Image>"
 ) -> list[Segment]:
-    """The texts of a micro-batch, decoded.
+    """Return the texts of a micro-batch, decoded.
 
     Args:
         sources: shard and key of each sample.
@@ -105,12 +108,12 @@ def segments(
         # A segment may end in padding of its own, which its length leaves out.
         bounds = zip(batch.cu_seqlens.tolist(), batch.lengths.tolist(), strict=False)
         places = [(0, start, start + length) for start, length in bounds]
-    found = []
+    texts = []
     ids = batch.sample_ids.tolist()
     owners = batch.owners.tolist()
-    for text, (row, start, stop) in enumerate(places[: len(owners)]):  # the rest is padding
+    for text, (row, start, stop) in enumerate(places[: len(owners)]):  # The rest is padding.
         tiles = _tiles(batch, tokenizer, text, start, image_start)
-        found.append(
+        texts.append(
             Segment(
                 sample_id=ids[owners[text]],
                 source=sources[owners[text]],
@@ -123,12 +126,13 @@ def segments(
                 tiles=tiles,
             )
         )
-    return found
+    return texts
 
 
 def _tiles(
     batch: Batch, tokenizer: Tokenizer, text: int, first: int, image_start: str
 ) -> list[Tile]:
+    """Return the tiles of one text, which begins at column `first`."""
     tiles: list[Tile] = []
     for kind, media in batch.media.items():
         for index in (media.texts == text).nonzero().flatten().tolist():
@@ -146,22 +150,24 @@ def _tiles(
 def _attended_tile(batch: Batch, tokenizer: Tokenizer, media: Media, index: int) -> Tile:
     assert media.ends is not None and media.tag_ids is not None
     start, stop = int(media.positions[index]), int(media.ends[index])
-    own = [i for i in media.tag_ids[index].tolist() if i >= 0]
-    ids = batch.tokens[int(media.rows[index]), start:stop].tolist() or own
+    # A tag stands in the text (NVLM-X), or its ids go with the tile's keys (NVLM-H).
+    key_ids = [i for i in media.tag_ids[index].tolist() if i >= 0]
+    ids = batch.tokens[int(media.rows[index]), start:stop].tolist() or key_ids
     return Tile(
         image=int(media.items[index]),
         place=int(media.tiles[index]),
         tag=tokenizer.decode(ids, skip_special_tokens=False) if ids else "",
         start=start,
         stop=stop,
-        picture=media.values[index],
-        keys=media.tokens_per_item + len(own),
+        pixels=media.values[index],
+        keys=media.tokens_per_item + len(key_ids),
     )
 
 
 def _tile(
     batch: Batch, tokenizer: Tokenizer, media: Media, index: int, after: int, image_start: str
 ) -> Tile:
+    """Return a tile in the sequence; its tag is the text behind the last tile or image's start."""
     row, start = int(media.rows[index]), int(media.positions[index])
     before = tokenizer.decode(batch.tokens[row, after:start].tolist(), skip_special_tokens=False)
     return Tile(
@@ -170,13 +176,14 @@ def _tile(
         tag=before.rpartition(image_start)[2].strip(),
         start=start,
         stop=start + media.tokens_per_item,
-        picture=media.values[index],
+        pixels=media.values[index],
     )
 
 
 def _stretches(
     batch: Batch, tokenizer: Tokenizer, row: int, start: int, stop: int, tiles: Sequence[Tile]
 ) -> Iterator[Stretch]:
+    """Yield the stretches of a text in order."""
     tiles = [replace(t, stop=t.start) if t.keys else t for t in tiles]
     kinds: list[tuple[str, int]] = []
     for column in range(start, stop):
@@ -199,6 +206,8 @@ def _stretches(
 
 
 def _lines(batch: Batch, tokenizer: Tokenizer, row: int, start: int, stop: int) -> list[Line]:
+    """Return a line for each column of a text."""
+
     def name(token: int) -> str:
         if token == IGNORE_INDEX:
             return "-"
@@ -217,21 +226,28 @@ def _lines(batch: Batch, tokenizer: Tokenizer, row: int, start: int, stop: int) 
 
 
 def to_text(
-    batch: Batch, found: Sequence[Segment], *, color: bool = True, every: bool = False
+    batch: Batch, texts: Sequence[Segment], *, color: bool = True, every: bool = False
 ) -> str:
-    """The micro-batch for a terminal.
+    """Return the micro-batch as text for a terminal.
 
+    texts: the batch's `segments`.
     color: supervised text green, media cyan, the rest dim; without, supervised text stands in
         [[double brackets]] and media in {braces}.
     every: list every position, not only those next to a supervised one.
     """
     blocks = [_summary(batch)]
-    for segment in found:
+    for segment in texts:
         text = "".join(_shown(stretch, segment, color) for stretch in segment.stretches)
-        parts = [_heading(segment), text, *_tile_lines(segment)]
-        parts += [_TABLE.format("col", "pos", "token", "label", "weight")]
-        parts += _table(segment, every)
-        blocks.append("\n".join(parts))
+        lines = [_heading(segment), text]
+        lines += [
+            f"  {_tile_name(tile):20} tag {tile.tag or 'none':26} {_where(tile)}"
+            f"  {tile.pixels.shape[-1]} x {tile.pixels.shape[-2]} pixels, mean"
+            f" {tile.pixels.float().mean():.1f}"
+            for tile in segment.tiles
+        ]
+        lines += [_TABLE.format("col", "pos", "token", "label", "weight")]
+        lines += _table(segment, every)
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
@@ -265,6 +281,7 @@ def _tile_name(tile: Tile) -> str:
 
 
 def _shown(stretch: Stretch, segment: Segment, color: bool) -> str:
+    """Return a stretch for a terminal; a tile's placeholders are one note."""
     text = stretch.text
     if stretch.kind == "media":
         tile = next(t for t in segment.tiles if t.start == stretch.start and not t.keys)
@@ -274,16 +291,8 @@ def _shown(stretch: Stretch, segment: Segment, color: bool) -> str:
     return f"[[{text}]]" if stretch.kind == "target" else text
 
 
-def _tile_lines(segment: Segment) -> list[str]:
-    return [
-        f"  {_tile_name(tile):20} tag {tile.tag or 'none':26} {_where(tile)}"
-        f"  {tile.picture.shape[-1]} x {tile.picture.shape[-2]} pixels, mean"
-        f" {tile.picture.float().mean():.1f}"
-        for tile in segment.tiles
-    ]
-
-
 def _where(tile: Tile) -> str:
+    """Return a tile's columns, or its keys."""
     if not tile.keys:
         return f"columns {tile.start}..{tile.stop - 1}"
     if tile.start == tile.stop:
@@ -292,6 +301,7 @@ def _where(tile: Tile) -> str:
 
 
 def _table(segment: Segment, every: bool) -> list[str]:
+    """Return the rows of a text's table; gaps between supervised columns are one row."""
     weights = [line.weight for line in segment.lines]
     rows, skipped = [], False
     for index, line in enumerate(segment.lines):
@@ -309,9 +319,9 @@ def _table(segment: Segment, every: bool) -> list[str]:
     return rows
 
 
-def to_html(batch: Batch, found: Sequence[Segment], title: str) -> str:
-    """The micro-batch as one self-contained page, pictures included."""
-    body = "".join(_html(segment) for segment in found)
+def to_html(batch: Batch, texts: Sequence[Segment], title: str) -> str:
+    """Return the micro-batch as one self-contained page, images included."""
+    body = "".join(_html(segment) for segment in texts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}{_HTML_STYLE}</style></head><body><main>"
@@ -323,13 +333,14 @@ def to_html(batch: Batch, found: Sequence[Segment], title: str) -> str:
 
 
 def _html(segment: Segment) -> str:
+    """Return the section of one text: itself, its tiles, and a table of its columns."""
     text = "".join(
         f'<span class="{stretch.kind}">'
         f"{escape(_shown(stretch, segment, False).removeprefix('[[').removesuffix(']]'))}</span>"
         for stretch in segment.stretches
     )
-    pictures = "".join(
-        f'<figure><img alt="{_tile_name(tile)}" src="data:image/png;base64,{_png(tile.picture)}">'
+    images = "".join(
+        f'<figure><img alt="{_tile_name(tile)}" src="data:image/png;base64,{_png(tile.pixels)}">'
         f"<figcaption>{_tile_name(tile)}<br>{escape(tile.tag or 'no tag')}<br>"
         f"{_where(tile)}</figcaption></figure>"
         for tile in segment.tiles
@@ -343,14 +354,14 @@ def _html(segment: Segment) -> str:
     return (
         f"<section><h2>Sample {segment.sample_id}</h2>"
         f"<p class=quiet>{escape(_heading(segment))}</p>"
-        f"<div class='panel tokens'>{text}</div><div class=pictures>{pictures}</div>"
+        f"<div class='panel tokens'>{text}</div><div class=images>{images}</div>"
         "<details><summary>Every position</summary><table><tr><th>column<th>position<th>token"
         f"<th>label<th>weight{rows}</table></details></section>"
     )
 
 
-def _png(picture: Tensor) -> str:
-    """uint8 [3, height, width] -> base64 PNG."""
+def _png(pixels: Tensor) -> str:
+    """Encode uint8 [3, height, width] as base64 PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

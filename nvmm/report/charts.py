@@ -43,7 +43,7 @@ def line_chart(
     width: int = 560,
     height: int = 260,
 ) -> str:
-    """An `<svg>` of the series, or "" where none has a point to draw.
+    """Return an `<svg>` of the series, or "" where none has a point to draw.
 
     Args:
         label: what y is, with its unit.
@@ -75,13 +75,13 @@ def line_chart(
 
 
 def legend(series: Sequence[Series]) -> str:
-    """Names of the series beside their colours."""
+    """Return the names of the series beside their colours."""
     items = (f'<span class="key s{each.color}">{escape(each.name)}</span>' for each in series)
     return f'<div class="legend">{"".join(items)}</div>'
 
 
 def figure(title: str, content: str) -> str:
-    """A panel of the page with a title; without content it says that there are no values."""
+    """Return a panel of the page with a title; without content it says that it has no values."""
     return (
         f"<figure class=panel><h3>{escape(title)}</h3>"
         f"{content or '<p class=quiet>No values.</p>'}</figure>"
@@ -89,7 +89,10 @@ def figure(title: str, content: str) -> str:
 
 
 def log_switch_figure(title: str, series: Sequence[Series], *, label: str, identity: str) -> str:
-    """A panel whose y axis a checkbox makes logarithmic; `identity` is unique on the page."""
+    """Return a panel whose y axis a checkbox makes logarithmic.
+
+    identity: a text that is unique on the page.
+    """
     linear = line_chart(series, label=label)
     logarithmic = line_chart(series, label=f"{label} (log)", log=True)
     if not logarithmic:
@@ -104,11 +107,11 @@ def log_switch_figure(title: str, series: Sequence[Series], *, label: str, ident
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Mean of y over the `window` points around each, fewer at the ends."""
+    """Return points with the mean of y over the `window` around each, fewer at the ends."""
     sums = [0.0, *itertools.accumulate(y for _, y in points)]
     smoothed = []
     for i, (x, _) in enumerate(points):
-        # As many on both sides, or a curve that begins steeply would be pulled down at its start.
+        # There are as many on both sides, or a curve that begins steeply would start too low.
         reach = min(window // 2, i)
         first, end = i - reach, min(i + reach + 1, len(points))
         smoothed.append((x, (sums[end] - sums[first]) / (end - first)))
@@ -116,7 +119,7 @@ def smooth(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    """Return about `count` round numbers in [low, high], 1, 2 or 5 times a power of ten apart."""
     if high <= low:
         return [low]
     rough = (high - low) / count
@@ -127,7 +130,7 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten within [low, high], with 2 and 5 times them where these are few."""
+    """Return powers of ten in [low, high], with 2 and 5 times them where these are few."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     decades = [10.0**e for e in exponents if low <= 10.0**e <= high]
     if len(decades) > 3:
@@ -137,7 +140,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def format_number(value: float) -> str:
-    """A short form for axes and tiles: 12k, 3.4M, 0.0012, 2e-05."""
+    """Return a short form for axes and tiles: 12k, 3.4M, 0.0012, 2e-05."""
     size = abs(value)
     for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
@@ -147,7 +150,7 @@ def format_number(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """45 s, 4 min 45 s, 3 h 05 min."""
+    """Return a duration as 45 s, 4 min 45 s, 3 h 05 min."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     if hours:
@@ -235,7 +238,7 @@ def _polyline(points: list[Point], css: str, x_axis: _Axis, y_axis: _Axis) -> st
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """At most about `_MAX_POINTS`: of each bucket its lowest and highest, so no spike is lost."""
+    """Return at most about `_MAX_POINTS`: the lowest and highest of each bucket keep spikes."""
     if len(points) <= _MAX_POINTS:
         return points
     size = math.ceil(len(points) / (_MAX_POINTS // 2))
@@ -250,7 +253,7 @@ def _thinned(points: list[Point]) -> list[Point]:
 def _hovers(
     series: Series, points: list[Point], x_axis: _Axis, y_axis: _Axis, height: int, x_label: str
 ) -> list[str]:
-    """Invisible strips that show a dot and its numbers under the pointer."""
+    """Return invisible strips that show a dot and its numbers under the pointer."""
     stride = max(1, math.ceil(len(points) / _MAX_HOVERS))
     chosen = points[::-1][::stride][::-1]
     half = (x_axis.end - x_axis.start) / max(1, len(chosen)) / 2

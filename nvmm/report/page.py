@@ -1,14 +1,14 @@
 """A run directory as one HTML page: `python -m nvmm.report RUN_DIR` writes RUN_DIR/report.html.
 
-The page needs no network, script or library. A section whose file is missing says so. Read are:
+The page needs no network, script or library. A section whose file is missing says so. It reads:
 
-- `summary.json` (`nvmm.training.summary`); `stages`, if there, lists the run directories this one
-  was started from, oldest first; else they are found by `init_from` of `config.yaml`.
+- `summary.json` (`nvmm.training.summary`); `stages`, if there, lists the run directories that this
+  one was started from, oldest first; else they are found by `init_from` of `config.yaml`.
 - `metrics.jsonl`, `validation.jsonl` (`nvmm.training.logger`), `config.yaml`, `overrides.yaml`.
 - `evaluation/<benchmark>/<checkpoint>/predictions.jsonl` (`nvmm.evaluate`; of each benchmark the
   newest checkpoint), one held-out sample a line: {sample_id, source, kind (of the question),
   question, answers: [...], prediction, score (1 is right)}, and for the samples to be drawn also
-  the fields that `nvmm.evaluation.pictures` makes.
+  the fields that `nvmm.evaluation.images` makes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nvmm.report.charts import (
 )
 from nvmm.report.style import STYLE
 
-MAX_PICTURES = 12
+MAX_CARDS = 12
 _STATS = {
     "steps": "steps",
     "samples_seen": "samples seen",
@@ -47,10 +47,14 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `run_dir/report.html` from the files of the run directory and return its path."""
+    """Write `run_dir/report.html` from the files of the run directory and return its path.
+
+    Raises ValueError when there is no such directory.
+    """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"run directory {run_dir} does not exist")
+    # 1. Read the run; every file may be missing.
     summary = _json(run_dir / "summary.json")
     config = _yaml(run_dir / "config.yaml") or {}
     steps = _lines(run_dir / "metrics.jsonl")
@@ -59,9 +63,10 @@ def write_report(run_dir: str | Path) -> Path:
     about = config.get("run") or {}
     name = str(about.get("name") or run_dir.name)
     note = f"<p>{escape(str(about['note']))}</p>" if about.get("note") else ""
+    # 2. Make the sections; None leaves one out.
     sections = {
         "Held-out accuracy": _accuracy(summary, evaluations),
-        "Held-out pictures": _pictures([line for lines in evaluations.values() for line in lines]),
+        "Held-out images": _images([line for lines in evaluations.values() for line in lines]),
         "Training": _training(steps, _lines(run_dir / "validation.jsonl")),
         "Stages": _stages([*earlier, run_dir]) if earlier else None,
         "Configuration": _configuration(run_dir, config, earlier),
@@ -72,6 +77,7 @@ def write_report(run_dir: str | Path) -> Path:
         for title, content in sections.items()
         if content is not None
     )
+    # 3. Put them on one page.
     written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -86,23 +92,24 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def stages(run_dir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:
-    """Run directories this run's weights come from, oldest first."""
+    """Return the run directories that this run's weights come from, oldest first."""
     if "stages" in summary:
         return [
             path for s in summary["stages"] if (path := run_dir / s).resolve() != run_dir.resolve()
         ]
-    found: list[Path] = []
+    earlier: list[Path] = []
     while config.get("init_from"):
         # init_from names a checkpoint: RUN_DIR/checkpoints/step_XXXXXXXX
         path = Path(config["init_from"]).resolve().parent.parent
-        if path in found or path == run_dir.resolve() or not (path / "config.yaml").exists():
+        if path in earlier or path == run_dir.resolve() or not (path / "config.yaml").exists():
             break
-        found.insert(0, path)
+        earlier.insert(0, path)
         config = _yaml(path / "config.yaml") or {}
-    return found
+    return earlier
 
 
 def _headline(summary: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return the run's main numbers, those that are known."""
     exact = summary.get("heldout_exact_match")
     overall = exact.get("overall") if isinstance(exact, Mapping) else exact
     loss = next((s["loss"] for s in reversed(steps) if s.get("loss") is not None), None)
@@ -127,7 +134,7 @@ def _stat(summary: Mapping[str, Any], key: str) -> str | None:
 
 
 def _evaluations(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Predictions by "benchmark, checkpoint", of each benchmark those of the newest checkpoint."""
+    """Return the newest predictions of each benchmark by "benchmark, checkpoint"."""
     newest: dict[str, Path] = {}
     for path in sorted(run_dir.glob("evaluation/*/*/predictions.jsonl")):
         newest[path.parent.parent.name] = path
@@ -137,18 +144,19 @@ def _evaluations(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
 def _accuracy(
     summary: Mapping[str, Any], evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> str:
+    """Return the accuracies by kind of question: of the predictions, else of the summary."""
     tables = []
     for name, predictions in evaluations.items():
         scores: dict[str, list[float]] = {"overall": []}
         for line in predictions:
             for kind in ("overall", str(line["kind"])):
                 scores.setdefault(kind, []).append(float(line["score"]))
-        scores.pop("all", None)  # the kind of samples that have none
+        scores.pop("all", None)  # This is the kind of samples that have none.
         means = {kind: (sum(s) / len(s), str(len(s))) for kind, s in scores.items() if s}
         tables.append(f"<h3>{escape(name)}</h3>{_accuracy_table(means)}")
     if not tables and (exact := summary.get("heldout_exact_match")) is not None:
-        given = exact if isinstance(exact, Mapping) else {"overall": exact}
-        tables.append(_accuracy_table({kind: (mean, "–") for kind, mean in given.items()}))
+        by_kind = exact if isinstance(exact, Mapping) else {"overall": exact}
+        tables.append(_accuracy_table({kind: (mean, "–") for kind, mean in by_kind.items()}))
     return "".join(tables) or _missing("evaluation", "nvmm.evaluate writes it")
 
 
@@ -164,21 +172,23 @@ def _accuracy_table(means: Mapping[str, tuple[float, str]]) -> str:
     )
 
 
-def _pictures(predictions: Sequence[Mapping[str, Any]]) -> str:
+def _images(predictions: Sequence[Mapping[str, Any]]) -> str:
+    """Return cards of the first predictions, those with images if there are any."""
     if not predictions:
         return _missing("evaluation", "nvmm.evaluate writes it")
     drawn = [line for line in predictions if line.get("image") or line.get("tiles")]
-    cards = "".join(_card(line) for line in (drawn or predictions)[:MAX_PICTURES])
+    cards = "".join(_card(line) for line in (drawn or predictions)[:MAX_CARDS])
     note = (
-        "The picture, the tiles the encoder sees (numbered in the order of the sequence, the"
+        "The image, the tiles the encoder sees (numbered in the order of the sequence, the"
         " thumbnail last), and the model's answer."
         if drawn
-        else "The predictions carry no pictures; the first answers:"
+        else "The predictions carry no images; the first answers:"
     )
     return f"<p class=quiet>{note}</p><div class=cards>{cards}</div>"
 
 
 def _card(line: Mapping[str, Any]) -> str:
+    """Return one prediction with its image, tiles, question and answers."""
     right = float(line["score"]) >= 1
     verdict = "✓ right" if right else "✗ wrong"
     if 0 < float(line["score"]) < 1:
@@ -187,7 +197,7 @@ def _card(line: Mapping[str, Any]) -> str:
     source = str(line.get("source") or line.get("sample_id", ""))
     return (
         f"<article class='card {'right' if right else 'wrong'}'>"
-        f"<div class=shown>{_picture(line.get('image'), 'picture')}{_tiles(line)}</div>"
+        f"<div class=shown>{_image(line.get('image'), 'image')}{_tiles(line)}</div>"
         f"<dl><dt>Question</dt><dd>{escape(str(line.get('question', '')))}</dd>"
         f"<dt>Answer</dt><dd>{escape(answers)}</dd>"
         f"<dt>Model</dt><dd><b>{escape(str(line.get('prediction', ''))) or '(nothing)'}</b>"
@@ -198,18 +208,19 @@ def _card(line: Mapping[str, Any]) -> str:
 
 
 def _tiles(line: Mapping[str, Any]) -> str:
+    """Return a prediction's tiles in their grid, and its thumbnail."""
     tiles = list(line.get("tiles") or [])
     if not tiles:
         return ""
     if len(tiles) == 1:
-        return f"<figure>{_picture(tiles[0], 'tile')}<figcaption>1 tile</figcaption></figure>"
+        return f"<figure>{_image(tiles[0], 'tile')}<figcaption>1 tile</figcaption></figure>"
     cols, rows = (int(n) for n in line.get("grid") or (len(tiles) - 1, 1))
     cells = "".join(
-        f"<span class=cell>{_picture(tile, f'tile {i}')}<em>{i}</em></span>"
+        f"<span class=cell>{_image(tile, f'tile {i}')}<em>{i}</em></span>"
         for i, tile in enumerate(tiles[: cols * rows], start=1)
     )
     thumbnails = (
-        f"<figure>{_picture(tile, 'thumbnail')}<figcaption>thumbnail</figcaption></figure>"
+        f"<figure>{_image(tile, 'thumbnail')}<figcaption>thumbnail</figcaption></figure>"
         for tile in tiles[cols * rows :]
     )
     return (
@@ -218,7 +229,8 @@ def _tiles(line: Mapping[str, Any]) -> str:
     )
 
 
-def _picture(data: object, alt: str) -> str:
+def _image(data: object, alt: str) -> str:
+    """Return an image from base64 PNG; nothing for other data, which must not reach the page."""
     if not isinstance(data, str) or not _BASE64.fullmatch(data):
         return ""
     return f'<img class="{alt.split()[0]}" alt="{alt}" src="data:image/png;base64,{data}">'
@@ -260,7 +272,7 @@ def _stages(runs: Sequence[Path]) -> str:
         summary = _json(run / "summary.json")
         cells = [name, *(_stat(summary, key) for key in list(_STATS)[:3]), about.get("note")]
         rows.append("<tr>" + "".join(f"<td>{escape(c or '–')}</td>" for c in cells) + "</tr>")
-        if run != runs[-1]:  # whose curves are above
+        if run != runs[-1]:  # The curves of this run are above already.
             series = _loss_series(_lines(run / "metrics.jsonl"), _lines(run / "validation.jsonl"))
             title = f"{i + 1}. {name}"
             panels.append(log_switch_figure(title, series, label="loss", identity=f"stage-{i}"))
@@ -273,14 +285,15 @@ def _stages(runs: Sequence[Path]) -> str:
 
 
 def _configuration(run_dir: Path, config: Mapping[str, Any], earlier: Sequence[Path]) -> str:
+    """Return the overrides, the differences from the stage before, and the config."""
     overrides = _yaml(run_dir / "overrides.yaml")
     if overrides is None:
-        parts = [_missing("overrides.yaml", "training writes it")]
+        blocks = [_missing("overrides.yaml", "training writes it")]
     else:
         lines = "\n".join(map(str, overrides)) or "(none)"
-        parts = [f"<p class=quiet>Given on the command line:</p><pre>{escape(lines)}</pre>"]
+        blocks = [f"<p class=quiet>Given on the command line:</p><pre>{escape(lines)}</pre>"]
     if not config:
-        return "".join([*parts, _missing("config.yaml", "training writes it")])
+        return "".join([*blocks, _missing("config.yaml", "training writes it")])
     if earlier:
         before, now = dict(_flat(_yaml(earlier[-1] / "config.yaml") or {})), dict(_flat(config))
         rows = "".join(
@@ -289,14 +302,14 @@ def _configuration(run_dir: Path, config: Mapping[str, Any], earlier: Sequence[P
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         )
-        parts.append(
+        blocks.append(
             "<details><summary>What differs from the stage before</summary><div class=wide><table>"
             "<thead><tr><th>key</th><th>stage before</th><th>this run</th></tr></thead>"
             f"<tbody>{rows}</tbody></table></div></details>"
         )
     text = (run_dir / "config.yaml").read_text(encoding="utf-8")
-    parts.append(f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>")
-    return "".join(parts)
+    blocks.append(f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>")
+    return "".join(blocks)
 
 
 def _table(values: Mapping[str, Any]) -> str:
@@ -312,7 +325,7 @@ def _missing(name: str, writer: str) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested mappings by their dotted key."""
+    """Yield the leaves of nested mappings with their dotted key."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
@@ -329,29 +342,29 @@ def _yaml(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; a last line without its end (a run being written) is left out."""
+    """Return the objects of a JSONL file, none where it is missing.
+
+    A last line without its end is left out: a run may be writing it. The reader of data sets
+    (`nvmm.data.prepare.records`) refuses it, as there it is damage.
+    """
     if not path.exists():
         return []
     complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
     return [json.loads(line) for line in complete.split("\n") if line]
 
 
-def _scores(summary: Mapping[str, Any]) -> list[str]:
-    """The held-out exact match, overall and by question kind, as one line's parts."""
-    exact = summary.get("heldout_exact_match")
-    if not isinstance(exact, Mapping):
-        return []
-    shares = ", ".join(f"{kind} {value:.3f}" for kind, value in exact.items())
-    return [f"held-out exact match: {shares}"]
-
-
 def main() -> None:
-    """Entry point of `python -m nvmm.report`."""
+    """Write the report that the command line names, and print where it is."""
     parser = argparse.ArgumentParser(prog="nvmm.report", description="Write a run's report.html.")
     parser.add_argument("run_dir", type=Path, help="run directory, as training printed it")
     arguments = parser.parse_args()
     try:
         page = write_report(arguments.run_dir)
-        print(" | ".join([f"report: {page}", *_scores(_json(page.parent / "summary.json"))]))
+        exact = _json(page.parent / "summary.json").get("heldout_exact_match")
     except ValueError as error:
         parser.error(str(error))
+    line = f"report: {page}"
+    if isinstance(exact, Mapping):
+        shares = ", ".join(f"{kind} {value:.3f}" for kind, value in exact.items())
+        line += f" | held-out exact match: {shares}"
+    print(line)

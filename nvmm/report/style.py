@@ -76,7 +76,7 @@ section { margin-top: 44px; }
 .card.wrong { border-top-color: var(--bad); }
 .shown { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-end; margin-bottom: 12px; }
 .shown img { display: block; image-rendering: pixelated; background: #000; }
-.shown .picture { width: 100%; max-height: 120px; object-fit: contain; border-radius: 6px; }
+.shown .image { width: 100%; max-height: 120px; object-fit: contain; border-radius: 6px; }
 .shown figure { margin: 0; }
 .shown figcaption { font-size: 12px; color: var(--quiet); margin-top: 3px; }
 .mosaic { display: grid; gap: 3px; width: max-content;

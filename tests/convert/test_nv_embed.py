@@ -20,7 +20,7 @@ from nvmm.convert.sentence_transformers import write_embedder
 from nvmm.data.samples.retrieval import RetrievalBuilder
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.evaluation import beir
-from nvmm.inference.embedding import Encoder
+from nvmm.inference.embedding import TextEncoder
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -95,7 +95,7 @@ def save(
         tokenizer=tokenizer,
         sequence_length=config["data"]["sequence_length"],
     )
-    encoder = Encoder([chunk.eval() for chunk in chunks], builder, batch_size=2)
+    encoder = TextEncoder([chunk.eval() for chunk in chunks], builder, batch_size=2)
     found = [encoder(TEXTS, INSTRUCTION), encoder(TEXTS)]
     shutdown()
     return found

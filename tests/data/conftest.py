@@ -89,8 +89,10 @@ def _printable_bytes() -> dict[int, str]:
     return table | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
 
 
-def picture(width: int, height: int, seed: int = 0, kind: str = "png", mode: str = "RGB") -> bytes:
-    """A random picture as file bytes."""
+def image_bytes(
+    width: int, height: int, seed: int = 0, kind: str = "png", mode: str = "RGB"
+) -> bytes:
+    """A random image as file bytes."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -114,12 +116,12 @@ def chat(*turns: tuple[str, str], **images: bytes) -> dict[str, Any]:
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., str]:
-    """Writes `count` samples, every third without a picture; returns the file pattern."""
+    """Writes `count` samples, every third without an image; returns the file pattern."""
 
     def make(count: int, name: str = "train", samples_per_shard: int = 4) -> str:
         def samples() -> Any:
             for number in range(count):
-                images = {} if number % 3 == 2 else {"png": picture(24 + 16 * (number % 5), 32)}
+                images = {} if number % 3 == 2 else {"png": image_bytes(24 + 16 * (number % 5), 32)}
                 members = vqa(answer=str(number), **images)
                 yield {**members, "__key__": f"{number:04d}"}
 

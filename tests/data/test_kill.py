@@ -144,8 +144,8 @@ def fit(
     if death is not None and death[0] == rank:
         _, moment, steps, seconds = death
         if moment == "loader":
-            for part in data.parts:
-                part.dataset.__class__, part.dataset.left = DeadlyDataset, 3 * steps + 1
+            for component in data.components:
+                component.dataset.__class__, component.dataset.left = DeadlyDataset, 3 * steps + 1
         else:
             arm(trainer, moment, steps, seconds)
     trainer.fit()

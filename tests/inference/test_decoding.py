@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
-from nvmm.inference.decoding import choose, deal, gather, generate, left_padded, score
+from nvmm.inference.decoding import choose, gather, generate, left_padded, score, share
 from tests.ranks import run_ranks
 
 VOCAB = 61
@@ -187,7 +187,7 @@ def _parts(scores: list[Any]) -> list[list[Any]]:
 
 def gathered(rank: int, world: int, init: str) -> list[Any]:
     tiny_model(rank, world, init)
-    return [gather([10 * i for i in deal(n, rank, world)], n) for n in (5, 2, 1, 0)]
+    return [gather([10 * i for i in share(n, rank, world)], n) for n in (5, 2, 1, 0)]
 
 
 def test_odd_counts_are_dealt_and_gathered_in_order() -> None:

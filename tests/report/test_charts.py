@@ -25,7 +25,7 @@ def drawn(svg):
     ]
 
 
-def test_higher_values_are_drawn_higher_within_the_picture():
+def test_higher_values_are_drawn_higher_within_the_image():
     (line,) = drawn(line_chart([Series("a", [(0, 1.0), (1, 3.0), (2, 2.0)])], label="y"))
     assert [x for x, _ in line] == sorted(x for x, _ in line)
     assert line[1][1] < line[2][1] < line[0][1]

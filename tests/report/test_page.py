@@ -13,10 +13,10 @@ from PIL import Image
 
 from nvmm.batch import IMAGE, TextMedia
 from nvmm.data.samples.images import tile_image
-from nvmm.evaluation.pictures import picture_fields
+from nvmm.evaluation.images import image_fields
 from nvmm.report.page import stages, write_report
 
-PNG = base64.b64encode(b"\x89PNG picture").decode()
+PNG = base64.b64encode(b"\x89PNG image").decode()
 TILE = base64.b64encode(b"\x89PNG tile").decode()
 THUMBNAIL = base64.b64encode(b"\x89PNG thumbnail").decode()
 
@@ -134,14 +134,14 @@ def test_the_page_is_self_contained_and_has_every_part(tmp_path):
         assert expected in page.text
 
 
-def test_a_picture_is_drawn_with_its_tiles(tmp_path):
+def test_an_image_is_drawn_with_its_tiles(tmp_path):
     run = make_run(tmp_path / "run")
     add_predictions(run, [prediction(image=PNG, tiles=[TILE] * 6 + [THUMBNAIL], grid=[3, 2])])
     page = read(run)
     images = [(attrs["alt"], attrs["src"]) for attrs in page.named("img")]
     prefix = "data:image/png;base64,"
     assert images == [
-        ("picture", prefix + PNG),
+        ("image", prefix + PNG),
         *[(f"tile {i}", prefix + TILE) for i in range(1, 7)],
         ("thumbnail", prefix + THUMBNAIL),
     ]
@@ -149,11 +149,11 @@ def test_a_picture_is_drawn_with_its_tiles(tmp_path):
     assert "3 x 2 tiles" in page.text and "✓ right" in page.text
 
 
-def test_a_picture_of_one_tile_has_no_thumbnail(tmp_path):
+def test_an_image_of_one_tile_has_no_thumbnail(tmp_path):
     run = make_run(tmp_path / "run")
     add_predictions(run, [prediction(image=PNG, tiles=[TILE], grid=[1, 1])])
     page = read(run)
-    assert [attrs["alt"] for attrs in page.named("img")] == ["picture", "tile"]
+    assert [attrs["alt"] for attrs in page.named("img")] == ["image", "tile"]
     assert "thumbnail" not in [attrs.get("alt") for attrs in page.named("img")]
 
 
@@ -187,11 +187,11 @@ def test_every_benchmark_is_shown_with_its_newest_checkpoint(tmp_path):
     assert re.search(r"heldout, step_00000020questionrightsamplesoverall50\.0 %2read", text)
 
 
-def test_picture_fields_are_drawn_as_the_model_saw_them(tmp_path):
-    picture = Image.new("RGB", (900, 300), "red")
+def test_image_fields_are_drawn_as_the_model_saw_them(tmp_path):
+    image = Image.new("RGB", (900, 300), "red")
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    cut = tile_image(picture, tile_size=28)
+    image.save(buffer, "PNG")
+    cut = tile_image(image, tile_size=28)
     other = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
     media = TextMedia(
         values=torch.cat([cut.values, other]),
@@ -202,7 +202,7 @@ def test_picture_fields_are_drawn_as_the_model_saw_them(tmp_path):
         tokens_per_item=4,
     )
     members = {"json": b"", "__key__": "a.b", "1.jpg": b"", "0.png": buffer.getvalue()}
-    fields = picture_fields(members, {IMAGE: media})
+    fields = image_fields(members, {IMAGE: media})
     assert fields["grid"] == [3, 1] and len(fields["tiles"]) == 4
     shown = Image.open(io.BytesIO(base64.b64decode(fields["image"])))
     assert shown.size == (640, 213) and shown.getpixel((5, 5)) == (255, 0, 0)
@@ -211,7 +211,7 @@ def test_picture_fields_are_drawn_as_the_model_saw_them(tmp_path):
     run = make_run(tmp_path / "run")
     add_predictions(run, [prediction(**fields)])
     assert len(read(run).named("img")) == 5
-    assert picture_fields({"json": b""}, {IMAGE: media}) == {}
+    assert image_fields({"json": b""}, {IMAGE: media}) == {}
 
 
 def test_what_a_model_says_cannot_become_markup(tmp_path):

@@ -1,4 +1,4 @@
-"""tools/ablate_tiles.py: its arms are valid runs, differ in what they should, and report."""
+"""tools/ablate_tiles.py: its variants are valid runs, differ in what they should, and report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tools import ablate_tiles
 
 
 def configs(name: str, regime: str, system: str = "d") -> list[dict]:
-    """The composed configs of an arm's three stages."""
-    made = ablate_tiles.arm(name, 5, ablate_tiles.REGIMES[regime], Path("runs/x"), 100, system)
+    """The composed configs of a variant's three stages."""
+    made = ablate_tiles.variant(name, 5, ablate_tiles.REGIMES[regime], Path("runs/x"), 100, system)
     found = []
     for command in made.commands[:3]:
         config = composed("train", command.arguments[4:])
@@ -29,8 +29,8 @@ def configs(name: str, regime: str, system: str = "d") -> list[dict]:
 
 
 @pytest.mark.parametrize("regime", ablate_tiles.REGIMES)
-def test_arms_compose_and_differ_in_the_last_stage_alone(regime: str) -> None:
-    stages = {name: configs(name, regime) for name in ablate_tiles.ARMS}
+def test_variants_compose_and_differ_in_the_last_stage_alone(regime: str) -> None:
+    stages = {name: configs(name, regime) for name in ablate_tiles.VARIANTS}
     texts = [[stage[0] for stage in stages.values()], [stage[1] for stage in stages.values()]]
     assert all(each == group[0] for group in texts for each in group)
     last = {name: stage[2] for name, stage in stages.items()}
@@ -48,7 +48,7 @@ def test_arms_compose_and_differ_in_the_last_stage_alone(regime: str) -> None:
 
 
 @pytest.mark.parametrize(("system", "attended"), [("x", "all"), ("h", "regular")])
-def test_arms_of_the_attending_systems(system: str, attended: str) -> None:
+def test_variants_of_the_attending_systems(system: str, attended: str) -> None:
     for name in ("none", "1d"):
         last = configs(name, "strings", system)[2]
         assert last["data"]["train"]["build"]["attended"] == attended

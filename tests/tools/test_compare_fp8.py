@@ -1,4 +1,4 @@
-"""tools/compare_fp8.py: arms that differ in precision alone, and what is printed."""
+"""tools/compare_fp8.py: variants that differ in precision alone, and what is printed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nvmm.data.prepare import digits
 from tools import compare_fp8
 
 
-def test_arms_differ_in_precision_alone() -> None:
+def test_variants_differ_in_precision_alone() -> None:
     found = {}
-    for name in compare_fp8.ARMS:
-        command = compare_fp8.arm(name, 5, Path("runs/x"), 300).commands[2]
+    for name in compare_fp8.VARIANTS:
+        command = compare_fp8.variant(name, 5, Path("runs/x"), 300).commands[2]
         config = composed("train", command.arguments[4:])
         assert check(config) == [], name
         found[name] = to_plain(config)

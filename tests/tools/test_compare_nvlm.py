@@ -1,4 +1,4 @@
-"""tools/compare_nvlm.py and tools/bench_nvlm.py: fair arms, shapes and what is printed."""
+"""tools/compare_nvlm.py and tools/bench_nvlm.py: fair variants, shapes and what is printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import bench_nvlm, compare_nvlm
 
 def stages(system: str) -> list[dict]:
     """The composed configs of a system's three stages."""
-    made = compare_nvlm.arm(system, 5, Path("runs/x"), 100)
+    made = compare_nvlm.variant(system, 5, Path("runs/x"), 100)
     found = []
     for command in made.commands[:3]:
         config = composed("train", command.arguments[4:])

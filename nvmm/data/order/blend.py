@@ -1,4 +1,4 @@
-"""A blend: which dataset gives the n-th sample, by weights, at any n.
+"""A blend says which dataset gives the n-th sample, by weights, at any n.
 
 Every slot of the blend belongs to one source. Sources come in turn, as evenly as their weights
 allow: at every prefix each source has given its share of the samples to within less than one
@@ -22,11 +22,11 @@ MAX_PERIOD = 1 << 18
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset's part in a blend.
+    """One dataset as a blend sees it.
 
-    num_samples: of one epoch. weight: relative to the other sources. epochs: passes after which
-    it leaves the blend, the others going on at their weights (None: it never does; 0: it never
-    has a turn). consumed: samples taken from it before the blend's first slot.
+    num_samples: samples of one epoch. weight: its weight relative to the other sources. epochs:
+    passes after which it leaves the blend, the others going on at their weights (None: it never
+    does; 0: it never has a turn). consumed: samples taken from it before the blend's first slot.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Source:
 
     @property
     def remaining(self) -> int | None:
-        """Samples that it still gives; None without end."""
+        """The number of samples that it still gives; None without end."""
         if self.epochs is None:
             return None
         return max(0, self.epochs * self.num_samples - self.consumed)
@@ -45,11 +45,13 @@ class Source:
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Slots over which the same sources take turns.
+    """A range of slots over which the same sources take turns.
 
-    start: its first slot; stop: None for the last. active: int64 [k], indices of the sources;
-    counts: int64 [k], samples that each has given before `start`. turns: int32 [W], index into
-    `active` of each slot of a period; ranks: int32 [W], earlier turns of that source in it.
+    start: its first slot. stop: one past its last slot; None when it never ends. active: int64 [k],
+    indices of the sources. counts: int64 [k], samples that each has given before `start`.
+    weights: int64 [k], turns of each in a period of W slots. turns: int32 [W], the source of each
+    slot of a period, as an index into `active`. ranks: int32 [W], how many turns of the period
+    that source has had before.
     """
 
     start: int
@@ -60,11 +62,11 @@ class _Stretch:
     turns: NDArray[np.int32]
     ranks: NDArray[np.int32]
 
-    def given(self, slots: int) -> NDArray[np.int64]:
-        """int64 [k]: samples of each source in the stretch's first `slots` slots."""
-        whole, rest = divmod(slots, len(self.turns))
-        partial = np.bincount(self.turns[:rest], minlength=len(self.active))
-        return whole * self.weights + partial
+    def counts_after(self, slots: int) -> NDArray[np.int64]:
+        """Return int64 [k]: samples that each source has given after `slots` slots of it."""
+        periods, rest = divmod(slots, len(self.turns))
+        in_last_period = np.bincount(self.turns[:rest], minlength=len(self.active))
+        return self.counts + periods * self.weights + in_last_period
 
 
 class Blend:
@@ -81,9 +83,10 @@ class Blend:
         self._stretches: list[_Stretch] = []
 
     def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source and place in it, counted over its epochs, of slots [first, first + count).
+        """Return the sources of slots [first, first + count), and their places in these sources.
 
-        Returns two int64 [count]; fewer where the blend ends.
+        A place counts a source's samples over all its epochs. Both are int64 [count]; they are
+        shorter where the blend ends.
         """
         sources = np.empty(count, dtype=np.int64)
         places = np.empty(count, dtype=np.int64)
@@ -96,26 +99,28 @@ class Blend:
             slots = np.arange(first + done, stop) - stretch.start
             periods, within = np.divmod(slots, len(stretch.turns))
             turn = stretch.turns[within]
-            here = slice(done, done + len(slots))
-            sources[here] = stretch.active[turn]
-            places[here] = stretch.counts[turn] + periods * stretch.weights[turn]
-            places[here] += stretch.ranks[within]
+            in_stretch = slice(done, done + len(slots))
+            sources[in_stretch] = stretch.active[turn]
+            # A place counts the samples before the stretch, of its whole periods, and of this one.
+            places[in_stretch] = stretch.counts[turn] + periods * stretch.weights[turn]
+            places[in_stretch] += stretch.ranks[within]
             done += len(slots)
         consumed = np.array([source.consumed for source in self.sources])
         return sources[:done], places[:done] + consumed[sources[:done]]
 
     def counts(self, slots: int) -> list[int]:
-        """Samples taken from each source once the first `slots` slots are, with `consumed`."""
+        """Return how many samples each source has given after `slots` slots, with `consumed`."""
         taken = np.array([source.consumed for source in self.sources])
         stretch = self._stretch(slots - 1) if slots else None
         if stretch is not None:
-            taken[stretch.active] += stretch.counts + stretch.given(slots - stretch.start)
+            taken[stretch.active] += stretch.counts_after(slots - stretch.start)
+            # The others have come to their end before this stretch.
             for index in set(range(len(taken))) - set(stretch.active.tolist()):
                 taken[index] += self.sources[index].remaining or 0
         return taken.tolist()
 
     def _stretch(self, slot: int) -> _Stretch | None:
-        """The stretch of a slot; None behind the end."""
+        """Return the stretch of a slot, extending the blend up to it; None behind its end."""
         while True:
             for stretch in self._stretches:
                 if stretch.stop is None or slot < stretch.stop:
@@ -124,25 +129,31 @@ class Blend:
                 return None
 
     def _extend(self) -> bool:
+        """Append the next stretch; return False when no source is left for one."""
+        # 1. Count what each source has given up to the end of the last stretch.
         last = self._stretches[-1] if self._stretches else None
-        start, given = 0, np.zeros(len(self.sources), dtype=np.int64)
+        start, counts = 0, np.zeros(len(self.sources), dtype=np.int64)
         if last is not None:
             assert last.stop is not None
             start = last.stop
-            given[last.active] = last.counts + last.given(last.stop - last.start)
-        left = [
-            None if source.remaining is None else source.remaining - int(given[i])
+            counts[last.active] = last.counts_after(last.stop - last.start)
+
+        # 2. Find the sources that go on; one that left an earlier stretch never comes back.
+        remaining = [
+            None if source.remaining is None else source.remaining - int(counts[i])
             for i, source in enumerate(self.sources)
         ]
-        gone = {} if last is None else set(range(len(left))) - set(last.active.tolist())
-        active = np.array([i for i, rest in enumerate(left) if rest != 0 and i not in gone])
+        ended = set() if last is None else set(range(len(remaining))) - set(last.active.tolist())
+        active = np.array([i for i, rest in enumerate(remaining) if rest != 0 and i not in ended])
         if not active.size:
             return False
         weights = integer_weights([self.sources[i].weight for i in active])
         turns, ranks = _turns(weights)
+
+        # 3. End the stretch with the slot at which the first of them has given its last sample.
         ends = []
         for turn, index in enumerate(active.tolist()):
-            rest = left[index]
+            rest = remaining[index]
             if rest is not None:
                 periods, rank = divmod(rest - 1, int(weights[turn]))
                 slot = int(np.flatnonzero(turns == turn)[rank])
@@ -152,7 +163,7 @@ class Blend:
                 start=start,
                 stop=min(ends) if ends else None,
                 active=active,
-                counts=given[active],
+                counts=counts[active],
                 weights=weights,
                 turns=turns,
                 ranks=ranks,
@@ -162,9 +173,9 @@ class Blend:
 
 
 def integer_weights(weights: Sequence[Fraction]) -> NDArray[np.int64]:
-    """int64 [k] in the ratio of `weights`, in lowest terms, of a sum of at most MAX_PERIOD.
+    """Return int64 [k] in the ratio of `weights`, in lowest terms, with a sum up to MAX_PERIOD.
 
-    Where the exact sum is greater the shares are rounded (largest remainder, each at least 1).
+    Where the exact sum is greater, the shares are rounded (largest remainder, each at least 1).
     """
     total = sum(weights)
     denominator = np.lcm.reduce([(weight / total).denominator for weight in weights], dtype=object)
@@ -179,13 +190,15 @@ def integer_weights(weights: Sequence[Fraction]) -> NDArray[np.int64]:
 
 
 def _turns(weights: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Whose turn each slot of a period is, and how many turns it has had in the period.
+    """Return the source of each slot of a period, and how many turns it has had before in it.
 
-    The j-th turn (from 1) of source i may not come before slot floor((j - 1) W / w_i) nor after
-    slot ceil(j W / w_i) - 1: outside, the source would be a whole sample before or behind its
-    share. Each slot goes to the turn that is due first. Such a schedule exists (Tijdeman, The
-    chairman assignment problem, 1980), and earliest deadline first finds it.
+    Both are int32 [W], for integer weights int64 [k] of sum W. The j-th turn (from 1) of source i
+    may not come before slot floor((j - 1) W / w_i) nor after slot ceil(j W / w_i) - 1: outside, the
+    source would be a whole sample before or behind its share. Each slot goes to the turn that is
+    due first. Such a schedule exists (Tijdeman, The chairman assignment problem, 1980), and taking
+    the earliest deadline first finds it.
     """
+    # 1. Each turn of each source is a job with a first slot (release) and a deadline (due).
     period, count = int(weights.sum()), len(weights)
     source = np.repeat(np.arange(count), weights)
     number = np.concatenate([np.arange(weight) for weight in weights])
@@ -193,10 +206,13 @@ def _turns(weights: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.in
     due = -(-(number + 1) * period // weights[source])
     by_release = np.argsort(release, kind="stable")
     releases = release[by_release].tolist()
-    jobs = (due * count + source)[by_release].tolist()  # one number that sorts by deadline
+    # One number holds deadline and source, and sorts by the deadline.
+    jobs = (due * count + source)[by_release].tolist()
+
+    # 2. Every slot goes to the released job with the earliest deadline, kept in a heap.
     ready: list[int] = []
     turns, ranks = np.empty(period, dtype=np.int32), np.empty(period, dtype=np.int32)
-    had = [0] * count
+    turns_had = [0] * count
     released = 0
     for slot in range(period):
         while released < period and releases[released] <= slot:
@@ -204,6 +220,6 @@ def _turns(weights: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.in
             released += 1
         deadline, turn = divmod(heapq.heappop(ready), count)
         assert slot < deadline
-        turns[slot], ranks[slot] = turn, had[turn]
-        had[turn] += 1
+        turns[slot], ranks[slot] = turn, turns_had[turn]
+        turns_had[turn] += 1
     return turns, ranks

@@ -1,4 +1,4 @@
-"""The list `data.blend` of a config -> datasets with their weights.
+"""The list `data.blend` of a config becomes datasets with their weights.
 
 data:
   blend:
@@ -28,7 +28,7 @@ DATASET_KEYS = ("shards", "build", "local_window", "index_dir", "storage")
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """One dataset of a blend.
 
     weight: its share of the whole blend. epochs: passes after which it leaves (None: never).
@@ -42,11 +42,14 @@ class Part:
     count: int
 
     def source(self, consumed: int = 0) -> Source:
-        """The blend's view of it."""
+        """Return it as a source of a blend, without the dataset."""
         return Source(self.name, self.count, self.weight, self.epochs, consumed)
 
     def identity(self) -> dict[str, Any]:
-        """What decides its order: with another one, its consumed samples mean other samples."""
+        """Return the values that decide its order.
+
+        With other values, the samples that were consumed are other samples.
+        """
         return {
             "samples": self.count,
             "of": len(self.dataset),
@@ -54,34 +57,40 @@ class Part:
         }
 
     def numbers(self, epoch: int, places: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-        """Numbers in the dataset of places [0, count) of an epoch."""
+        """Return int64 [n], the numbers in the dataset at `places`, in [0, count), of an epoch."""
         return self.dataset.epoch(epoch, seed, self.count)(places)
 
 
 def names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all datasets of a blend, in order; `name`, else the shards' patterns."""
-    found = [_name(entry) for entry in _leaves(entries)]
-    twice = sorted({name for name in found if found.count(name) > 1})
+    """Return the names of all datasets of a blend, in order; `name`, else the shards' patterns.
+
+    Raises ValueError when two have the same.
+    """
+    all_names = [_name(entry) for entry in _leaves(entries)]
+    twice = sorted({name for name in all_names if all_names.count(name) > 1})
     if twice:
         raise ValueError(f"data.blend has several datasets named {', '.join(twice)}; give names")
-    return found
+    return all_names
 
 
 def read(
     entries: Sequence[Mapping[str, Any]], train: Dataset, options: Mapping[str, Any]
-) -> list[Part]:
-    """The datasets of a blend, their builders bound with `options`.
+) -> list[Component]:
+    """Return the datasets of a blend, their builders bound with `options`; their weights sum to 1.
 
-    What an entry does not name (DATASET_KEYS) it has from `train`. Without weights, datasets count
-    by their samples (times `repeat`), so that all come to an end together.
+    An entry inherits the keys that it does not name (DATASET_KEYS) from `train`. Without weights,
+    datasets count by their samples (times `repeat`), so that all come to an end together.
+
+    Raises ValueError for a name that is there twice, or a number of samples that a dataset lacks.
     """
     names(entries)
-    parts = _read(entries, train, options)
-    total = sum(part.weight for part in parts)
-    return [replace(part, weight=part.weight / total) for part in parts]
+    components = _read(entries, train, options)
+    total = sum(component.weight for component in components)
+    return [replace(component, weight=component.weight / total) for component in components]
 
 
 def _leaves(entries: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield the entries that are datasets, those of nested lists too."""
     for entry in entries:
         if entry.get("blend") is None:
             yield entry
@@ -99,37 +108,40 @@ def _read(
     train: Dataset,
     options: Mapping[str, Any],
     temperature: float = 1.0,
-) -> list[Part]:
-    """Parts of one list, each with its weight in it."""
+) -> list[Component]:
+    """Return the datasets of one list, each with its weight in it."""
     groups = [_group(entry, train, options) for entry in entries]
-    found: list[Part] = []
+    components: list[Component] = []
     for entry, group in zip(entries, groups, strict=True):
-        inner = sum((part.weight for part in group), Fraction(0))
-        weight = entry.get("weight")
-        own = Fraction(str(weight)) if weight is not None else _size(group) * entry.get("repeat", 1)
+        # The weights inside a group are shares of the weight that the group has in this list.
+        inner_sum = sum((component.weight for component in group), Fraction(0))
+        if entry.get("weight") is not None:
+            weight = Fraction(str(entry["weight"]))
+        else:
+            num_samples = sum(component.count for component in group)
+            weight = Fraction(num_samples) * entry.get("repeat", 1)
+        # A temperature above 1 brings the weights of the list closer together.
         if temperature != 1.0:
-            own = Fraction(float(own) ** (1 / temperature))
-        found += [replace(part, weight=own * part.weight / inner) for part in group]
-    return found
+            weight = Fraction(float(weight) ** (1 / temperature))
+        components += [
+            replace(component, weight=weight * component.weight / inner_sum) for component in group
+        ]
+    return components
 
 
-def _group(entry: Mapping[str, Any], train: Dataset, options: Mapping[str, Any]) -> list[Part]:
-    """The one dataset of an entry, or those of its nested list."""
+def _group(entry: Mapping[str, Any], train: Dataset, options: Mapping[str, Any]) -> list[Component]:
+    """Return the one dataset of an entry, or those of its nested list."""
     if entry.get("blend") is not None:
         return _read(entry["blend"], train, options, float(entry.get("temperature") or 1.0))
     merged = {key: entry.get(key) or getattr(train, key) for key in DATASET_KEYS[1:]}
     dataset = Dataset(entry["shards"], **merged).bind(**options)
-    wanted = entry.get("samples")
-    count = len(dataset) if wanted is None else wanted
+    limit = entry.get("samples")
+    count = len(dataset) if limit is None else limit
     if isinstance(count, float):
         count = max(1, round(count * len(dataset)))
     if not 1 <= count <= len(dataset):
         raise ValueError(
-            f"data.blend: samples={wanted} of {_name(entry)} must be a fraction, or a number of"
+            f"data.blend: samples={limit} of {_name(entry)} must be a fraction, or a number of"
             f" at most its {len(dataset)} samples"
         )
-    return [Part(_name(entry), dataset, Fraction(1), entry.get("epochs"), count)]
-
-
-def _size(group: Sequence[Part]) -> Fraction:
-    return Fraction(sum(part.count for part in group))
+    return [Component(_name(entry), dataset, Fraction(1), entry.get("epochs"), count)]

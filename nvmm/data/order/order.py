@@ -1,4 +1,4 @@
-"""Which samples make global batch k, for any layout, and how to go on from there.
+"""The order of samples: it says which make global batch k, for any layout, and resumes anywhere.
 
 The blend's slots are cut into windows. A window becomes an ordered list of packs (without packing
 each sample is one), and global batch k is packs [k B, (k + 1) B) of the windows' concatenated
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nvmm.data.order import sample_ids
 from nvmm.data.order.blend import Blend, Source
-from nvmm.data.order.mixture import Part
+from nvmm.data.order.mixture import Component
 from nvmm.data.order.packing import Pack, plan
 
 TILE_COST = 1024**2
@@ -31,11 +31,11 @@ TILE_COST = 1024**2
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides how a window becomes packs.
+    """The settings that decide how a window becomes packs.
 
     window: samples planned together. capacity: tokens of a pack; None without packing.
-    segment_multiple: each sample of a pack takes a multiple of this. lengths: digest of the
-    builder whose token counts are planned with, for each dataset.
+    segment_multiple: each sample of a pack takes a multiple of this. lengths: for each dataset, the
+    digest of the builder whose token counts the plan uses.
     """
 
     window: int
@@ -49,7 +49,8 @@ class _Window:
     """The open window: its slots [first, first + size), and the plan of what is left of them.
 
     cuts: [{settings, without, packs}] of earlier settings. without: numbers of datasets of its
-    blend that cannot be read any more. packs: the plan of the rest; used: how many are consumed.
+    blend that cannot be read any more. packs: the plan of the rest. used: how many of these packs
+    are consumed.
     """
 
     first: int
@@ -63,8 +64,8 @@ class _Window:
 class Order:
     """The global batches of a run.
 
-    parts: the datasets of the blend. position: of an earlier run's `position(k)`. changes: what
-    differs from that run, in words.
+    components: the datasets of the blend. position: the `position(k)` of an earlier run. changes:
+    the differences from that run, in words.
 
     Raises ValueError for a position of another seed, and for a dataset that kept its name but not
     its samples.
@@ -72,7 +73,7 @@ class Order:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        components: Sequence[Component],
         seed: int,
         settings: Settings,
         global_batch_size: int,
@@ -84,19 +85,19 @@ class Order:
             raise ValueError(f"global_batch_size={global_batch_size} must be at least 1")
         if settings.window < 1:
             raise ValueError(f"data.window={settings.window} must be at least 1")
-        self.parts = {part.name: part for part in parts}
+        self.components = {component.name: component for component in components}
         self.seed = seed
         self.settings = settings
         self.global_batch_size = global_batch_size
         self.changes: list[str] = []
-        self.ordinals = {name: number for number, name in enumerate(self.parts)}
+        self.ordinals = {name: number for number, name in enumerate(self.components)}
         self._position = position
         self._window: _Window
         self._next_sources: list[Source] | None
         self._restart()
 
     def batch(self, k: int) -> list[Pack]:
-        """The packs of global batch k, their `samples` being ids (`nvmm.data.order.sample_ids`).
+        """Return the packs of global batch k, with sample ids (`nvmm.data.order.sample_ids`).
 
         Raises ValueError for a batch before the position that this order started from, and behind
         the end of a blend whose datasets all have a number of epochs.
@@ -115,7 +116,7 @@ class Order:
         return packs
 
     def position(self, k: int) -> dict[str, Any]:
-        """The place before batch k: JSON, of constant size, without a word of any layout."""
+        """Return the position before batch k: JSON, of constant size, independent of the layout."""
         self._seek(k)
         window = self._window
         current = {
@@ -137,7 +138,7 @@ class Order:
         """Go to where this order starts: step 0, or the given position."""
         if self._position is None:
             self._step = self._start = 0
-            self._use([part.source() for part in self.parts.values()])
+            self._use([component.source() for component in self.components.values()])
             self._window = self._planned(0)
             return
         saved = self._position
@@ -150,6 +151,7 @@ class Order:
         self._resume(saved)
 
     def _seek(self, k: int) -> None:
+        """Move the cursor to batch k, from the start where it lies behind the cursor."""
         if k < self._start:
             raise ValueError(f"batch {k} lies before batch {self._start}, where this order starts")
         if k < self._step:
@@ -158,17 +160,18 @@ class Order:
         self._step = k
 
     def _advance(self, num_packs: int) -> None:
-        """Consume packs; whole windows of one pack a sample are passed over unseen."""
+        """Consume packs; whole windows are skipped without a plan where each sample is a pack."""
         while num_packs > len(self._window.packs) - self._window.used:
             num_packs -= len(self._window.packs) - self._window.used
-            whole = 0
+            skipped = 0
             if self.settings.capacity is None and self._next_sources is None:
-                whole = (num_packs - 1) // self.settings.window * self.settings.window
-            self._open_next(skip=whole)
-            num_packs -= whole
+                skipped = (num_packs - 1) // self.settings.window * self.settings.window
+            self._open_next(skip=skipped)
+            num_packs -= skipped
         self._window.used += num_packs
 
     def _open_next(self, skip: int = 0) -> None:
+        """Open the next window, `skip` slots later; a changed blend begins with it."""
         if self._next_sources is not None:
             self._use(self._next_sources)
             self._window = self._planned(0)
@@ -182,38 +185,40 @@ class Order:
         self._next_sources = None
 
     def _planned(self, first: int) -> _Window:
-        found = self._slots(first, self.settings.window)
-        if not found.size:
-            taken = dict(zip(self.parts, self._blend.counts(first), strict=True))
+        """Plan the window that begins with slot `first`."""
+        samples = self._slots(first, self.settings.window)
+        if not samples.size:
+            taken = dict(zip(self.components, self._blend.counts(first), strict=True))
             raise ValueError(
                 f"data.blend has come to its end after {taken} samples: every dataset has had its"
                 " epochs; raise them, or lower trainer.max_steps"
             )
-        return _Window(first, len(found), [], [], self._plan(found, self.settings, first))
+        return _Window(first, len(samples), [], [], self._plan(samples, self.settings, first))
 
     # -- slots, packs -----------------------------------------------------------------------
 
     def _slots(self, first: int, count: int) -> NDArray[np.int64]:
-        """int64 [n]: sample ids of slots [first, first + count); fewer at the end of the blend.
+        """Return int64 [n], the sample ids of slots [first, first + count).
 
-        The samples of a dataset that is gone have their places in it for numbers.
+        They are fewer at the end of the blend. Samples of a dataset that is gone have their places
+        in it instead of numbers: nothing reads them, but they are told apart.
         """
         sources, places = self._blend.locate(first, count)
-        found = np.empty(len(sources), dtype=np.int64)
+        samples = np.empty(len(sources), dtype=np.int64)
         for index in np.unique(sources).tolist():
             source = self._blend.sources[index]
-            part = self.parts.get(source.name)
-            here = np.flatnonzero(sources == index)
-            epochs, numbers = np.divmod(places[here], source.num_samples)
-            if part is not None:
+            component = self.components.get(source.name)
+            slots = np.flatnonzero(sources == index)
+            epochs, numbers = np.divmod(places[slots], source.num_samples)
+            if component is not None:
                 for epoch in np.unique(epochs).tolist():
-                    at = epochs == epoch
-                    numbers[at] = part.numbers(epoch, numbers[at], self.seed)
-            found[here] = sample_ids.join(self._description[index]["dataset"], epochs, numbers)
-        return found
+                    in_epoch = epochs == epoch
+                    numbers[in_epoch] = component.numbers(epoch, numbers[in_epoch], self.seed)
+            samples[slots] = sample_ids.join(self._description[index]["dataset"], epochs, numbers)
+        return samples
 
     def _plan(self, samples: NDArray[np.int64], settings: Settings, seed: int) -> list[Pack]:
-        """The packs of these samples, in order, as sample ids."""
+        """Return the packs of these samples, in order, as sample ids."""
         if settings.capacity is None:
             costs = self._facts(samples, None)[:, 0]
             return [
@@ -221,7 +226,7 @@ class Order:
                 for sample, cost in zip(samples.tolist(), costs.tolist(), strict=True)
             ]
         facts = self._facts(samples, settings.lengths)
-        # A sample that cannot be built is a hole of one token, on every layout.
+        # A sample that cannot be built is an empty slot of one token, on every layout.
         room = settings.capacity // settings.segment_multiple * settings.segment_multiple
         good = (facts[:, 0] > 0) & (facts[:, 0] <= room)
         packs = plan(
@@ -240,7 +245,10 @@ class Order:
     def _facts(
         self, samples: NDArray[np.int64], lengths: Mapping[str, str] | None
     ) -> NDArray[np.int64]:
-        """int64 [n, 2]: tokens and tiles of samples, exact with `lengths`, else rough costs."""
+        """Return int64 [n, 2], tokens and tiles of samples: exact with `lengths`, else estimates.
+
+        Raises ValueError when the counts of a dataset are not there any more.
+        """
         facts = np.zeros((len(samples), 2), dtype=np.int64)
         ordinals, _, numbers = sample_ids.split(samples)
         for name in self._gone(ordinals) if lengths is not None else ():
@@ -248,47 +256,51 @@ class Order:
                 f"data.blend: {name} is gone, but samples of it are packed in the open window;"
                 " set its epochs to 0 instead, and nothing more is taken from it"
             )
-        for name, part in self.parts.items():
-            here = ordinals == self.ordinals[name]
-            if not here.any():
+        for name, component in self.components.items():
+            in_dataset = ordinals == self.ordinals[name]
+            if not in_dataset.any():
                 continue
             if lengths is None:
-                facts[here, 0] = part.dataset.index.estimates(numbers[here])
+                facts[in_dataset, 0] = component.dataset.index.estimates(numbers[in_dataset])
                 continue
-            column = part.dataset.index.lengths(lengths[name])
+            column = component.dataset.index.lengths(lengths[name])
             if column is None:
                 raise ValueError(
                     f"the token counts that the open window of {name} was planned with are gone"
-                    f" (lengths-{lengths[name]} in {part.dataset.index.path}); count them with"
+                    f" (lengths-{lengths[name]} in {component.dataset.index.path}); count them with"
                     " tools/shard.py index --config and the config of the checkpoint"
                 )
-            facts[here] = column[numbers[here]]
+            facts[in_dataset] = column[numbers[in_dataset]]
         return facts
 
     def _gone(self, ordinals: NDArray[np.int64]) -> list[str]:
-        """Names of the blend's datasets that have some of these numbers but cannot be read."""
+        """Return names of the blend's datasets with some of these numbers that cannot be read."""
         present = set(np.unique(ordinals).tolist()) - set(self.ordinals.values())
         return [entry["name"] for entry in self._description if entry["dataset"] in present]
 
     # -- positions of earlier runs ----------------------------------------------------------
 
     def _describe(self, source: Source) -> dict[str, Any]:
-        part = self.parts[source.name]
+        """Return a source's entry of a position."""
+        component = self.components[source.name]
         return {
             "name": source.name,
             "dataset": self.ordinals[source.name],
             "weight": str(source.weight),
             "epochs": source.epochs,
             "consumed": source.consumed,
-            **part.identity(),
+            **component.identity(),
         }
 
     def _resume(self, saved: Mapping[str, Any]) -> None:
+        """Go to a saved position, under settings and a blend that may have changed since."""
+        # 1. The saved blend's datasets keep their numbers and must have their samples still.
         before = {entry["name"]: entry for entry in saved["blend"]}
         self._number(before)
         self.changes = []
-        for name in before.keys() & self.parts.keys():
+        for name in before.keys() & self.components.keys():
             self._refuse_other_samples(name, before[name])
+        # 2. The open window stays one of the saved blend, so its slots come from there.
         sources = [
             Source(
                 entry["name"],
@@ -301,21 +313,33 @@ class Order:
         ]
         self._blend, self._description = Blend(sources), list(saved["blend"])
         cuts, first = saved["cuts"], int(saved["first"])
-        asked = cuts[0]["settings"]["window"]
-        size = len(self._blend.locate(first, asked)[0])
-        without = [int(before[name]["dataset"]) for name in before if name not in self.parts]
+        window_size = cuts[0]["settings"]["window"]
+        size = len(self._blend.locate(first, window_size)[0])
+        without = [int(before[name]["dataset"]) for name in before if name not in self.components]
+
+        # 3. Where settings or readable datasets differ, the last cut is closed and a new one opens
+        # with no pack consumed; else the last cut goes on.
         *earlier, last = cuts
         current = dataclasses.asdict(self.settings)
         if last["settings"] != current:
-            self.changes += _settings_changes(last["settings"], current)
+            listed = ", ".join(
+                name if name == "lengths" else f"{name} {last['settings'][name]} -> {value}"
+                for name, value in current.items()
+                if last["settings"][name] != value
+            )
+            self.changes.append(f"the rest of the open window is planned anew: {listed}")
         if last["settings"] != current or last["without"] != without:
             earlier, last = cuts, {"packs": 0}
-        rest = self._slots(first, asked)
+
+        # 4. Each closed cut is planned again as it was, which says which samples it consumed.
+        rest = self._slots(first, window_size)
         for number, cut in enumerate(earlier):
             readable = _leave_out(rest, cut["without"])
             planned = self._plan(readable, Settings(**cut["settings"]), first + number)
             consumed = [sample for pack in planned[: cut["packs"]] for sample in pack.samples]
             rest = rest[~np.isin(rest, consumed)]
+
+        # 5. The rest of the window is planned with the settings of now; a changed blend follows it.
         packs = self._plan(_leave_out(rest, without), self.settings, first + len(earlier))
         self._window = _Window(first, size, list(earlier), without, packs, last["packs"])
         self._next_sources = self._changed_blend(before, first + size)
@@ -324,20 +348,21 @@ class Order:
             self.changes.append(f"this holds after the {left} samples left of the open window")
 
     def _number(self, before: Mapping[str, Mapping[str, Any]]) -> None:
-        """Datasets keep the numbers that their sample ids have; new ones get the next."""
+        """Keep the numbers of datasets that a position knows; give new datasets the next ones."""
         known = {name: int(entry["dataset"]) for name, entry in before.items()}
         following = max(known.values()) + 1
-        for name in self.parts:
+        for name in self.components:
             if name not in known:
                 known[name] = following
                 following += 1
-        self.ordinals = {name: known[name] for name in self.parts}
+        self.ordinals = {name: known[name] for name in self.components}
 
     def _refuse_other_samples(self, name: str, entry: Mapping[str, Any]) -> None:
-        for key, mine in self.parts[name].identity().items():
-            if entry[key] != mine:
+        """Raise ValueError when a dataset's samples or their order differ from its saved entry."""
+        for key, value in self.components[name].identity().items():
+            if entry[key] != value:
                 raise ValueError(
-                    f"cannot continue the data order: dataset {name} has {key}={mine}, but the"
+                    f"cannot continue the data order: dataset {name} has {key}={value}, but the"
                     f" position was saved with {key}={entry[key]}; give it another name to take"
                     " it in as a new dataset"
                 )
@@ -345,30 +370,26 @@ class Order:
     def _changed_blend(
         self, before: Mapping[str, Mapping[str, Any]], slots: int
     ) -> list[Source] | None:
-        """The sources that take over after `slots` slots of the saved blend; None: they go on."""
+        """Return the sources that take over after `slots` slots of the saved blend.
+
+        Return None when the blend is the same, and add the differences to `changes` else.
+        """
         taken = dict(zip(before, self._blend.counts(slots), strict=True))
-        changes = [f"{name} is gone from the blend" for name in before if name not in self.parts]
-        for name, part in self.parts.items():
+        gone = [name for name in before if name not in self.components]
+        changes = [f"{name} is gone from the blend" for name in gone]
+        for name, component in self.components.items():
             if name not in before:
-                changes.append(f"{name} is new in the blend, weight {float(part.weight):.4g}")
+                changes.append(f"{name} is new in the blend, weight {float(component.weight):.4g}")
                 continue
-            for key, mine in (("weight", str(part.weight)), ("epochs", part.epochs)):
-                if before[name][key] != mine:
-                    changes.append(f"{key} of {name}: {before[name][key]} -> {mine}")
-        if not changes and list(before) == list(self.parts):
+            for key, value in (("weight", str(component.weight)), ("epochs", component.epochs)):
+                if before[name][key] != value:
+                    changes.append(f"{key} of {name}: {before[name][key]} -> {value}")
+        if not changes and list(before) == list(self.components):
             return None
         self.changes += changes
-        return [part.source(taken.get(name, 0)) for name, part in self.parts.items()]
+        return [component.source(taken.get(name, 0)) for name, component in self.components.items()]
 
 
 def _leave_out(samples: NDArray[np.int64], datasets: Sequence[int]) -> NDArray[np.int64]:
+    """Return the samples that are of none of these datasets."""
     return samples[~np.isin(sample_ids.split(samples)[0], datasets)]
-
-
-def _settings_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    changed = [name for name in current if saved[name] != current[name]]
-    listed = ", ".join(
-        name if name == "lengths" else f"{name} {saved[name]} -> {current[name]}"
-        for name in changed
-    )
-    return [f"the rest of the open window is planned anew: {listed}"]

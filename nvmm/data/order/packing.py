@@ -1,4 +1,10 @@
-"""Which samples share a packed row: a pure plan from the lengths of a window of samples."""
+"""Planning which samples share a packed row, from the lengths of a window of samples alone.
+
+capacity 8, samples of 5 2 4 3 1 tokens (a b c d e), longest first into the fullest row:
+
+row 0   a a a a a d d d
+row 1   b b c c c c e .
+"""
 
 from __future__ import annotations
 
@@ -17,8 +23,8 @@ _BLOCK = 1024
 class Pack:
     """The samples of one packed row.
 
-    samples: indices into the window, ascending (of a global batch: sample ids). length: tokens
-    with the segments' padding. cost: sum of squared sample lengths + tile_cost x tiles.
+    samples: indices into the window, ascending; in a global batch, sample ids. length: its tokens
+    with the padding of the segments. cost: sum of squared sample lengths + tile_cost x tiles.
     """
 
     samples: tuple[int, ...]
@@ -40,20 +46,21 @@ def plan(
 
     Fill comes first: the longest sample not placed yet goes to the fullest row that still takes
     it. Then the rows are ordered so that every `group` consecutive ones cost nearly the same,
-    and the groups are shuffled: a global batch whose size `group` divides can be dealt evenly.
-    The plan knows nothing of ranks.
+    and the groups are shuffled: a global batch whose size `group` divides can be assigned to ranks
+    evenly. The plan knows nothing of ranks.
 
     Args:
         lengths: tokens of each sample of the window.
         capacity: tokens of a row (data.sequence_length).
         tiles: encoder tiles of each sample, all zero by default.
-        tile_cost: what a tile costs, in pairs of tokens that attend to one another.
+        tile_cost: cost of a tile, in pairs of tokens that attend to one another.
         segment_multiple: each sample takes a multiple of this (Parallel.segment_multiple).
-        group: rows of like cost.
-        seed: of the order of the groups.
+        group: number of consecutive rows of like cost.
+        seed: seed of the order of the groups.
 
     Raises ValueError naming the first sample that is empty or longer than a row.
     """
+    # 1. Measure samples and rows in multiples of a segment, and refuse what fits no row.
     sizes = np.asarray(lengths, dtype=np.int64)
     taken = -(-sizes // segment_multiple)
     room = capacity // segment_multiple
@@ -65,6 +72,8 @@ def plan(
         )
     if not sizes.size:
         return []
+    # 2. Give every sample a row, then add up what each row takes and costs. Attention inside a
+    # segment costs the square of its length.
     rows = _best_fit(taken, room)
     cost = sizes**2
     if tiles is not None:
@@ -73,9 +82,10 @@ def plan(
     costs, used = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
     np.add.at(costs, rows, cost)
     np.add.at(used, rows, taken)
+    # 3. List the samples of each row, and put the rows in their order.
     members = np.argsort(rows, kind="stable")
     ends = np.bincount(rows, minlength=count).cumsum()[:-1]
-    samples = [part.tolist() for part in np.split(members, ends)]
+    samples = [row_members.tolist() for row_members in np.split(members, ends)]
     return [
         Pack(tuple(samples[row]), int(used[row]) * segment_multiple, int(costs[row]))
         for row in _order(costs, group, seed)
@@ -83,32 +93,34 @@ def plan(
 
 
 def _order(costs: NDArray[np.int64], group: int, seed: int) -> list[int]:
-    """Rows in groups of like cost, the groups shuffled; what fills no group comes last.
+    """Return the rows in groups of like cost, the groups shuffled; the last may be incomplete.
 
-    The dearest row of a group goes to the place that has had the least so far.
+    The costliest row of a group goes to the column of the groups that costs the least so far, so
+    that the columns, which ranks are given, cost alike too.
     """
     ranked = np.argsort(-costs, kind="stable")
-    whole = len(ranked) // group * group
-    groups = ranked[:whole].reshape(-1, group)
-    total = np.zeros(group, dtype=np.int64)
-    for dealt in groups:
-        dealt[np.argsort(total, kind="stable")] = dealt.copy()
-        total += costs[dealt]
+    in_groups = len(ranked) // group * group
+    groups = ranked[:in_groups].reshape(-1, group)
+    column_costs = np.zeros(group, dtype=np.int64)
+    for members in groups:
+        members[np.argsort(column_costs, kind="stable")] = members.copy()
+        column_costs += costs[members]
     if len(groups):
         groups = groups[Permutation(len(groups), seed)(np.arange(len(groups)))]
-    return [*groups.ravel().tolist(), *ranked[whole:].tolist()]
+    return [*groups.ravel().tolist(), *ranked[in_groups:].tolist()]
 
 
-def deal(
+def assign(
     costs: Sequence[int], micro_batch_size: int, size: int, *, padded: bool
 ) -> list[list[list[int]]]:
-    """Deal a global batch: for each of `size` ranks its micro-batches of indices into `costs`.
+    """Assign a global batch to `size` ranks: return micro-batches of indices into `costs` for each.
 
     All ranks get as many micro-batches, all micro-batches as many packs. padded: a micro-batch is
     as long as its longest row, so neighbours in cost share one; else packs are put together so
     that the micro-batches cost alike. Then the m-th micro-batches of the ranks are neighbours in
-    cost, the dearest for the rank that has had the least.
+    cost, the costliest for the rank whose micro-batches cost the least so far.
     """
+    # 1. Make micro-batches: rows of `members`.
     cost = np.asarray(costs, dtype=np.int64)
     ranked = np.argsort(-cost, kind="stable")
     if padded:
@@ -119,22 +131,24 @@ def deal(
         for layer, packs in enumerate(ranked.reshape(micro_batch_size, -1)):
             members[np.argsort(total, kind="stable"), layer] = packs
             total += cost[members[:, layer]]
+    # 2. Give every rank one of each `size` neighbours in cost.
     sums = cost[members].sum(axis=1)
     rounds = np.argsort(-sums, kind="stable").reshape(-1, size)
-    had = np.zeros(size, dtype=np.int64)
-    dealt: list[list[list[int]]] = [[] for _ in range(size)]
-    for slots in rounds:
-        for rank, slot in zip(np.argsort(had, kind="stable").tolist(), slots, strict=True):
-            dealt[rank].append(sorted(members[slot].tolist()))
-            had[rank] += sums[slot]
-    return dealt
+    rank_costs = np.zeros(size, dtype=np.int64)
+    assigned: list[list[list[int]]] = [[] for _ in range(size)]
+    for neighbours in rounds:
+        ranks = np.argsort(rank_costs, kind="stable").tolist()
+        for rank, micro_batch in zip(ranks, neighbours, strict=True):
+            assigned[rank].append(sorted(members[micro_batch].tolist()))
+            rank_costs[rank] += sums[micro_batch]
+    return assigned
 
 
 def _best_fit(taken: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
-    """Row of each sample, by best fit in decreasing order of size.
+    """Return int64 [n], the row of each sample, by best fit in decreasing order of size.
 
-    `rooms[r]` lists the open rows with room r. A set of the rooms in use, in blocks of bits with
-    a bit per block, finds the least sufficient one in constant time.
+    `rooms[r]` lists the open rows with room r. The rooms in use are a set of bits in blocks, with
+    a bit for each block, so that the least sufficient room is found in constant time.
     """
     rows = np.empty(len(taken), dtype=np.int64)
     rooms: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -143,16 +157,18 @@ def _best_fit(taken: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
     order = np.argsort(-taken, kind="stable")
     least = int(taken.min())
     for sample, need in zip(order.tolist(), taken[order].tolist(), strict=True):
+        # 1. Find the least room that suffices: in the need's own block of bits, else in the next
+        # block that has any. `x & -x` is the lowest bit of x.
         block, bit = divmod(need, _BLOCK)
-        found = blocks[block] >> bit
-        if found:
-            room = need + (found & -found).bit_length() - 1
+        if sufficient := blocks[block] >> bit:
+            room = need + (sufficient & -sufficient).bit_length() - 1
         elif later := in_use >> (block + 1):
             block += (later & -later).bit_length()
             bits = blocks[block]
             room = block * _BLOCK + (bits & -bits).bit_length() - 1
         else:
             room = -1
+        # 2. Take a row with that room off its list, or open a new row.
         if room < 0:
             row, room = opened, capacity
             opened += 1
@@ -164,6 +180,7 @@ def _best_fit(taken: NDArray[np.int64], capacity: int) -> NDArray[np.int64]:
                 if not blocks[block]:
                     in_use ^= 1 << block
         rows[sample] = row
+        # 3. List the row under the room that is left, unless no sample is that short.
         left = room - need
         if left >= least:
             rooms[left].append(row)

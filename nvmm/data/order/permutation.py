@@ -1,4 +1,4 @@
-"""Seeded shuffles with random access: place -> number, without a list of all numbers.
+"""Seeded shuffles with random access: a place gives its number, without a list of all numbers.
 
 The same size and key give the same shuffle on every machine and numpy version.
 """
@@ -33,7 +33,10 @@ class Permutation:
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
     def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
-        """The numbers at `places`: int64 [n] -> int64 [n]. Raises IndexError outside [0, size)."""
+        """Return the numbers at `places`: int64 [n] -> int64 [n].
+
+        Raises IndexError outside [0, size).
+        """
         at = np.atleast_1d(np.asarray(places, dtype=np.int64))
         if at.size and (at.min() < 0 or at.max() >= self.size):
             raise IndexError(f"places {at.min()}..{at.max()} of a permutation of {self.size}")
@@ -53,7 +56,7 @@ class Permutation:
 
 
 def _mixed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """A 64-bit hash of each value (the finaliser of splitmix64)."""
+    """Return a 64-bit hash of each value (the finaliser of splitmix64)."""
     mixed = values * np.uint64(0x9E3779B97F4A7C15) + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -63,7 +66,7 @@ def _mixed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
 class LocalPermutation:
     """Runs of numbers (the samples of a shard) shuffled, then numbers within windows of places.
 
-    What is read within a window of places lies in about window / (samples of a shard) shards.
+    The samples of a window lie in about window / (samples of a shard) shards.
 
     starts, sizes: int64 [runs], first number and length of each run. window: places shuffled
     together; the last window may be shorter.
@@ -79,13 +82,16 @@ class LocalPermutation:
         self.size = int(self._ends[-1])
 
     def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
-        """The numbers at `places`: int64 [n] -> int64 [n]. Raises IndexError outside [0, size)."""
+        """Return the numbers at `places`: int64 [n] -> int64 [n].
+
+        Raises IndexError outside [0, size).
+        """
         at = np.atleast_1d(np.asarray(places, dtype=np.int64))
         windows = at // self._window
         shuffled = np.empty_like(at)
         for number in np.unique(windows).tolist():
             first = number * self._window
-            within = Permutation(min(self._window, self.size - first), *self._key, number)
-            here = windows == number
-            shuffled[here] = first + within(at[here] - first)
+            permutation = Permutation(min(self._window, self.size - first), *self._key, number)
+            in_window = windows == number
+            shuffled[in_window] = first + permutation(at[in_window] - first)
         return shuffled + self._shift[np.searchsorted(self._ends, shuffled, side="right")]

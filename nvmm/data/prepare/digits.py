@@ -1,7 +1,7 @@
 """The quickstart's data: strings of real handwritten digits, written as webdataset shards.
 
 The digits are scikit-learn's `load_digits` (UCI optical recognition of handwritten digits, 1,797
-pictures of 8x8); layouts, questions and the training augmentation are synthetic.
+images of 8x8); layouts, questions and the training augmentation are synthetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nvmm.data.shards.dataset import write_shards
 from nvmm.io.progress import watch
 
 BLANK = "<|blank|>"
-"""Stands for a picture patch without a digit where the task is given as text."""
+"""The token that stands for an image patch without a digit where the task is given as text."""
 
 MAX_DIGITS = 6
 SPECIAL_TOKENS = (
@@ -41,12 +41,12 @@ KINDS = ("read", "digit", "count")
 SAMPLES_PER_SHARD = 2000
 TILE_SIZE = 32
 FORMAT = 1
-"""Raised when the data made from the same arguments change."""
+"""A number that is increased when the data made from the same arguments change."""
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """Number of samples of each part, and the seed."""
+    """The number of samples of each part, and the seed."""
 
     text: int = 30_000
     single: int = 10_000
@@ -58,9 +58,9 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Form:
-    """What the samples of `text` and `strings` look like; the default is the quickstart's.
+    """The form of the samples of `text` and `strings`; the default is the quickstart's.
 
-    tags: how `text` announces its tiles (`nvmm.data.samples.chat.ImageTags.variant`).
+    tags: the tags of tiles in `text` (`nvmm.data.samples.chat.ImageTags.variant`).
     max_images: with more than 1 the number of a sample's images varies from 1 on, and a question
         names the image that it is about. In training each image is asked about, in random order.
     """
@@ -76,14 +76,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Digits:
-    """Digit pictures of one split: pixels uint8 [n, 10, 10] with a black frame, n labels."""
+    """Digit images of one split: pixels uint8 [n, 10, 10] with a black frame, n labels."""
 
     pixels: np.ndarray
     labels: tuple[int, ...]
 
 
 def load_splits() -> dict[str, Digits]:
-    """train (1,257 pictures), validation (180) and test (360): no picture is in two of them."""
+    """Load train (1,257 images), validation (180) and test (360); no image is in two of them."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -98,7 +98,7 @@ def load_splits() -> dict[str, Digits]:
 
 
 def draw_digit(pixels: np.ndarray, size: int, rng: random.Random, augment: bool) -> Image.Image:
-    """One digit as a grey picture of size x size; `augment` distorts it a little."""
+    """Draw one digit as a grey image of size x size; `augment` distorts it a little."""
     angle = shear = shift_x = shift_y = 0.0
     scale_x = scale_y = 1.0
     if augment:
@@ -106,7 +106,8 @@ def draw_digit(pixels: np.ndarray, size: int, rng: random.Random, augment: bool)
         scale_x, scale_y = 1 + rng.uniform(-0.15, 0.2), 1 + rng.uniform(-0.15, 0.2)
         shift_x, shift_y = rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)
         pixels = np.minimum(pixels * rng.uniform(0.75, 1.1), 255).astype(np.uint8)
-    # maps a pixel of the result to one of the source, both in [-1, 1]; 0.85 crops the frame
+    # The matrix maps a pixel of the result to one of the source, both in [-1, 1]; 0.85 crops the
+    # frame. Pillow wants it in pixels.
     row_x = (0.85 * math.cos(angle) * scale_x, 0.85 * (shear - math.sin(angle) * scale_x))
     row_y = (0.85 * math.sin(angle) * scale_y, 0.85 * math.cos(angle) * scale_y)
     half, ratio = len(pixels) / 2, len(pixels) / size
@@ -121,7 +122,7 @@ def draw_digit(pixels: np.ndarray, size: int, rng: random.Random, augment: bool)
 def draw_string(
     digits: Digits, chosen: list[int], rng: random.Random, augment: bool
 ) -> Image.Image:
-    """The chosen digits on a black ground, in reading order, one row or (one in five) two."""
+    """Draw the chosen digits on black, in reading order, in one row or (one in five) two."""
     size = rng.randint(24, 32)
     two = len(chosen) > 1 and rng.random() < 0.2
     top = (len(chosen) + 1) // 2 if two else len(chosen)
@@ -139,7 +140,7 @@ def draw_string(
 
 
 def ask(labels: list[int], kind: str, rng: random.Random) -> tuple[str, str]:
-    """Question and answer of one kind about a string."""
+    """Return question and answer of one kind about a string."""
     if kind == "read":
         return "Read the number.", "".join(map(str, labels))
     if kind == "count":
@@ -149,12 +150,12 @@ def ask(labels: list[int], kind: str, rng: random.Random) -> tuple[str, str]:
 
 
 def choose_kind(rng: random.Random) -> str:
-    """A kind of question; reading is asked most, as it teaches most."""
+    """Draw a kind of question; reading is asked most, as it teaches most."""
     return rng.choices(KINDS, weights=(80, 12, 8))[0]
 
 
 def ask_in_turn(strings: list[list[int]], rng: random.Random) -> list[tuple[str, str, str]]:
-    """(question, answer, kind) about every image of a sample, in random order."""
+    """Return (question, answer, kind) about every image of a sample, in random order."""
     turns = []
     for place in rng.sample(range(len(strings)), len(strings)):
         kind = choose_kind(rng)
@@ -164,7 +165,7 @@ def ask_in_turn(strings: list[list[int]], rng: random.Random) -> list[tuple[str,
 
 
 def conversation(images: str, turns: list[tuple[str, str, str]]) -> dict[str, object]:
-    """LLaVA's form of a sample, with `images` before the first question."""
+    """Return a sample in LLaVA's form, with `images` before the first question."""
     messages = []
     for question, answer, _ in turns:
         messages.append({"from": "human", "value": f"{images}{question}"})
@@ -174,7 +175,7 @@ def conversation(images: str, turns: list[tuple[str, str, str]]) -> dict[str, ob
 
 
 def text_sample(rng: random.Random, form: Form = Form()) -> dict[str, object]:
-    """The task as text: in each tile's 2x2 slots stand digits instead of picture features."""
+    """Return the task as text: each tile's 2x2 slots hold digits instead of image features."""
     tags = ImageTags(form.tags)
     if form.max_images == 1:
         labels, block = text_image(rng, tags)
@@ -186,7 +187,8 @@ def text_sample(rng: random.Random, form: Form = Form()) -> dict[str, object]:
 
 
 def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
-    """The digits of a string, and text in the place of its tiled picture."""
+    """Return the digits of a string, and the text that stands for its tiled image."""
+    # 1. Digits take halves of tiles, in order; a tile more or less than digits leaves blanks.
     count = rng.randint(1, MAX_DIGITS)
     labels = [rng.randrange(10) for _ in range(count)]
     if rng.random() < 0.3:
@@ -196,10 +198,11 @@ def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
     halves = [BLANK] * (2 * tiles)
     for label, place in zip(labels, sorted(rng.sample(range(2 * tiles), count)), strict=True):
         halves[place] = str(label)
+    # 2. Each half is written to its two slots. A digit may fill its tile, or show in the upper or
+    # lower slot alone, as digits in images do.
     text = tags.image_start
     for tile in range(tiles):
         left, right = halves[2 * tile], halves[2 * tile + 1]
-        # a digit may fill its tile, or show in the upper or lower slot only
         if left == BLANK and rng.random() < 0.5:
             left = right
         if right == BLANK and rng.random() < 0.5:
@@ -210,6 +213,7 @@ def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
                 slots[slot] = BLANK
         number = 0 if tiles == 1 else tile + 1
         text += tags.tag(number, (tiles, 1), TILE_SIZE) + "".join(slots)
+    # 3. The thumbnail is too small to read, so it is blank.
     if tiles > 1:
         text += tags.tag(0, (tiles, 1), TILE_SIZE) + BLANK * 4
     return labels, text + tags.image_end
@@ -218,7 +222,7 @@ def text_image(rng: random.Random, tags: ImageTags) -> tuple[list[int], str]:
 def draw_image(
     digits: Digits, rng: random.Random, *, count: int, augment: bool
 ) -> tuple[list[int], bytes]:
-    """The digits of a string, and its picture as PNG bytes."""
+    """Draw a string of digits; return its digits, and its image as PNG bytes."""
     chosen = [rng.randrange(len(digits.labels)) for _ in range(count)]
     buffer = io.BytesIO()
     draw_string(digits, chosen, rng, augment).save(buffer, "PNG", compress_level=1)
@@ -228,28 +232,29 @@ def draw_image(
 def image_sample(
     digits: Digits, rng: random.Random, *, count: int, kind: str, augment: bool
 ) -> tuple[dict[str, object], bytes]:
-    """A picture as PNG bytes, and its question."""
-    labels, picture = draw_image(digits, rng, count=count, augment=augment)
+    """Return a question with its answer, and its image as PNG bytes."""
+    labels, image = draw_image(digits, rng, count=count, augment=augment)
     question, answer = ask(labels, kind, rng)
-    return {"question": question, "answer": answer, "kind": kind}, picture
+    return {"question": question, "answer": answer, "kind": kind}, image
 
 
 def images_sample(
     digits: Digits, rng: random.Random, *, counts: list[int], train: bool
 ) -> tuple[dict[str, object], list[bytes]]:
-    """Several pictures; a question about each of them in training, about one elsewhere."""
+    """Return several images, with a question about each in training, about one elsewhere."""
     images = [draw_image(digits, rng, count=count, augment=train) for count in counts]
-    pictures = [picture for _, picture in images]
+    image_files = [data for _, data in images]
     turns = ask_in_turn([labels for labels, _ in images], rng)
     if train:
-        return conversation(f"{IMAGE_MARKER}\n" * len(images), turns), pictures
+        return conversation(f"{IMAGE_MARKER}\n" * len(images), turns), image_files
     question, answer, kind = turns[0]
-    return {"question": question, "answer": answer, "kind": kind}, pictures
+    return {"question": question, "answer": answer, "kind": kind}, image_files
 
 
 def _samples(
     part: str, split: str, amount: int, digits: Digits, seed: int, form: Form
 ) -> Iterator[dict[str, bytes | str]]:
+    """Yield the samples of one part and split, for `write_shards`."""
     rng = random.Random(f"{seed}/{part}/{split}")
     for number in range(amount):
         members: dict[str, bytes | str] = {"__key__": f"{number:06d}"}
@@ -257,8 +262,8 @@ def _samples(
             record = text_sample(rng, form)
         elif part == "strings" and form.max_images > 1:
             counts = [_count(rng) for _ in range(rng.randint(1, form.max_images))]
-            record, pictures = images_sample(digits, rng, counts=counts, train=split == "train")
-            members |= {f"{place}.png": picture for place, picture in enumerate(pictures)}
+            record, images = images_sample(digits, rng, counts=counts, train=split == "train")
+            members |= {f"{place}.png": image for place, image in enumerate(images)}
         else:
             count = _count(rng) if part == "strings" else 1
             kind = "read" if part == "single" else choose_kind(rng)
@@ -270,11 +275,12 @@ def _samples(
 
 
 def _count(rng: random.Random) -> int:
+    """Draw the number of digits of a string: one in twenty has a single digit."""
     return rng.randint(2, MAX_DIGITS) if rng.random() >= 0.05 else 1
 
 
 def train_tokenizer(folder: str | Path, seed: int = 1234) -> Path:
-    """The quickstart's tokenizer: every tag and digit is one token, so is every frequent word."""
+    """Train the quickstart's tokenizer: tags, digits and frequent words are one token each."""
     rng = random.Random(f"{seed}/tokenizer")
     texts = ["system\nuser\nassistant\n"] * 100
     for _ in range(500):
@@ -295,16 +301,17 @@ def build(
     amounts: Amounts = Amounts(),
     form: Form = Form(),
 ) -> bool:
-    """Write the data set, its card and its tokenizer; False if it was there already.
+    """Write the data set, its card and its tokenizer; return False if it was there already.
 
     folder/{text,single,strings}/{train,validation,test}-*.tar, folder/tokenizer, folder/README.md.
     The same arguments give the same bytes.
     """
     folder = Path(folder)
     stamp = folder / "complete.json"
-    wanted = {"format": FORMAT, **asdict(amounts), **asdict(form)}
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+    settings = {"format": FORMAT, **asdict(amounts), **asdict(form)}
+    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
         return False
+    # The stamp goes first and comes last, so that data half written are never taken for complete.
     stamp.unlink(missing_ok=True)
     splits = load_splits()
     for part, split, amount in _parts(amounts):
@@ -314,12 +321,16 @@ def build(
         stream = watch(stream, amount, f"{part}/{split}")
         write_shards(folder / part, split, stream, samples_per_shard=SAMPLES_PER_SHARD)
     train_tokenizer(folder / "tokenizer")
-    (folder / "README.md").write_text(_card(amounts, splits, form), encoding="utf-8")
-    stamp.write_text(json.dumps(wanted, indent=2) + "\n")
+    rows = "\n".join(f"| {part}/{split} | {n} |" for part, split, n in _parts(amounts))
+    images = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
+    card = _CARD.format(rows=rows, images=images, seed=amounts.seed, **asdict(form))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    stamp.write_text(json.dumps(settings, indent=2) + "\n")
     return True
 
 
 def _parts(amounts: Amounts) -> list[tuple[str, str, int]]:
+    """Return (part, split, number of samples) of everything that is written."""
     return [
         ("text", "train", amounts.text),
         ("single", "train", amounts.single),
@@ -329,32 +340,26 @@ def _parts(amounts: Amounts) -> list[tuple[str, str, int]]:
     ]
 
 
-def _card(amounts: Amounts, splits: dict[str, Digits], form: Form) -> str:
-    rows = "\n".join(f"| {part}/{split} | {n} |" for part, split, n in _parts(amounts))
-    pictures = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
-    return _CARD.format(rows=rows, pictures=pictures, seed=amounts.seed, **asdict(form))
-
-
 _CARD = """# Handwritten digit strings
 
 Made by `tools/quickstart_data.py` of nvmm (seed {seed}); the same arguments give the same bytes.
 
-## What is real
-The digits: 1,797 pictures of 8x8 written by 43 people, *Optical Recognition of Handwritten Digits*
+## Real data
+The digits: 1,797 images of 8x8 written by 43 people, *Optical Recognition of Handwritten Digits*
 (E. Alpaydin, C. Kaynak, 1998, UCI Machine Learning Repository, doi:10.24432/C50P49), licence
 CC BY 4.0, as shipped with scikit-learn (`sklearn.datasets.load_digits`). They are split by
-picture: {pictures}. No picture is in two splits; writers are not told apart, so one writer may be.
+image: {images}. No image is in two splits; writers are not told apart, so one writer may be.
 
-## What is synthetic
+## Synthetic data
 - Layout: digits are enlarged to 24 to 32 pixels and set in one row or (one string in five) two,
   with random gaps and margins. 5 % of the strings have one digit, the others 2 to 6 alike often.
 - Questions: "Read the number." (80 %), "Which digit is number k?" (12 %), "How many digits are
   there?" (8 %). Answers follow from the labels.
-- Training pictures only: each digit is rotated up to 0.22 rad, sheared, scaled, shifted and
+- Training images only: each digit is rotated up to 0.22 rad, sheared, scaled, shifted and
   dimmed. Validation and test digits are shown as they are.
-- `text`: the same task without pictures. Digits stand as text in the four slots of each tile (tags:
+- `text`: the same task without images. Digits stand as text in the four slots of each tile (tags:
   {tags}). It stands in for the language pretraining of a real system, in this task's own format.
-- Pictures in a sample of `text` and `strings`: at most {max_images}.
+- Images in a sample of `text` and `strings`: at most {max_images}.
 
 ## Parts
 | part | samples |

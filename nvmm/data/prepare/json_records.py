@@ -1,4 +1,4 @@
-"""JSON records with folders of files, as LLaVA's -> samples for `write_shards`."""
+"""JSON records with folders of files, such as LLaVA's, become samples for `write_shards`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.samples.decode import DECODERS, PICTURES
+from nvmm.data.prepare.records import read_lines, to_sample
+from nvmm.data.samples.decode import DECODERS
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON list, or of a `.jsonl` file with one object a line."""
+    """Return the records of a JSON list, or of a `.jsonl` file with one object a line.
+
+    Raises ValueError naming the file for anything else.
+    """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".jsonl":
+        return list(read_lines(path))
     try:
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            records = json.loads(text)
+        records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); use .jsonl for lines") from error
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -28,36 +30,30 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 def samples(
     records: list[dict[str, Any]], files: str | Path | Mapping[str, str | Path]
-) -> Iterator[dict[str, Any]]:
-    """One sample a record: `json` as it was, and the bytes of the files that it names.
+) -> Iterator[dict[str, bytes | str]]:
+    """Yield one sample a record: `json` as it was, and the bytes of the files that it names.
 
     files: key of a record, which holds a name or a list -> the folder that names are relative to;
-        a folder alone stands for the key `image`. Names that lead out of their folder are refused,
-        and so are extensions without a decoder. The only picture is the member jpg (or png, ...),
+        a folder alone stands for the key `image`. The only image is the member jpg (or png, ...),
         several are 0.jpg, 1.jpg, ...; other files are `key.extension`.
+
+    Raises ValueError for names that lead out of their folder, and extensions without a decoder.
     """
     roots = files if isinstance(files, Mapping) else {"image": files}
     for number, record in enumerate(records):
         where = f"record {number} (id {record.get('id')})"
-        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-        sample: dict[str, Any] = {"__key__": f"{number:09d}", "json": text.encode("utf-8")}
-        pictures: list[Path] = []
+        contents = []
         for key, root in roots.items():
-            listed = record.get(key) or []
-            for place, name in enumerate([listed] if isinstance(listed, str) else listed):
+            names = record.get(key) or []
+            for place, name in enumerate([names] if isinstance(names, str) else names):
                 path = _file(Path(root).resolve(), name, f"{where}: {key} {name}")
-                kind = path.suffix[1:].lower()
-                if kind in PICTURES:
-                    pictures.append(path)
-                else:
-                    sample[f"{key.lower()}{place or ''}.{kind}"] = path.read_bytes()
-        for place, path in enumerate(pictures):
-            kind = path.suffix[1:].lower()
-            sample[kind if len(pictures) == 1 else f"{place}.{kind}"] = path.read_bytes()
-        yield sample
+                extension = path.suffix[1:].lower()
+                contents.append((f"{key.lower()}{place or ''}", extension, path.read_bytes()))
+        yield to_sample(f"{number:09d}", record, contents)
 
 
 def _file(root: Path, name: str, where: str) -> Path:
+    """Return the path of a record's file; raise ValueError, beginning with `where`, for others."""
     path = (root / name).resolve()
     if not path.is_relative_to(root):
         raise ValueError(f"{where} lies outside {root}")

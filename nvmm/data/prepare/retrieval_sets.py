@@ -1,9 +1,8 @@
-"""Public layouts of retrieval and classification data -> records for retrieval shards."""
+"""Public layouts of retrieval and classification data become records for retrieval shards."""
 
 from __future__ import annotations
 
 import csv
-import json
 import random
 import re
 from collections import defaultdict
@@ -11,24 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvmm.data.prepare.records import read_lines, to_sample
+
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
-def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Objects of a .jsonl file. Raises ValueError naming file and line for anything else."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: no JSON ({error})") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: must be an object")
-            yield record
-
-
 def read_corpus(folder: str | Path) -> dict[str, str]:
-    """BEIR's corpus.jsonl: document id -> title and text, as BEIR and mteb join them."""
+    """Read BEIR's corpus.jsonl: document id -> title and text, as BEIR and mteb join them."""
     return {
         str(line["_id"]): f"{line.get('title', '')} {line['text']}".strip()
         for line in read_lines(Path(folder) / "corpus.jsonl")
@@ -36,14 +24,17 @@ def read_corpus(folder: str | Path) -> dict[str, str]:
 
 
 def read_queries(folder: str | Path) -> dict[str, str]:
-    """BEIR's queries.jsonl: query id -> text."""
+    """Read BEIR's queries.jsonl: query id -> text."""
     return {
         str(line["_id"]): str(line["text"]) for line in read_lines(Path(folder) / "queries.jsonl")
     }
 
 
 def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:
-    """BEIR's qrels/<split>.tsv: query id -> document id -> relevance above 0."""
+    """Read BEIR's qrels/<split>.tsv: query id -> document id -> relevance above 0.
+
+    Raises ValueError for a row without query-id, corpus-id and score.
+    """
     qrels: dict[str, dict[str, int]] = defaultdict(dict)
     path = Path(folder) / "qrels" / f"{split}.tsv"
     with open(path, encoding="utf-8", newline="") as file:
@@ -60,10 +51,11 @@ def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:
 def beir(
     folder: str | Path, split: str, negatives: Mapping[str, Sequence[str]] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One record a relevant pair of a BEIR folder; ids begin with the folder's name.
+    """Yield a record for each relevant pair of a BEIR folder; ids begin with the folder's name.
 
     negatives: query id -> ids of mined hard negatives; a relevant one among them is left out.
-    Raises ValueError when qrels or negatives name what is not there.
+
+    Raises ValueError when qrels or negatives name a query or document that is not there.
     """
     folder = Path(folder)
     corpus, queries, qrels = read_corpus(folder), read_queries(folder), read_qrels(folder, split)
@@ -84,7 +76,8 @@ def beir(
 
 
 def triplets(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Sentence-transformers' columns: anchor (or query), positive, negative, negative_2, ...
+    """Yield records from sentence-transformers' columns: anchor (or query), positive, negative,
+    negative_2, ...
 
     Raises ValueError naming the row's number, from 1, for one with other columns or no texts.
     """
@@ -111,40 +104,45 @@ def classes(
     instruction: str,
     seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Classification or clustering by examples (NV-Embed v2, section 4.2).
+    """Yield records of classification or clustering by examples (NV-Embed v2, section 4.2).
 
     The positive is another text of the same class, the negatives are texts of other classes, drawn
     by the seed. Other samples of a batch may be of the same class: no in-batch negatives. All
-    texts get the instruction (our choice: the paper says so of similarity tasks). Texts of a class
-    of one are left out, texts of two classes are nobody's negative.
+    texts get the instruction (our choice: the paper says so of similarity tasks). A text that is
+    alone in its class is left out, a text of two classes is nobody's negative.
+
+    Raises ValueError for fewer than two labels.
     """
     rng = random.Random(seed)
-    members: dict[Any, dict[str, int]] = defaultdict(dict)  # text -> its place in its class
+    # 1. List the texts of each class once; a class maps a text to its place in it.
+    members: dict[Any, dict[str, int]] = defaultdict(dict)
     classes_of: dict[str, set[Any]] = defaultdict(set)
     for text, label in zip(texts, labels, strict=True):
         members[label].setdefault(text, len(members[label]))
         classes_of[text].add(label)
     if len(members) < 2:
         raise ValueError(f"classes need two labels, got {sorted(map(str, members))}")
-    listed = {label: list(places) for label, places in members.items()}
-    # Class after class, so that other classes' texts are all places but one range.
+    texts_of = {label: list(places) for label, places in members.items()}
+    # 2. Pool the possible negatives class after class, so that those of one class are a range, and
+    # drawing from all other classes is drawing from the pool without that range.
     pool: list[str] = []
     ranges: dict[Any, range] = {}
-    for label, own_texts in listed.items():
+    for label, class_texts in texts_of.items():
         start = len(pool)
-        pool += [text for text in own_texts if len(classes_of[text]) == 1]
+        pool += [text for text in class_texts if len(classes_of[text]) == 1]
         ranges[label] = range(start, len(pool))
+    # 3. Draw for each text another one of its class, and negatives from the pool.
     for text, label in zip(texts, labels, strict=True):
-        same, own = listed[label], ranges[label]
-        if len(same) < 2:
+        same_class, excluded = texts_of[label], ranges[label]
+        if len(same_class) < 2:
             continue
-        positive = rng.randrange(len(same) - 1)
-        available = len(pool) - len(own)
+        positive = rng.randrange(len(same_class) - 1)
+        available = len(pool) - len(excluded)
         chosen = rng.sample(range(available), min(num_negatives, available))
         yield {
             "query": text,
-            "positive": same[positive + (positive >= members[label][text])],
-            "negatives": [pool[i if i < own.start else i + len(own)] for i in chosen],
+            "positive": same_class[positive + (positive >= members[label][text])],
+            "negatives": [pool[i if i < excluded.start else i + len(excluded)] for i in chosen],
             "instruction": instruction,
             "symmetric": True,
             "in_batch_negatives": False,
@@ -152,7 +150,6 @@ def classes(
 
 
 def members(records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, bytes | str]]:
-    """Records as samples for `write_shards`."""
+    """Yield records as samples for `write_shards`."""
     for number, record in enumerate(records):
-        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-        yield {"__key__": f"{number:08d}", "json": text.encode("utf-8")}
+        yield to_sample(f"{number:08d}", record)

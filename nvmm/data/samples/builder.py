@@ -1,4 +1,4 @@
-"""What a dataset's `build` is: members of a shard -> Sample."""
+"""The base class of a dataset's `build`, which makes a Sample of a shard's members."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nvmm.data.samples.tokenizer import Tokenizer
 
 
 class Builder(ABC):
-    """Builds samples from the members of a shard, which it reads through `record`.
+    """A builder makes samples from the members of a shard, which it reads through `record`.
 
-    A builder's constructor takes `tokenizer` and `sequence_length` as keywords from the data. What
-    a subclass leaves out has the defaults below: only `__call__` must be written.
+    A builder's constructor takes `tokenizer` and `sequence_length` as keywords from the data. A
+    subclass must write `__call__` alone; the other methods have the defaults below.
 
-    extras: names of `Text.extras` that its texts bring.
+    extras: names of the `Text.extras` that its texts have.
     """
 
     extras: ClassVar[frozenset[str]] = frozenset()
@@ -40,12 +40,12 @@ class Builder(ABC):
 
     @property
     def media(self) -> frozenset[MediaKind]:
-        """Kinds of media that its samples may have; none by default."""
+        """The kinds of media that its samples may have; none by default."""
         return frozenset()
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer to a prompt."""
+        """The tokens that end an answer to a prompt."""
         return [self.tokenizer.end_of_turn_id, self.tokenizer.eos_id]
 
     def record(self, members: Mapping[str, Any]) -> Record:
@@ -77,7 +77,7 @@ class Builder(ABC):
         return sample.num_tokens, tiles
 
     def blank(self, sample_id: int) -> Sample:
-        """Return what stands for a missing sample: one token that is not supervised."""
+        """Return the sample that stands for a missing one: a token that is not supervised."""
         return Sample(
             (Text(torch.tensor([self.tokenizer.pad_id]), torch.zeros(1)),), sample_id, "blank"
         )

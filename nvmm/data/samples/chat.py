@@ -1,4 +1,4 @@
-"""Chat turns and images to tokens and a loss mask (NVLM sections 3.2, 4 and 5, figures 9 to 12).
+"""Chat turns and images become tokens and weights (NVLM sections 3.2, 4, 5; figures 9 to 12).
 
 The decoder sees an image as `<Image>`, then for every tile its tag and `tokens_per_tile`
 placeholders, then `</Image>`. Placeholders are expanded here, before any mask is built.
@@ -16,20 +16,21 @@ from nvmm.data.samples.images import tile_indices
 from nvmm.data.samples.tokenizer import Tokenizer
 
 IMAGE_MARKER = "<image>"
-"""Stands in a turn's text for one image of the sample."""
+"""The text that stands in a turn for one image of the sample."""
 
 DOCUMENT = "document"
-"""Role of a turn that is a whole document: no roles are written and all of its text is trained."""
+"""The role of a turn that is a document: no roles are written and all of its text is trained."""
 
 Variant = Literal["none", "1d", "2d_grid", "2d_bbox"]
 TagForm = Literal["megatron", "hf"]
 Attended = Literal["none", "regular", "all"]
-"""Which tiles cross-attention reads instead of the decoder: NVLM-D, -H (all but thumbnails), -X."""
+"""The tiles that cross-attention reads instead of the decoder: none (NVLM-D), regular, which is all
+but thumbnails (NVLM-H), or all (NVLM-X)."""
 
 
 @dataclass(frozen=True)
 class ImageTags:
-    """How the tiles of an image are announced in the text.
+    """The texts that announce the tiles of an image.
 
     variant: none, 1d (`<tile_3>`), 2d_grid (`<tile_x2_y0>`) or 2d_bbox (corners in pixels of the
         resized image, which is cols * tile_size wide).
@@ -50,7 +51,10 @@ class ImageTags:
         require("tags.form", self.form, TagForm)
 
     def tag(self, tile: int, grid: tuple[int, int], tile_size: int) -> str:
-        """Text before the placeholders of one tile; `tile` is 1..k row-major, 0 the thumbnail."""
+        """Return the text before a tile's placeholders; `tile` is 1..k row-major, 0 the thumbnail.
+
+        grid: (cols, rows). tile_size: in pixels.
+        """
         if self.variant == "none":
             return ""
         if tile == 0:
@@ -66,17 +70,17 @@ class ImageTags:
 
 @dataclass(frozen=True)
 class Affixes:
-    """Text around what a role says."""
+    """The texts around a role's text."""
 
     prefix: str = ""
     suffix: str = ""
 
 
 class ChatTemplate:
-    """How turns become text: a dialect is data, one YAML of configs/template/.
+    """A dialect in which turns become text: it is data, one YAML of configs/template/.
 
-        prefix + text + suffix                      of system and user
-        prefix + text + end token + suffix          of the assistant; text and end token are trained
+        system, user    prefix + text + suffix
+        assistant       prefix + text + end token + suffix, where text and end token are trained
 
     roles: role -> {prefix, suffix}; `{end}` in them stands for the end of a turn. A turn of a role
         that is not listed is an error that names the sample.
@@ -133,7 +137,7 @@ class ChatTemplate:
         return f"ChatTemplate({', '.join(f'{k}={v!r}' for k, v in sorted(vars(self).items()))})"
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer that lacks what the template needs."""
+        """Raise ValueError for a tokenizer that lacks a token that the template needs."""
         for token in (*self.special_tokens, *([] if self.end is None else [self.end])):
             if tokenizer.token_id(token) is None:
                 raise ValueError(
@@ -144,7 +148,7 @@ class ChatTemplate:
             raise ValueError(f"template.bos=true needs a BOS token, and {tokenizer.path} has none")
 
     def end_token(self, tokenizer: Tokenizer) -> tuple[str, int]:
-        """The token that ends an answer, as text and id."""
+        """Return the token that ends an answer, as text and id."""
         if self.end is None:
             return tokenizer.end_of_turn, tokenizer.end_of_turn_id
         token = tokenizer.token_id(self.end)
@@ -162,10 +166,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What an image occupies in the sequence.
+    """The tiles of an image, as the sequence needs to know them.
 
     grid: (cols, rows).
-    tiles: place of each tile, 1..k row-major and 0 for the thumbnail.
+    tiles: number of each tile, 1..k row-major and 0 for the thumbnail.
     """
 
     grid: tuple[int, int]
@@ -173,14 +177,17 @@ class ImageLayout:
 
     @staticmethod
     def of(grid: tuple[int, int], *, use_thumbnail: bool = True) -> ImageLayout:
-        """The layout of an image cut to `grid`."""
+        """Return the layout of an image cut to `grid`."""
         return ImageLayout(grid, tile_indices(grid, use_thumbnail=use_thumbnail))
 
 
 @dataclass(frozen=True)
 class AttendedTile:
-    """A tile outside the sequence: its tag's tokens start .. stop - 1 of the text, or its `tag_ids`
-    in front of its keys."""
+    """A tile outside the sequence.
+
+    start, stop: its tag is tokens start .. stop - 1 of the text. tag_ids: its tag where that stands
+    in front of its keys instead, and not in the text.
+    """
 
     start: int
     stop: int
@@ -189,8 +196,11 @@ class AttendedTile:
 
 @dataclass
 class Rendered:
-    """Tokens, the weight of each token as a target, the first placeholder of every tile in the
-    sequence, and the tiles outside of it, both in order."""
+    """Turns as tokens.
+
+    weights: the weight of each token as a target. positions: the first placeholder of every tile in
+    the sequence. attended: the tiles outside of it. Both are in the order of the tiles.
+    """
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -199,7 +209,7 @@ class Rendered:
 
 
 class _Writer:
-    """Collects text until a boundary forces tokenisation, so that pieces are tokenised as one."""
+    """A writer collects text until a boundary forces tokenisation, so that pieces become one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -231,7 +241,7 @@ class _Writer:
         self.ids([self.tokenizer.image_id] * num_tokens, 0.0)
 
     def attended(self, tag: str, in_text: bool) -> None:
-        """A tile outside the sequence; its tag stands in the text or in front of its keys."""
+        """Write a tile outside the sequence; its tag stands in the text or in front of its keys."""
         self.flush()
         start = len(self.out.tokens)
         if in_text:
@@ -254,15 +264,16 @@ def render(
     generation_prompt: bool = False,
     source: str = "",
 ) -> Rendered:
-    """Turns -> tokens and weights; weight 1 on assistant text and its end token, 0 elsewhere.
+    """Render turns as tokens and weights; weight 1 on assistant text and its end token, else 0.
 
     A document's text and its end-of-text token have weight 1.
 
     `<image>` in a turn is replaced by the next image's block. Tiles that `attended` names have no
     placeholders: with "all" the block is tags alone, with "regular" the thumbnail's. With
-    `generation_prompt` the sequence ends where the next assistant turn's text begins. Raises
-    BadSample naming `source` when markers and images differ in number, or a marker stands in an
-    assistant turn.
+    `generation_prompt` the sequence ends where the next assistant turn's text begins.
+
+    Raises BadSample naming `source` when markers and images differ in number, a marker stands in an
+    assistant turn, or the template lacks a role.
     """
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers != len(images):
@@ -285,7 +296,7 @@ def render(
     if template.bos and tokenizer.bos_id is not None:
         out.ids([tokenizer.bos_id], 0.0)
     for index, turn in enumerate(turns):
-        # 1. A document has no roles: all of it is trained, to the end of the text.
+        # 1. A document has no roles: all of it is trained, and its end-of-text token.
         if turn.role == DOCUMENT:
             text_with_images(turn.text, lambda text: out.target(tokenizer.encode(text)))
             out.target([tokenizer.eos_id])
@@ -296,12 +307,12 @@ def render(
             raise BadSample(source, f"a turn of {turn.role}, and template.roles has {roles}")
         prefix, suffix = (text.replace("{end}", end) for text in (affixes.prefix, affixes.suffix))
         out.text((template.separator if index else "") + prefix)
-        # 2. System and user: text between affixes, none of it trained.
+        # 2. System and user are text between affixes, and none of it is trained.
         if turn.role != "assistant":
             text_with_images(turn.text, out.text)
             out.text(suffix)
             continue
-        # 3. Assistant: text and end token are trained.
+        # 3. The assistant's text and end token are trained; a template may add the suffix.
         if IMAGE_MARKER in turn.text:
             raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
         out.target([*tokenizer.encode(turn.text), end_id])
@@ -316,7 +327,7 @@ def render(
 
 
 def is_attended(tile: int, attended: Attended) -> bool:
-    """Whether cross-attention reads this tile of an image (0: the thumbnail)."""
+    """Return whether cross-attention reads this tile of an image (0: the thumbnail)."""
     return attended == "all" or (attended == "regular" and tile != 0)
 
 
@@ -328,6 +339,7 @@ def _write_image(
     tokens_per_tile: int,
     attended: Attended,
 ) -> None:
+    """Write an image's block: its start, each tile's tag and placeholders, and its end."""
     out.text(tags.image_start)
     for tile in image.tiles:
         tag = tags.tag(tile, image.grid, tile_size)

@@ -13,9 +13,9 @@ from nvmm.batch import MediaKind, Sample, Text, TextMedia
 def check_sample(sample: Sample) -> None:
     """Raise ValueError, naming shard, key and number, for a sample that would train wrongly.
 
-    That is one without a supervised token, with another number of placeholders than its media have
-    features, with a media span cut by the sample's end, or with text inside a span; of attended
-    media, one whose tags lie outside the sample.
+    Such a sample has no supervised token, or another number of placeholders than its media have
+    features, or a media span that is cut by the sample's end or has text inside, or tags of
+    attended media outside of it.
     """
     where = f"{sample.source} (sample {sample.sample_id})"
     for text in sample.texts:
@@ -37,6 +37,7 @@ def check_sample(sample: Sample) -> None:
 
 
 def _check_attended(size: int, media: TextMedia, ends: Tensor, where: str) -> None:
+    """Raise ValueError unless every tile of attended media has a tag within the text."""
     inside = (media.positions >= 0) & (media.positions <= ends) & (ends <= size)
     if len({len(media.values), len(media.positions), len(ends)}) > 1 or not bool(inside.all()):
         tags = list(zip(media.positions.tolist(), ends.tolist(), strict=False))
@@ -47,6 +48,7 @@ def _check_attended(size: int, media: TextMedia, ends: Tensor, where: str) -> No
 
 
 def _check_placed(text: Text, kind: MediaKind, media: TextMedia, where: str) -> None:
+    """Raise ValueError unless the placeholders in the text are those that the tiles need."""
     size, length = len(text.tokens), media.tokens_per_item
     ends = media.positions + length
     if len(media.positions) and int(ends.max()) > size:
@@ -55,10 +57,10 @@ def _check_placed(text: Text, kind: MediaKind, media: TextMedia, where: str) -> 
             f" {int(ends.max()) - length}..{int(ends.max()) - 1}, the text ends after {size} tokens"
         )
     placeholders = text.tokens == media.placeholder_id
-    found, features = int(placeholders.sum()), len(media.values) * length
-    if found != features:
+    count, features = int(placeholders.sum()), len(media.values) * length
+    if count != features:
         raise ValueError(
-            f"{where}: {found} placeholders (id {media.placeholder_id}) for {features}"
+            f"{where}: {count} placeholders (id {media.placeholder_id}) for {features}"
             f" {kind.modality} features ({len(media.values)} tiles x {length})"
         )
     for tile, start in enumerate(media.positions.tolist()):

@@ -1,7 +1,7 @@
-"""Members of a shard to values: one function for each extension.
+"""Members of a shard become values, by one function for each extension.
 
 A decoder takes the bytes, the sample's `shard:key` and the limits, and raises BadSample for bytes
-that it cannot read. Put one of your own into `DECODERS` under its extension.
+that it cannot read. Your own decoder goes into `DECODERS` under its extension.
 Pickled members are never read: unpickling runs code.
 """
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import MAX_PIXELS, decode_image
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
+IMAGES = ("png", "jpg", "jpeg", "webp")
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "ten", "npy", "npz"})
 """Extensions that webdataset would unpickle, or whose formats may hold pickles."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a member may grow to: width * height of a picture, seconds of a sound."""
+    """Limits on a decoded member: width * height of an image, seconds of a sound."""
 
     max_pixels: int = MAX_PIXELS
     max_seconds: float = 3600.0
@@ -36,17 +36,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sound:
-    """values: float32 [channels, n] in [-1, 1]. rate: samples a second."""
+    """A decoded sound. values: float32 [channels, n] in [-1, 1]. rate: samples a second."""
 
     values: Tensor
     rate: int
 
 
 def decode(member: str, data: bytes, *, source: str, limits: Limits | None = None) -> Any:
-    """The value of a member; what follows the last dot of its name says how to read it.
+    """Return the value of a member, read as the extension after the last dot of its name says.
 
-    source: `shard:key`. Raises BadSample for damaged bytes, naming the member, ValueError for an
-    extension without a decoder.
+    source: `shard:key`.
+
+    Raises BadSample for damaged bytes, naming the member; ValueError for an extension without a
+    decoder.
     """
     extension = member.rpartition(".")[2]
     check_extension(extension)
@@ -56,7 +58,7 @@ def decode(member: str, data: bytes, *, source: str, limits: Limits | None = Non
 
 @contextmanager
 def naming(member: str) -> Iterator[None]:
-    """Let a BadSample say which member it is about."""
+    """Add the member's name to a BadSample that the block raises."""
     try:
         yield
     except BadSample as error:
@@ -72,7 +74,7 @@ def check_extension(extension: str) -> None:
 
 
 def decode_json(data: bytes, source: str, limits: Limits) -> Any:
-    """Any JSON value."""
+    """Return any JSON value."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -80,7 +82,7 @@ def decode_json(data: bytes, source: str, limits: Limits) -> Any:
 
 
 def decode_text(data: bytes, source: str, limits: Limits) -> str:
-    """UTF-8 without its byte order mark and the white space around it."""
+    """Return UTF-8 text without its byte order mark and the white space around it."""
     try:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -88,7 +90,10 @@ def decode_text(data: bytes, source: str, limits: Limits) -> str:
 
 
 def decode_sound(data: bytes, source: str, limits: Limits) -> Sound:
-    """WAV, FLAC or OGG. A file that ends early is bad, also where libsndfile would not mind."""
+    """Return the sound of a WAV, FLAC or OGG file.
+
+    A file that ends early is bad, even where libsndfile would accept it.
+    """
     try:
         import soundfile
     except ImportError as error:
@@ -112,22 +117,23 @@ def decode_sound(data: bytes, source: str, limits: Limits) -> Sound:
 
 
 def _ends_early(data: bytes) -> bool:
+    """Return whether a WAV or OGG file ends before its headers say."""
     if data[:4] == b"RIFF":
         promised = int.from_bytes(data[4:8], "little") + 8
-        # encoders that cannot seek write 0 or the greatest number
+        # Encoders that cannot seek write 0 or the greatest number.
         return len(data) < promised < 0xFFFFFFFF
     if data[:4] == b"OggS":
         last_page = data.rfind(b"OggS")
-        return not data[last_page + 5] & 4  # the flag of the stream's last page
+        return not data[last_page + 5] & 4  # Bit 4 marks the stream's last page.
     return False
 
 
-def _picture(data: bytes, source: str, limits: Limits) -> Image.Image:
+def _image(data: bytes, source: str, limits: Limits) -> Image.Image:
     return decode_image(data, source=source, max_pixels=limits.max_pixels)
 
 
 DECODERS: dict[str, Callable[[bytes, str, Limits], Any]] = {
-    **dict.fromkeys(PICTURES, _picture),
+    **dict.fromkeys(IMAGES, _image),
     **dict.fromkeys(("wav", "flac", "ogg"), decode_sound),
     "json": decode_json,
     **dict.fromkeys(("txt", "text", "caption"), decode_text),

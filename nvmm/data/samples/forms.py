@@ -1,7 +1,7 @@
-"""What a sample says, as turns: conversations, questions, captions, choices, words with boxes.
+"""Forms read the turns of a sample: conversations, questions, captions, choices, boxed words.
 
-A form turns a `Record` and its pictures into an `Example`; `names` are the fields it reads. Where
-a question holds no `<image>`, its pictures come first.
+A form turns a `Record` and its images into an `Example`; `names` are the fields it reads. Where
+a question holds no `<image>`, its images come first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from nvmm.config.choices import require
 from nvmm.data.samples.chat import DOCUMENT, IMAGE_MARKER, Turn
-from nvmm.data.samples.images import Picture
+from nvmm.data.samples.images import ImageOrSize
 from nvmm.data.samples.record import Record
 
 ROLES = {
@@ -34,26 +34,27 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Example:
     """A sample to render.
 
-    turns: with one `<image>` for each of `pictures`. accepted: every right answer to the last turn.
+    turns: they have one `<image>` for each of `images`. accepted: every right answer to the last
+    turn.
     """
 
     turns: list[Turn]
-    pictures: Sequence[Picture]
+    images: Sequence[ImageOrSize]
     accepted: list[str]
 
 
 class Form(Protocol):
-    """How the fields of a sample become a conversation."""
+    """A function from the fields of a sample to its conversation; `names` are these fields."""
 
     names: ClassVar[tuple[str, ...]]
 
-    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example: ...
+    def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example: ...
 
 
-def asked(question: str, answer: str | None, num_pictures: int) -> list[Turn]:
-    """A question with its pictures, and the answer where there is one."""
+def asked(question: str, answer: str | None, num_images: int) -> list[Turn]:
+    """Return a question with its images as a turn, and the answer where there is one."""
     if IMAGE_MARKER not in question:
-        question = f"{IMAGE_MARKER}\n" * num_pictures + question
+        question = f"{IMAGE_MARKER}\n" * num_images + question
     answers = [] if answer is None else [Turn("assistant", answer)]
     return [Turn("user", question), *answers]
 
@@ -65,8 +66,8 @@ class Chat:
     An answer is a text or `{"answer": text}` (VQAv2); `weights` go with `answers`, 1 each by
     default, and those of equal answers add up.
 
-    choice: which answer is trained. heaviest (the first on a tie), or drawn: by weight, the same
-        one for a key at all times.
+    choice: the answer that is trained: heaviest (the first on a tie), or drawn, by weight and
+        always the same for a key.
     """
 
     choice: Choice = "heaviest"
@@ -82,17 +83,18 @@ class Chat:
     def __post_init__(self) -> None:
         require("form.choice", self.choice, Choice)
 
-    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+    def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
         if record.get("question") is not None:
             answers, weights = self._answers(record)
             answer = self._choose(answers, weights, record) if answers else None
             question = record.text("question")
-            return Example(asked(question, answer, len(pictures)), pictures, answers)
+            return Example(asked(question, answer, len(images)), images, answers)
         turns = self._turns(record)
         last = turns[-1]
-        return Example(turns, pictures, [last.text] if last.role == "assistant" else [])
+        return Example(turns, images, [last.text] if last.role == "assistant" else [])
 
     def _turns(self, record: Record) -> list[Turn]:
+        """Return the turns of a conversation; raise BadSample where it is malformed."""
         messages = record.get("conversations")
         if messages is None:
             messages = record.get("messages")
@@ -116,7 +118,7 @@ class Chat:
         return turns
 
     def _answers(self, record: Record) -> tuple[list[str], list[float]]:
-        """Accepted answers and their weights."""
+        """Return the accepted answers and their weights; raise BadSample where they disagree."""
         answers = record.get("answers")
         if answers is None:
             answers = record.get("answer")
@@ -138,6 +140,7 @@ class Chat:
         return texts, weights
 
     def _choose(self, answers: list[str], weights: list[float], record: Record) -> str:
+        """Return the answer to train; equal answers count with the sum of their weights."""
         sums: dict[str, float] = {}
         for answer, weight in zip(answers, weights, strict=True):
             sums[answer] = sums.get(answer, 0.0) + weight
@@ -153,19 +156,19 @@ class Chat:
 
 @dataclass(frozen=True)
 class Caption:
-    """A picture and its `caption`. prompt: what is asked; null: the pictures alone."""
+    """An image and its `caption`. prompt: the question; null: the images alone."""
 
     prompt: str | None = None
     names: ClassVar[tuple[str, ...]] = ("caption",)
 
-    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
-        if not pictures:
-            raise record.bad("a caption needs a picture")
+    def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
+        if not images:
+            raise record.bad("a caption needs an image")
         caption = record.text("caption")
-        markers = "\n".join([IMAGE_MARKER] * len(pictures))
+        markers = "\n".join([IMAGE_MARKER] * len(images))
         question = markers if self.prompt is None else f"{markers}\n{self.prompt}"
         turns = [Turn("user", question), Turn("assistant", caption)]
-        return Example(turns, pictures, [caption])
+        return Example(turns, images, [caption])
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class MultipleChoice:
     instruction: str = "Answer with the option's letter from the given choices directly."
     names: ClassVar[tuple[str, ...]] = ("question", "choices", "answer", "hint")
 
-    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+    def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
         choices = [record.checked_text("choice", choice) for choice in record.sequence("choices")]
         if len(choices) > len(LETTERS):
             raise record.bad(f"{len(choices)} choices; at most {len(LETTERS)} have a letter")
@@ -188,9 +191,10 @@ class MultipleChoice:
         question = "\n".join([*first, record.text("question"), *lines, self.instruction])
         answer = self._letter(record, choices)
         accepted = [] if answer is None else [answer]
-        return Example(asked(question, answer, len(pictures)), pictures, accepted)
+        return Example(asked(question, answer, len(images)), images, accepted)
 
     def _letter(self, record: Record, choices: list[str]) -> str | None:
+        """Return the letter of the right choice, None where the sample has no answer."""
         answer = record.get("answer")
         if answer is None:
             return None
@@ -205,38 +209,39 @@ class MultipleChoice:
 
 @dataclass(frozen=True)
 class Ocr:
-    """`words` and their `boxes`, read out line by line as `word<box>(x0,y0),(x1,y1)</box>`.
+    """`words` and their `boxes`; the answer has lines `word<box>(x0,y0),(x1,y1)</box>`.
 
-    A box is [x0, y0, x1, y1] or a polygon [x, y, ...] in pixels of the upright picture; it is
-    written in units of 1 / `box_scale` of the picture's sides. Without boxes the words come alone.
+    A box is [x0, y0, x1, y1] or a polygon [x, y, ...] in pixels of the upright image; it is
+    written in units of 1 / `box_scale` of the image's sides. Without boxes the words come alone.
     """
 
     prompt: str = "Read the text in the image, with a box for each word."
     box_scale: int = 1000
     names: ClassVar[tuple[str, ...]] = ("words", "boxes")
 
-    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
-        if len(pictures) != 1:
-            raise record.bad(f"{len(pictures)} pictures; reading takes one")
+    def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
+        if len(images) != 1:
+            raise record.bad(f"{len(images)} images; reading takes one")
         words = [record.checked_text("word", word) for word in record.sequence("words")]
         boxes = record.get("boxes")
         if boxes is not None:
             if not isinstance(boxes, list) or len(boxes) != len(words):
                 raise record.bad(f"boxes must be a list of {len(words)}, as words")
-            size = (pictures[0].width, pictures[0].height)
+            size = (images[0].width, images[0].height)
             marks = [self._box(record, box, size) for box in boxes]
             words = [f"{word}{mark}" for word, mark in zip(words, marks, strict=True)]
         answer = "\n".join(words)
-        return Example(asked(self.prompt, answer, 1), pictures, [answer])
+        return Example(asked(self.prompt, answer, 1), images, [answer])
 
     def _box(self, record: Record, box: Any, size: tuple[int, int]) -> str:
+        """Return a box as text; size: (width, height) of the image in pixels."""
         numbers = box if isinstance(box, list) else []
         if len(numbers) < 4 or len(numbers) % 2 or not all(map(_is_number, numbers)):
             raise record.bad(f"box {box!r} must be [x0, y0, x1, y1] or a polygon")
         across, down = numbers[::2], numbers[1::2]
         x0, y0, x1, y1 = min(across), min(down), max(across), max(down)
         if x0 < 0 or y0 < 0 or x1 > size[0] or y1 > size[1]:
-            raise record.bad(f"box {box!r} leaves the picture of {size[0]}x{size[1]} pixels")
+            raise record.bad(f"box {box!r} leaves the image of {size[0]}x{size[1]} pixels")
         x0, x1 = (round(x * self.box_scale / size[0]) for x in (x0, x1))
         y0, y1 = (round(y * self.box_scale / size[1]) for y in (y0, y1))
         return f"<box>({x0},{y0}),({x1},{y1})</box>"
@@ -248,15 +253,15 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Document:
-    """One of three forms:
+    """A document, in one of three forms:
 
     - `texts` and `images` of one length, in each place one of them null (OBELICS);
-    - `text_list`, and `image_info` whose `matched_text_index` names the sentence that a picture
+    - `text_list`, and `image_info` whose `matched_text_index` names the sentence that an image
       comes before (MMC4);
-    - `text` alone, with `<image>` where its pictures go.
+    - `text` alone, with `<image>` where its images go.
 
-    Picture 0 is that of the first `image_info`, or of the first image that is not null. What is
-    longer than data.sequence_length is cut at the end, whole pictures too.
+    Image 0 is that of the first `image_info`, or of the first image that is not null. A document
+    longer than data.sequence_length is cut at the end, whole images too.
 
     separator: between texts.
     """
@@ -264,36 +269,35 @@ class Document:
     separator: str = "\n"
     names: ClassVar[tuple[str, ...]] = ("text", "texts", "images", "text_list", "image_info")
 
-    def __call__(self, record: Record, pictures: Sequence[Picture]) -> Example:
+    def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
         if record.get("texts") is not None:
-            parts = self._alternating(record)
+            pieces = self._alternating(record)
         elif record.get("text_list") is not None:
-            parts, order = self._matched(record)
-            if len(order) != len(pictures):
-                raise record.bad(
-                    f"image_info lists {len(order)} images, the sample {len(pictures)}"
-                )
-            pictures = [pictures[number] for number in order]
+            pieces, order = self._matched(record)
+            if len(order) != len(images):
+                raise record.bad(f"image_info lists {len(order)} images, the sample {len(images)}")
+            images = [images[number] for number in order]
         else:
-            parts = [record.text("text")]
-        text = self.separator.join(parts)
+            pieces = [record.text("text")]
+        text = self.separator.join(pieces)
         if not text.replace(IMAGE_MARKER, "").strip():
             raise record.bad("the document has no text")
-        return Example([Turn(DOCUMENT, text)], pictures, [])
+        return Example([Turn(DOCUMENT, text)], images, [])
 
     def _alternating(self, record: Record) -> list[str]:
+        """Return texts and image markers in the order of `texts` and `images`."""
         texts, images = record.sequence("texts"), record.sequence("images")
         if len(texts) != len(images):
             raise record.bad(f"{len(texts)} texts and {len(images)} images; they must alternate")
-        parts = []
+        pieces = []
         for text, image in zip(texts, images, strict=True):
             if (text is None) == (image is None):
                 raise record.bad("each place of texts and images needs one of the two")
-            parts.append(IMAGE_MARKER if text is None else self._plain(record, text))
-        return parts
+            pieces.append(IMAGE_MARKER if text is None else self._plain(record, text))
+        return pieces
 
     def _matched(self, record: Record) -> tuple[list[str], list[int]]:
-        """The parts of the document, and the numbers of the pictures between them."""
+        """Return sentences and image markers in order, and the numbers of these images."""
         sentences = [self._plain(record, text) for text in record.sequence("text_list")]
         infos = record.get("image_info") or []
         before: list[list[int]] = [[] for _ in sentences]
@@ -302,12 +306,13 @@ class Document:
             if not isinstance(place, int) or not 0 <= place < len(sentences):
                 raise record.bad(f"image_info[{number}] matches none of {len(sentences)} sentences")
             before[place].append(number)
-        parts = []
+        pieces = []
         for text, numbers in zip(sentences, before, strict=True):
-            parts += [*[IMAGE_MARKER] * len(numbers), text]
-        return parts, [number for numbers in before for number in numbers]
+            pieces += [*[IMAGE_MARKER] * len(numbers), text]
+        return pieces, [number for numbers in before for number in numbers]
 
     def _plain(self, record: Record, text: Any) -> str:
+        """Return a text; raise BadSample when an image marker is written in it."""
         plain = record.checked_text("text", text)
         if IMAGE_MARKER in plain:
             raise record.bad(f"{IMAGE_MARKER} is written in a text")

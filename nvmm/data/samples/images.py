@@ -1,4 +1,11 @@
-"""Images to tiles: decoding, the grid choice, cutting, the thumbnail (NVLM section 3.2, InternVL).
+"""Images become tiles: decoding, grid choice, cutting, thumbnail (NVLM section 3.2, InternVL).
+
+    image of 3:2    grid (cols 3, rows 2)    tiles in order       numbers
+    +---------+     +--+--+--+
+    |         | --> |1 |2 |3 |     -->       1 2 3 4 5 6 t        1 2 3 4 5 6 0
+    |         |     +--+--+--+
+    +---------+     |4 |5 |6 |               t is the thumbnail: the image resized to one tile
+                    +--+--+--+
 
 Everything here is a pure function of its arguments. Pixels stay uint8; the encoder normalises them
 on its device.
@@ -25,7 +32,7 @@ from nvmm.data.samples.bad_sample import BadSample
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 64 * 1024 * 1024
-"""Default limit on width * height; a larger picture is refused before it is decompressed."""
+"""The default limit on width * height; a larger image is refused before it is decompressed."""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,24 +42,24 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation -> what undoes it."""
+"""EXIF's orientation -> the transposition that undoes it."""
 _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """The size of an image in pixels."""
 
     width: int
     height: int
 
 
-Picture = Image.Image | Size
-"""A picture, or all that is needed to plan for one."""
+ImageOrSize = Image.Image | Size
+"""An image, or its size, from which its tiles can be planned."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """One image, cut.
+    """The tiles of one image.
 
     values: uint8 [n, 3, tile_size, tile_size]; the grid row-major, the thumbnail last.
     tiles: int64 [n]; 1..k row-major, 0 for the thumbnail (and for the only tile of an image).
@@ -66,6 +73,7 @@ class Tiles:
 
 @lru_cache(maxsize=64)
 def _candidates(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Return the grids (cols, rows) of so many tiles, those of fewer tiles first."""
     pairs = [
         (cols, rows)
         for cols in range(1, max_tiles + 1)
@@ -78,10 +86,12 @@ def _candidates(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
 def choose_grid(
     width: int, height: int, *, min_tiles: int = 1, max_tiles: int = 6, tile_size: int = 448
 ) -> tuple[int, int]:
-    """The (cols, rows) whose aspect ratio is nearest to the image's.
+    """Return the (cols, rows) whose aspect ratio is nearest to the image's.
 
     On an exact tie a grid of more tiles wins if the image has more than half its pixels
     (InternVL's rule, kept by NVLM and Megatron-LM). Sizes are in pixels.
+
+    Raises ValueError for an empty image, and unless 1 <= min_tiles <= max_tiles.
     """
     if width < 1 or height < 1:
         raise ValueError(f"image of {width}x{height} pixels: both sides must be at least 1")
@@ -100,7 +110,7 @@ def choose_grid(
 
 
 def tile_indices(grid: tuple[int, int], *, use_thumbnail: bool = True) -> list[int]:
-    """Place of each tile of an image: 1..k, then 0 for the thumbnail; [0] if k is 1."""
+    """Return the number of each tile of an image: 1..k, then 0 for the thumbnail; [0] if k is 1."""
     count = grid[0] * grid[1]
     if count == 1:
         return [0]
@@ -115,7 +125,7 @@ def tile_image(
     tile_size: int = 448,
     use_thumbnail: bool = True,
 ) -> Tiles:
-    """Resize the whole image to the chosen grid (bicubic), cut it, append the thumbnail.
+    """Resize an image to the chosen grid (bicubic), cut it, append the thumbnail.
 
     The aspect ratio is not kept and nothing is padded. An image of one tile has no thumbnail.
     """
@@ -127,21 +137,23 @@ def tile_image(
     cols, rows = grid
     indices = torch.tensor(tile_indices(grid, use_thumbnail=use_thumbnail))
     values = torch.empty(len(indices), 3, tile_size, tile_size, dtype=torch.uint8)
-    # the channels of a grey image are equal: it is resized once and spread by the copies
+    # The channels of a grey image are equal: one is resized, and copying spreads it to three.
     pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, -1).permute(2, 0, 1)
-    whole = _resized(pixels, rows * tile_size, cols * tile_size)
-    cut = whole.view(-1, rows, tile_size, cols, tile_size).permute(1, 3, 0, 2, 4)
+    # The aspect ratio gives way, so that the grid's tiles cover the image without padding.
+    resized = _resized(pixels, rows * tile_size, cols * tile_size)
+    cut = resized.view(-1, rows, tile_size, cols, tile_size).permute(1, 3, 0, 2, 4)
     values[: rows * cols].view(rows, cols, 3, tile_size, tile_size).copy_(cut)
+    # The thumbnail comes last and shows the image at the tiles' size.
     if len(indices) > rows * cols:
         values[-1] = _resized(pixels, tile_size, tile_size)
     return Tiles(values=values, tiles=indices, grid=grid)
 
 
 def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    """uint8 [c, h, w] -> [c, height, width].
+    """Resize uint8 [c, h, w] to [c, height, width].
 
-    Pillow's antialiased bicubic filter in uint8, four times as fast as Pillow's own; on pictures
-    they agree to 2 levels of 255 (tests/data/samples/test_images.py).
+    The filter is Pillow's antialiased bicubic one in uint8, four times as fast as Pillow's own; on
+    images they agree to 2 levels of 255 (tests/data/samples/test_images.py).
     """
     if pixels.shape[1:] == (height, width):
         return pixels.contiguous()
@@ -150,12 +162,12 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """PNG, JPEG or WebP bytes -> an upright 8-bit picture in mode RGB or L.
+    """Decode PNG, JPEG or WebP bytes to an upright 8-bit image in mode RGB or L.
 
-    EXIF's rotation is applied; palettes and CMYK become RGB; what is transparent shows white; of 16
-    bits the upper 8 are kept; of an animation the first frame.
+    EXIF's rotation is applied; palettes and CMYK become RGB; transparent pixels show white; the
+    upper 8 of 16 bits are kept, and the first frame of an animation.
 
-    Raises BadSample, naming the picture `source`, for damaged or truncated bytes, other formats,
+    Raises BadSample, naming the image `source`, for damaged or truncated bytes, other formats,
     and more than `max_pixels`, which are not decompressed.
     """
     with _open(data, source, max_pixels) as image:
@@ -165,7 +177,7 @@ def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> I
 
 
 def read_size(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Size:
-    """The size that `decode_image` gives, or its error, from the picture's header alone."""
+    """Return the size that `decode_image` gives, or raise its error, from the header alone."""
     with _open(data, source, max_pixels) as image:
         turned = _turn(image) in _SIDEWAYS
         return Size(image.height, image.width) if turned else Size(image.width, image.height)
@@ -173,7 +185,7 @@ def read_size(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Size
 
 @contextmanager
 def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture before its pixels are read; what goes wrong from here on is a BadSample."""
+    """Open an image before its pixels are read; an error from there on becomes a BadSample."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
@@ -185,14 +197,14 @@ def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise BadSample(source, str(error)) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        # Pillow's own words for this name an address in memory
+        # Pillow's own message for this names an address in memory.
         why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         reason = f"cannot decode image ({why}); allowed are {', '.join(FORMATS)}"
         raise BadSample(source, reason) from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes it upright, as far as the header tells."""
+    """Return the transposition that makes an image upright, as far as the header tells."""
     exif = Image.Exif()
     if "exif" in image.info:
         exif.load(image.info["exif"])
@@ -200,13 +212,14 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
+    """Convert an image to mode RGB or L."""
     if image.mode.startswith("I;16"):
-        # Pillow keeps the upper byte of 16-bit colours by itself, but not of 16-bit grey
+        # Pillow keeps the upper byte of 16-bit colours by itself, but not that of 16-bit grey.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, picture).convert("RGB")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
     if image.mode in ("1", "L"):
         return image.convert("L")
     if image.mode[0] in "IF":

@@ -1,7 +1,9 @@
-"""Members of a shard -> `Sample`: pictures are tiled, turns rendered, and both made to fit.
+"""Members of a shard become a `Sample`: images are tiled, turns rendered, and both made to fit.
 
-What the sample says is a form's business (`nvmm.data.samples.forms`), under which names it says
-it, `fields` (`nvmm.data.samples.record`).
+A form reads the turns from a sample (`nvmm.data.samples.forms`), under the names that `fields`
+gives (`nvmm.data.samples.record`). The builder then goes four steps: the turns and the images'
+sizes are an `Example`; the most tiles that fit are looked for, rendering the turns with each limit;
+the images are cut to that many tiles; tiles and tokens are put together as a `Text`.
 """
 
 from __future__ import annotations
@@ -32,28 +34,28 @@ from nvmm.data.samples.chat import (
 )
 from nvmm.data.samples.decode import Limits
 from nvmm.data.samples.forms import Chat, Example, Form
-from nvmm.data.samples.images import MAX_PIXELS, Picture, Tiles, choose_grid, tile_image
+from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize, Tiles, choose_grid, tile_image
 from nvmm.data.samples.record import Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
-"""Tile limits tried one after another until a sample fits (Megatron-LM's ladder)."""
+"""The tile limits that are tried in turn until a sample fits (Megatron-LM's ladder)."""
 
 
 class InstructBuilder(Builder):
-    """Builds a training example, or a prompt, from the members of one sample.
+    """A builder of training examples and prompts from the members of one sample.
 
     template, tags: see `nvmm.data.samples.chat`.
-    tokens_per_tile: placeholders a tile occupies, after the model's downsampling.
+    tokens_per_tile: placeholders of a tile, after the model's downsampling.
     min_tiles, max_tiles: limits of the grid; the thumbnail comes on top. 1 and 1: a plain resize.
-    max_pixels: larger pictures are refused before they are decompressed.
-    attended: which tiles stay outside the sequence for cross-attention to read: none (NVLM-D),
+    max_pixels: larger images are refused before they are decompressed.
+    attended: tiles that stay outside the sequence for cross-attention to read: none (NVLM-D),
         regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
         tags stand in the text: NVLM-X).
-    form: what a sample says; null: Chat().
+    form: reads the turns of a sample; null: Chat().
     fields: our names of fields and members -> the data set's.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
-        its end; media are never cut. Attended tiles cost no places: text goes first.
+        its end; media are never cut. Attended tiles take no positions, so text is cut first.
     """
 
     def __init__(
@@ -105,9 +107,9 @@ class InstructBuilder(Builder):
 
     @property
     def media(self) -> frozenset[MediaKind]:
-        """Images, by the ways that their tiles take."""
-        ways = {"none": [IMAGE], "regular": [IMAGE, ATTENDED_IMAGE], "all": [ATTENDED_IMAGE]}
-        return frozenset(ways[self.attended])
+        """The placements that the tiles of images have."""
+        kinds = {"none": [IMAGE], "regular": [IMAGE, ATTENDED_IMAGE], "all": [ATTENDED_IMAGE]}
+        return frozenset(kinds[self.attended])
 
     @property
     def stop_ids(self) -> list[int]:
@@ -115,32 +117,33 @@ class InstructBuilder(Builder):
         return list(dict.fromkeys([self.template.end_token(self.tokenizer)[1], *super().stop_ids]))
 
     def __call__(self, members: Mapping[str, Any]) -> Sample:
-        """One training example.
+        """Return one training example.
 
         members: extension -> bytes, and `__url__`, `__key__` (shard and key, as webdataset has).
+
         Raises BadSample naming both for damaged members, a wrong number of image markers, a
         placeholder written in the text, no supervised token, and media that cannot fit.
         """
         return self._build(members, prompt=False)
 
     def prompt(self, members: Mapping[str, Any]) -> Sample:
-        """The sample up to where its last assistant turn begins; nothing is supervised."""
+        """Return the sample up to where its last assistant turn begins, without supervision."""
         return self._build(members, prompt=True)
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
-        """The accepted answers to `prompt(members)`; empty where the sample brings none."""
+        """Return the accepted answers to `prompt(members)`; empty where the sample has none."""
         return self._example(members, Record.sizes)[1].accepted
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens and tiles of the training example, from text and the headers of the pictures."""
+        """Return tokens and tiles of the training example, from text and the images' headers."""
         source, example = self._example(members, Record.sizes)
-        rendered, _ = self._fit(example.turns, example.pictures, source, prompt=False)
+        rendered, _ = self._fit(example.turns, example.images, source, prompt=False)
         return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
 
     def _example(
-        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[Picture]]
+        self, members: Mapping[str, Any], read: Callable[[Record], Sequence[ImageOrSize]]
     ) -> tuple[str, Example]:
-        """Source and example; `read` gives the pictures, or their sizes."""
+        """Return source and example; `read` gives the images, or their sizes."""
         record = self.record(members)
         example = self.form(record, read(record))
         if example.turns[0].role == DOCUMENT:
@@ -148,31 +151,34 @@ class InstructBuilder(Builder):
         return record.source, example
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
-        source, example = self._example(members, Record.pictures)
+        # 1. Read turns and images; a prompt ends before the last answer.
+        source, example = self._example(members, Record.images)
         turns = example.turns
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
-        rendered, limit = self._fit(turns, example.pictures, source, prompt)
+        # 2. Render the turns with as many tiles an image as fit.
+        rendered, limit = self._fit(turns, example.images, source, prompt)
         if not prompt and not any(rendered.weights):
             raise BadSample(source, "no supervised token; a sample needs an assistant turn")
+        # 3. Cut the images under the same limit, which gives the tiles that were rendered.
         tiles = [
             tile_image(
-                picture,
+                image,
                 min_tiles=min(self.min_tiles, limit),
                 max_tiles=limit,
                 tile_size=self.tile_size,
                 use_thumbnail=self.use_thumbnail,
             )
-            for picture in example.pictures
-            if isinstance(picture, Image.Image)
+            for image in example.images
+            if isinstance(image, Image.Image)
         ]
-        placeholder = self.tokenizer.image_id
-        found = rendered.tokens.count(placeholder)
+        # 4. A placeholder that the text itself contains would take a tile's feature.
+        count = rendered.tokens.count(self.tokenizer.image_id)
         expected = self.tokens_per_tile * len(rendered.positions)
-        if found != expected:
+        if count != expected:
             raise BadSample(
                 source,
-                f"{found} placeholders {self.tokenizer.image_token}, but the tiles need "
+                f"{count} placeholders {self.tokenizer.image_token}, but the tiles need "
                 f"{expected}; the text must not contain the placeholder itself",
             )
         weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
@@ -182,7 +188,7 @@ class InstructBuilder(Builder):
         return Sample((text,), source=source)
 
     def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[MediaKind, TextMedia]:
-        """The tiles by the way they take: placed in the sequence, or attended."""
+        """Return the tiles by their placement: in the sequence, or attended."""
         if not images:
             return {}
         values = torch.cat([cut.values for cut in images])
@@ -191,11 +197,11 @@ class InstructBuilder(Builder):
         items = torch.repeat_interleave(torch.arange(len(images)), counts)
         outside = torch.tensor([is_attended(tile, self.attended) for tile in tiles.tolist()])
 
-        def chosen(which: Tensor, **fields: Any) -> TextMedia:
+        def chosen(mask: Tensor, **fields: Any) -> TextMedia:
             return TextMedia(
-                values=values[which],
-                items=items[which],
-                tiles=tiles[which],
+                values=values[mask],
+                items=items[mask],
+                tiles=tiles[mask],
                 tokens_per_item=self.tokens_per_tile,
                 **fields,
             )
@@ -219,16 +225,21 @@ class InstructBuilder(Builder):
         return media
 
     def _fit(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture], source: str, prompt: bool
+        self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
     ) -> tuple[Rendered, int]:
-        """Render with as many tiles as fit; returns the rendering and the tile limit used."""
+        """Render with as many tiles as fit; return the rendering and the tile limit used.
+
+        Raises BadSample when not even one tile an image, and text cut at its end, fit.
+        """
+        # 1. Try fewer and fewer tiles; a sample without images has nothing to give up.
         ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
-        for limit in ladder if pictures else ladder[:1]:
-            rendered = self._render(turns, pictures, limit, source, prompt)
+        for limit in ladder if images else ladder[:1]:
+            rendered = self._render(turns, images, limit, source, prompt)
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
             if self.attended != "none" and not prompt and self._may_be_cut(rendered):
-                break  # fewer tiles would save next to nothing
+                break  # Attended tiles take no positions: fewer would save next to nothing.
+        # 2. Cut text at the end, as long as all media and some answer stay.
         needed, length = len(rendered.tokens), self.sequence_length
         if prompt or not self._may_be_cut(rendered):
             raise BadSample(
@@ -241,36 +252,36 @@ class InstructBuilder(Builder):
         return cut, limit
 
     def _may_be_cut(self, rendered: Rendered) -> bool:
-        """Whether all media and some answer stand within the sequence length."""
+        """Return whether all media and some answer stand within the sequence length."""
         length = self.sequence_length
         return max(self._ends(rendered), default=0) <= length and any(rendered.weights[:length])
 
     def _ends(self, rendered: Rendered) -> list[int]:
-        """Where the places of every tile in the sequence, or its tag's, end."""
+        """Return the ends of every tile's placeholders in the sequence, or of its tag."""
         placed = [start + self.tokens_per_tile for start in rendered.positions]
         return placed + [tile.stop for tile in rendered.attended]
 
     def _render(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Picture],
+        images: Sequence[ImageOrSize],
         limit: int,
         source: str,
         prompt: bool = False,
     ) -> Rendered:
-        """The turns with at most `limit` tiles a picture, whatever their length."""
+        """Render the turns with at most `limit` tiles an image, at any length."""
         layouts = [
             ImageLayout.of(
                 choose_grid(
-                    picture.width,
-                    picture.height,
+                    image.width,
+                    image.height,
                     min_tiles=min(self.min_tiles, limit),
                     max_tiles=limit,
                     tile_size=self.tile_size,
                 ),
                 use_thumbnail=self.use_thumbnail,
             )
-            for picture in pictures
+            for image in images
         ]
         return render(
             turns,
@@ -286,11 +297,11 @@ class InstructBuilder(Builder):
         )
 
     def _cut(self, example: Example, source: str) -> Example:
-        """A document without what follows the last picture that fits at one tile each."""
-        document, pictures = example.turns[0], example.pictures
-        if not pictures:
+        """Cut a document behind the last image that fits, with one tile an image."""
+        document, images = example.turns[0], example.images
+        if not images:
             return example
-        rendered = self._render([document], pictures, 1, source)
-        kept = sum(end <= self.sequence_length for end in self._ends(rendered))
-        text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: kept + 1])
-        return replace(example, turns=[Turn(DOCUMENT, text)], pictures=pictures[:kept])
+        rendered = self._render([document], images, 1, source)
+        num_fitting = sum(end <= self.sequence_length for end in self._ends(rendered))
+        text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: num_fitting + 1])
+        return replace(example, turns=[Turn(DOCUMENT, text)], images=images[:num_fitting])

@@ -9,13 +9,13 @@ from typing import Any
 from PIL import Image
 
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.decode import PICTURES, Limits, check_extension, decode, naming
+from nvmm.data.samples.decode import IMAGES, Limits, check_extension, decode, naming
 from nvmm.data.samples.images import Size, read_size
 
 Fields = Mapping[str, str | Sequence[str]]
-"""Our name -> theirs. `.img.jpg` is a member; `meta.caption` a key of the member `record`.
+"""Our name -> the data set's. `.img.jpg` is a member; `meta.caption` a key of `record`.
 
-`record` itself is the member `.json` unless it is named, and `image` may name several members.
+`record` is the member `.json` unless another is named, and `image` may name several members.
 """
 
 
@@ -35,7 +35,7 @@ def check_fields(fields: Fields, names: Sequence[str]) -> None:
 
 
 class Record:
-    """The values of one sample. Everything that is missing or wrong raises BadSample.
+    """The values of one sample. A value that is missing or wrong raises BadSample.
 
     members: extension -> bytes, and `__url__` and `__key__`.
     """
@@ -48,16 +48,16 @@ class Record:
         self._limits = limits
 
     def bad(self, reason: str) -> BadSample:
-        """The error that names this sample."""
+        """Return the error that names this sample."""
         return BadSample(self.source, reason)
 
     def missing(self, names: str) -> BadSample:
-        """The error of a sample that lacks what a form cannot do without."""
+        """Return the error of a sample without the fields `names`, which its form needs."""
         members = sorted(name for name in self._members if not name.startswith("__"))
         return self.bad(f"no {names}; its members are {', '.join(members)}")
 
     def get(self, name: str) -> Any:
-        """A value, None where the sample has none."""
+        """Return a value, None where the sample has none."""
         place = str(self._fields.get(name, name))
         if place.startswith("."):
             return self._decoded(place[1:]) if place[1:] in self._members else None
@@ -71,14 +71,14 @@ class Record:
         return value
 
     def text(self, name: str) -> str:
-        """A text that is not empty."""
+        """Return a text that is not empty."""
         value = self.get(name)
         if value is None:
             raise self.missing(name)
         return self.checked_text(name, value)
 
     def checked_text(self, name: str, value: Any) -> str:
-        """`value` itself, which messages call `name`, if it is a text that is not empty."""
+        """Return `value`, which messages call `name`, if it is a text that is not empty."""
         if not isinstance(value, str):
             raise self.bad(f"{name} must be text, got {value!r}")
         if not value.strip():
@@ -86,7 +86,7 @@ class Record:
         return value
 
     def sequence(self, name: str) -> list[Any]:
-        """A list that is not empty."""
+        """Return a list that is not empty."""
         value = self.get(name)
         if value is None:
             raise self.missing(name)
@@ -94,47 +94,45 @@ class Record:
             raise self.bad(f"{name} must be a list that is not empty, got {value!r}")
         return value
 
-    def pictures(self) -> list[Image.Image]:
-        """The pictures, upright, 8 bits, in RGB or L, in their order."""
-        return [self._decoded(name) for name in self._picture_names()]
+    def images(self) -> list[Image.Image]:
+        """Return the images, upright, 8 bits, in RGB or L, in their order."""
+        return [self._decoded(name) for name in self._image_names()]
 
     def sizes(self) -> list[Size]:
-        """Sizes of `pictures()`, from the pictures' headers."""
-        found = []
-        for name in self._picture_names():
+        """Return the sizes of `images()`, from the images' headers."""
+        sizes = []
+        for name in self._image_names():
             with naming(name):
                 data, limit = self._members[name], self._limits.max_pixels
-                found.append(read_size(data, source=self.source, max_pixels=limit))
-        return found
+                sizes.append(read_size(data, source=self.source, max_pixels=limit))
+        return sizes
 
-    def _picture_names(self) -> list[str]:
+    def _image_names(self) -> list[str]:
+        """Return the image members that are named, else `png` or `0.png`, `1.png`, ... in order."""
         places = self._fields.get("image")
-        if places is None:
-            return self._numbered()
-        listed = [places] if isinstance(places, str) else places
-        return [place[1:] for place in listed if place[1:] in self._members]
-
-    def _numbered(self) -> list[str]:
-        """Members `png` or `0.png`, `1.png`, ...; others must be asked for by name."""
-        found: list[tuple[int, str]] = []
+        if places is not None:
+            names = [places] if isinstance(places, str) else places
+            return [name[1:] for name in names if name[1:] in self._members]
+        numbered: list[tuple[int, str]] = []
         for member in self._members:
-            number, _, kind = member.rpartition(".")
-            if kind not in PICTURES:
+            number, _, extension = member.rpartition(".")
+            if extension not in IMAGES:
                 continue
             if number and not number.isdecimal():
-                raise self.bad(f"picture {member} has no number; name it in build.fields.image")
-            found.append((int(number) if number else -1, member))
-        found.sort()
-        if len({number for number, _ in found}) != len(found):
-            names = ", ".join(member for _, member in found)
-            raise self.bad(f"order of pictures {names} is ambiguous; number them")
-        return [member for _, member in found]
+                raise self.bad(f"image {member} has no number; name it in build.fields.image")
+            numbered.append((int(number) if number else -1, member))
+        numbered.sort()
+        if len({number for number, _ in numbered}) != len(numbered):
+            listed = ", ".join(member for _, member in numbered)
+            raise self.bad(f"order of images {listed} is ambiguous; number them")
+        return [member for _, member in numbered]
 
     def _decoded(self, member: str) -> Any:
         return decode(member, self._members[member], source=self.source, limits=self._limits)
 
     @cached_property
     def _object(self) -> Mapping[str, Any]:
+        """The decoded member `record`; empty where the sample has none."""
         place = str(self._fields.get("record", ".json"))[1:]
         if place not in self._members:
             return {}

@@ -30,7 +30,7 @@ from nvmm.data.samples.record import Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
-"""NV-Embed's; a text without an instruction has nothing before it."""
+"""NV-Embed's prefix of a text; a text without an instruction has none."""
 
 FIELDS = (
     *("query", "positive", "negatives", "instruction", "symmetric", "in_batch_negatives"),
@@ -40,18 +40,18 @@ Masking = Literal["sentence_transformers", "nv_embed", "mm_embed", "none"]
 
 
 class RetrievalBuilder(Builder):
-    """Builds samples of 2 + num_negatives texts, each [BOS] instruction text EOS.
+    """A builder of samples of 2 + num_negatives texts, each [BOS] instruction text EOS.
 
     num_negatives: hard negatives of a sample; a record with more gives some of them, drawn by its
         key, one with fewer gives those.
     in_batch_negatives: whether other samples' documents are negatives where a record does not say.
-    instruction: where a record brings none; None: no instruction.
-    num_answers: ids of `positive_ids` that are kept beside `positive_id`; of more, the first ones.
-    masking: which of an instruction's tokens are not pooled (all are attended to):
+    instruction: the instruction of records that have none; None: no instruction.
+    num_answers: ids of `positive_ids` that are kept beside `positive_id`, the first ones of more.
+    masking: tokens of an instruction that are not pooled, though all are attended to:
         "sentence_transformers": BOS and the whole prefix, as that library does;
         "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
         "mm_embed": BOS, the instruction's line and one token more;
-        "none": every token is pooled. Texts without an instruction are pooled whole.
+        "none": none, every token is pooled. All of a text without an instruction is pooled.
     fields: our names of fields -> the data set's.
     sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS.
     """
@@ -91,6 +91,7 @@ class RetrievalBuilder(Builder):
         Raises BadSample naming shard and key for a record that lacks a field, has an empty text,
         or more or fewer ids or scores than documents.
         """
+        # 1. Read query, documents, and what may come with each document.
         record = self.record(members)
         query = record.text("query")
         if record.get("negatives") is None:
@@ -105,16 +106,24 @@ class RetrievalBuilder(Builder):
             raise record.bad(f"{len(documents)} documents, {len(ids)} ids, {len(scores)} scores")
         if not all(isinstance(score, int | float) for score in scores):
             raise record.bad(f"scores must be numbers, got {scores}")
-        chosen = [0, *self._choose(len(documents) - 1, record.source)]
+        # 2. Choose negatives: all of them, or as many as fit, drawn by the sample's key.
+        negative_numbers = list(range(1, len(documents)))
+        if len(negative_numbers) > self.num_negatives:
+            draw = random.Random(record.source)
+            negative_numbers = sorted(draw.sample(negative_numbers, self.num_negatives))
+        chosen = [0, *negative_numbers]
         instruction = self._instruction(record)
-        both = instruction if record.get("symmetric") else None
-        given = record.get("in_batch_negatives")
-        in_batch = self.in_batch_negatives if given is None else bool(given)
+        document_instruction = instruction if record.get("symmetric") else None
+        in_batch = record.get("in_batch_negatives")
+        in_batch = self.in_batch_negatives if in_batch is None else bool(in_batch)
+        # 3. List the answers of the query, so that none is its negative in another sample. A
+        # document without an id is known by its text.
         known = [text if name is None else name for name, text in zip(ids, documents, strict=True)]
         others = [name for name in _list(record, "positive_ids") if name != known[0]]
         others = others[: self.num_answers]
         answers = torch.full((1 + len(chosen), self.num_answers), _hash(str(known[0])))
         answers[0, : len(others)] = torch.tensor([_hash(str(name)) for name in others])
+        # 4. Put query and documents together, in the order that the objective expects.
         roles = [QUERY, POSITIVE] + [NEGATIVE] * (len(chosen) - 1)
         texts = [query, *(documents[i] for i in chosen)]
         names = [query, *(known[i] for i in chosen)]
@@ -122,7 +131,7 @@ class RetrievalBuilder(Builder):
         return Sample(
             tuple(
                 self._text(
-                    *self.encode(text, both if number else instruction),
+                    *self.encode(text, document_instruction if number else instruction),
                     role=torch.tensor(roles[number]),
                     document_id=torch.tensor(_hash(str(names[number]))),
                     text_hash=torch.tensor(_hash(text)),
@@ -141,11 +150,12 @@ class RetrievalBuilder(Builder):
         return self.text(record.text("query"), self._instruction(record))
 
     def text(self, text: str, instruction: str | None = None) -> Sample:
-        """Return one text to embed, after an instruction where it is given."""
+        """Return one text to embed, behind an instruction if there is one."""
         return Sample((self._text(*self.encode(text, instruction)),))
 
     def blank(self, sample_id: int) -> Sample:
-        """Return what stands for a missing sample; its negative id keeps it out of the loss."""
+        """Return the sample that stands for a missing one; its negative id keeps it out of the
+        loss."""
         text = self._text(
             [self.tokenizer.eos_id],
             0,
@@ -163,6 +173,7 @@ class RetrievalBuilder(Builder):
         return self(members).num_tokens, 0
 
     def _instruction(self, record: Record) -> str | None:
+        """Return the record's instruction, else the builder's."""
         instruction = record.get("instruction")
         if instruction is None:
             return self.instruction
@@ -176,7 +187,8 @@ class RetrievalBuilder(Builder):
         return Text(tokens, torch.ones(len(tokens)), extras=extras)
 
     def encode(self, text: str, instruction: str | None) -> tuple[list[int], int]:
-        """Token ids with BOS (where the tokenizer has one) and EOS, and the first pooled place."""
+        """Return token ids with EOS, and BOS where the tokenizer has one; and the position of the
+        first pooled token."""
         prefix = TEMPLATE.format(instruction=instruction) if instruction else ""
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         ids = [*begin, *self.tokenizer.encode(prefix + text)][: self.sequence_length - 1]
@@ -191,16 +203,9 @@ class RetrievalBuilder(Builder):
                 start = len(begin) + len(self.tokenizer.encode(line)) + 1
         return ids, min(start, len(ids) - 1)
 
-    def _choose(self, available: int, source: str) -> list[int]:
-        """Places of the chosen negatives among the documents."""
-        places = list(range(1, available + 1))
-        if available > self.num_negatives:
-            places = sorted(random.Random(source).sample(places, self.num_negatives))
-        return places
-
 
 def _list(record: Record, name: str) -> list[Any]:
-    """A list, empty where the record has none."""
+    """Return a list of a record, empty where it has none."""
     values = record.get(name)
     if values is not None and not isinstance(values, list):
         raise record.bad(f"{name} must be a list, got {values!r}")
@@ -208,5 +213,6 @@ def _list(record: Record, name: str) -> list[Any]:
 
 
 def _hash(text: str) -> int:
+    """Return an int64 that stands for a text, since tensors hold no text."""
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)

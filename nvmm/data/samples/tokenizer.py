@@ -1,4 +1,4 @@
-"""Text to token ids and back, from a Hugging Face tokenizer folder; and a trainer for tiny ones."""
+"""A tokenizer from a Hugging Face folder, text to ids and back, and a trainer for tiny ones."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class Tokenizer:
         self._cache: dict[str, list[int]] = {}
 
     def _require(self, token: str, key: str) -> int:
+        """Return a token's id; raise ValueError, naming the config key, where there is none."""
         token_id = self.token_id(token)
         if token_id is None:
             raise ValueError(
@@ -70,11 +71,14 @@ class Tokenizer:
         return token_id
 
     def token_id(self, token: str | None) -> int | None:
-        """Id of one token, None if the vocabulary has no such token."""
+        """Return the id of one token, None if the vocabulary has no such token."""
         return None if token is None else self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Nothing is added; special tokens written in it become their one id."""
+        """Return the ids of `text`; special tokens written in it become their one id.
+
+        Nothing is added, no BOS or EOS. Short texts, as tags and affixes are, are cached.
+        """
         if len(text) > _CACHED_LENGTH:
             return list(self._backend.encode(text, add_special_tokens=False).ids)
         ids = self._cache.get(text)
@@ -85,14 +89,14 @@ class Tokenizer:
         return list(ids)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`."""
+        """Return the text of `ids`."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of what decides the ids: vocabulary, merges, added tokens, normaliser, splitter.
+        """The sha256 of vocabulary, merges, added tokens, normaliser and splitter.
 
-        It does not depend on the folder's path.
+        These decide the ids; the digest does not depend on the folder's path.
         """
         state: dict[str, Any] = json.loads(self._backend.to_str())
         model = state["model"]
@@ -113,11 +117,11 @@ class Tokenizer:
 
 
 def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
-    """The fast tokenizer of a folder and the text of its bos, eos and pad tokens."""
-    kinds = ("bos_token", "eos_token", "pad_token")
+    """Load the fast tokenizer of a folder and the text of its bos, eos and pad tokens."""
+    keys = ("bos_token", "eos_token", "pad_token")
     fast = folder / "tokenizer.json"
+    # 1. A slow tokenizer is converted. Only this needs transformers, which takes seconds to import.
     if not fast.is_file():
-        # transformers takes seconds to import; only slow tokenizers need its conversion
         from transformers import AutoTokenizer
 
         converted = AutoTokenizer.from_pretrained(
@@ -128,11 +132,12 @@ def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
                 f"tokenizer.path={folder} holds no tokenizer.json and none can be made"
             )
         backend = Backend.from_str(converted.backend_tokenizer.to_str())
-        return backend, {kind: getattr(converted, kind) for kind in kinds}
+        return backend, {key: getattr(converted, key) for key in keys}
 
+    # 2. A fast one is read as it is.
     try:
         backend = Backend.from_file(str(fast))
-    except Exception as error:  # the tokenizers library raises bare Exception
+    except Exception as error:  # The tokenizers library raises bare Exception.
         raise ValueError(
             f"tokenizer.path={folder}: cannot read tokenizer.json ({error})"
         ) from error
@@ -140,7 +145,7 @@ def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             config.update(json.loads((folder / name).read_text(encoding="utf-8")))
-    # tokens that only the config lists (as transformers does, in the order of their ids)
+    # 3. Tokens that only the config lists are added by id, as transformers does.
     added = config.get("added_tokens_decoder", {})
     for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
         if backend.token_to_id(entry["content"]) is None:
@@ -150,9 +155,9 @@ def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
             token = AddedToken(entry["content"], special=special, normalized=normalized, **options)
             (backend.add_special_tokens if special else backend.add_tokens)([token])
     names: dict[str, str | None] = {}
-    for kind in kinds:
-        value = config.get(kind)
-        names[kind] = value["content"] if isinstance(value, dict) else value
+    for key in keys:
+        value = config.get(key)
+        names[key] = value["content"] if isinstance(value, dict) else value
     return backend, names
 
 
@@ -166,10 +171,13 @@ def train_byte_level_bpe(
     eos_token: str,
     pad_token: str,
 ) -> Path:
-    """Train a small byte-level BPE and save it as a Hugging Face folder; returns the folder.
+    """Train a small byte-level BPE and save it as a Hugging Face folder; return the folder.
 
     Every digit is a token of its own; each of `special_tokens` is one token, with the first ids.
     The same texts give the same bytes. `vocab_size` is an upper bound.
+
+    Raises ValueError for a token that is none of `special_tokens`, and for a `vocab_size` below
+    256 and their number.
     """
     for kind, token in (
         ("bos_token", bos_token),

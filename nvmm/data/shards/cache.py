@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import secrets
 from pathlib import Path
+
+from nvmm.io.files import lock, publish
 
 _PARTS = 100
 """A process looks at the whole folder after it has written this fraction of the limit."""
 
 
 class Cache:
-    """Blocks by name; the least recently read ones go when the folder is full.
+    """Blocks by name; the least recently read ones are deleted when the folder is full.
 
     A block appears under its name only when it is complete. Processes need no agreement: a block
     that two of them write at once is the same, and one that is deleted while another reads it is
@@ -23,16 +23,18 @@ class Cache:
     def __init__(self, folder: str, limit: int) -> None:
         self.folder = Path(folder).expanduser()
         self.limit = limit
-        self._unseen = limit  # what an earlier run left counts too
+        # Bytes written since the last look at the folder. An earlier run may have left some, so the
+        # first write looks at once.
+        self._unseen = limit
 
     def get(self, name: str, size: int, start: int, stop: int) -> bytes | None:
-        """Bytes `start` to `stop` of a block of `size` bytes; None where it is not there."""
+        """Return bytes `start` to `stop` of a block of `size` bytes; None where it is not there."""
         try:
             file = os.open(self._path(name), os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
-            if os.fstat(file).st_size != size:  # cut short by a crash of the machine
+            if os.fstat(file).st_size != size:  # A crash of the machine cut it short.
                 return None
             os.utime(file)
             return os.pread(file, stop - start, start)
@@ -43,15 +45,12 @@ class Cache:
         """Keep a block. Raises OSError when the disk is full."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{name}.{secrets.token_hex(4)}.partial")
         try:
-            partial.write_bytes(data)
-            partial.replace(path)
+            # `get` checks the size, so nothing waits for the disk.
+            with publish(path, shared=True, durable=False) as temporary:
+                temporary.write_bytes(data)
         except FileNotFoundError:
-            return  # another process has evicted it
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+            return  # Another process has evicted it already.
         self._unseen += len(data)
         if self._unseen * _PARTS >= self.limit:
             self._evict()
@@ -61,11 +60,11 @@ class Cache:
 
     def _evict(self) -> None:
         """Delete the oldest blocks until a tenth of the limit is free."""
-        with open(self.folder / ".lock", "wb") as lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(lock(self.folder / ".lock", wait=False))
             except BlockingIOError:
-                return  # another process is at it
+                return  # Another process is evicting.
             blocks = sorted(self._blocks())
             total = sum(size for _, size, _ in blocks)
             if total > self.limit:
@@ -78,13 +77,13 @@ class Cache:
             self._unseen = 0
 
     def _blocks(self) -> list[tuple[float, int, str]]:
-        """Time of last use, size and path of every block."""
-        found = []
-        for part in os.scandir(self.folder):
-            if not part.is_dir(follow_symlinks=False):
+        """Return time of last use, size and path of every block."""
+        blocks = []
+        for folder in os.scandir(self.folder):
+            if not folder.is_dir(follow_symlinks=False):
                 continue
-            for entry in os.scandir(part.path):
+            for entry in os.scandir(folder.path):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    found.append((status.st_mtime, status.st_size, entry.path))
-        return found
+                    blocks.append((status.st_mtime, status.st_size, entry.path))
+        return blocks

@@ -25,6 +25,7 @@ from nvmm.data.samples.builder import Builder
 from nvmm.data.shards.index import Index, open_index
 from nvmm.data.shards.storage import Storage, expand, read
 from nvmm.data.shards.tar import parse
+from nvmm.io.files import publish
 
 
 class Dataset:
@@ -32,10 +33,10 @@ class Dataset:
 
     shards: file patterns; the files of each are taken in sorted order. None where a blend names
         the shards.
-    build: members of a sample -> Sample. In a config it is a partial, which `Data` completes
-        with `bind`.
+    build: builder, members of a sample -> Sample. In a config it is a partial, which `Data`
+        completes with `bind`.
     local_window: None: an epoch is a shuffle of all samples. A number: shards are shuffled, then
-        samples within as many places, which keeps the reads of a while in a few shards.
+        samples within as many places, which keeps successive reads in a few shards.
     index_dir: folder for the index of shards that are remote or read-only; None: beside them.
     storage: how remote shards are read; None: its defaults, without a cache.
     """
@@ -61,9 +62,11 @@ class Dataset:
         self.skip_damage = False
 
     def bind(self, *, skip_damage: bool = False, **options: Any) -> Dataset:
-        """The same samples with `build(**options)` as their builder.
+        """Return the same samples with `build(**options)` as their builder.
 
-        skip_damage: go on without what lies behind a shard's damage, instead of refusing it.
+        skip_damage: go on without the samples behind a shard's damage, instead of refusing it.
+
+        Raises ValueError when the builder is no `Builder`.
         """
         bound = copy.copy(self)
         bound.build = self.build(**options)
@@ -80,17 +83,17 @@ class Dataset:
         """The shards, in order."""
         urls: list[str] = []
         for pattern in self.patterns:
-            found = expand(pattern, self.storage)
-            if not found:
+            matches = expand(pattern, self.storage)
+            if not matches:
                 raise ValueError(f"shards: pattern {pattern} matches no file")
-            urls += found
+            urls += matches
         if not urls:
             raise ValueError("shards=null names no file; give at least one pattern")
         return urls
 
     @cached_property
     def index(self) -> Index:
-        """Where the samples lie; opened, or built, on first use.
+        """The index of the samples; opened, or built, on first use.
 
         Raises ValueError for shards without a sample, and for a damaged one (see `bind`).
         """
@@ -108,9 +111,10 @@ class Dataset:
         return len(self.index)
 
     def members(self, number: int) -> dict[str, Any]:
-        """Members of one sample: extension -> bytes, and its `__url__` and `__key__`.
+        """Return the members of one sample: extension -> bytes, and its `__url__` and `__key__`.
 
-        Raises BadSample where the bytes are damaged or not those that were indexed.
+        Raises IndexError for a number outside [0, len), BadSample where the bytes are damaged or
+        not those that were indexed.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"sample {number} of {len(self)}")
@@ -143,7 +147,10 @@ class Dataset:
         )
 
     def chosen(self, count: int, seed: int) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
-        """Places [0, count) -> numbers of as many samples, the same ones in every epoch."""
+        """Return a function from places in [0, count) to numbers of as many different samples.
+
+        They are the same samples in every epoch.
+        """
         key = (seed, "subset")
         if self.local_window is not None:
             return LocalPermutation(*self.index.shard_sizes(), self.local_window, *key)
@@ -152,11 +159,15 @@ class Dataset:
     def epoch(
         self, epoch: int, seed: int, count: int | None = None
     ) -> Callable[[NDArray[np.int64]], NDArray[np.int64]]:
-        """Places of an epoch -> numbers: all samples, or `count` chosen ones, once each."""
+        """Return a function from places of an epoch to sample numbers.
+
+        An epoch has all samples once, or `count` chosen ones.
+        """
         if count is None or count == len(self):
             if self.local_window is not None:
                 return LocalPermutation(*self.index.shard_sizes(), self.local_window, seed, epoch)
             return Permutation(len(self), seed, epoch)
+        # The chosen samples are shuffled anew in each epoch, within windows where there are any.
         chosen = self.chosen(count, seed)
         if self.local_window is None:
             within: Permutation | LocalPermutation = Permutation(count, seed, epoch)
@@ -168,9 +179,11 @@ class Dataset:
 
 
 def builder_digest(build: Any) -> str:
-    """Digest of what a builder makes of members: its class, its settings and the tokenizer's.
+    """Return a digest of a builder's class, its settings and its tokenizer.
 
-    Raises ValueError for a setting without a text form that says what it is.
+    Builders with the same digest make the same sample of the same members.
+
+    Raises ValueError for a setting without a stable text form.
     """
     settings = {name: _described(value) for name, value in sorted(vars(build).items())}
     for name, text in settings.items():
@@ -184,6 +197,7 @@ def builder_digest(build: Any) -> str:
 
 
 def _described(value: Any) -> str:
+    """Return a setting as text: its own digest and settings where it has one, else its repr."""
     if not hasattr(value, "digest"):
         return repr(value)
     names = {k: v for k, v in vars(value).items() if isinstance(v, str | int) and k != "path"}
@@ -200,8 +214,10 @@ def write_shards(
 ) -> list[Path]:
     """Write samples (`__key__`, then extension -> bytes) to `folder/name-00000.tar`, ...
 
-    The same samples give the same bytes: modification times are fixed. Existing files of these
-    names are replaced, each only when it is complete.
+    Return the paths. The same samples give the same bytes: modification times are fixed. Existing
+    files of these names are replaced, each only when it is complete.
+
+    Raises ValueError for a name with folders, and for samples_per_shard below 1.
     """
     from webdataset.writer import TarWriter
 
@@ -216,13 +232,15 @@ def write_shards(
     pending = next(stream, None)
     while pending is not None:
         path = folder / f"{name}-{first_shard + len(paths):05d}.tar"
-        partial = path.with_suffix(".tar.partial")
-        with open(partial, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
+        with (
+            publish(path) as temporary,
+            open(temporary, "wb") as file,
+            TarWriter(file, encoder=False, mtime=0) as tar,
+        ):
             for _ in range(samples_per_shard):
                 tar.write(dict(pending))
                 pending = next(stream, None)
                 if pending is None:
                     break
-        partial.replace(path)
         paths.append(path)
     return paths

@@ -1,4 +1,4 @@
-"""The index of a set of shards: where every sample lies, and what planning needs to know of it.
+"""The index of a set of shards: the place of every sample, and the facts that planning needs.
 
 A folder of plain little-endian columns, which are memory-mapped: opening it costs the same for a
 thousand samples and for ten million.
@@ -7,20 +7,20 @@ thousand samples and for ten million.
     shard start stop    of each sample: its shard, and its bytes in it
     key keys            end of its key in the blob of keys
     text                bytes of its text members
-    image sizes         end of its pictures in the list of (width, height), in order of the tar
-    lengths-<digest>    tokens and tiles that one builder makes of it (-1: it cannot be built)
+    image sizes         end of its images in the list of (width, height), in order of the tar
+    lengths-<digest>    tokens and tiles of the sample that one builder makes (-1: it makes none)
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import logging
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +35,7 @@ from PIL import Image
 
 from nvmm.data.shards import storage
 from nvmm.data.shards.tar import list_members, split_name
+from nvmm.io.files import lock, publish
 from nvmm.io.progress import watch
 
 log = logging.getLogger("nvmm")
@@ -51,8 +52,10 @@ _COLUMNS = {
 }
 _TEXT = ("json", "txt")
 _IMAGES = ("png", "jpg", "jpeg", "webp")
-_HEADER = 1 << 16  # bytes of a picture that nearly always hold its size
-_FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096  # below, processes cost more than they save
+_HEADER = 1 << 16
+"""The first bytes of an image, which nearly always hold its size."""
+_FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096
+"""Below these, worker processes cost more time than they save."""
 
 
 class Index:
@@ -71,35 +74,35 @@ class Index:
 
     @property
     def damage(self) -> list[str]:
-        """What is wrong with shards of which not all could be read."""
+        """A message for each shard that could not be read to its end."""
         return list(self.facts["damage"])
 
     @cached_property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Memory-mapped columns by name."""
+        """The memory-mapped columns by name."""
         return {name: _open(self.path / name, kind) for name, kind in _COLUMNS.items()}
 
     def key(self, number: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         ends = self.columns["key"]
         start = int(ends[number - 1]) if number else 0
         return self.columns["keys"][start : int(ends[number])].tobytes().decode()
 
     def image_sizes(self, number: int) -> list[tuple[int, int]]:
-        """(width, height) of a sample's pictures in the order of the tar; (0, 0) where unknown."""
+        """Return (width, height) of a sample's images in the tar's order; (0, 0) if unknown."""
         ends = self.columns["image"]
         start = int(ends[number - 1]) if number else 0
         sizes = self.columns["sizes"].reshape(-1, 2)[start : int(ends[number])]
         return [(int(width), int(height)) for width, height in sizes]
 
     def shard_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First number and number of samples of each shard that has any: two int64 [shards]."""
+        """Return first number and number of samples of each shard that has any, int64 [shards]."""
         counts = np.array(self.facts["samples_per_shard"], dtype=np.int64)
         starts = np.cumsum(counts) - counts
         return starts[counts > 0], counts[counts > 0]
 
     def estimates(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """int64 [n], roughly the tokens of samples, from text and pixels: for balance only.
+        """Return int64 [n], a rough number of tokens of samples, for balancing alone.
 
         A token for 4 bytes of text, and for 784 pixels (InternViT's patches, 2 x 2 as one).
         """
@@ -107,32 +110,38 @@ class Index:
         starts = np.where(numbers > 0, ends[np.maximum(numbers - 1, 0)], 0)
         counts = ends[numbers] - starts
         sample = np.repeat(np.arange(len(numbers)), counts)
-        picture = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
+        # Numbers of the samples' images in `sizes`: each sample has `counts` from `starts` on.
+        image = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts - starts, counts)
         pixels = np.zeros(len(numbers), dtype=np.int64)
-        np.add.at(pixels, sample, sizes[picture].astype(np.int64).prod(axis=1))
+        np.add.at(pixels, sample, sizes[image].astype(np.int64).prod(axis=1))
         return self.columns["text"][numbers].astype(np.int64) // 4 + 1 + pixels // 784
 
     def lengths(self, digest: str) -> NDArray[np.int32] | None:
-        """int32 [n, 2] tokens and tiles of every sample for one builder; None if never counted."""
+        """Return int32 [n, 2], tokens and tiles of every sample for one builder.
+
+        Return None when they were never counted.
+        """
         path = self.path / f"lengths-{digest}"
         return _open(path, "<i4").reshape(-1, 2) if path.exists() else None
 
     def count_lengths(
         self, digest: str, measure: Callable[[int], tuple[int, int]], workers: int = 0
     ) -> NDArray[np.int32]:
-        """`lengths(digest)`, made with `measure` (number -> tokens, tiles) where it is missing.
+        """Return `lengths(digest)`, made with `measure` (number -> tokens, tiles) if missing.
 
-        A sample for which `measure` raises ValueError gets -1, -1.
+        A sample for which `measure` raises ValueError gets -1, -1. Raises ValueError when the
+        counts cannot be written.
         """
-        found = self.lengths(digest)
-        if found is not None:
-            return found
+        known = self.lengths(digest)
+        if known is not None:
+            return known
         if not os.access(self.path, os.W_OK):
             raise ValueError(
                 f"{self.path} cannot be written, and the token counts are not in it; name a folder"
                 " for the index with data.train.index_dir"
             )
-        with _locked(self.path / "lock"):
+        # Another process may have counted while this one waited. Without locks both count alike.
+        with lock(self.path / "lock", required=False):
             if self.lengths(digest) is None:
                 self._count(f"lengths-{digest}", partial(_measured, measure), workers)
         return _open(self.path / f"lengths-{digest}", "<i4").reshape(-1, 2)
@@ -140,21 +149,21 @@ class Index:
     def _count(
         self, name: str, measured: Callable[[tuple[int, int]], NDArray[np.int32]], workers: int
     ) -> None:
+        """Write the column `name` of all samples, span by span."""
         step = max(1, min(1000, len(self) // max(1, 4 * workers)))
         spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
-        found = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
-        with open(self.path / f"{name}.partial", "wb") as file:
-            for rows in watch(found, len(spans), f"counting tokens ({len(self)} samples)"):
+        results = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
+        with publish(self.path / name, shared=True) as temporary, open(temporary, "wb") as file:
+            for rows in watch(results, len(spans), f"counting tokens ({len(self)} samples)"):
                 file.write(rows.tobytes())
-        os.replace(self.path / f"{name}.partial", self.path / name)
 
 
 def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 0) -> Index:
-    """The index of `shards`, in this order; built where it is missing or the shards changed.
+    """Open the index of `shards`, in this order; build it where it is missing or shards changed.
 
     Args:
-        folder: where indices are kept; None: beside the first shard. Where that is not possible
-            (remote or read-only shards) the index is built in a temporary folder at every start.
+        folder: folder that keeps indices; None: beside the first shard. Where that is not possible
+            (remote or read-only shards), the index is built in a temporary folder at every start.
         workers: processes that build it.
 
     A local shard changed when its size or modification time did. Remote shards are compared when
@@ -162,24 +171,25 @@ def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 
     """
     base, names = _place(shards, folder)
     stamps = _stamps(shards)
+    # 1. Take the index that is there, or build it there while other processes wait.
     if base is not None:
-        path = base / ".nvmm-index" / _digest(names)
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        path = base / ".nvmm-index" / digest
         if _is_current(path, stamps):
             return Index(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.parent / "lock"):
+            with lock(path.parent / "lock", required=False):
                 if not _is_current(path, stamps):
                     _build(path, shards, names, stamps, workers)
             return Index(path)
-        except PermissionError as error:
-            reason = str(error)
         except OSError as error:
-            if error.errno != 30:  # a read-only file system
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
             reason = str(error)
     else:
         reason = "the shards are remote"
+    # 2. Where nothing can be written, build one that lasts as long as this process uses it.
     log.warning(
         f"the index of {shards[0]} ... is not kept ({reason}); name a folder with"
         " data.train.index_dir"
@@ -191,7 +201,10 @@ def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 
 
 
 def _place(shards: Sequence[str], folder: str | None) -> tuple[Path | None, list[str]]:
-    """The folder that holds the index, and the names by which it knows the shards."""
+    """Return the folder that keeps the index, and the names by which the index knows the shards.
+
+    Beside the shards the names are relative, so that the folder can be moved with its index.
+    """
     if folder is not None:
         return Path(folder).expanduser(), [
             os.path.abspath(shard) if storage.local_path(shard) else shard for shard in shards
@@ -206,12 +219,8 @@ def _place(shards: Sequence[str], folder: str | None) -> tuple[Path | None, list
     ]
 
 
-def _digest(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-
-
 def _stamps(shards: Sequence[str]) -> list[list[int] | None]:
-    """[size, modification time in ns] of local shards."""
+    """Return [size, modification time in ns] of local shards, None for remote ones."""
     stamps: list[list[int] | None] = []
     for shard in shards:
         path = storage.local_path(shard)
@@ -221,22 +230,12 @@ def _stamps(shards: Sequence[str]) -> list[list[int] | None]:
 
 
 def _is_current(path: Path, stamps: list[list[int] | None]) -> bool:
+    """Return whether there is an index of this version, and of the shards as they are now."""
     try:
         facts = json.loads((path / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone among this machine's (and, where the file system can, the cluster's) processes."""
-    import fcntl
-
-    with open(path, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: two may build, alike
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build(
@@ -246,44 +245,46 @@ def _build(
     stamps: list[list[int] | None],
     workers: int,
 ) -> None:
-    """Write the index of `shards` to `path`: whole, or not at all."""
-    partial_path = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial_path, ignore_errors=True)
-    partial_path.mkdir()
-    ends = {"key": 0, "image": 0}
+    """Write the index of `shards` to `path`, complete or not at all."""
     counts: list[int] = []
     damage: list[str] = []
+    # 1. Shards are scanned apart, by processes where there is much to read.
     bytes_known = sum(stamp[0] for stamp in stamps if stamp)
     few = len(shards) == 1 or (None not in stamps and bytes_known < _FEW_BYTES)
-    found = _mapped(scan, list(shards), 0 if few else workers)
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(partial_path / name, "wb")) for name in _COLUMNS}
-        for number, (columns, problem) in enumerate(
-            watch(found, len(shards), f"indexing {len(shards)} shards")
-        ):
-            counts.append(len(columns["start"]))
-            columns["shard"] = np.full(counts[-1], number)
-            for name in ends:
-                columns[name] = columns[name] + ends[name]
-                ends[name] = int(columns[name][-1]) if counts[-1] else ends[name]
-            for name, kind in _COLUMNS.items():
-                files[name].write(columns[name].astype(kind).tobytes())
-            damage += [problem] if problem else []
-    facts = {
-        "version": _VERSION,
-        "shards": list(names),
-        "stamps": stamps,
-        "num_samples": sum(counts),
-        "samples_per_shard": counts,
-        "damage": damage,
-    }
-    (partial_path / "index.json").write_text(json.dumps(facts), encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
-    partial_path.rename(path)
+    scans = _mapped(scan, list(shards), 0 if few else workers)
+    # Without locks two processes may build at once; they write alike, each at its own name.
+    with publish(path, shared=True) as folder:
+        folder.mkdir()
+        # 2. Their columns are written one after another, so that no index need fit in memory.
+        ends = {"key": 0, "image": 0}
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(folder / name, "wb")) for name in _COLUMNS}
+            for number, (columns, problem) in enumerate(
+                watch(scans, len(shards), f"indexing {len(shards)} shards")
+            ):
+                counts.append(len(columns["start"]))
+                columns["shard"] = np.full(counts[-1], number)
+                # Ends count from a shard's start; in the index they count from the first shard's.
+                for name in ends:
+                    columns[name] = columns[name] + ends[name]
+                    ends[name] = int(columns[name][-1]) if counts[-1] else ends[name]
+                for name, dtype in _COLUMNS.items():
+                    files[name].write(columns[name].astype(dtype).tobytes())
+                damage += [problem] if problem else []
+        # 3. The stamps say later whether the shards are still those that were scanned.
+        facts = {
+            "version": _VERSION,
+            "shards": list(names),
+            "stamps": stamps,
+            "num_samples": sum(counts),
+            "samples_per_shard": counts,
+            "damage": damage,
+        }
+        (folder / "index.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
-    """Columns of one shard (ends count from its start), and what is wrong with it, if anything."""
+    """Return the columns of one shard, where ends count from its start, and its damage or None."""
     starts: list[int] = []
     stops: list[int] = []
     texts: list[int] = []
@@ -292,23 +293,25 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
     sizes: list[tuple[int, int]] = []
     with _bytes(shard) as data:
         members, problem = list_members(data, shard)
-        last = None
+        last_key = None
         for member in members:
             name = split_name(member.name)
             if name is None:
                 continue
-            if name[0] != last:
-                last = name[0]
+            # 1. A new key opens a sample, which reaches to the end of its last member.
+            if name[0] != last_key:
+                last_key = name[0]
                 starts.append(member.start)
                 stops.append(member.stop)
-                keys.append(last.encode())
+                keys.append(last_key.encode())
                 texts.append(0)
                 images.append(len(sizes))
             stops[-1] = member.stop
-            kind = name[1].rpartition(".")[2]
-            if kind in _TEXT:
+            # 2. Its text and image sizes are kept for estimates and for planning tiles.
+            extension = name[1].rpartition(".")[2]
+            if extension in _TEXT:
                 texts[-1] += member.size
-            elif kind in _IMAGES:
+            elif extension in _IMAGES:
                 sizes.append(_image_size(data, member.offset, member.size))
                 images[-1] = len(sizes)
     columns: dict[str, NDArray[Any]] = {
@@ -325,7 +328,7 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
 
 @contextlib.contextmanager
 def _bytes(shard: str) -> Iterator[bytes | mmap.mmap]:
-    """The whole shard: mapped where it is local, else read at once."""
+    """Give all bytes of a shard: mapped where it is local, else read at once."""
     path = storage.local_path(shard)
     if path is None:
         yield storage.read(shard, 0, storage.size(shard))
@@ -337,8 +340,9 @@ def _bytes(shard: str) -> Iterator[bytes | mmap.mmap]:
 
 
 def _image_size(data: bytes | mmap.mmap, start: int, size: int) -> tuple[int, int]:
+    """Return (width, height) of an image; (0, 0) where its bytes do not say."""
     for length in (min(size, _HEADER), size):
-        with contextlib.suppress(Exception):  # whatever is wrong shows when it is decoded
+        with contextlib.suppress(Exception):  # Decoding the image will say what is wrong.
             return Image.open(io.BytesIO(data[start : start + length])).size
     return 0, 0
 
@@ -346,6 +350,7 @@ def _image_size(data: bytes | mmap.mmap, start: int, size: int) -> tuple[int, in
 def _measured(
     measure: Callable[[int], tuple[int, int]], span: tuple[int, int]
 ) -> NDArray[np.int32]:
+    """Return int32 [n, 2], tokens and tiles of samples [start, stop); -1 for bad ones."""
     rows = np.full((span[1] - span[0], 2), -1, dtype=np.int32)
     for number in range(*span):
         with contextlib.suppress(ValueError):
@@ -354,7 +359,7 @@ def _measured(
 
 
 def _mapped(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """`map` in order, by `workers` processes (0: this one), which get the function once."""
+    """Map in order, by `workers` processes (0: this one), which get the function once."""
     if workers < 1:
         yield from map(function, items)
         return
@@ -369,7 +374,8 @@ _function: Callable[[Any], Any]
 
 
 def _remember(function: Callable[[Any], Any]) -> None:
-    global _function  # of this worker process
+    """Keep the function of this worker process for its calls, which would pickle it each time."""
+    global _function
     _function = function
 
 

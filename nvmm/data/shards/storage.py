@@ -1,4 +1,4 @@
-"""Bytes of files on local disks and, through fsspec, in S3, GCS, HTTP and whatever else it knows.
+"""Bytes of files on local disks and, through fsspec, in S3, GCS, HTTP and others.
 
 Credentials and endpoints are fsspec's business (environment, ~/.config/fsspec), never a config's:
 configs are saved with every run.
@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from braceexpand import braceexpand
@@ -23,14 +23,16 @@ from nvmm.data.shards.cache import Cache
 _T = TypeVar("_T")
 _MEBI = 1 << 20
 _PIECE = 16 * _MEBI
-_RANDOM = random.Random()  # not the global generator: a retry must not change a run
+# A retry must not change a run, so its delay is not drawn from the global generator.
+_RANDOM = random.Random()
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How remote files are read; local ones need nothing of it.
+    """Options of reading remote files; local ones need none of them.
 
-    cache_dir: local folder that keeps what was read, null for none. cache_bytes: its limit.
+    cache_dir: local folder that keeps the blocks that were read, null for none. cache_bytes: its
+    limit.
     read_ahead_bytes: reads that go on where the last one ended fetch this much; with a cache every
         read fetches whole blocks of this size.
     retries: tries after the first. backoff: seconds before the first retry, doubled for each.
@@ -63,31 +65,34 @@ DEFAULT = Storage()
 
 
 def expand(pattern: str, options: Storage = DEFAULT) -> list[str]:
-    """Files that a pattern names, sorted: globs, and braces as `{00000..00041}`.
+    """Return the files that a pattern names, sorted: globs, and braces as `{00000..00041}`.
 
-    A remote pattern without a glob is taken at its word; a server that lists nothing (HTTP) needs
+    A remote pattern without a glob is taken as it is; a server that lists nothing (HTTP) needs
     braces.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for name in braceexpand(pattern):
         local = local_path(name)
         if local is not None:
-            found.update(glob.glob(local) if glob.has_magic(local) else _existing(local))
+            exists = os.path.exists(local)
+            names.update(glob.glob(local) if glob.has_magic(local) else [local] * exists)
         elif any(mark in name for mark in "*["):
-            found.update(_list(name, options))
+            protocol = name.partition("://")[0]
+            paths = _retry(partial(_call, name, "glob", options), name, options)
+            names.update(p if "://" in p else f"{protocol}://{p.lstrip('/')}" for p in paths)
         else:
-            found.add(name)
-    return sorted(found)
+            names.add(name)
+    return sorted(names)
 
 
 def size(url: str, options: Storage = DEFAULT) -> int:
-    """Bytes of a file. Raises OSError naming it."""
+    """Return the size of a file in bytes. Raises OSError naming it."""
     local = local_path(url)
     return os.path.getsize(local) if local is not None else _facts(url, options)[0]
 
 
 def read(url: str, start: int, stop: int, options: Storage = DEFAULT) -> bytes:
-    """Bytes `start` to `stop` of a file; fewer where a local one ends before.
+    """Return bytes `start` to `stop` of a file; fewer where a local one ends before.
 
     A server's short answer is an error and tried again like any other, and so is a stalled one.
     Raises OSError naming file and range when the tries are used up, or at once where none can help.
@@ -105,20 +110,16 @@ def read(url: str, start: int, stop: int, options: Storage = DEFAULT) -> bytes:
 
 
 def local_path(url: str) -> str | None:
-    """Path of a local file, None for a remote one."""
+    """Return the path of a local file, None for a remote one."""
     if url.startswith("file://"):
         return url.removeprefix("file://")
     return None if "://" in url else os.path.expanduser(url)
 
 
-def _existing(path: str) -> list[str]:
-    return [path] if os.path.exists(path) else []
-
-
 def _read_local(path: str, start: int, stop: int) -> bytes:
     with open(path, "rb", buffering=0) as file:
         data = os.pread(file.fileno(), stop - start, start)
-        while len(data) < stop - start:  # one call returns at most 2 GiB
+        while len(data) < stop - start:  # One call returns at most 2 GiB.
             more = os.pread(file.fileno(), stop - start - len(data), start + len(data))
             if not more:
                 break
@@ -131,7 +132,7 @@ class _FinalError(OSError):
 
 
 class _ReadAhead:
-    """The last answers; a read that follows one fetches more than was asked for."""
+    """The last answers of a few files; a read that follows one fetches more than was asked for."""
 
     def __init__(self) -> None:
         self._last: dict[str, tuple[int, bytes]] = {}
@@ -139,7 +140,8 @@ class _ReadAhead:
     def read(self, url: str, start: int, stop: int, options: Storage) -> bytes:
         first, data = self._last.pop(url, (0, b""))
         if not first <= start <= stop <= first + len(data):
-            # the headers of a tar are jumped to, over what lies between
+            # Listing a tar reads its headers and jumps over the data between them: a short jump
+            # forward counts as going on.
             gap = start - (first + len(data))
             follows = bool(data) and 0 <= gap <= options.read_ahead_bytes
             follows = follows or first <= start < first + len(data)
@@ -148,7 +150,7 @@ class _ReadAhead:
                 length = _facts(url, options)[0]
                 ahead = max(stop, min(start + options.read_ahead_bytes, length))
             first, data = start, _fetch(url, start, ahead, options)
-        if len(data) <= max(options.read_ahead_bytes, _PIECE):  # not a whole shard
+        if len(data) <= max(options.read_ahead_bytes, _PIECE):  # A shard read at once is not kept.
             self._last[url] = (first, data)
         while len(self._last) > 4:
             del self._last[next(iter(self._last))]
@@ -159,24 +161,25 @@ _AHEAD = _ReadAhead()
 
 
 def _read_cached(url: str, start: int, stop: int, options: Storage) -> bytes:
+    """Return bytes of a file from the cache's blocks; fetch and keep the blocks that it lacks."""
     length, version = _facts(url, options)
     if stop > length:
         raise OSError(f"{url}: bytes {start}-{stop}: the file ends at {length}")
     block = options.read_ahead_bytes
     cache = _cache(str(options.cache_dir), options.cache_bytes)
     digest = hashlib.sha256(f"{url}\n{length}\n{version}\n{block}".encode()).hexdigest()[:32]
-    parts = []
+    slices = []
     for number in range(start // block, -(-stop // block)):
         first, last = number * block, min((number + 1) * block, length)
         begin, end = max(start, first) - first, min(stop, last) - first
         name = f"{digest}-{number}"
-        part = cache.get(name, last - first, begin, end)
-        if part is None:
+        content = cache.get(name, last - first, begin, end)
+        if content is None:
             data = _fetch(url, first, last, options)
             cache.put(name, data)
-            part = data[begin:end]
-        parts.append(part)
-    return b"".join(parts)
+            content = data[begin:end]
+        slices.append(content)
+    return b"".join(slices)
 
 
 @lru_cache
@@ -185,7 +188,7 @@ def _cache(folder: str, limit: int) -> Cache:
 
 
 def _fetch(url: str, start: int, stop: int, options: Storage) -> bytes:
-    """Bytes from the server, in pieces that come within the timeout and cost little to repeat."""
+    """Fetch bytes from the server, in pieces that meet the timeout and cost little to repeat."""
     piece = max(options.read_ahead_bytes, _PIECE)
     if stop - start > piece:
         ends = [*range(start + piece, stop, piece), stop]
@@ -205,7 +208,7 @@ def _fetch(url: str, start: int, stop: int, options: Storage) -> bytes:
 
 @lru_cache(maxsize=1 << 16)
 def _facts(url: str, options: Storage) -> tuple[int, str]:
-    """Size, and what tells this version of the file from another."""
+    """Return the size, and a text that tells this version of the file from another."""
     info = _retry(lambda: _call(url, "info", options), url, options)
     if info.get("size") is None:
         raise OSError(f"{url}: the server does not tell the file's size")
@@ -213,14 +216,8 @@ def _facts(url: str, options: Storage) -> tuple[int, str]:
     return int(info["size"]), str(next((info[name] for name in names if info.get(name)), ""))
 
 
-def _list(pattern: str, options: Storage) -> list[str]:
-    protocol = pattern.partition("://")[0]
-    paths = _retry(lambda: _call(pattern, "glob", options), pattern, options)
-    return [path if "://" in path else f"{protocol}://{path.lstrip('/')}" for path in paths]
-
-
 def _call(url: str, method: str, options: Storage, **arguments: Any) -> Any:
-    """A method of the url's fsspec file system, within the timeout where it can be kept."""
+    """Call a method of the url's fsspec file system, within the timeout where that can be kept."""
     from fsspec.asyn import sync
     from fsspec.core import url_to_fs
 
@@ -234,32 +231,33 @@ def _call(url: str, method: str, options: Storage, **arguments: Any) -> Any:
     return getattr(system, method)(path, **arguments)
 
 
-def _retry(attempt: Callable[[], _T], what: str, options: Storage) -> _T:
+def _retry(attempt: Callable[[], _T], subject: str, options: Storage) -> _T:
+    """Return what an attempt returns, after retries; raise OSError, beginning with `subject`."""
     for number in range(options.retries + 1):
         try:
             return attempt()
-        except Exception as error:  # each file system raises its client's own kinds
+        except Exception as error:  # Each file system raises exceptions of its client's.
             if isinstance(error, ValueError | TypeError):
                 raise
             reason = str(error) or type(error).__name__
             if _is_final(error):
-                raise OSError(f"{what}: {reason}") from error
+                raise OSError(f"{subject}: {reason}") from error
             if number == options.retries:
                 tries = options.retries + 1
-                raise OSError(f"{what}: {reason}; gave up after {tries} tries") from error
+                raise OSError(f"{subject}: {reason}; gave up after {tries} tries") from error
         time.sleep(min(options.backoff * 2**number, 60.0) * _RANDOM.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another try would end the same: the file is not there, or not for us."""
+    """Return whether another try would end the same, as for a file that is not there."""
     if isinstance(error, _FinalError):
         return True
     cause = error.__cause__ or error
     status = getattr(cause, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
-    # fsspec calls a file missing whenever asking an HTTP server for its size fails
+    # fsspec calls a file missing whenever asking an HTTP server for its size fails.
     if type(cause).__module__.startswith("aiohttp"):
         return False
     return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)

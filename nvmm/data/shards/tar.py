@@ -1,4 +1,4 @@
-"""Tar shards of webdataset: which members a tar holds, and which of them are one sample.
+"""Tar shards of webdataset: the members that a tar holds, and those that are one sample.
 
 Nothing is extracted to disk, and only regular files count: links and devices are passed over.
 """
@@ -18,13 +18,16 @@ _BLOCK = 512
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member as webdataset splits them: at the file name's first dot."""
+    """Split a member's name into key and extension as webdataset does, at the first dot.
+
+    Return None where the file name has none.
+    """
     match = _NAME.match(name)
     return (match.group(1), match.group(2).lower()) if match else None
 
 
 class Member(NamedTuple):
-    """A regular file of a tar: where its first header starts and its data lie, in bytes."""
+    """A regular file of a tar: in bytes, the start of its first header, and its data's place."""
 
     name: str
     start: int
@@ -38,9 +41,9 @@ class Member(NamedTuple):
 
 
 def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], BadSample | None]:
-    """The whole regular files of a tar, in order, and what is wrong with the tar, if anything.
+    """Return the complete regular files of a tar, in order, and its damage, or None.
 
-    A tar that is no tar, compressed, truncated or has a damaged header gives the members before
+    A file that is no tar, compressed, truncated or has a damaged header gives the members before
     the damage; the problem names the key near it.
     """
     if not data:
@@ -54,7 +57,8 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[arg-type]
             for header in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header
+                # tarfile would keep every header.
+                tar.members.clear()  # type: ignore[attr-defined]
                 key = (split_name(header.name) or (header.name,))[0]
                 if header.isreg() and header.offset_data + header.size <= len(data):
                     members.append(
@@ -64,7 +68,7 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         reason = f"truncated or damaged here, or no uncompressed tar ({error})"
         return members, BadSample(f"{shard}:{key}", reason)
-    # tarfile takes a damaged header for the end of the archive
+    # tarfile takes a damaged header for the end of the archive, so the end must be empty blocks.
     if data[end : end + _BLOCK].strip(b"\0"):
         reason = f"damaged tar header after this sample, at byte {end}"
         problem = BadSample(f"{shard}:{key}", reason)
@@ -72,14 +76,17 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
 
 
 def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
-    """What tarfile would list, six times faster; None wherever it sees more than plain files."""
+    """Return the members that tarfile would list, six times faster.
+
+    Return None where a tar holds more than plain files, which tarfile knows better.
+    """
     members: list[Member] = []
     start = at = 0
     while at < len(data):
         header = data[at : at + _BLOCK]
         if not header.strip(b"\0"):
             break
-        # no long names, links, sparse files, base-256 sizes: tarfile knows those
+        # 1. Leave long names, links, sparse files and base-256 sizes to tarfile.
         if len(header) < _BLOCK or header[156] not in b"0\0x" or header[124] & 128:
             return None
         try:
@@ -89,12 +96,14 @@ def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
             prefix = header[345:500].rstrip(b"\0").decode("ascii")
         except ValueError:
             return None
+        # 2. Leave damage to tarfile too: a wrong checksum, or data that end early.
         body = at + _BLOCK
         if sum(header) - sum(header[148:156]) + 8 * 32 != checksum or body + size > len(data):
             return None
         at = body + -(-size // _BLOCK) * _BLOCK
         if header[156] in b"x":
-            # webdataset writes such a header before every member, for fractions of mtime
+            # 3. webdataset writes such a header before every member, for fractions of mtime. It
+            # is skipped unless it changes the name or the size.
             if any(key in data[body : body + size] for key in (b"path=", b"size=", b"GNU.")):
                 return None
             continue
@@ -108,15 +117,15 @@ def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
 
 
 def parse(data: bytes, shard: str) -> dict[str, Any]:
-    """Members of one sample's bytes: extension -> bytes, and its `__url__` and `__key__`.
+    """Return the members in one sample's bytes: extension -> bytes, `__url__` and `__key__`.
 
     Raises BadSample for damage, two members of one kind, and more than one sample.
     """
-    found, problem = list_members(data, shard)
+    listed, problem = list_members(data, shard)
     if problem is not None:
         raise problem
     members: dict[str, Any] = {"__url__": shard}
-    for member in found:
+    for member in listed:
         name = split_name(member.name)
         if name is None:
             continue

@@ -110,7 +110,9 @@ def test_weights_become_integers() -> None:
 # -- the list of a config ---------------------------------------------------------------------
 
 
-def listed(make_shards: Callable[..., str], entries: list[dict[str, Any]]) -> list[mixture.Part]:
+def listed(
+    make_shards: Callable[..., str], entries: list[dict[str, Any]]
+) -> list[mixture.Component]:
     for name, count in (("a", 10), ("b", 30), ("c", 5)):
         pattern = make_shards(count, name)
         for entry in [e for outer in entries for e in (outer, *outer.get("blend", []))]:
@@ -121,7 +123,7 @@ def listed(make_shards: Callable[..., str], entries: list[dict[str, Any]]) -> li
     return mixture.read(entries, train, {"tokenizer": None})
 
 
-def weights(found: list[mixture.Part]) -> dict[str, Fraction]:
+def weights(found: list[mixture.Component]) -> dict[str, Fraction]:
     return {part.name: part.weight for part in found}
 
 

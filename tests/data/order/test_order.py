@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvmm.data.order import sample_ids
-from nvmm.data.order.mixture import Part
+from nvmm.data.order.mixture import Component
 from nvmm.data.order.order import Order, Settings
-from nvmm.data.order.packing import deal
+from nvmm.data.order.packing import assign
 from nvmm.data.order.permutation import Permutation
 
 LENGTHS = {"short": 16, "long": 40}
@@ -59,8 +59,8 @@ class _Lengths:
         return np.stack([tokens, 2 * (numbers % 3 == 0)], axis=1)
 
 
-def part(name: str, size: int, weight: Any = 1, epochs: int | None = None) -> Part:
-    return Part(name, Virtual(size), Fraction(weight), epochs, size)  # type: ignore[arg-type]
+def part(name: str, size: int, weight: Any = 1, epochs: int | None = None) -> Component:
+    return Component(name, Virtual(size), Fraction(weight), epochs, size)  # type: ignore[arg-type]
 
 
 ONE = [part("one", 1000)]
@@ -71,7 +71,11 @@ LONGER = Settings(64, 80, 4, {name: "long" for name in "abcde"} | {"one": "long"
 
 
 def order(
-    parts: list[Part], setting: Settings = PLAIN, size: int = 8, position: Any = None, seed: int = 3
+    parts: list[Component],
+    setting: Settings = PLAIN,
+    size: int = 8,
+    position: Any = None,
+    seed: int = 3,
 ) -> Order:
     saved = None if position is None else json.loads(json.dumps(position))
     return Order(parts, seed, setting, size, saved)
@@ -81,7 +85,7 @@ def samples(one: Order, steps: range) -> list[int]:
     return [sample for k in steps for pack in one.batch(k) for sample in pack.samples]
 
 
-def blend_order(parts: list[Part], count: int) -> list[int]:
+def blend_order(parts: list[Component], count: int) -> list[int]:
     """The blend's slots as ids, without any window or pack."""
     return samples(order(parts, Settings(1), size=1), range(count))
 
@@ -265,7 +269,7 @@ def test_ids_are_one_number_for_dataset_epoch_and_number() -> None:
         [0, 2**21 - 1],
         [5, 2**32 - 1],
     ]
-    holes = sample_ids.hole(every)
+    holes = sample_ids.empty_slot(every)
     assert (holes < sample_ids.FILLING).all()
     assert [part.tolist() for part in sample_ids.split(holes)] == [
         p.tolist() for p in sample_ids.split(every)
@@ -286,7 +290,7 @@ def test_ids_are_one_number_for_dataset_epoch_and_number() -> None:
 def test_dealing(size: int, micro: int, rounds: int, padded: bool, data: st.DataObject) -> None:
     count = size * micro * rounds
     costs = data.draw(st.lists(st.integers(0, 1000), min_size=count, max_size=count))
-    dealt = deal(costs, micro, size, padded=padded)
+    dealt = assign(costs, micro, size, padded=padded)
     assert [[len(batch) for batch in rank] for rank in dealt] == [[micro] * rounds] * size
     assert sorted(itertools.chain(*itertools.chain(*dealt))) == list(range(count))
     if micro == 1:

@@ -14,7 +14,7 @@ TILE_COST = 100_000
 
 
 def mixture(count: int, capacity: int, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lengths and tiles: 60 % pictures of 1 to 7 tiles, 30 % short and 10 % long texts."""
+    """Lengths and tiles: 60 % images of 1 to 7 tiles, 30 % short and 10 % long texts."""
     rng = np.random.default_rng(seed)
     kind = rng.random(count)
     tiles = np.where(kind < 0.6, rng.integers(1, 8, count), 0)

@@ -39,7 +39,7 @@ def records(folder: Path, part: str) -> list[dict]:
     return [json.loads(dataset.members(i)["json"]) for i in range(len(dataset))]
 
 
-def test_splits_share_no_picture() -> None:
+def test_splits_share_no_image() -> None:
     splits = digits.load_splits()
     assert {name: len(split.labels) for name, split in splits.items()} == {
         "train": 1257,
@@ -108,7 +108,7 @@ def _is_subsequence(short: str, long: str) -> bool:
     return all(char in stream for char in short)
 
 
-def test_pictures_yield_one_to_six_tiles(folder: Path) -> None:
+def test_images_yield_one_to_six_tiles(folder: Path) -> None:
     dataset = Dataset(str(folder / "strings" / "train-*.tar"), build=dict)
     counts = set()
     for number in range(len(dataset)):
@@ -195,9 +195,9 @@ def test_text_announces_tiles_as_its_form_says(tags: str) -> None:
 
 def test_several_images_are_asked_about_by_number() -> None:
     split, rng = digits.load_splits()["test"], random.Random(3)
-    record, pictures = digits.images_sample(split, rng, counts=[2, 3, 1], train=True)
+    record, images = digits.images_sample(split, rng, counts=[2, 3, 1], train=True)
     turns = record["conversations"]
-    assert len(pictures) == 3
+    assert len(images) == 3
     assert turns[0]["value"].startswith("<image>\n" * 3 + "Image ")  # type: ignore[index]
     asked = re.findall(r"Image (\d):", json.dumps(turns))
     assert sorted(asked) == ["1", "2", "3"]

@@ -12,7 +12,7 @@ from nvmm.batch import IMAGE
 from nvmm.data.prepare import json_records
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
-from tests.data.conftest import picture
+from tests.data.conftest import image_bytes
 from tests.data.samples.test_instruct import builder
 
 
@@ -24,8 +24,8 @@ def talk(text: str) -> list[dict[str, str]]:
 def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "a.b.JPG").write_bytes(picture(64, 32, kind="jpg"))
-    (folder / "c.png").write_bytes(picture(32, 32))
+    (folder / "sub" / "a.b.JPG").write_bytes(image_bytes(64, 32, kind="jpg"))
+    (folder / "c.png").write_bytes(image_bytes(32, 32))
     return folder
 
 
@@ -67,7 +67,7 @@ def test_records_become_samples(tmp_path: Path, images: Path, tiny: Tokenizer, s
     ],
 )
 def test_refuses_bad_paths(tmp_path: Path, images: Path, image: str, message: str) -> None:
-    (tmp_path / "secret.png").write_bytes(picture(8, 8))
+    (tmp_path / "secret.png").write_bytes(image_bytes(8, 8))
     (images / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match=message):
         list(json_records.samples([{"id": 9, "image": image, "conversations": []}], images))

@@ -20,7 +20,7 @@ from nvmm.data.prepare.tables import folder_rows, parquet_rows, samples
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
 from nvmm.data.shards.storage import expand
-from tests.data.conftest import picture
+from tests.data.conftest import image_bytes
 from tests.data.samples.test_decode import sound
 from tests.data.samples.test_instruct import builder
 
@@ -35,9 +35,9 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_datasets_folder(tmp_path: Path, tiny: Tokenizer) -> None:
     import datasets
 
-    pictures = [Image.open(io.BytesIO(picture(40 + number, 32, number))) for number in range(5)]
+    images = [Image.open(io.BytesIO(image_bytes(40 + number, 32, number))) for number in range(5)]
     table = {
-        "image": pictures,
+        "image": images,
         "question": [f"Which {number}?" for number in range(5)],
         "answers": [["7", str(number)] for number in range(5)],
         "seen": [datetime.date(2026, 1, 1 + number) for number in range(5)],
@@ -56,7 +56,7 @@ def test_a_datasets_folder(tmp_path: Path, tiny: Tokenizer) -> None:
     members = bound.members(4)
     record = json.loads(members["json"])
     assert record == {"question": "Which 4?", "answers": ["7", "4"], "seen": "2026-01-05"}
-    assert Image.open(io.BytesIO(members["png"])).tobytes() == pictures[4].tobytes()
+    assert Image.open(io.BytesIO(members["png"])).tobytes() == images[4].tobytes()
     assert set(bound[2].text.media[IMAGE].items.tolist()) == {0}
     for split, message in (("dev", "--split dev is none of train, test"), (None, "None is none")):
         with pytest.raises(ValueError, match=message):
@@ -74,7 +74,10 @@ def test_parquet(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     rows: dict[str, Any] = {
-        "pages": [[picture(8, 8), picture(9, 9, kind="jpg")], [picture(8, 8, kind="webp")]],
+        "pages": [
+            [image_bytes(8, 8), image_bytes(9, 9, kind="jpg")],
+            [image_bytes(8, 8, kind="webp")],
+        ],
         "speech": [sound("FLAC"), None],
         "text": ["a", "b"],
     }
@@ -106,12 +109,12 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def test_records_with_several_kinds_of_files(tmp_path: Path) -> None:
-    for folder in ("pictures", "sounds"):
+    for folder in ("images", "sounds"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(picture(8, 8))
+    (tmp_path / "images" / "a.png").write_bytes(image_bytes(8, 8))
     (tmp_path / "sounds" / "a.OGG").write_bytes(sound("OGG"))
     (tmp_path / "sounds" / "evil.pkl").write_bytes(b"")
-    folders = {"image": tmp_path / "pictures", "sound": tmp_path / "sounds"}
+    folders = {"image": tmp_path / "images", "sound": tmp_path / "sounds"}
     record = {"image": "a.png", "sound": "a.OGG", "caption": "x"}
     [found] = json_records.samples([record], folders)
     assert sorted(found) == ["__key__", "json", "png", "sound.ogg"]

@@ -15,7 +15,7 @@ from nvmm.data.samples.checks import check_sample
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.inference.decoding import left_padded
-from tests.data.conftest import chat, picture, vqa
+from tests.data.conftest import chat, image_bytes, vqa
 from tests.data.samples.test_instruct import builder, text
 
 PADS = "<|vision_pad|>" * 4
@@ -23,7 +23,9 @@ END = "</Image>\nRead the number.<|im_end|>\n<|im_start|>assistant\n471<|im_end|
 
 
 def made(tokenizer: Tokenizer, attended: str, members: Any = None, **options: Any) -> Sample:
-    sample = builder(tokenizer, attended=attended, **options)(members or vqa(png=picture(100, 32)))
+    sample = builder(tokenizer, attended=attended, **options)(
+        members or vqa(png=image_bytes(100, 32))
+    )
     check_sample(sample)
     return sample
 
@@ -71,14 +73,14 @@ def test_the_pixels_are_those_of_nvlm_d(tiny: Tokenizer) -> None:
 @pytest.mark.parametrize("attended", ["none", "regular", "all"])
 def test_measuring_needs_no_pixels(tiny: Tokenizer, attended: str) -> None:
     build = builder(tiny, attended=attended)
-    members = vqa(png=picture(100, 32))
+    members = vqa(png=image_bytes(100, 32))
     sample = build(members)
     tiles = sum(len(media.values) for media in sample.text.media.values())
     assert build.measure(members) == (len(sample.text.tokens), tiles)
 
 
 def test_one_tile_images(tiny: Tokenizer) -> None:
-    members = vqa(png=picture(32, 32))
+    members = vqa(png=image_bytes(32, 32))
     x, h = made(tiny, "all", members), made(tiny, "regular", members)
     assert x.text.media[ATTENDED_IMAGE].tiles.tolist() == [0]
     assert h.text.media.keys() == {IMAGE} and h.text.media[IMAGE].tiles.tolist() == [0]
@@ -102,7 +104,7 @@ def test_a_long_sample_keeps_its_tags(tiny: Tokenizer) -> None:
     whole = made(tiny, "all")
     ends = whole.text.media[ATTENDED_IMAGE].ends
     assert ends is not None
-    long = vqa(answer="4" * 200, png=picture(100, 32))
+    long = vqa(answer="4" * 200, png=image_bytes(100, 32))
     cut = made(tiny, "all", long)
     assert len(cut.text.tokens) == 64 and torch.equal(cut.text.media[ATTENDED_IMAGE].ends, ends)
     with pytest.raises(ValueError, match="would cut an image or every answer"):
@@ -110,7 +112,7 @@ def test_a_long_sample_keeps_its_tags(tiny: Tokenizer) -> None:
 
 
 def test_placeholders_in_the_text_are_refused(tiny: Tokenizer) -> None:
-    members = vqa(question="<image> <|vision_pad|>?", png=picture(100, 32))
+    members = vqa(question="<image> <|vision_pad|>?", png=image_bytes(100, 32))
     with pytest.raises(ValueError, match="the tiles need 0"):
         made(tiny, "all", members)
 
@@ -135,9 +137,9 @@ def test_tags_outside_the_sample_are_refused(tiny: Tokenizer) -> None:
 def test_collate_moves_tags_with_their_samples(tiny: Tokenizer, packed: bool) -> None:
     build: InstructBuilder = builder(tiny, attended="regular", tags=ImageTags("2d_grid"))
     samples = [
-        build(vqa(png=picture(100, 32))),
+        build(vqa(png=image_bytes(100, 32))),
         build(chat(("human", "hi"), ("gpt", "ho"))),
-        build(vqa(png=picture(64, 64))),
+        build(vqa(png=image_bytes(64, 64))),
     ]
     batch = collate(samples, pad_id=tiny.pad_id, packed=packed)
     media = batch.media[ATTENDED_IMAGE]
@@ -158,7 +160,7 @@ def test_collate_moves_tags_with_their_samples(tiny: Tokenizer, packed: bool) ->
 
 def test_left_padding_moves_tags_too(tiny: Tokenizer) -> None:
     build = builder(tiny, attended="all")
-    prompts = [build.prompt(vqa(png=picture(w, 32))) for w in (32, 100)]
+    prompts = [build.prompt(vqa(png=image_bytes(w, 32))) for w in (32, 100)]
     batch, _ = left_padded(prompts, tiny.pad_id)
     media = batch.media[ATTENDED_IMAGE]
     assert media.ends is not None

@@ -17,10 +17,10 @@ from nvmm.data.prepare.digits import train_tokenizer
 from nvmm.data.shards.dataset import write_shards
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
-from tests.data.conftest import picture
+from tests.data.conftest import image_bytes
 from tests.ranks import run_ranks
 
-JPG = picture(40, 30, kind="jpg")
+JPG = image_bytes(40, 30, kind="jpg")
 QUESTION = {"question": "Which?", "answers": ["red", "blue"]}
 TURNS = [{"from": "human", "value": "<image>Hi"}, {"from": "gpt", "value": "Ho"}]
 RECORDS: dict[str, dict[str, Any]] = {

@@ -20,12 +20,12 @@ from nvmm.data.samples.forms import Caption, Chat, Document, MultipleChoice, Ocr
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
-from tests.data.conftest import picture
+from tests.data.conftest import image_bytes
 from tests.data.conftest import template as dialect
 
 PADS = "<|vision_pad|>" * 4
 IMAGE = f"<Image><tile_global_thumbnail>{PADS}</Image>"
-SMALL = picture(32, 32)
+SMALL = image_bytes(32, 32)
 
 
 def builder(tokenizer: Tokenizer, form: Any, **options: Any) -> InstructBuilder:
@@ -61,7 +61,7 @@ def trained(tokenizer: Tokenizer, built: Sample) -> str:
 def test_caption(tiny: Tokenizer) -> None:
     plain = {"template": dialect("pretraining"), "tags": ImageTags("none")}
     build = builder(tiny, Caption(), fields={"caption": ".txt"}, max_tiles=1, **plain)
-    built = build(sample(jpg=picture(64, 32, kind="jpg"), txt=b"A red bus.\n"))
+    built = build(sample(jpg=image_bytes(64, 32, kind="jpg"), txt=b"A red bus.\n"))
     assert whole(tiny, built) == f"<Image>{PADS}</Image>\nA red bus.<|im_end|>"
     assert trained(tiny, built) == "A red bus.<|im_end|>"
     assert built.text.media[KIND].values.shape == (1, 3, 32, 32)
@@ -105,7 +105,7 @@ def test_multiple_choice(tiny: Tokenizer, answer: Any) -> None:
 def test_words_with_boxes(tiny: Tokenizer) -> None:
     boxes = [[0, 0, 20, 8], [10, 8, 40, 8, 40, 16, 10, 16]]
     record = {"words": ["Exit", "now"], "boxes": boxes}
-    built = builder(tiny, Ocr("Read."))(sample(record, png=picture(40, 16)))
+    built = builder(tiny, Ocr("Read."))(sample(record, png=image_bytes(40, 16)))
     assert trained(tiny, built) == (
         "Exit<box>(0,0),(500,500)</box>\nnow<box>(250,500),(1000,1000)</box><|im_end|>"
     )
@@ -116,7 +116,7 @@ def test_words_with_boxes(tiny: Tokenizer) -> None:
 
 def test_obelics(tiny: Tokenizer) -> None:
     record = {"texts": ["One", None, "two", None], "images": [None, "u1", None, "u2"]}
-    members = sample(record, _0_png=SMALL, _1_png=picture(64, 32))
+    members = sample(record, _0_png=SMALL, _1_png=image_bytes(64, 32))
     built = builder(tiny, Document())(members)
     wide = f"<Image><tile_1>{PADS}<tile_2>{PADS}<tile_global_thumbnail>{PADS}</Image>"
     assert whole(tiny, built) == f"One\n{IMAGE}\ntwo\n{wide}<|im_end|>"
@@ -128,15 +128,15 @@ def test_obelics(tiny: Tokenizer) -> None:
         assert built.text.tokens[position : position + 4].tolist() == [tiny.image_id] * 4
 
 
-def test_mmc4_puts_pictures_before_their_sentences(tiny: Tokenizer) -> None:
+def test_mmc4_puts_images_before_their_sentences(tiny: Tokenizer) -> None:
     infos = [{"matched_text_index": 2}, {"matched_text_index": 0}, {"matched_text_index": 2}]
     record = {"text_list": ["a", "b", "c"], "image_info": infos}
-    pictures = [picture(32, 32, seed) for seed in range(3)]
+    images = [image_bytes(32, 32, seed) for seed in range(3)]
     build = builder(tiny, Document(" "), tags=ImageTags("none"), max_tiles=1)
-    built = build(sample(record, **{f"_{i}_png": data for i, data in enumerate(pictures)}))
+    built = build(sample(record, **{f"_{i}_png": data for i, data in enumerate(images)}))
     image = f"<Image>{PADS}</Image>"
     assert whole(tiny, built) == f"{image} a b {image} {image} c<|im_end|>"
-    alone = [build(sample({"text": "<image>x"}, png=data)) for data in pictures]
+    alone = [build(sample({"text": "<image>x"}, png=data)) for data in images]
     for tile, expected in zip(built.text.media[KIND].values, (1, 0, 2), strict=True):
         assert torch.equal(tile, alone[expected].text.media[KIND].values[0])
 
@@ -153,13 +153,13 @@ def test_plain_text(tiny: Tokenizer) -> None:
     )
 
 
-def test_long_documents_lose_their_end_whole_pictures_first(tiny: Tokenizer) -> None:
+def test_long_documents_lose_their_end_whole_images_first(tiny: Tokenizer) -> None:
     text = "one<image>two<image>three<image>four"
-    members = sample({"text": text}, **{f"_{i}_png": picture(32, 32, i) for i in range(3)})
+    members = sample({"text": text}, **{f"_{i}_png": image_bytes(32, 32, i) for i in range(3)})
     every = builder(tiny, Document(), sequence_length=256)(members)
     positions = every.text.media[KIND].positions.tolist()
     for kept in (1, 2):
-        length = positions[kept] + 3  # one placeholder of the next picture does not fit
+        length = positions[kept] + 3  # one placeholder of the next image does not fit
         cut = builder(tiny, Document(), sequence_length=length)(members)
         assert len(cut.text.media[KIND].tiles) == kept
         assert len(cut.text.tokens) <= length
@@ -168,14 +168,14 @@ def test_long_documents_lose_their_end_whole_pictures_first(tiny: Tokenizer) -> 
 
 
 def test_measured_as_built(tiny: Tokenizer) -> None:
-    """Headers alone give the tokens and tiles of the decoded example, rotated pictures too."""
+    """Headers alone give the tokens and tiles of the decoded example, rotated images too."""
     turned = Image.Exif()
     turned[0x0112] = 6
     buffer = io.BytesIO()
     Image.new("RGB", (96, 32)).save(buffer, "JPEG", exif=turned)
     texts: dict[str, Any] = {"texts": ["One", None, "two"], "images": [None, "u", None]}
     for length in (24, 256):
-        for data in (SMALL, picture(150, 40), buffer.getvalue()):
+        for data in (SMALL, image_bytes(150, 40), buffer.getvalue()):
             for form, record in (
                 (Chat(), {"question": "Which?", "answer": "12345"}),
                 (Document(), texts),
@@ -194,8 +194,8 @@ def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
     samples = [
         {
             "__key__": f"part/{number:04d}",
-            "img.jpg": picture(32, 32, number, "jpg"),
-            "thumb.png": picture(8, 8),
+            "img.jpg": image_bytes(32, 32, number, "jpg"),
+            "thumb.png": image_bytes(8, 8),
             "meta.json": json.dumps(record).encode(),
             "pyd": b"cos\nsystem\n(S'exit 1'\ntR.",
         }
@@ -222,8 +222,8 @@ def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
     ("fields", "message"),
     [
         (
-            {"picture": ".jpg"},
-            r"build\.fields\.picture is unknown; use one of record, image, caption",
+            {"image": ".jpg"},
+            r"build\.fields\.image is unknown; use one of record, image, caption",
         ),
         ({"caption": ".pyd"}, r"\.pyd: pickled members are not read"),
         ({"caption": ".mp4"}, r"\.mp4 has no decoder"),
@@ -260,7 +260,7 @@ ONE_IMAGE = [{"matched_text_index": 0}]
         (MultipleChoice(), QUESTION | {"answer": "AB"}, "answer 'AB' is none of 2 choices"),
         (MultipleChoice(), {"question": "x", "choices": []}, "choices must be a list that is not"),
         (Ocr(), WORD | {"boxes": []}, "boxes must be a list of 1"),
-        (Ocr(), WORD | {"boxes": [[0, 0, 33, 8]]}, "leaves the picture of 32x32 pixels"),
+        (Ocr(), WORD | {"boxes": [[0, 0, 33, 8]]}, "leaves the image of 32x32 pixels"),
         (Ocr(), WORD | {"boxes": [[0, 0, "9", 8]]}, "must be .x0, y0, x1, y1. or a polygon"),
         (Ocr(), {"words": [""]}, "word is empty"),
         (Document(), {"text": "no marker"}, "0 <image> markers, the sample 1 images"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import choose_grid, decode_image, tile_image
-from tests.data.conftest import picture
+from tests.data.conftest import image_bytes
 
 # (width, height): grid with 6 tiles, grid with 12
 GRIDS = {
@@ -86,8 +86,8 @@ def test_thumbnail_can_be_left_out() -> None:
     assert tile_image(quadrants(), tile_size=8, use_thumbnail=False).tiles.tolist() == [1, 2, 3, 4]
 
 
-def test_grey_and_palette_pictures_equal_their_rgb_form() -> None:
-    grey = Image.open(io.BytesIO(picture(50, 20, mode="L")))
+def test_grey_and_palette_images_equal_their_rgb_form() -> None:
+    grey = Image.open(io.BytesIO(image_bytes(50, 20, mode="L")))
     palette = quadrants().quantize(4)
     for image in (grey, palette):
         own = tile_image(image, tile_size=8).values
@@ -96,12 +96,12 @@ def test_grey_and_palette_pictures_equal_their_rgb_form() -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
 def test_decodes_the_allowed_formats(kind: str) -> None:
-    assert decode_image(picture(20, 10, kind=kind), source="s:k").size == (20, 10)
+    assert decode_image(image_bytes(20, 10, kind=kind), source="s:k").size == (20, 10)
 
 
-def test_damaged_picture_names_its_source() -> None:
-    data = picture(40, 40)
-    for damaged in (b"", b"no picture", data[: len(data) // 2]):
+def test_damaged_image_names_its_source() -> None:
+    data = image_bytes(40, 40)
+    for damaged in (b"", b"no image", data[: len(data) // 2]):
         with pytest.raises(ValueError, match=r"a\.tar:key\.png: cannot decode"):
             decode_image(damaged, source="a.tar:key.png")
 
@@ -110,7 +110,7 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
     def load(image: Image.Image) -> None:
         raise AssertionError("decompressed")
 
-    data = picture(40, 30)
+    data = image_bytes(40, 30)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
     with pytest.raises(ValueError, match=r"s:k: image of 40x30 pixels exceeds max_pixels=1000"):
         decode_image(data, source="s:k", max_pixels=1000)
@@ -124,7 +124,7 @@ def test_other_formats_are_refused() -> None:
 
 
 def weights(before: int, after: int) -> np.ndarray:
-    """Rows of Pillow's bicubic filter (Keys, a = -0.5), widened where the picture shrinks."""
+    """Rows of Pillow's bicubic filter (Keys, a = -0.5), widened where the image shrinks."""
     scale = before / after
     width = max(scale, 1.0)
     distance = (np.arange(before) + 0.5 - (np.arange(after)[:, None] + 0.5) * scale) / width
@@ -136,7 +136,7 @@ def weights(before: int, after: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(60, 40), (40, 90), (200, 180)])
 def test_tiles_are_resized_by_pillows_filter(size: tuple[int, int]) -> None:
-    """Against the filter's formula in float, and Pillow's own on a smooth picture."""
+    """Against the filter's formula in float, and Pillow's own on a smooth image."""
     y, x = np.mgrid[: size[1], : size[0]]
     waves = [128 + 100 * np.sin(x / 9 + c) * np.cos(y / 7 - c) for c in range(3)]
     image = Image.fromarray(np.stack(waves, -1).round().astype(np.uint8))
@@ -213,9 +213,9 @@ def test_16_bit_colours_keep_their_upper_byte() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientations_become_upright(orientation: int, kind: str) -> None:
-    """A picture stored turned or mirrored, as cameras do, shows as it was taken."""
+    """An image stored turned or mirrored, as cameras do, shows as it was taken."""
     upright = np.asarray(quadrants().resize((32, 16), Image.Resampling.NEAREST))
-    # EXIF says where row 0 and column 0 of the stored pixels lie in the upright picture
+    # EXIF says where row 0 and column 0 of the stored pixels lie in the upright image
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -238,7 +238,7 @@ def test_exif_orientations_become_upright(orientation: int, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_truncated_pictures_are_bad_samples(kind: str, part: float) -> None:
-    data = picture(64, 48, kind=kind)
+def test_truncated_images_are_bad_samples(kind: str, part: float) -> None:
+    data = image_bytes(64, 48, kind=kind)
     with pytest.raises(BadSample, match=r"^s\.tar:k: cannot decode"):
         decode_image(data[: int(len(data) * part)], source="s.tar:k")

@@ -12,7 +12,7 @@ from nvmm.batch import IMAGE
 from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
-from tests.data.conftest import chat, picture, vqa
+from tests.data.conftest import chat, image_bytes, vqa
 from tests.data.conftest import template as dialect
 
 
@@ -32,7 +32,7 @@ def text(tokenizer: Tokenizer, tokens: torch.Tensor) -> str:
 
 
 def test_vqa_sample(tiny: Tokenizer) -> None:
-    sample = builder(tiny)(vqa(png=picture(100, 32)))
+    sample = builder(tiny)(vqa(png=image_bytes(100, 32)))
     pads = "<|vision_pad|>" * 4
     tiles = "".join(f"<tile_{k}>{pads}" for k in (1, 2, 3))
     assert text(tiny, sample.text.tokens) == (
@@ -53,16 +53,16 @@ def test_vqa_sample(tiny: Tokenizer) -> None:
     assert sample.source == "s.tar:k0"
 
 
-def test_conversation_with_several_pictures(tiny: Tokenizer) -> None:
+def test_conversation_with_several_images(tiny: Tokenizer) -> None:
     # 10.png must come after 2.png, though names sort the other way
     members = chat(
         ("human", "<image><image>\n<image> Same?"),
         ("gpt", "No"),
         ("human", "Sure?"),
         ("gpt", "Yes"),
-        _10_png=picture(32, 32, 3),
-        _2_png=picture(64, 32, 2),
-        _1_jpg=picture(32, 32, 1, "jpg"),
+        _10_png=image_bytes(32, 32, 3),
+        _2_png=image_bytes(64, 32, 2),
+        _1_jpg=image_bytes(32, 32, 1, "jpg"),
     )
     sample = builder(tiny, sequence_length=128)(members)
     media = sample.text.media[IMAGE]
@@ -97,20 +97,20 @@ def test_most_frequent_answer_is_trained_and_all_are_references(tiny: Tokenizer)
 
 def test_prompt_is_the_unsupervised_prefix(tiny: Tokenizer) -> None:
     build = builder(tiny)
-    whole, prompt = build(vqa(png=picture(70, 32))), build.prompt(vqa(png=picture(70, 32)))
+    whole, prompt = build(vqa(png=image_bytes(70, 32))), build.prompt(vqa(png=image_bytes(70, 32)))
     assert torch.equal(prompt.text.tokens, whole.text.tokens[: len(prompt.text.tokens)])
     assert text(tiny, prompt.text.tokens).endswith("<|im_start|>assistant\n")
     assert not prompt.text.weights.any()
     assert torch.equal(prompt.text.media[IMAGE].values, whole.text.media[IMAGE].values)
     question = {"question": "Read the number."}
-    unanswered = vqa(png=picture(70, 32)) | {"json": json.dumps(question).encode()}
+    unanswered = vqa(png=image_bytes(70, 32)) | {"json": json.dumps(question).encode()}
     assert torch.equal(build.prompt(unanswered).text.tokens, prompt.text.tokens)
     assert build.references(unanswered) == []
 
 
 def test_long_samples_lose_tiles_first(tiny: Tokenizer) -> None:
     # 6:1 takes 6 tiles, 4 at most takes 4:1, then 2:1, then one tile without a thumbnail
-    wide = vqa(png=picture(192, 32))
+    wide = vqa(png=image_bytes(192, 32))
     lengths = {
         limit: len(builder(tiny, max_tiles=limit)(wide).text.tokens) for limit in (6, 4, 2, 1)
     }
@@ -125,11 +125,11 @@ def test_long_samples_lose_tiles_first(tiny: Tokenizer) -> None:
 
 def test_then_text_is_cut_but_never_media(tiny: Tokenizer) -> None:
     answer = "123456" * 5
-    members = vqa(answer=answer, png=picture(32, 32))
+    members = vqa(answer=answer, png=image_bytes(32, 32))
     sample = builder(tiny, sequence_length=40)(members)
     assert len(sample.text.tokens) == 40
     assert answer.startswith(text(tiny, sample.text.tokens[sample.text.weights == 1]))
-    late = chat(("human", "word " * 60 + "<image>"), ("gpt", "No"), png=picture(32, 32))
+    late = chat(("human", "word " * 60 + "<image>"), ("gpt", "No"), png=image_bytes(32, 32))
     with pytest.raises(ValueError, match=r"s\.tar:k0: needs \d+ tokens with one tile .* an image"):
         builder(tiny, sequence_length=40)(late)
     with pytest.raises(ValueError, match=r"data\.sequence_length=16 would cut"):
@@ -140,7 +140,7 @@ def test_then_text_is_cut_but_never_media(tiny: Tokenizer) -> None:
 
 def test_refuses_a_placeholder_in_the_text(tiny: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"s\.tar:k0: 5 placeholders .* the tiles need 4"):
-        builder(tiny)(vqa("What is <|vision_pad|>?", png=picture(32, 32)))
+        builder(tiny)(vqa("What is <|vision_pad|>?", png=image_bytes(32, 32)))
     with pytest.raises(ValueError, match=r"1 placeholders .* the tiles need 0"):
         builder(tiny)(vqa("What is <|vision_pad|>?"))
 
@@ -150,7 +150,7 @@ def test_refuses_a_placeholder_in_the_text(tiny: Tokenizer) -> None:
     [
         (chat(("human", "Hi")), "no supervised token"),
         (chat(("human", "<image>Hi"), ("gpt", "Ho")), "1 <image> markers, the sample 0 images"),
-        (chat(("human", "Hi"), ("gpt", "Ho"), png=picture(8, 8)), "0 <image> markers"),
+        (chat(("human", "Hi"), ("gpt", "Ho"), png=image_bytes(8, 8)), "0 <image> markers"),
         (chat(("narrator", "Hi")), "role 'narrator' is unknown"),
         (vqa() | {"json": b"{"}, "member json: damaged JSON"),
         (vqa() | {"json": b"[1]"}, "member json must be an object, got list"),
@@ -160,11 +160,11 @@ def test_refuses_a_placeholder_in_the_text(tiny: Tokenizer) -> None:
         ),
         (vqa(answer=7), "answer must be text, got 7"),
         ({"__key__": "k0", "__url__": "s.tar", "txt": b""}, "no conversations, .* members are txt"),
-        (vqa(png=picture(8, 8), jpg=picture(8, 8, kind="jpg")), "jpg, png is ambiguous"),
+        (vqa(png=image_bytes(8, 8), jpg=image_bytes(8, 8, kind="jpg")), "jpg, png is ambiguous"),
         (vqa(png=b"broken"), "member png: cannot decode"),
         (vqa(answer=" "), "answer is empty"),
         (chat(("human", "Hi"), ("gpt", "")), "an assistant turn is empty"),
-        (vqa(left_png=picture(8, 8)), r"picture left\.png has no number"),
+        (vqa(left_png=image_bytes(8, 8)), r"image left\.png has no number"),
     ],
 )
 def test_refusals_name_shard_and_sample(

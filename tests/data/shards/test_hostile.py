@@ -68,14 +68,14 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
 
 @pytest.mark.parametrize("side", [12_000, 60_000, 2_000_000_000])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_picture_bombs_are_not_decompressed(side: int) -> None:
+def test_image_bombs_are_not_decompressed(side: int) -> None:
     rows = (b"IDAT", zlib.compress(bytes(10**6)))
     for read in (decode_image, read_size):
         with pytest.raises(BadSample, match=r"^s\.tar:k: "):
             read(png(side, side, rows), source="s.tar:k")
 
 
-def test_text_bombs_in_pictures_are_not_decompressed() -> None:
+def test_text_bombs_in_images_are_not_decompressed() -> None:
     text = (b"zTXt", b"comment\0\0" + zlib.compress(bytes(8 * 2**20)))
     with pytest.raises(BadSample, match=r"^s\.tar:k: cannot decode image"):
         decode_image(png(8, 8, text, (b"IDAT", zlib.compress(bytes(72)))), source="s.tar:k")

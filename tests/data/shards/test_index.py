@@ -23,7 +23,7 @@ from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest, write_shards
 from nvmm.data.shards.index import open_index
-from tests.data.conftest import chat, picture, vqa
+from tests.data.conftest import chat, image_bytes, vqa
 from tests.data.conftest import template as dialect
 from tests.data.samples.test_instruct import builder
 
@@ -37,7 +37,7 @@ def shards_of(folder: Path, samples: list[dict[str, Any]], per_shard: int = 2) -
 
 def rotated(width: int, height: int) -> bytes:
     """A JPEG whose EXIF says that it lies on its side."""
-    image = Image.open(io.BytesIO(picture(width, height)))
+    image = Image.open(io.BytesIO(image_bytes(width, height)))
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -46,12 +46,12 @@ def rotated(width: int, height: int) -> bytes:
 
 
 MIXED = [
-    {**vqa(png=picture(100, 32)), "__key__": "a"},
+    {**vqa(png=image_bytes(100, 32)), "__key__": "a"},
     {**vqa("How many digits are there?", "3"), "__key__": "b"},
-    {**chat(("human", "<image> <image>?"), ("gpt", "No"), _0_jpg=picture(64, 48, kind="jpg"),
-            _1_png=picture(20, 90)), "__key__": "dir/c"},
+    {**chat(("human", "<image> <image>?"), ("gpt", "No"), _0_jpg=image_bytes(64, 48, kind="jpg"),
+            _1_png=image_bytes(20, 90)), "__key__": "dir/c"},
     {**vqa(jpg=rotated(96, 32)), "__key__": "d"},
-    {**vqa(answer="long " * 40, png=picture(180, 32)), "__key__": "e"},
+    {**vqa(answer="long " * 40, png=image_bytes(180, 32)), "__key__": "e"},
 ]  # fmt: skip
 
 

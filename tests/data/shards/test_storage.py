@@ -141,7 +141,7 @@ def test_processes_share_a_cache(server: FaultyServer, tmp_path: Path) -> None:
     assert right == [True] * 4
     # a block of each process may lie on top
     assert used(tmp_path) <= 160_000 + 4 * 10_000
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob(".tmp_*"))
 
 
 def test_a_remote_dataset_equals_the_local_one(

@@ -14,19 +14,19 @@ from nvmm.batch import ATTENDED, MediaKind, TextMedia
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PICTURES = 12
-"""Samples of a benchmark whose images are kept, and drawn by the report."""
+MAX_IMAGES = 12
+"""The number of a benchmark's samples whose images are kept for the report to draw."""
 _IMAGE_SIZE, _TILE_SIZE = 640, 112
 
 
-def picture_fields(
+def image_fields(
     members: Mapping[str, Any], media: Mapping[MediaKind, TextMedia]
 ) -> dict[str, Any]:
-    """Return what a line of `predictions.jsonl` needs for its first image to be drawn.
+    """Return the fields of a line of `predictions.jsonl` from which its first image is drawn.
 
     Args:
-        members: of the shard's sample (extension -> bytes).
-        media: what a sample builder has made of it.
+        members: the shard's sample (extension -> bytes).
+        media: the media that a sample builder has made of it.
 
     Returns: {image: base64 PNG of the image, tiles: [base64 PNG of each tile, the grid
     row-major, then the thumbnail], grid: [cols, rows]}, images made smaller for the page;
@@ -34,25 +34,27 @@ def picture_fields(
     """
     from PIL.Image import fromarray
 
-    from nvmm.data.samples.decode import PICTURES
+    from nvmm.data.samples.decode import IMAGES
     from nvmm.data.samples.images import choose_grid, decode_image
 
+    # 1. Find the first image: the member "png" alone, or the lowest of "0.png", "1.png", ...
     kinds = [kind for kind in media if kind.modality == "image"]
-    numbers = {}  # "png" alone, or numbered: "0.png", "1.png", ...
+    numbers = {}
     for name in members:
         number, _, extension = name.rpartition(".")
-        if extension in PICTURES and (not number or number.isdecimal()):
+        if extension in IMAGES and (not number or number.isdecimal()):
             numbers[name] = int(number or 0)
     if not numbers or not kinds:
         return {}
     first = min(numbers, key=numbers.__getitem__)
     image = decode_image(members[first], source=first)
-    # Tiles may be in the sequence or outside of it; a thumbnail comes after its tiles.
+    # 2. Take its tiles. They may be in the sequence or outside of it; a thumbnail comes last.
     kinds.sort(key=lambda kind: kind.placement != ATTENDED)
     items, tiles, values = (
         torch.cat([getattr(media[kind], name) for kind in kinds])
         for name in ("items", "tiles", "values")
     )
+    # 3. The media do not say the grid, but their number of tiles allows one alone.
     count = max(1, int((tiles[items == 0] != 0).sum()))
     grid = choose_grid(image.width, image.height, min_tiles=count, max_tiles=count)
     shown = [fromarray(tile.permute(1, 2, 0).numpy()) for tile in values[items == 0]]
@@ -64,6 +66,7 @@ def picture_fields(
 
 
 def _encode(image: Image, size: int) -> str:
+    """Return an image as base64 PNG, at most `size` pixels wide and high."""
     image = image.convert("RGB")
     image.thumbnail((size, size))
     buffer = io.BytesIO()
