@@ -1,0 +1,87 @@
+"""Files and folders that appear under their name only when they are complete, and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY = ".tmp_"
+"""Prefix of names that `publish` writes at; a crash may leave them behind."""
+
+
+@contextlib.contextmanager
+def publish(path: Path, *, shared: bool = False, durable: bool = True) -> Iterator[Path]:
+    """Give a temporary name beside `path`, which becomes `path` when the block has ended well.
+
+    The block makes a file or a folder there, in the folder of `path`, which must exist. It replaces
+    a file or folder that has the name already. When the block fails, its work is removed and the
+    old content stays. A crash leaves the temporary name, and the next call removes it.
+
+    shared: several processes may publish `path` at once without a lock, so that each writes at a
+        name of its own. The one that ends last wins, and nobody removes what a crash leaves.
+    durable: bring the content to the disk before the renaming, and the new name after it. False is
+        for content that its reader checks.
+    """
+    token = f"_{secrets.token_hex(4)}" if shared else ""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}{token}")
+    _remove(temporary)
+    try:
+        yield temporary
+        if durable:
+            for entry in [*temporary.rglob("*"), temporary]:
+                sync(entry)
+        if temporary.is_dir():  # renaming replaces a file, but no folder that has content
+            _remove(path)
+        temporary.replace(path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole (text as UTF-8), or leave the old one."""
+    with publish(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = True, required: bool = True) -> Iterator[None]:
+    """Exclude this machine's (and, where the file system can, the cluster's) other processes.
+
+    path: an empty file, made where it is missing and never removed. Threads exclude each other too.
+    wait: wait for the lock. False: raise BlockingIOError when another holds it.
+    required: raise OSError on a file system without locks. False: go on there without one.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            if required:
+                raise
+        yield
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""Files are whole or not there, also after a crash; locks exclude."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvmm.io.files import lock, publish, write
+
+CRASH = """
+import os, sys
+from pathlib import Path
+from nvmm.io.files import publish
+
+with publish(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os._exit(1)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_replaces_a_file(tmp_path: Path) -> None:
+    write(tmp_path / "a", "old")
+    write(tmp_path / "a", "new ü")
+    assert (tmp_path / "a").read_bytes() == "new ü".encode()
+    assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_failed_block_leaves_the_old_file(tmp_path: Path, shared: bool) -> None:
+    write(tmp_path / "a", "old")
+    with pytest.raises(ValueError, match="broken"), publish(tmp_path / "a", shared=shared) as path:
+        path.write_text("half")
+        raise ValueError("broken")
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_crash_leaves_the_old_file_and_the_next_call_cleans_up(tmp_path: Path) -> None:
+    write(tmp_path / "a", "old")
+    result = subprocess.run([sys.executable, "-c", CRASH, str(tmp_path / "a")], check=False)
+    assert result.returncode == 1
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == [".tmp_a", "a"]
+    write(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_replaces_another(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with publish(tmp_path / "folder") as path:
+            path.mkdir()
+            (path / content).write_text(content)
+            assert content == "first" or names(tmp_path / "folder") == ["first"]
+    assert names(tmp_path / "folder") == ["second"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_two_that_share_a_name_write_apart(tmp_path: Path) -> None:
+    with publish(tmp_path / "a", shared=True) as one, publish(tmp_path / "a", shared=True) as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert (tmp_path / "a").read_text() == "one"
+
+
+def test_a_lock_excludes_until_its_block_ends(tmp_path: Path) -> None:
+    with (
+        lock(tmp_path / "lock"),
+        pytest.raises(BlockingIOError),
+        lock(tmp_path / "lock", wait=False, required=False),
+    ):
+        pass
+    with lock(tmp_path / "lock", wait=False):
+        pass
