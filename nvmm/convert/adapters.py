@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.convert.exporting import layout
 from nvmm.convert.files import publish
 from nvmm.convert.formats import peft
 from nvmm.convert.formats.peft import Factors
 from nvmm.convert.importing import on_meta
-from nvmm.convert.models import Saved, open_checkpoint, write_state, write_weights
-from nvmm.convert.sources import Cast, Held, Over, Source, read
+from nvmm.convert.models import SavedModel, open_checkpoint, write_state, write_weights
+from nvmm.convert.sources import Cast, InMemory, Source, WithLora, read
 from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
 _BLOCK = 4_194_304  # elements merged at a time
 _STATE = ("config", "tokenizer_digest", "sources", "initialised")
 
 
-class Updated:
+class MergedLora:
     """Weights with their adapters' updates: W + alpha / rank * B A in fp32, rounded once.
 
     masks: linear -> [rows, members], of every linear with an adapter. dtype: None for W's own.
@@ -64,7 +64,7 @@ class Updated:
                 yield (rows.float() + self.scale * update).to(self.dtype or rows.dtype)
 
 
-def adapters(saved: Saved) -> Lora:
+def adapters(saved: SavedModel) -> Lora:
     """What a checkpoint's run says about its adapters. Raises ValueError when it has none."""
     config = saved.state["config"].get("lora")
     if not saved.has_adapters or config is None:
@@ -73,7 +73,7 @@ def adapters(saved: Saved) -> Lora:
 
 
 def merge(
-    saved: Saved,
+    saved: SavedModel,
     to: Path,
     constructor: Callable[..., Any],
     *,
@@ -88,7 +88,7 @@ def merge(
     lora = adapters(saved)
     below, source = _whole(saved, base)
     names = [n.removesuffix(FACTORS[0]) for n in source.spec if n.endswith(FACTORS[0])]
-    merged = Updated(source, _masks(constructor, names), lora.alpha / lora.rank, dtype)
+    merged = MergedLora(source, _masks(constructor, names), lora.alpha / lora.rank, dtype)
     state = {k: v for entry in (*below, saved) for k, v in entry.state.items() if k in _STATE}
     state["config"] = {**saved.state["config"], "lora": None}
     state["merged_from"] = [str(entry.path) for entry in (*below, saved)]
@@ -97,14 +97,14 @@ def merge(
         write_state(temporary, state)
 
 
-def _whole(saved: Saved, moved: Path | None = None) -> tuple[list[Saved], Source]:
+def _whole(saved: SavedModel, moved: Path | None = None) -> tuple[list[SavedModel], Source]:
     """The checkpoints below a LoRA checkpoint, lowest first, and the weights of them all."""
-    base = Base.saved(saved.state)
+    base = BaseCheckpoint.saved(saved.state)
     if base is None:
         return [], saved.source
     under = open_checkpoint(Path(base.located(moved).path))
     below, source = _whole(under)
-    return [*below, under], Over(saved.source, source)
+    return [*below, under], WithLora(saved.source, source)
 
 
 def _masks(constructor: Callable[..., Any], names: Sequence[str]) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def _masks(constructor: Callable[..., Any], names: Sequence[str]) -> dict[str, T
 
 
 def export_adapter(
-    saved: Saved,
+    saved: SavedModel,
     to: Path,
     format_name: str,
     constructor: Callable[..., Any],
@@ -162,7 +162,7 @@ def export_adapter(
 
 def import_adapter(
     folder: Path,
-    base: Saved,
+    base: SavedModel,
     to: Path,
     format_name: str,
     constructor: Callable[..., Any],
@@ -217,9 +217,9 @@ def import_adapter(
     }
     state = {key: base.state[key] for key in _STATE if key in base.state}
     state["config"] = {**base.state["config"], "lora": lora}
-    state |= {"base": asdict(Base.of(base.path)), "adapter_from": str(folder)}
+    state |= {"base": asdict(BaseCheckpoint.of(base.path)), "adapter_from": str(folder)}
     with publish(to) as temporary:
-        write_weights(temporary, Held(tensors), "adapter", 1)
+        write_weights(temporary, InMemory(tensors), "adapter", 1)
         write_state(temporary, state)
 
 

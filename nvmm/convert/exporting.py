@@ -12,17 +12,17 @@ import torch
 from nvmm.convert.files import at, publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.mapping import Row
-from nvmm.convert.models import Saved, write_state, write_weights
+from nvmm.convert.models import SavedModel, write_state, write_weights
 from nvmm.convert.processor import processor
 from nvmm.convert.safetensors import write_safetensors
 from nvmm.convert.sentence_transformers import write_embedder
-from nvmm.convert.sources import Average, Cast, Part, Source
+from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
 
 
 def export(
-    saved: Saved,
+    saved: SavedModel,
     to: Path,
     format_name: str,
     *,
@@ -46,7 +46,7 @@ def export(
             " export them alone with `adapter export`"
         )
     config, rows = layout(saved, format_name, part, vocab_size)
-    source: Source = saved.source if part is None else Part(saved.source, f"{part}.")
+    source: Source = saved.source if part is None else SubModel(saved.source, f"{part}.")
     original = _original(saved, format_name, part)
     converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
@@ -68,7 +68,7 @@ def export(
 
 
 def layout(
-    saved: Saved, format_name: str, part: str | None, vocab_size: int | None = None
+    saved: SavedModel, format_name: str, part: str | None, vocab_size: int | None = None
 ) -> tuple[dict[str, Any], list[Row]]:
     """config.json of a checkpoint's model, or part of it, in a format, and the format's table."""
     model, family = _model(saved, part), FORMATS[format_name]
@@ -77,7 +77,7 @@ def layout(
     return config, family.table(model, config)
 
 
-def _model(saved: Saved, part: str | None) -> Mapping[str, Any]:
+def _model(saved: SavedModel, part: str | None) -> Mapping[str, Any]:
     if part is None:
         return saved.model
     if not isinstance(saved.model.get(part), Mapping):
@@ -85,7 +85,7 @@ def _model(saved: Saved, part: str | None) -> Mapping[str, Any]:
     return saved.model[part]
 
 
-def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any] | None:
+def _original(saved: SavedModel, format_name: str, part: str | None) -> dict[str, Any] | None:
     """The config.json that this model, or this part of it, was imported from."""
     sources = saved.state.get("sources") or {}
     found = sources.get(part or "") or {}
@@ -115,7 +115,7 @@ def _set_vocabulary(
     inner["vocab_size"] = rows
 
 
-def _card(saved: Saved, format_name: str, part: str | None, source: Source) -> str:
+def _card(saved: SavedModel, format_name: str, part: str | None, source: Source) -> str:
     count = sum(tensor.numel() for tensor in source.spec.values())
     sources = saved.state.get("sources") or {}
     lines = [f"- {name or 'model'}: {entry['folder']}" for name, entry in sources.items()]
@@ -129,7 +129,7 @@ def _card(saved: Saved, format_name: str, part: str | None, source: Source) -> s
 
 
 def rewrite(
-    saved: Sequence[Saved], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
+    saved: Sequence[SavedModel], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
 ) -> None:
     """A weights-only copy of one checkpoint, or the average of several.
 

@@ -16,8 +16,8 @@ from nvmm.convert.files import publish
 from nvmm.convert.formats import nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
-from nvmm.convert.models import PARTS, Folder, write_state, write_weights
-from nvmm.convert.sources import Cast, Merged, Named, compare_shapes
+from nvmm.convert.models import PARTS, HubFolder, write_state, write_weights
+from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
 
@@ -26,7 +26,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _PLACEHOLDER = "<|vision_pad|>"
 
 
-def derive(folders: Mapping[str, Folder]) -> dict[str, Any]:
+def derive(folders: Mapping[str, HubFolder]) -> dict[str, Any]:
     """Our model config of one folder (part "") or of several that compose a model.
 
     Raises ValueError when the parts are not those of NVLM-D.
@@ -50,7 +50,7 @@ def derive(folders: Mapping[str, Folder]) -> dict[str, Any]:
     }
 
 
-def check_given(folders: Mapping[str, Folder], given: Mapping[str, Any]) -> None:
+def check_given(folders: Mapping[str, HubFolder], given: Mapping[str, Any]) -> None:
     """Compare a given model config with the sources' config.json, part by part.
 
     Raises ValueError naming every key that differs, with both values.
@@ -67,7 +67,7 @@ def check_given(folders: Mapping[str, Folder], given: Mapping[str, Any]) -> None
 
 
 def import_folders(
-    folders: Mapping[str, Folder],
+    folders: Mapping[str, HubFolder],
     model: Mapping[str, Any],
     constructor: Callable[..., Any],
     to: Path,
@@ -90,7 +90,7 @@ def import_folders(
     converted = {
         part: folder.to_ours(model[part] if part else model) for part, folder in folders.items()
     }
-    given = Merged([Named(ours, f"{part}." if part else "") for part, ours in converted.items()])
+    given = Merged([Renamed(ours, f"{part}." if part else "") for part, ours in converted.items()])
     wanted = parameters(constructor)
     missing = {
         name: tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.convert.files import is_local
-from nvmm.convert.models import Folder, Saved
+from nvmm.convert.models import HubFolder, SavedModel
 from nvmm.convert.sources import Source, read
 from nvmm.data.collate import collate
 
@@ -19,7 +19,7 @@ _CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
 
 
 def logits(
-    side: Folder | Saved, tokens: Tensor, constructor: Callable[[Any], Any], seed: int = 0
+    side: HubFolder | SavedModel, tokens: Tensor, constructor: Callable[[Any], Any], seed: int = 0
 ) -> Tensor | None:
     """Logits [b, s, vocabulary] in fp32; None of an encoder alone.
 
@@ -29,17 +29,17 @@ def logits(
 
     constructor: makes a model's partial of its (trusted) config.
     """
-    model = side.model if isinstance(side, Saved) else side.model()
+    model = side.model if isinstance(side, SavedModel) else side.model()
     if "vocab_size" not in model.get("language", model):
         return None
-    if isinstance(side, Saved):
+    if isinstance(side, SavedModel):
         return _ours(model, side.source, tokens, constructor, seed)
     if side.format in _CLASSES and is_local(side.path):
         return _transformers(side, tokens)
     return _ours(model, side.to_ours(model), tokens, constructor, seed)
 
 
-def _transformers(folder: Folder, tokens: Tensor) -> Tensor:
+def _transformers(folder: HubFolder, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from nvmm.convert.formats import megatron
-from nvmm.convert.models import Folder, Saved, open_checkpoint, open_folder
+from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
 
 
-def open_side(path: Path) -> Folder | Saved:
+def open_side(path: Path) -> HubFolder | SavedModel:
     """A Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
     if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
 
 
-def compare_tensors(a: Folder | Saved, b: Folder | Saved) -> dict[str, Any]:
+def compare_tensors(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> dict[str, Any]:
     """Compare two models under our names, in fp32 where their dtypes differ.
 
     Returns {"tensors": how many both have, "equal": how many are bit-equal, "only_in_a",
@@ -64,7 +64,7 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
     }
 
 
-def inspect(side: Folder | Saved) -> dict[str, Any]:
+def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:
     """What a model is, without loading tensors.
 
     digest: of names, shapes and dtypes, and of the checksums where a checkpoint has them.
@@ -72,7 +72,7 @@ def inspect(side: Folder | Saved) -> dict[str, Any]:
     spec = side.source.spec
     content = "\n".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in sorted(spec.items()))
     about: dict[str, Any] = {"path": str(side.path)}
-    if isinstance(side, Folder):
+    if isinstance(side, HubFolder):
         about |= {"format": side.format, "config": side.config}
     else:
         about |= side.record()
@@ -89,12 +89,12 @@ def inspect(side: Folder | Saved) -> dict[str, Any]:
     }
 
 
-def _sources(a: Folder | Saved, b: Folder | Saved) -> tuple[Source, Source]:
+def _sources(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> tuple[Source, Source]:
     """Both under our names; a folder takes the model config of a checkpoint it is compared with."""
-    saved = [side for side in (a, b) if isinstance(side, Saved)]
+    saved = [side for side in (a, b) if isinstance(side, SavedModel)]
     converted: list[Source] = [
         side.to_ours(saved[0].model if saved else side.model())
-        if isinstance(side, Folder)
+        if isinstance(side, HubFolder)
         else side.source
         for side in (a, b)
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvmm.config.compose import instantiate
+from nvmm.config.nested import merged
 from nvmm.config.rules.all import violations
 from nvmm.inference.trust import require_trusted
 from nvmm.parallel import environment
@@ -230,13 +231,7 @@ def _builder_config(saved: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     train = (saved.get("data") or {}).get("train") or {}
     if not isinstance(train.get("build"), Mapping):
         raise ValueError("the checkpoint's data.train.build names no sample builder to ask with")
-    return _merged(train["build"], changes)
-
-
-def _merged(base: Any, changes: Any) -> Any:
-    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
-        return changes
-    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}
+    return merged(train["build"], changes)
 
 
 def _build(node: Mapping[str, Any], **options: Any) -> Any:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvmm.kernels import library
-from nvmm.kernels.weight_gradient import accumulate, add_product, stand_in
+from nvmm.kernels.weight_gradient import accumulate, add_product, placeholder
 
 CHUNK = 2048
 """Columns of the vocabulary at a time. Measured forward and backward in fp32, 512 rows x 896 x
@@ -116,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden, dtype=logsumexp.dtype) if needs_hidden else None
         dweight = None
         if needs_weight:
-            dweight = stand_in(weight) if ctx.into_main_grad else torch.zeros_like(weight)
+            dweight = placeholder(weight) if ctx.into_main_grad else torch.zeros_like(weight)
         buffer = hidden.new_empty(hidden.shape[0] * min(chunk, valid))
         for begin, end in _chunks(valid, chunk):
             logits = _logits(hidden, weight[begin:end], buffer)

@@ -48,7 +48,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def stand_in(weight: Tensor) -> Tensor | None:
+def placeholder(weight: Tensor) -> Tensor | None:
     """What an autograd function returns where the gradient is in `weight.main_grad` already.
 
     With mcore's data-parallel hook on the weight, a tensor that lets the hook run; it reads it

@@ -20,7 +20,7 @@ from nvmm.batch import ATTENDED, Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
 from nvmm.models.multimodal import MultimodalModel
 from nvmm.modules.cross_attention import CrossAttention
-from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.encoders.base import Encoder
 from nvmm.modules.flops import Training, cross_attention_flops, segment_lengths
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.merge import behind_tags
@@ -53,7 +53,7 @@ class CrossAttendingModel(MultimodalModel):
         self,
         language: Callable[..., LanguageModel],
         cross_attention: CrossAttention,
-        vision: Callable[..., EncoderTower] | None = None,
+        vision: Callable[..., Encoder] | None = None,
         connector: Callable[..., Any] | None = None,
         encoders: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
         *,

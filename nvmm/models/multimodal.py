@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
-from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.encoders.base import Encoder
 from nvmm.modules.flops import segment_lengths, training_of
 from nvmm.modules.merge import merge
 from nvmm.parallel.setup import Chunk
@@ -43,7 +43,7 @@ class MultimodalModel(MegatronModule):
     def __init__(
         self,
         language: Callable[..., LanguageModel],
-        vision: Callable[..., EncoderTower] | None = None,
+        vision: Callable[..., Encoder] | None = None,
         connector: Callable[..., Any] | None = None,
         encoders: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
         *,

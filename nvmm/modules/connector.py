@@ -16,7 +16,7 @@ from torch import Tensor
 from nvmm.kernels import pixel_shuffle as kernels
 from nvmm.kernels.activation import activation
 from nvmm.modules.flops import Training, connector_flops
-from nvmm.modules.mlp import KINDS
+from nvmm.modules.mlp import FUSED_ACTIVATIONS
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk, Normal
 
@@ -122,7 +122,7 @@ class MLPConnector(MegatronModule):
         x, _ = self.linear_fc1(x)
         if self.linear_fc2 is None:
             return tensor_parallel.gather_from_tensor_model_parallel_region(x)
-        kind = KINDS.get((self.activation_func, False))
+        kind = FUSED_ACTIVATIONS.get((self.activation_func, False))
         x = self.activation_func(x) if kind is None else activation(x, kind=kind)
         x, _ = self.linear_fc2(x)
         return x

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 Dtype = Literal["fp32", "bf16", "fp64"]
-Encoder = Literal["replicated", "sharded"]
+EncoderLayout = Literal["replicated", "sharded"]
 DTYPES: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -104,7 +104,7 @@ class Parallel:
     num_layers_in_last_pipeline_stage: int | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    encoder: Encoder = "replicated"
+    encoder: EncoderLayout = "replicated"
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
@@ -112,7 +112,7 @@ class Parallel:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        require("parallel.encoder", self.encoder, Encoder)
+        require("parallel.encoder", self.encoder, EncoderLayout)
 
     @property
     def model_parallel_size(self) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nvmm.config.nested import differences
+
 MAX_RANKS = 4
 _KINDS = {
     "tensor_model_parallel_size": "TP",
@@ -92,7 +94,12 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
         kept.append("precision")
         _shrink_fp8(shrunk, config["precision"], layouts, num_layers)
     before = {key: config[key] for key in kept}
-    return Miniature(shrunk, layouts, full, _changes(before, shrunk))
+    changes = [
+        f"{key}: {'default' if old is None else old} -> {new}"
+        for key, old, new in differences(before, shrunk, in_lists=True)
+        if not key.endswith("_target_")  # Precision's is left out, no other changes.
+    ]
+    return Miniature(shrunk, layouts, full, changes)
 
 
 def _sizes(parallel: Mapping[str, Any], world_size: int | None) -> dict[str, int]:
@@ -346,21 +353,3 @@ def _within(pattern: str, num_layers: int) -> str:
         lambda found: f"layers.{min(int(found[1]), num_layers - 1)}",
         pattern,
     )
-
-
-def _changes(before: Any, after: Any, key: str = "") -> list[str]:
-    if isinstance(after, dict):
-        was = before if isinstance(before, Mapping) else {}
-        found: list[str] = []
-        for name, value in after.items():
-            found += _changes(was.get(name), value, f"{key}.{name}".lstrip("."))
-        return found
-    if isinstance(after, list) and isinstance(before, list) and len(before) == len(after):
-        return [
-            line
-            for i, value in enumerate(after)
-            for line in _changes(before[i], value, f"{key}[{i}]")
-        ]
-    if before == after:
-        return []
-    return [f"{key}: {'default' if before is None else before} -> {after}"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.load import load_weights
 from nvmm.modules.fp8_scales import Scaling
 
@@ -37,7 +37,7 @@ class Reference:
     def __init__(self, chunks: Sequence[Module], scaling: Scaling) -> None:
         self.chunks = chunks
         self.scaling = scaling
-        self.source: Base | None = None
+        self.source: BaseCheckpoint | None = None
         self._copies: list[tuple[Parameter, Tensor]] = [
             (parameter, _host_copy(parameter.data))
             for chunk in chunks
@@ -45,7 +45,7 @@ class Reference:
             if parameter.requires_grad
         ]
 
-    def take(self, source: Base | None) -> None:
+    def take(self, source: BaseCheckpoint | None) -> None:
         """Take the weights that the chunks have now, which `source` gave."""
         self.source = source
         for parameter, copy in self._copies:
@@ -72,7 +72,7 @@ class Reference:
         source = None
         if state["reference"] is not None:
             what = "the reference that this run started from"
-            source = Base(**state["reference"]).located(moved, what)
+            source = BaseCheckpoint(**state["reference"]).located(moved, what)
             load_weights(Path(source.path), self.chunks)
         self.take(source)
 

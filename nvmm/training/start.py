@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.files import find, latest, read_state, require_resumable
 from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.config.changes import Change, compare
@@ -33,7 +33,7 @@ class Start:
     step: int = 0
     position: dict[str, Any] | None = None
     counters: dict[str, Any] = field(default_factory=dict)
-    base: Base | None = None
+    base: BaseCheckpoint | None = None
 
 
 def start(
@@ -71,9 +71,9 @@ def start(
             path = find(init_from)
             missing = load_weights(path, chunks)
             optimizer.reload_parameters()
-            base = Base.of(path) if adapts else None
+            base = BaseCheckpoint.of(path) if adapts else None
             if reference is not None:
-                reference.take(Base.of(path))
+                reference.take(BaseCheckpoint.of(path))
             say(f"weights from {path}; not in it: {missing or 'none'}")
         say(f"starting {run_dir} from step 0; resume it with: {command}")
         return Start(base=base)
@@ -89,7 +89,7 @@ def start(
         listing = "\n  ".join(map(str, refused))
         raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
     moved = Path(init_from).expanduser() if init_from is not None else None
-    base = Base.saved(state)
+    base = BaseCheckpoint.saved(state)
     base = base.located(moved) if base is not None else None
     if reference is not None:
         reference.take_again(path, state, moved)

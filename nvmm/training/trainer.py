@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nvmm.batch import Batch
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.save import Checkpoint
 from nvmm.config.choices import Backend, require
 from nvmm.modules.fp8_scales import Scaling
@@ -135,7 +135,7 @@ class Trainer:
         self.accounting = Accounting(data, self.chunks[0], peak_flops(precision.torch_dtype))
         self.position: dict[str, Any] | None = None
         self.lora = lora
-        self.base: Base | None = None
+        self.base: BaseCheckpoint | None = None
         needed = objective.needs_reference
         self.reference = Reference(self.chunks, self.scaling) if needed else None
         self.started = time.monotonic()

@@ -12,18 +12,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
-from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.modules.encoders.base import Encoder, empty
 from nvmm.parallel.setup import Chunk
 
 _LONGEST_WAVELENGTH = 10_000
 _KERNEL = 3
 
 
-class AudioEncoder(EncoderTower):
+class AudioEncoder(Encoder):
     """Whisper's encoder (Radford et al. 2022, section 2.2) over log-mel windows.
 
     Two convolutions of three frames with GELU, the second at stride 2, fixed sinusoidal positions,
-    pre-norm LayerNorm blocks and a final norm. How it is laid out over ranks is EncoderTower's.
+    pre-norm LayerNorm blocks and a final norm. How it is laid out over ranks is Encoder's.
 
     The positions are a parameter that is never trained, so that a checkpoint holds them as the
     published models do. Adding a vector to all keys changes no softmax: a key bias, which Whisper

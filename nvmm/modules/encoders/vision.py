@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
-from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.modules.encoders.base import Encoder, empty
 from nvmm.modules.encoders.layers import QKNorm
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk
@@ -20,12 +20,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class VisionTransformer(EncoderTower):
+class VisionTransformer(Encoder):
     """A bidirectional ViT over square patches of uint8 tiles.
 
     InternViT (NVLM section 3.1) is: class token first, learned absolute positions, pre-norm
     RMSNorm blocks with LayerScale, QKV without bias, QK-norm over all heads together, and no final
-    norm. How it is laid out over ranks is EncoderTower's.
+    norm. How it is laid out over ranks is Encoder's.
 
     Args:
         transformer: partial of mcore's TransformerConfig.
