@@ -1,4 +1,4 @@
-"""Whether two models are the same: tensor by tensor through the mapping, then by their logits."""
+"""Compare two models: tensor by tensor through the mapping, then by their logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nvmm.convert.sources import Source, read
 
 
 def open_side(path: Path) -> HubFolder | SavedModel:
-    """A Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
+    """Open a Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
     if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
@@ -31,12 +31,12 @@ def compare_tensors(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> dic
     both = [name for name in first.spec if name in second.spec]
     different: dict[str, Any] = {}
     for name in both:
-        mine, other = read(first, name), read(second, name)
-        if mine.shape != other.shape:
-            different[name] = f"shapes {list(mine.shape)} and {list(other.shape)}"
-        elif mine.dtype != other.dtype or not torch.equal(mine, other):
-            gap = float((mine.float() - other.float()).abs().max())
-            if gap or mine.dtype == other.dtype:
+        one, other = read(first, name), read(second, name)
+        if one.shape != other.shape:
+            different[name] = f"shapes {list(one.shape)} and {list(other.shape)}"
+        elif one.dtype != other.dtype or not torch.equal(one, other):
+            gap = float((one.float() - other.float()).abs().max())
+            if gap or one.dtype == other.dtype:
                 different[name] = gap
     return {
         "tensors": len(both),
@@ -48,7 +48,7 @@ def compare_tensors(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> dic
 
 
 def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Logits [b, s, vocabulary] of two models on the same tokens, over the vocabulary both have.
+    """Compare logits [b, s, vocabulary] of two models, over the vocabulary that both have.
 
     KL is of a's distribution from b's, in nats, the mean over positions.
     """
@@ -65,7 +65,7 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
 
 
 def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:
-    """What a model is, without loading tensors.
+    """Describe a model without loading tensors.
 
     digest: of names, shapes and dtypes, and of the checksums where a checkpoint has them.
     """
@@ -90,7 +90,7 @@ def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:
 
 
 def _sources(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> tuple[Source, Source]:
-    """Both under our names; a folder takes the model config of a checkpoint it is compared with."""
+    """Return both under our names; a folder takes the model config of a checkpoint beside it."""
     saved = [side for side in (a, b) if isinstance(side, SavedModel)]
     converted: list[Source] = [
         side.to_ours(saved[0].model if saved else side.model())

@@ -44,7 +44,7 @@ def activation_name(config: Mapping[str, Any]) -> str:
     raise ValueError(f"activation_func={config['activation_func']} has no name in a config.json")
 
 
-def tower(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+def vision_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     """The vision tower's part of a config.json."""
     return hf.get("vision_config", hf)  # type: ignore[no-any-return]
 
@@ -80,7 +80,7 @@ def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dic
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> our model config; the features are those of all layers, without the norm."""
     return encoder(
-        tower(hf),
+        vision_config(hf),
         "quick_gelu",
         1e-5,
         patch_bias=False,
@@ -156,7 +156,7 @@ def layers(model: Mapping[str, Any], prefix: str) -> list[Row]:
     return expand(rows, config["num_layers"])
 
 
-def text_tower(hf: Mapping[str, Any]) -> list[Row]:
+def text_encoder_rows(hf: Mapping[str, Any]) -> list[Row]:
     """The text tower's names, which an encoder of images has no use for."""
     if "text_config" not in hf:
         return []
@@ -185,4 +185,4 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         ]
     # Kept by folders of CLIPVisionModelWithProjection too.
     projection = [] if "text_config" in hf else [Row(None, ("visual_projection.weight",), Drop())]
-    return [*rows, *layers(model, prefix), *projection, *text_tower(hf)]
+    return [*rows, *layers(model, prefix), *projection, *text_encoder_rows(hf)]

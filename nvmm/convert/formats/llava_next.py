@@ -87,12 +87,12 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Rows of the three parts; what has no place in ours is left out."""
     family, text = _language(hf)
-    tower = hf["vision_config"][clip.PREFIX]
+    prefix = hf["vision_config"][clip.PREFIX]
     vision = clip.table(model["vision"], hf["vision_config"])
     last = model["vision"]["transformer"]["num_layers"]
     linears = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
     parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-    left_out = [f"{tower}encoder.layers.{last}.{part}.{k}" for part in parts for k in _KINDS]
+    left_out = [f"{prefix}encoder.layers.{last}.{part}.{k}" for part in parts for k in _KINDS]
     rows = [
         Row(f"connector.linear_fc{i}.{kind}", (f"multi_modal_projector.linear_{i}.{kind}",))
         for i in (1, 2)

@@ -27,7 +27,7 @@ _HEAD = (
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> our model config; the features are normed, without the pooling head."""
     return clip.encoder(
-        clip.tower(hf),
+        clip.vision_config(hf),
         "gelu_pytorch_tanh",
         1e-6,
         class_token=False,
@@ -57,4 +57,4 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         for kind in ("weight", "bias")
     ]
     rows += [Row(None, (f"{prefix}head.{name}",), Drop()) for name in _HEAD]
-    return [*rows, *clip.layers(model, prefix), *clip.text_tower(hf)]
+    return [*rows, *clip.layers(model, prefix), *clip.text_encoder_rows(hf)]
