@@ -123,7 +123,7 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
 def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose `configs/<entry>.yaml` with overrides as the command line takes them.
 
-    Raises ValueError that says what has no place.
+    Raises ValueError naming the overrides that have no place.
     """
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         config, _, problems = _place(entry, list(overrides))

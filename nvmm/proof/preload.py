@@ -1,4 +1,4 @@
-"""What the rank server imports once: megatron-core with the CPU layer installed where needed."""
+"""The imports that the rank server does once: megatron-core, on the CPU layer where needed."""
 
 from nvmm.parallel.setup import prepare_backend
 

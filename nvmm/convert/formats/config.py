@@ -66,8 +66,10 @@ _FREE = frozenset(
         "image_std",
     }
 )
-"""Keys that may differ between a derived and a given config: how it is trained, preprocessing, and
-the vocabulary, whose rows the table checks."""
+"""Keys that may differ between two configs of one graph: training, preprocessing, vocabulary.
+
+The table checks the vocabulary's rows.
+"""
 
 
 def need(hf: Mapping[str, Any], key: str) -> Any:
