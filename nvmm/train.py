@@ -133,7 +133,7 @@ def _agree(config: dict[str, Any]) -> None:
     dist.all_gather(flags, torch.tensor([int(differs)]))
     ranks = [rank for rank, flag in enumerate(flags) if flag.item()]
     if differs:
-        changes = resuming.differences("", first, config)
+        changes = resuming.changes(first, config)
         compose.refuse(
             "train", [f"{c.key}={c.current!r} is {c.saved!r} on rank 0" for c in changes]
         )

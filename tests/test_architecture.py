@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "kernels": {"config.choices"},
     "convert.formats": {
-        f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")
+        "config.nested",
+        *(f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")),
     },
     "io": set(),
     "parallel": {"batch", "config.choices"},
@@ -28,18 +29,21 @@ ALLOWED: dict[str, set[str]] = {
     "modules": {"batch", "config.choices", "kernels", "parallel"},
     "models": {"batch", "modules", "parallel"},
     "objectives": {"batch", "parallel"},
-    "checkpoint": {"config.choices", "config.moved", "parallel"},
+    "checkpoint": {"config.choices", "config.moved", "io", "parallel"},
     "training": {
-        *("batch", "checkpoint", "config.changes", "config.choices", "io", "kernels", "modules"),
-        *("objectives", "parallel"),
+        *("batch", "checkpoint", "config.changes", "config.choices", "config.nested", "io"),
+        *("kernels", "modules", "objectives", "parallel"),
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
     "convert": {"batch", "checkpoint", "config.check", "data", "io", "modules", "parallel"},
     # What the rank server loads beforehand is what the tests' ranks run.
     "proof.preload": {"models", "objectives", "parallel", "proof", "training"},
-    "proof": {"batch", "checkpoint", "config.compose", "data.collate", "parallel", "training"},
+    "proof": {
+        *("batch", "checkpoint", "config.compose", "config.nested", "data.collate", "parallel"),
+        "training",
+    },
     "evaluation": {"batch", "data", "inference", "io"},
-    "report": {"batch", "data"},
+    "report": {"batch", "config.nested", "data"},
     "studies": {"io", "training.summary"},
 }
 """Room -> what else of nvmm it may import; a room may import itself, a longer name goes first."""

@@ -265,7 +265,7 @@ def save_adapters(rank: int, world_size: int, init_method: str, folder: Path) ->
 
     from hydra.utils import instantiate
 
-    from nvmm.checkpoint.base import Base
+    from nvmm.checkpoint.base import BaseCheckpoint
     from nvmm.checkpoint.files import read_state
     from nvmm.checkpoint.save import Checkpoint
     from nvmm.modules.lora import FACTORS
@@ -284,9 +284,9 @@ def save_adapters(rank: int, world_size: int, init_method: str, folder: Path) ->
     for sharded in sharded_parameters(chunks):
         if sharded.name.endswith(FACTORS[1]):
             torch.nn.init.normal_(sharded.parameter, generator=generator)
-    state |= {"config": state["config"] | {"lora": lora}, "base": asdict(Base.of(base))}
+    state |= {"config": state["config"] | {"lora": lora}, "base": asdict(BaseCheckpoint.of(base))}
     checkpoint = Checkpoint(directory=folder / "lora" / "checkpoints")
-    checkpoint.save(4, chunks, NoOptimizer(), state, Base.of(base).names())
+    checkpoint.save(4, chunks, NoOptimizer(), state, BaseCheckpoint.of(base).names())
 
 
 def test_a_lora_run_answers_as_its_merged_weights(

@@ -36,10 +36,10 @@ def main() -> int:
 
     from nvmm.config import compose
 
-    job = compose.load("train", stand_ins=True)
+    job = compose.load("train", placeholders=True)
     if job is None:
         return 0
-    needed = [key for key in job.stand_ins if key.startswith(("data.", "tokenizer."))]
+    needed = [key for key in job.placeholders if key.startswith(("data.", "tokenizer."))]
     if needed:
         compose.refuse(
             "train", [f"{key} is not set, and reading a sample needs it" for key in needed]

@@ -38,7 +38,7 @@ def index_config(overrides: list[str]) -> None:
     from nvmm.config import compose
 
     sys.argv[1:] = overrides
-    job = compose.load("train", stand_ins=True)
+    job = compose.load("train", placeholders=True)
     if job is None:
         return
     from hydra.utils import instantiate

@@ -50,7 +50,7 @@ def main() -> int:
     from nvmm.config import compose
     from nvmm.proof.miniature import miniature
 
-    job = compose.load("train", ranks=options.world_size, stand_ins=True)
+    job = compose.load("train", ranks=options.world_size, placeholders=True)
     if job is None:
         return 0
     try:
@@ -83,8 +83,8 @@ def describe(small: Miniature, job: Any, *, packed: bool, everything: bool) -> N
         "            tokenizer: 509 token ids drawn at random; precision:"
         f" {small.config.get('precision', {}).get('dtype', 'fp32')}; dropout: 0"
     )
-    if job.stand_ins:
-        print(f"            not set, not needed: {', '.join(job.stand_ins)}")
+    if job.placeholders:
+        print(f"            not set, not needed: {', '.join(job.placeholders)}")
 
 
 def verify(small: Miniature, *, packed: bool, fault: Callable[[], None] | None = None) -> int:

@@ -16,56 +16,60 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Base:
-    """path: of the checkpoint. digest: SHA-256 of its weights' names, shapes, dtypes, checksums."""
+class BaseCheckpoint:
+    """A checkpoint that is known by its weights.
+
+    path: its directory. digest: SHA-256 of its weights' names, shapes, dtypes and checksums.
+    """
 
     path: str
     digest: str
 
     @classmethod
-    def of(cls, path: Path) -> Base:
-        """The base that a checkpoint is. Raises ValueError when it has no checksums."""
+    def of(cls, path: Path) -> BaseCheckpoint:
+        """Return a checkpoint as a base. Raises ValueError when it has no checksums."""
         return cls(str(path.resolve()), _digest(path))
 
     @classmethod
-    def saved(cls, state: Mapping[str, Any]) -> Base | None:
-        """The base that a checkpoint's state names."""
+    def saved(cls, state: Mapping[str, Any]) -> BaseCheckpoint | None:
+        """Return the base that a checkpoint's state names, None where it names none."""
         return cls(**state["base"]) if state.get("base") else None
 
     def located(
         self, moved: Path | None = None, what: str = "the base of this LoRA checkpoint"
-    ) -> Base:
-        """The same weights where they lie now: at the path, at `moved`, or, where that is a run
-        directory, at one of its checkpoints.
+    ) -> BaseCheckpoint:
+        """Find the same weights where they lie now.
 
-        Raises ValueError when they are in none of these; `what` they are begins the message.
+        They are looked for at the path, at `moved`, and in the checkpoints of `moved` where that is
+        a run directory. Raises ValueError when they are in none of these; the message begins with
+        `what` they are.
         """
-        places = [Path(self.path)]
+        candidates = [Path(self.path)]
         if moved is not None:
-            places += [moved, *sorted(moved.glob("checkpoints/step_*"))]
-        for place in places:
-            if (place / "state.json").is_file() and _digest(place) == self.digest:
-                return Base(str(place.resolve()), self.digest)
+            candidates += [moved, *sorted(moved.glob("checkpoints/step_*"))]
+        for path in candidates:
+            if (path / "state.json").is_file() and _digest(path) == self.digest:
+                return BaseCheckpoint(str(path.resolve()), self.digest)
         raise ValueError(
             f"{what}, weights of digest {self.digest[:12]}, is not at"
-            f" {' or '.join(map(str, places))}; name the checkpoint that has them (init_from= in"
-            " training, base= in evaluation and generation, --base in tools/convert.py)"
+            f" {' or '.join(map(str, candidates))}; name the checkpoint that has them (init_from="
+            " in training, base= in evaluation and generation, --base in tools/convert.py)"
         )
 
     def names(self) -> set[str]:
-        """Every weight it gives, those of its own base included."""
+        """Return the names of every weight it gives, those of its own base included."""
         return set(_weights(Path(self.path)))
 
 
 def _weights(path: Path) -> dict[str, Any]:
-    """Name -> dtype, shape and checksum, as loading `path` gives them."""
+    """Return name -> dtype, shape and checksum, as loading `path` gives them."""
     try:
-        own = json.loads((path / "weights.json").read_text())
+        weights: dict[str, Any] = json.loads((path / "weights.json").read_text())
         state = json.loads((path / "state.json").read_text())["state"]
     except OSError as error:
         raise ValueError(f"{path} has no checksums to know its weights by: {error}") from error
-    base = Base.saved(state)
-    return own if base is None else _weights(Path(base.located().path)) | own
+    base = BaseCheckpoint.saved(state)
+    return weights if base is None else _weights(Path(base.located().path)) | weights
 
 
 def _digest(path: Path) -> str:

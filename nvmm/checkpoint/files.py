@@ -11,11 +11,11 @@ import torch.distributed as dist
 from nvmm.config.moved import renamed
 
 FILES = (".metadata", "metadata.json", "common.pt", "weights.json", "state.json")
-"""What a complete checkpoint has."""
+"""The files that a complete checkpoint has."""
 
 
 def find(name: str | Path) -> Path:
-    """The checkpoint `name`, or the newest one of run directory `name`; collective.
+    """Return the checkpoint `name`, or the newest one of run directory `name`; collective.
 
     Raises ValueError when there is none.
     """
@@ -32,26 +32,26 @@ def find(name: str | Path) -> Path:
 
 
 def complete(directory: Path) -> list[Path]:
-    """Complete checkpoints of a directory in the order they were saved in."""
+    """List the complete checkpoints of a directory in the order they were saved in."""
     paths = [p for p in directory.glob("step_*") if all((p / f).exists() for f in FILES)]
     return sorted(paths, key=lambda path: read_record(path)["number"])
 
 
 def latest(directory: Path) -> Path | None:
-    """The complete checkpoint saved last (not the highest step: a run may have gone back).
+    """Return the complete checkpoint saved last, which need not have the highest step.
 
-    As rank 0 sees it, once there is a process group.
+    Rank 0 looks for all, once there is a process group: file systems may show ranks other files.
     """
-    found: list[Path | None] = [None]
+    newest: list[Path | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        found = [None, *complete(directory)][-1:]
+        newest = [None, *complete(directory)][-1:]
     if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+        dist.broadcast_object_list(newest, src=0)
+    return newest[0]
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state a checkpoint was saved with: JSON, nothing else of it is read."""
+    """Read the state a checkpoint was saved with; nothing but its JSON is read."""
     return read_record(path)["state"]
 
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's index without running anything that is in it.
+"""Read a checkpoint's index without running anything that is in it.
 
 torch's distributed checkpoints keep their index, `.metadata`, as a plain pickle: whoever wrote the
 directory decides what runs when torch opens it. Before megatron-core or torch see a directory,
@@ -43,9 +43,9 @@ _INDEX_CLASSES = frozenset(
         ),
     }
 )
-"""All that the `.metadata` of a checkpoint of tensors names."""
+"""All classes that the `.metadata` of a checkpoint of tensors names."""
 _COMMON_CLASSES = frozenset({("collections", "OrderedDict")})
-"""All that the `common.pt` of a checkpoint of tensors names."""
+"""All classes that the `common.pt` of a checkpoint of tensors names."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -56,7 +56,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
-            # How some Pythons (3.11.2, say) pickle a member of an enum: it gets that, nothing else.
+            # Some Pythons (3.11.2, say) pickle an enum's member so: it gets that, nothing else.
             return self._enum_member
         if (module, name) not in self.allowed:
             raise ValueError(
@@ -75,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def weight_names(metadata: Any) -> list[str]:
-    """Names of a checkpoint's weights: without optimizer, generators and FP8 scales."""
+    """List the names of a checkpoint's weights, without optimizer, generators and FP8 scales."""
     others = ("optimizer.", "fp8.")
     return [
         name
@@ -94,15 +94,18 @@ def read_metadata(directory: Path, *, foreign: bool = False) -> Any:
     `.metadata` or `common.pt`, an entry of pickled bytes, a data file outside the directory, or a
     format other than megatron-core's torch_dist.
     """
+    # 1. The format, and the file that mcore unpickles beside the index.
     _check_format(directory / "metadata.json")
     if not foreign:
         _screen_common(directory / "common.pt")
+    # 2. The index, by an unpickler that knows its classes alone.
     path = directory / ".metadata"
     metadata = _load(path, _INDEX_CLASSES)
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
     if type(metadata) is not Metadata:
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not torch's Metadata")
+    # 3. Its entries: tensors only, in files of this directory.
     for name, entry in metadata.state_dict_metadata.items():
         if type(entry) is not TensorStorageMetadata and not foreign:
             raise ValueError(
@@ -124,17 +127,17 @@ def _load(path: Path, allowed: Set[tuple[str, str]]) -> Any:
 
 def _check_format(path: Path) -> None:
     try:
-        given = json.loads(path.read_text())
+        backends = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path.parent} is not a complete checkpoint: {error}") from error
     expected = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     for key, value in expected.items():
-        if not isinstance(given, dict) or given.get(key) != value:
-            raise ValueError(f"{path}: {key} must be {value}, got {given}")
+        if not isinstance(backends, dict) or backends.get(key) != value:
+            raise ValueError(f"{path}: {key} must be {value}, got {backends}")
 
 
 def _screen_common(path: Path) -> None:
-    """common.pt is a zip of torch.save; a checkpoint of tensors has only plain values in it."""
+    """Refuse a common.pt, a zip of torch.save, that has more than plain values in it."""
     try:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]

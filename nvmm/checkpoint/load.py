@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.nn import Module
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.files import read_record, read_state, require_resumable
 from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.checkpoint.weights import (
@@ -40,24 +40,27 @@ def load(
     the checkpoint is incomplete or unsafe, is not of this model, or its weights (its base's)
     do not have the checksums they were saved with.
     """
+    # 1. The JSON and the screened index: neither mcore nor torch has opened the directory yet.
     path = Path(path)
     require_resumable(path)
     record = read_record(path)
     metadata = read_metadata(path)
+    # 2. Names and shapes must be the model's, but for weights that a LoRA run's base gives.
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
     missing, unexpected = _compare(path, metadata, weights)
-    found = Base.saved(record["state"])
+    base_checkpoint = BaseCheckpoint.saved(record["state"])
     left_out: set[str] = set()
-    if found is not None:
-        found = found.located(base)
-        left_out = set(missing) & found.names()
+    if base_checkpoint is not None:
+        base_checkpoint = base_checkpoint.located(base)
+        left_out = set(missing) & base_checkpoint.names()
     missing = [name for name in missing if name not in left_out]
     if missing or unexpected:
         raise ValueError(
             f"{path} is not of this model: missing in it {missing or 'nothing'}, only in it"
             f" {unexpected or 'nothing'}"
         )
+    # 3. The layout must suit the way the optimizer was saved in.
     sharding_type = record["optimizer"]["sharding_type"]
     same_layout = record["layout"] == current_layout()
     same_but_dp = record["layout"] | {"world_size": 0} == current_layout() | {"world_size": 0}
@@ -68,8 +71,9 @@ def load(
         )
     optimizer_state = optimizer.sharded_state_dict(model_state, True, sharding_type)
     _refuse_missing_optimizer_state(path, metadata, optimizer_state)
-    if found is not None:
-        load_weights(Path(found.path), models)
+    # 4. The base's weights come first: those of the checkpoint itself replace some of them.
+    if base_checkpoint is not None:
+        load_weights(Path(base_checkpoint.path), models)
     sharded = {"optimizer": optimizer_state, **without(model_state, left_out)}
     if same_layout:
         sharded["rng"] = rng_tensor(None, metadata.state_dict_metadata["rng"].size[1])
@@ -78,6 +82,7 @@ def load(
     # A stage with nothing trainable has no optimizer state; mcore drops empty branches.
     optimizer_state = loaded.get("optimizer", {})
     optimizer.load_state_dict(optimizer_state, sharding_type, record["optimizer"]["steps"])
+    # 5. The bits are those that were saved, and random numbers go on where they can.
     _check_weights(path, models, set(weights) - left_out)
     if same_layout:
         generators.restore(loaded["rng"].flatten())
@@ -89,17 +94,17 @@ def load(
 def load_weights(path: Path, models: Sequence[Module], base: Path | None = None) -> list[str]:
     """Load the weights a checkpoint has in common with the model, into unwrapped chunks.
 
-    Of a LoRA checkpoint, those of its base first; `base` is where that lies if it has moved.
+    A LoRA checkpoint's base is loaded before it; `base` is where that lies if it has moved.
     Collective. Call `Optimizer.reload_parameters` afterwards if there is an optimizer. Returns
     the model's global names that are missing in the checkpoint; what only the checkpoint has is
     logged. Raises ValueError naming both shapes when they differ, when nothing is in common, and
     when it has adapters that the model has not.
     """
     path = Path(path)
-    found = Base.saved(read_state(path))
-    lacking = None
-    if found is not None:
-        lacking = set(load_weights(Path(found.located(base).path), models))
+    base_checkpoint = BaseCheckpoint.saved(read_state(path))
+    missing_in_base = None
+    if base_checkpoint is not None:
+        missing_in_base = set(load_weights(Path(base_checkpoint.located(base).path), models))
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
     missing, unexpected = _compare(path, read_metadata(path), weights)
@@ -115,7 +120,7 @@ def load_weights(path: Path, models: Sequence[Module], base: Path | None = None)
     absent = set(missing)
     _load_models(models, _load_sharded(without(model_state, absent), path))
     _check_weights(path, models, set(weights) - absent)
-    return missing if lacking is None else sorted(absent & lacking)
+    return missing if missing_in_base is None else sorted(absent & missing_in_base)
 
 
 def load_scales(path: Path, scaling: Any) -> list[str]:
@@ -125,9 +130,11 @@ def load_scales(path: Path, scaling: Any) -> list[str]:
     where a history has another length.
     """
     path = Path(path)
-    wanted = scaling.sharded_state_dict()
+    scales = scaling.sharded_state_dict()
     saved = {n: list(entry.size) for n, entry in read_metadata(path).state_dict_metadata.items()}
-    shapes = {name: shape for rank in gather(_shapes(wanted)) for name, shape in rank.items()}
+    # A stage knows its own linears alone; a refusal must come on every rank.
+    local_shapes = {name: list(entry.global_shape) for name, entry in scales.items()}
+    shapes = {name: shape for rank in gather(local_shapes) for name, shape in rank.items()}
     for name in shapes.keys() & saved.keys():
         if shapes[name] != saved[name]:
             raise ValueError(
@@ -136,19 +143,18 @@ def load_scales(path: Path, scaling: Any) -> list[str]:
             )
     missing = sorted(shapes.keys() - saved.keys())
     if len(missing) < len(shapes):
-        present = {name: entry for name, entry in wanted.items() if name in saved}
+        present = {name: entry for name, entry in scales.items() if name in saved}
         scaling.load(_load_sharded({"scaling": present}, path).get("scaling", {}))
     return missing
-
-
-def _shapes(sharded: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: list(entry.global_shape) for name, entry in sharded.items()}
 
 
 def _compare(
     path: Path, metadata: Any, weights: dict[str, list[int]]
 ) -> tuple[list[str], list[str]]:
-    """(names only in the model, names only in the checkpoint); shapes must agree."""
+    """Return (names only in the model, names only in the checkpoint).
+
+    Raises ValueError where a weight of both has two shapes.
+    """
     saved = {name: list(metadata.state_dict_metadata[name].size) for name in weight_names(metadata)}
     wrong = [
         f"{name} is {saved[name]} in the checkpoint, {shape} in the model"
@@ -161,10 +167,9 @@ def _compare(
 
 
 def _refuse_missing_optimizer_state(path: Path, metadata: Any, state: dict[str, Any]) -> None:
-    wanted = {piece.key: None for piece in pieces(state)}
-    missing = sorted(
-        {key for rank in gather(wanted) for key in rank} - metadata.state_dict_metadata.keys()
-    )
+    local_keys = {piece.key: None for piece in pieces(state)}
+    keys = {key for rank in gather(local_keys) for key in rank}
+    missing = sorted(keys - metadata.state_dict_metadata.keys())
     if missing:
         raise ValueError(
             f"{path} has no optimizer state for what is trained here and was not there (is"

@@ -14,7 +14,6 @@ amax histories of delayed scaling. There are no pickled objects, and loading unp
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import queue
 import shutil
@@ -29,13 +28,14 @@ from torch.nn import Module
 from nvmm.checkpoint.files import complete, latest, read_record
 from nvmm.checkpoint.weights import checksums, current_layout, rng_tensor, sharded_weights, without
 from nvmm.config.choices import require
+from nvmm.io.files import TEMPORARY, sync
 from nvmm.parallel import generators
 
 ShardingType = Literal["fully_reshardable", "dp_reshardable"]
 
 
 class Checkpoint:
-    """Saves and restores a run in one directory.
+    """The checkpoints of a run, in one directory.
 
     A checkpoint is written under a name that starts with .tmp_ and renamed when all ranks are
     done; what a crash leaves is never loaded, and removed at the next save.
@@ -86,21 +86,23 @@ class Checkpoint:
             step: optimizer steps done.
             models: this rank's unwrapped chunks, with overlapped parameter gathers completed.
             optimizer: an nvmm.training.optimizer.Optimizer.
-            state: what JSON can hold; `load` and `read_state` give it back. Its `base`, if any,
-                is the nvmm.checkpoint.base.Base that gives the weights left out.
+            state: values that JSON can hold; `load` and `read_state` give it back. Its `base`, if
+                any, is the nvmm.checkpoint.base.BaseCheckpoint that gives the weights left out.
             left_out: global names of weights that are not saved.
             scaling: an nvmm.modules.fp8_scales.Scaling, the FP8 scales.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+        # 1. An earlier save ends before this one begins; what a crash left is removed.
         self.finalize(blocking=True)
         final = self.directory / f"step_{step:08d}"
-        temporary = self.directory / f".tmp_{final.name}"
+        temporary = self.directory / f"{TEMPORARY}{final.name}"
         if dist.get_rank() == 0:
             self._remove_leftovers()
             temporary.mkdir(parents=True)
         dist.barrier()
+        # 2. The JSON, and the tensors of this rank with their places in the whole ones.
         model_state = sharded_weights(models)
         saved_state = without(model_state, left_out)
         record = {
@@ -118,6 +120,8 @@ class Checkpoint:
         scales = {} if scaling is None else scaling.sharded_state_dict()
         if scales:  # mcore would keep an empty entry
             sharded["scaling"] = scales
+        # 3. The writing: by mcore, in a forked process where it is asynchronous. The last step
+        # gives the checkpoint its name, once every rank is done.
         request = dist_checkpointing.save(
             sharded, str(temporary), self._strategy(), async_sharded_save=True
         )
@@ -131,18 +135,19 @@ class Checkpoint:
         return final
 
     def finalize(self, blocking: bool = False) -> None:
-        """Complete an asynchronous save when its writers are done; called by every rank at every
-        step, and with `blocking` before the run ends. Does nothing without one.
+        """Complete an asynchronous save when its writers are done; do nothing without one.
+
+        Every rank calls this at every step, and with `blocking` before the run ends.
         """
         if self._pending is not None:
             self._pending.maybe_finalize_async_calls(blocking=blocking)
 
     def latest(self) -> Path | None:
-        """The checkpoint of this run saved last; see `nvmm.checkpoint.files.latest`."""
+        """Return the checkpoint of this run saved last; see `nvmm.checkpoint.files.latest`."""
         return latest(self.directory)
 
     def _strategy(self) -> Any:
-        """torch's distributed format, the writing shared out over data-parallel replicas."""
+        """Return mcore's writer of torch's distributed format, shared out over replicas."""
         from megatron.core import parallel_state
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -159,20 +164,19 @@ class Checkpoint:
         )
 
     def _publish(self, temporary: Path, final: Path, files: dict[str, Any]) -> None:
-        """Give a written checkpoint its name, then delete the oldest; the work of rank 0."""
+        """Give a written checkpoint its name, then delete the oldest; rank 0 does it."""
         if dist.get_rank() == 0:
             earlier = complete(self.directory)
             number = read_record(earlier[-1])["number"] + 1 if earlier else 1
             files["state.json"]["number"] = number
+            # state.json is the last file: a directory without it is no checkpoint.
             for name, content in files.items():
-                with (temporary / name).open("w") as stream:
-                    json.dump(content, stream, indent=1)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                (temporary / name).write_text(json.dumps(content, indent=1))
+                sync(temporary / name)
             if final.exists():
                 self._remove(final)
             temporary.rename(final)
-            _sync_directory(self.directory)
+            sync(self.directory)
             if self.keep_last is not None:
                 for path in complete(self.directory)[: -self.keep_last]:
                     self._remove(path)
@@ -180,19 +184,19 @@ class Checkpoint:
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint so that no moment leaves half of it under its name."""
-        doomed = path.with_name(f".tmp_removed_{path.name}")
+        doomed = path.with_name(f"{TEMPORARY}removed_{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
 
     def _remove_leftovers(self) -> None:
-        for path in self.directory.glob(".tmp_*"):
+        for path in self.directory.glob(f"{TEMPORARY}*"):
             shutil.rmtree(path)
 
 
 class _Results:
-    """What a forked writer hands back: a nameless file that both processes hold.
+    """The results of a forked writer, in an anonymous temporary file shared by parent and child.
 
-    Stands for mcore's queue, which is a manager process per rank, spawned at the first save and
+    It replaces mcore's queue, which is a manager process per rank, spawned at the first save and
     left behind by a rank that is killed.
     """
 
@@ -209,11 +213,3 @@ class _Results:
         if not data:
             raise queue.Empty
         return pickle.loads(data)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,15 +13,17 @@ from nvmm.parallel.collectives import gather
 from nvmm.parallel.parameters import sharded_state_dict
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 4_194_304  # elements summed at a time
+_ROW = 4096  # of them in one int32
 
 
 def sharded_weights(models: Sequence[Module]) -> dict[str, dict[str, Any]]:
-    """One entry a chunk: local names repeat in virtual stages, the sharded keys do not."""
+    """Return one entry a chunk: local names repeat in virtual stages, the sharded keys do not."""
     return {f"model{index}": sharded_state_dict(model) for index, model in enumerate(models)}
 
 
 def pieces(sharded: dict[Any, Any]) -> Iterator[Any]:
-    """Every ShardedTensor of this rank, fused parameters cut as they are stored."""
+    """Yield every ShardedTensor of this rank, fused parameters cut as they are stored."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -37,24 +39,41 @@ def _shape(piece: Any) -> list[int]:
 
 
 def global_shapes(weights: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    """Global shape of every weight of the whole model; collective."""
+    """Return the global shape of every weight of the whole model; collective."""
     shapes: dict[str, list[int]] = {}
     for shard in gather({piece.key: _shape(piece) for piece in pieces(weights)}):
         shapes |= shard
     return dict(sorted(shapes.items()))
 
 
+def checksum(tensor: torch.Tensor) -> int:
+    """Sum a contiguous tensor's bits as signed integers of its element size (bytes: unsigned)."""
+    bits = tensor.view(_INTEGERS[tensor.element_size()]).flatten()
+    total = 0
+    for block in bits.split(_BLOCK):
+        if block.dtype == torch.int16:
+            # Summing int16 as int64 converts each element on its own; a row's sum fits in int32.
+            end = len(block) // _ROW * _ROW
+            rows = block[:end].view(-1, _ROW).sum(1, dtype=torch.int32)
+            total += int(rows.sum(dtype=torch.int64)) + int(block[end:].sum(dtype=torch.int64))
+        else:
+            total += int(block.sum(dtype=torch.int64))
+    return total
+
+
 def checksums(weights: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sum of each weight's bits as integers, mod 2**64: exact, so the same at every layout."""
+    """Sum each weight's bits as integers, mod 2**64: exactly, so the same at every layout.
+
+    Returns name -> dtype, shape and checksum of the whole model's weights. Collective.
+    """
     partial: dict[str, dict[str, Any]] = {}
     for piece in pieces(weights):
         if any(piece.replica_id) if isinstance(piece.replica_id, tuple) else piece.replica_id:
             continue
-        bits = piece.data.detach().contiguous().view(_INTEGERS[piece.data.element_size()])
         entry = partial.setdefault(
             piece.key, {"dtype": str(piece.dtype)[6:], "shape": _shape(piece), "checksum": 0}
         )
-        entry["checksum"] += int(bits.sum(dtype=torch.int64))
+        entry["checksum"] += checksum(piece.data.detach().contiguous())
     total: dict[str, dict[str, Any]] = {}
     for shard in gather(partial):
         for name, entry in shard.items():
@@ -64,7 +83,7 @@ def checksums(weights: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def without(weights: dict[str, dict[str, Any]], names: Set[str]) -> dict[str, dict[str, Any]]:
-    """The sharded weights but those of these global names."""
+    """Return the sharded weights but those of these global names."""
     return {
         chunk: {key: entry for key, entry in state.items() if entry.key not in names}
         for chunk, state in weights.items()
@@ -72,7 +91,7 @@ def without(weights: dict[str, dict[str, Any]], names: Set[str]) -> dict[str, di
 
 
 def current_layout() -> dict[str, int]:
-    """The sizes that random states and plain data-parallel shards depend on."""
+    """Return the sizes that random states and plain data-parallel shards depend on."""
     from megatron.core import parallel_state
 
     return {
@@ -85,7 +104,7 @@ def current_layout() -> dict[str, int]:
 
 
 def rng_tensor(data: torch.Tensor | None, length: int = 0) -> Any:
-    """This rank's row of the tensor [world size, longest state], padded with spaces."""
+    """Return this rank's row of the tensor [world size, longest state], padded with spaces."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     if data is not None:

@@ -1,11 +1,11 @@
-"""Which checkpoint a run goes on from, and what may have changed since it was written."""
+"""The comparison of a checkpoint's config with the current one: which keys may have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nvmm.config.nested import differences
 from nvmm.config.signatures import value_of
 
 FREE = (
@@ -49,15 +49,20 @@ class Change:
         return f"{self.key}: {self.saved!r} -> {self.current!r}"
 
 
+def changes(saved: dict[str, Any], current: dict[str, Any]) -> list[Change]:
+    """List the keys in which two resolved configs differ; an absent key has its default."""
+    return [Change(*entry) for entry in differences(saved, current, get=value_of)]
+
+
 def compare(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[Change], list[Change]]:
     """Split the differences of two resolved configs.
 
-    Returns (refused, notable): keys under FIXED, and the others that change training (learning
-    rate, batch size, data ...). Parallel sizes, workers and logging are free and not listed.
+    Returns (refused, notable): refused are keys under FIXED, notable are the others that change
+    training (learning rate, batch size, data ...). Keys under FREE are not listed.
     """
     refused: list[Change] = []
     notable: list[Change] = []
-    for change in differences("", saved, current):
+    for change in changes(saved, current):
         if not _under(change.key, FREE):
             (refused if _under(change.key, FIXED) else notable).append(change)
     return refused, notable
@@ -65,14 +70,3 @@ def compare(saved: dict[str, Any], current: dict[str, Any]) -> tuple[list[Change
 
 def _under(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
-
-
-def differences(key: str, saved: Any, current: Any) -> Iterator[Change]:
-    """The leaves, below `key`, in which two nested dicts differ; an absent one has the default of
-    the constructor that its dict names."""
-    if isinstance(saved, dict) and isinstance(current, dict):
-        for name in sorted(saved.keys() | current.keys()):
-            path = f"{key}.{name}" if key else name
-            yield from differences(path, value_of(saved, name), value_of(current, name))
-    elif saved != current:
-        yield Change(key, saved, current)

@@ -1,4 +1,4 @@
-"""Checks of a composed config, before torch or megatron.core is imported.
+"""Check a composed config before torch or megatron.core is imported.
 
 `check` compares every `_target_` with its constructor's signature (nvmm.config.signatures), lists
 every `???`, and applies the cross-field rules (nvmm.config.rules): all problems at once.
@@ -60,18 +60,18 @@ _SYNONYMS = {
 
 
 _OPEN_NUMBERS = ("sequence_length", "max_steps", "global_batch_size")
-_OPEN_NUMBERS_STAND_IN = 65_536  # which the usual sizes divide
+_NUMBER_PLACEHOLDER = 65_536  # The usual sizes divide it, so that no rule refuses it.
 
 
 def config_dir() -> Path:
-    """Folder of the YAML files: beside the package in a checkout, inside it when installed."""
+    """Return the folder of the YAML files: beside the package in a checkout, else inside it."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def option(group: str, name: str) -> dict[str, Any]:
-    """One option of a config group, as its YAML has it, without defaults."""
+    """Return one option of a config group, as its YAML has it, without defaults."""
     plain: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
     return plain
 
@@ -79,22 +79,26 @@ def option(group: str, name: str) -> dict[str, Any]:
 def check(
     config: DictConfig | Mapping[str, Any], *, entry: str = "train", world_size: int | None = None
 ) -> list[Problem]:
-    """Everything wrong with `config`, as `configs/<entry>.yaml` composes it; empty when it is good.
+    """Return every problem of `config`, as `configs/<entry>.yaml` composes it.
 
     world_size: number of ranks; None leaves out the rules that need it.
     """
+    # 1. Values that are not set, and interpolations that lead nowhere.
     plain, problems = resolve(config)
+    # 2. Keys outside any constructor, which only the primary YAML may name.
     schema = _schema(entry)
     problems += _unknown_keys(plain, schema, "", f"configs/{entry}.yaml")
+    # 3. Every `_target_` against its constructor's signature.
     for key, value in plain.items():
         problems += _check_node(value, key)
         if schema.get(key) == MISSING and isinstance(value, Mapping) and "_target_" not in value:
             problems.append(Problem(f"{key}._target_", None, "must name a class or function"))
+    # 4. The rules between keys, which tolerate values that the steps before have reported.
     return problems + violations(plain, world_size)
 
 
 def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """`config` resolved, as dicts and lists. Raises ValueError when something is not set."""
+    """Return `config` resolved, as dicts and lists. Raises ValueError when something is not set."""
     plain, problems = resolve(config)
     if problems:
         raise ValueError("\n".join(str(p) for p in problems))
@@ -102,23 +106,26 @@ def to_plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill_unset(config: DictConfig) -> list[str]:
-    """Put a stand-in at every `???` but whole groups that were not chosen; returns the keys."""
+    """Put a placeholder at every `???` but whole groups that were not chosen; return the keys."""
     keys = [problem.key for problem in resolve(config)[1] if problem.value == MISSING]
     keys = [key for key in keys if not (config_dir() / key).is_dir()]
     for key in keys:
         number = key.rpartition(".")[2] in _OPEN_NUMBERS
-        OmegaConf.update(config, key, _OPEN_NUMBERS_STAND_IN if number else "synthetic")
+        OmegaConf.update(config, key, _NUMBER_PLACEHOLDER if number else "synthetic")
     return keys
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a resolved config, independent of the order of its keys."""
+    """Return the SHA-256 of a resolved config, independent of the order of its keys."""
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Follow every interpolation. What is not set stays `???` and is a problem, as is a bad one."""
+    """Follow every interpolation; return the plain config and a problem for each that is bad.
+
+    A value that is not set stays `???` and is a problem too.
+    """
     problems: list[Problem] = []
 
     def plain(node: Any, key: str) -> Any:
@@ -130,7 +137,12 @@ def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
     def child(node: Any, name: Any, key: str) -> Any:
         if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_missing(node, name):
-            problems.append(Problem(key, MISSING, _unset(key)))
+            # A key of the top level is a group, which is chosen; any other is set.
+            unset = f"is not set; add {key}=... to the command"
+            if "." not in key:
+                unset = f"is not chosen; add experiment=... or {key}=... to the command"
+                unset += " (--help lists both)"
+            problems.append(Problem(key, MISSING, unset))
             return MISSING
         try:
             return plain(node[name], key)
@@ -139,7 +151,8 @@ def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], lis
         except OmegaConfBaseException as error:
             raw = OmegaConf.to_container(node, resolve=False)
             text = raw[name]  # type: ignore[index,call-overload]
-            problems.append(Problem(key, text, f"cannot be resolved: {_first_line(error)}"))
+            first_line = str(error).strip().partition("\n")[0]
+            problems.append(Problem(key, text, f"cannot be resolved: {first_line}"))
             return MISSING
 
     if not isinstance(config, DictConfig):
@@ -148,7 +161,7 @@ def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
 
 def suggestion(key: str, config: DictConfig | Mapping[str, Any]) -> str | None:
-    """The key most like `key` that exists in `config` or in the constructor it belongs to."""
+    """Return the key most like `key` that `config` or the constructor it belongs to has."""
     node: Any = resolve(config)[0]
     done: list[str] = []
     for part in key.split("."):
@@ -157,16 +170,18 @@ def suggestion(key: str, config: DictConfig | Mapping[str, Any]) -> str | None:
         names = {str(name) for name in node} - _SPECIAL
         names |= {p.name for p in _parameters(node).values()}
         if part not in node:
-            found = _closest(part, names)
-            return ".".join([*done, found]) if found else None
+            closest = _closest(part, names)
+            return ".".join([*done, closest]) if closest else None
         done.append(part)
         node = node[part]
     return None
 
 
 def accepts(key: str, config: DictConfig | Mapping[str, Any]) -> bool:
-    """Whether `config`, which lacks `key`, may have it: some constructor has that parameter, or
-    has a mapping of any keys there."""
+    """Return True when `config`, which lacks `key`, may have it.
+
+    It may when some constructor has that parameter, or has a mapping of any keys there.
+    """
     node: Any = resolve(config)[0]
     inside = False
     parts = key.split(".")
@@ -194,16 +209,10 @@ def _schema(entry: str) -> dict[str, Any]:
     return {str(key): value for key, value in items if key not in ("defaults", "hydra")}
 
 
-def _unset(key: str) -> str:
-    if "." in key:
-        return f"is not set; add {key}=... to the command"
-    return f"is not chosen; add experiment=... or {key}=... to the command (--help lists both)"
-
-
 def _unknown_keys(
     node: Mapping[str, Any], schema: Mapping[str, Any], prefix: str, where: str
 ) -> Iterator[Problem]:
-    """Keys outside any constructor: those of the primary config, and nothing else."""
+    """Yield a problem for each key outside any constructor that the primary config has not."""
     for key, value in node.items():
         if key not in schema:
             yield Problem(prefix + key, value, _unknown(f"a key of {where}", key, schema))
@@ -226,6 +235,7 @@ def _check_node(node: Any, key: str) -> Iterator[Problem]:
 
 def _check_target(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
     target = str(node["_target_"])
+    # 1. The constructor exists, and so does the function that a look-up of Hydra's names.
     try:
         accepted = signature(target)
     except UnknownTargetError as error:
@@ -236,42 +246,40 @@ def _check_target(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
             signature(node["path"])
         except UnknownTargetError as error:
             yield Problem(f"{key}.path", node["path"], _not_found(error))
-    filled = list(node.get("_args_") or [])
+    # 2. There are not more values by position than it takes.
+    values = list(node.get("_args_") or [])
     by_position = [p.name for p in accepted.parameters.values() if p.positional]
-    if len(filled) > len(by_position) and not accepted.any_positional:
+    if len(values) > len(by_position) and not accepted.any_positional:
         yield Problem(
-            f"{key}._args_", filled, f"must have at most {len(by_position)} values for {target}"
+            f"{key}._args_", values, f"must have at most {len(by_position)} values for {target}"
         )
-    given = set(by_position[: len(filled)])
+    filled = set(by_position[: len(values)])
+    # 3. Every key is a parameter that a config may give, with a value of its type.
     for name, value in node.items():
         if name in _SPECIAL:
             continue
         parameter = accepted.parameters.get(name)
-        if parameter is not None and _is_the_codes(parameter, node):
+        if parameter is not None and _given_by_code(parameter, node):
             yield Problem(f"{key}.{name}", value, "must not be given: nvmm itself gives it")
         elif parameter is not None:
             yield from _check_type(parameter, value, f"{key}.{name}")
         elif not accepted.any_keyword:
             allowed = _unknown(f"a parameter of {target}", name, accepted.parameters)
             yield Problem(f"{key}.{name}", value, allowed)
+    # 4. Nothing required is absent, but what code adds later: nvmm to its own partials, and the
+    # caller to any foreign partial.
+    foreign_partial = bool(node.get("_partial_")) and not target.startswith("nvmm.")
     for parameter in accepted.parameters.values():
-        if parameter.name in node or parameter.name in given or not parameter.required:
+        if parameter.name in node or parameter.name in filled or not parameter.required:
             continue
-        if _left_to_caller(parameter, node):
-            continue
-        yield Problem(f"{key}.{parameter.name}", None, f"must be given: {target} requires it")
+        if not foreign_partial and not _given_by_code(parameter, node):
+            yield Problem(f"{key}.{parameter.name}", None, f"must be given: {target} requires it")
 
 
-def _left_to_caller(parameter: Parameter, node: Mapping[str, Any]) -> bool:
-    """Whether `node` may lack a parameter that has no default."""
-    foreign = not str(node["_target_"]).startswith("nvmm.")
-    return _is_the_codes(parameter, node) or bool(node.get("_partial_") and foreign)
-
-
-def _is_the_codes(parameter: Parameter, node: Mapping[str, Any]) -> bool:
-    """Whether nvmm completes `node` with `parameter`: the keyword-only ones of its own partials."""
-    ours = str(node["_target_"]).startswith("nvmm.")
-    return bool(node.get("_partial_")) and ours and not parameter.positional
+def _given_by_code(parameter: Parameter, node: Mapping[str, Any]) -> bool:
+    """Return True for a keyword-only parameter of nvmm's own partials: nvmm completes them."""
+    is_ours = str(node["_target_"]).startswith("nvmm.")
+    return bool(node.get("_partial_")) and is_ours and not parameter.positional
 
 
 def _signature(node: Mapping[str, Any]) -> Signature:
@@ -282,19 +290,19 @@ def _signature(node: Mapping[str, Any]) -> Signature:
 
 
 def _parameters(node: Mapping[str, Any]) -> dict[str, Parameter]:
-    """What a config may give to the constructor of `node`."""
+    """Return the parameters that a config may give to the constructor of `node`."""
     parameters = _signature(node).parameters.values()
-    return {p.name: p for p in parameters if not _is_the_codes(p, node)}
+    return {p.name: p for p in parameters if not _given_by_code(p, node)}
 
 
 def _not_found(error: UnknownTargetError) -> str:
-    found = nearest(error.missing, error.names)
-    return f"does not exist: {error}" + (f"; did you mean {found}?" if found else "")
+    closest = nearest(error.missing, error.names)
+    return f"does not exist: {error}" + (f"; did you mean {closest}?" if closest else "")
 
 
 def _unknown(what: str, name: str, names: Mapping[str, Any]) -> str:
-    found = _closest(name, names)
-    hint = f"; did you mean {found}?" if found else f"; use one of {', '.join(sorted(names))}"
+    closest = _closest(name, names)
+    hint = f"; did you mean {closest}?" if closest else f"; use one of {', '.join(sorted(names))}"
     return f"is not {what}" + (hint if names else "")
 
 
@@ -321,7 +329,10 @@ def _check_type(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]
 
 
 def _allowed(node: ast.expr) -> list[str | tuple[Any]] | None:
-    """Kinds of value an annotation admits, a tuple for a literal; None when it says too little."""
+    """Return the kinds of value that an annotation admits, a literal as a tuple of its value.
+
+    Returns None when the annotation says too little.
+    """
     match node:
         case ast.Constant(value=None):
             return ["null"]
@@ -370,7 +381,3 @@ def _fits(value: Any, kind: str | tuple[Any]) -> bool:
         "a list": isinstance(value, list),
         "a mapping": isinstance(value, Mapping),
     }[kind]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,6 +1,6 @@
-"""Parameters that have one of a few values: their Literal is the one list of them.
+"""Parameters that have one of a few values, which a Literal lists in one place.
 
-`nvmm.config.check` reads it from the constructor's source, `require` from the type itself.
+`nvmm.config.check` reads the Literal from the constructor's source, `require` from the type.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal, get_args
 
 Backend = Literal["native", "transformer_engine"]
-"""Whose modules a model is built of (nvmm.modules.specs)."""
+"""The package whose modules a model is built of (nvmm.modules.specs)."""
 
 
 def require(key: str, value: object, literal: Any) -> None:

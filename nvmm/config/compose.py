@@ -1,4 +1,4 @@
-"""What the entry points share: compose with Hydra, refuse a bad config, know the launcher.
+"""Compose an entry point's config with Hydra, check it, and refuse a bad one.
 
 Nothing here imports torch or megatron.core: --help, --cfg and every refusal come without them.
 """
@@ -43,20 +43,21 @@ _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 class Job:
     """One composed and checked run.
 
-    config: resolved and plain; overrides: as typed; stand_ins: keys that were left open.
+    config: resolved and plain; overrides: as typed; placeholders: keys that were left open and got
+    a value that no one reads.
     """
 
     config: dict[str, Any]
     overrides: list[str]
-    stand_ins: list[str] = field(default_factory=list)
+    placeholders: list[str] = field(default_factory=list)
 
 
-def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Job | None:
+def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) -> Job | None:
     """Compose `configs/<entry>.yaml` with the command line and check it.
 
     Args:
-        ranks: with stand-ins, the world size to check for; None leaves its rules out.
-        stand_ins: give every `???` a value that no one reads, instead of refusing it.
+        ranks: with placeholders, the world size to check for; None leaves its rules out.
+        placeholders: give every `???` a value that no one reads, instead of refusing it.
 
     Returns None when the command line asked for something else, which is then done: --help,
     --cfg, --info, or --multirun (each job in a process of its own). Exits with BAD_CONFIG, every
@@ -68,14 +69,17 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
     jobs: list[Job] = []
 
     def collect(composed: DictConfig) -> None:
-        given: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        overrides = [text[2:] if _key(text) in accepted else text for text in given]
+        # 1. The overrides as the user typed them, without the ++ that this function added.
+        task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        overrides = [text[2:] if _key(text) in accepted else text for text in task]
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+        # 2. Old constructor names work, and the user is told the new ones.
         for old in sorted(_rename_targets(composed)):
             if rank() == 0:
                 print(f"nvmm.{entry}: {old} is now {MOVED[old]}", file=sys.stderr)
-        filled = check.fill_unset(composed) if stand_ins else []
-        size = ranks if stand_ins else world_size()
+        # 3. All problems are collected, so that one run shows them all.
+        filled = check.fill_unset(composed) if placeholders else []
+        size = ranks if placeholders else world_size()
         problems = check.check(composed, entry=entry, world_size=size)
         if multirun and world_size() > 1:
             problems.append(
@@ -83,6 +87,7 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
             )
         if problems:
             refuse(entry, problems)
+        # 4. A sweep runs each job in a process of its own: process groups live once a process.
         if multirun:
             command = [sys.executable, "-m", f"nvmm.{entry}", *overrides]
             status = subprocess.run(command, check=False).returncode
@@ -101,6 +106,8 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
         try:
             command()
         except _FAILURES as error:
+            # Hydra refuses a key that is in no YAML. One that a constructor has is tried again
+            # with ++, which adds it.
             problems, unwritten = _explain(entry, error)
             if problems:
                 refuse(entry, problems)
@@ -117,7 +124,7 @@ def load(entry: str, *, ranks: int | None = None, stand_ins: bool = False) -> Jo
 def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Compose `configs/<entry>.yaml` with overrides as the command line takes them.
 
-    Raises ValueError that says what has no place.
+    Raises ValueError naming the overrides that have no place.
     """
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         config, _, problems = _place(entry, list(overrides))
@@ -127,19 +134,19 @@ def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def _rename_targets(node: DictConfig | ListConfig) -> set[str]:
-    """Exchange every old `_target_` below `node` for its new name; returns the old ones."""
+    """Exchange every old `_target_` below `node` for its new name; return the old ones."""
     if node._is_none() or node._is_missing() or node._is_interpolation():
         return set()
-    found: set[str] = set()
+    old_names: set[str] = set()
     for key in range(len(node)) if isinstance(node, ListConfig) else list(node):
         child: Any = node._get_node(key)
         if isinstance(child, DictConfig | ListConfig):
-            found |= _rename_targets(child)
+            old_names |= _rename_targets(child)
         elif key == "_target_" and child._value() in MOVED:
-            found.add(child._value())
+            old_names.add(child._value())
             node[key] = MOVED[child._value()]
-    if isinstance(node, DictConfig) and found and node.get("_target_") in MOVED.values():
-        # Some have other keys now, too.
+    if isinstance(node, DictConfig) and old_names and node.get("_target_") in MOVED.values():
+        # Some constructors have other keys now, too.
         plain = OmegaConf.to_container(node, resolve=False)
         new = renamed(plain)
         if new != plain:
@@ -147,7 +154,7 @@ def _rename_targets(node: DictConfig | ListConfig) -> set[str]:
                 for key in list(node):
                     del node[key]
                 node.update(new)
-    return found
+    return old_names
 
 
 def refuse(entry: str, problems: Sequence[object]) -> NoReturn:
@@ -163,7 +170,7 @@ def refuse(entry: str, problems: Sequence[object]) -> NoReturn:
 
 @contextlib.contextmanager
 def refusals(name: str) -> Iterator[None]:
-    """Turns a ValueError, also one behind Hydra's, into the exit that a bad config gets."""
+    """Turn a ValueError, also one behind Hydra's, into the exit that a bad config gets."""
     from hydra.errors import InstantiationException
 
     try:
@@ -183,18 +190,18 @@ def instantiate(node: Any) -> Any:
 
 
 def argument(text: str) -> str:
-    """`checkpoint=DIR` and `tokenizer=DIR` as the keys they mean: alone they choose from groups."""
+    """Return `checkpoint=DIR` or `tokenizer=DIR` with the key it means; alone it names a group."""
     return re.sub(r"^(checkpoint|tokenizer)=", r"\1.path=", text)
 
 
 def log_to_stderr() -> None:
-    """Let this process say what nvmm does, without names and times."""
+    """Log nvmm's messages to stderr, without logger names or timestamps."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nvmm").setLevel(logging.INFO)
 
 
 def _explain(entry: str, error: Exception) -> tuple[list[object], list[str]]:
-    """Say what Hydra refused: every override it cannot place, with the nearest that it can.
+    """Explain Hydra's refusal by every override that it cannot place, with the nearest that it can.
 
     Returns (problems, overrides whose key is in no YAML, but in a constructor).
     """
@@ -223,6 +230,8 @@ def _place(name: str, overrides: list[str]) -> tuple[DictConfig | None, list[str
     unwritten: list[str] = []
     problems: list[object] = []
     groups = False
+    # Hydra stops at the first override that it cannot place. That one is set aside and the rest is
+    # composed again, until all have a place; then constructors may know the keys set aside.
     while True:
         try:
             config = hydra.compose(name, list(placed))
@@ -252,7 +261,7 @@ def _key(override: str) -> str:
 
 
 def _first(override: str) -> str:
-    """The first job's part of an override that `--multirun` would go through."""
+    """Return the first job's part of an override that `--multirun` would go through."""
     parsed = OverridesParser.create().parse_override(override)
     if not parsed.is_sweep_override():
         return override
@@ -260,7 +269,7 @@ def _first(override: str) -> str:
 
 
 def _culprit(error: Exception, overrides: list[str]) -> str | None:
-    """The override that `error` is about."""
+    """Return the override that `error` is about, None for an error about none of them."""
     for text in overrides:
         override = OverridesParser.create().parse_override(text)
         missing = getattr(error, "missing_cfg_file", None)
@@ -276,18 +285,18 @@ def _culprit(error: Exception, overrides: list[str]) -> str | None:
 def _unknown_option(override: str, known: Sequence[str], loader: ConfigLoader) -> Problem:
     group, _, option = override.lstrip("+~").partition("=")
     options = sorted({*known, *_options(loader, group.partition("@")[0])})
-    found = nearest(option, options)
-    hint = f"; did you mean {found}?" if found else ""
+    closest = nearest(option, options)
+    hint = f"; did you mean {closest}?" if closest else ""
     return Problem(group, option, f"does not exist{hint} (there are {', '.join(options)})")
 
 
 def _unknown_key(override: str, composed: DictConfig, loader: ConfigLoader) -> Problem:
     key, _, value = override.lstrip("+~").partition("=")
     if "=" in override and not override.startswith(("+", "~")):
-        found = check.suggestion(key, composed)
         names = {str(name) for name in composed} | set(loader.list_groups(""))
-        found = found or nearest(key, names)
-        return Problem(key, value, "does not exist" + (f"; did you mean {found}?" if found else ""))
+        closest = check.suggestion(key, composed) or nearest(key, names)
+        hint = f"; did you mean {closest}?" if closest else ""
+        return Problem(key, value, f"does not exist{hint}")
     return Problem(key, value, "does not exist")
 
 
@@ -299,6 +308,6 @@ def _options(loader: ConfigLoader, group: str) -> list[str]:
 
 
 def _message(error: BaseException) -> str:
-    """An error's own words on one line, with those of its cause."""
+    """Return an error's own words on one line, with those of its cause."""
     texts = [str(e).split("\nConfig search path")[0] for e in (error, error.__cause__) if e]
     return "; ".join(" ".join(text.split()) for text in dict.fromkeys(texts) if text.strip())

@@ -1,4 +1,4 @@
-"""Old names of constructors: saved configs and users' YAMLs that name them go on working."""
+"""Old names of constructors, so that saved configs and users' YAMLs with them go on working."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MOVED = {
 
 
 def renamed(config: Any) -> Any:
-    """A copy of a plain config in which every `_target_` and its keys have their new names."""
+    """Return a copy of a plain config in which every `_target_` and its keys have new names."""
     if isinstance(config, list):
         return [renamed(item) for item in config]
     if not isinstance(config, dict):
@@ -47,7 +47,7 @@ _TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"
 
 
 def _dialect(old: dict[str, Any]) -> dict[str, Any]:
-    """A template that named its style, as data."""
+    """Return the present form of a ChatTemplate that named its style."""
     style = old.get("style", "chatml")
     turn, end = old.get("turn_start", "<|im_start|>"), "{end}\n"
     new: dict[str, Any] = {"_target_": _TEMPLATE, "system": old.get("system")}

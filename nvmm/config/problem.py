@@ -1,4 +1,4 @@
-"""What is wrong with a config, and how checks look into one. Standard library alone."""
+"""A problem of a config, and typed look-ups in one. This imports the standard library alone."""
 
 from __future__ import annotations
 
@@ -37,30 +37,32 @@ class View:
     world_size: int | None = None
 
     def get(self, key: str) -> Any:
-        """The value at `key`, which has its constructor's default where it is absent; None when it
-        is null or not set yet, or no constructor has it."""
+        """Return the value at `key`, or its constructor's default where it is absent.
+
+        Returns None when it is null or not set yet, or no constructor has it.
+        """
         node: Any = self.config
         for part in key.split("."):
             node = value_of(node, part) if isinstance(node, Mapping) else None
         return None if node == MISSING else node
 
     def integer(self, key: str, default: int | None = None) -> int | None:
-        """The whole number at `key`, else `default`."""
+        """Return the whole number at `key`, else `default`."""
         value = self.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else default
 
     def number(self, key: str) -> float | None:
-        """The number at `key`, else None."""
+        """Return the number at `key`, else None."""
         value = self.get(key)
         return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def size(self, name: str) -> int:
-        """A parallel size; 1 when it is not given or is no positive number."""
+        """Return a parallel size; 1 when it is not given or is no positive number."""
         return max(1, self.integer(f"parallel.{name}_model_parallel_size", 1) or 1)
 
     @property
     def language(self) -> str | None:
-        """Key of the language model: `model`, or `model.language` of a model with encoders."""
+        """The key of the language model: `model`, or `model.language` of a model with encoders."""
         for key in ("model.language", "model"):
             if isinstance(self.get(f"{key}.transformer"), Mapping):
                 return key
@@ -68,14 +70,14 @@ class View:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name most like `name`, or None when none is."""
+    """Return the name most like `name`, or None when none is."""
     candidates = sorted(set(names))
-    found = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    if not found:
-        found = [c for c in candidates if len(name) > 2 and (name in c or c in name)][:1]
-    return found[0] if found else None
+    similar = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    if not similar:
+        similar = [c for c in candidates if len(name) > 2 and (name in c or c in name)]
+    return similar[0] if similar else None
 
 
 def divisors(number: int) -> str:
-    """Every whole number that divides `number`, as a message lists them."""
+    """Return every whole number that divides `number`, as a message lists them."""
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

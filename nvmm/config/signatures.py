@@ -56,11 +56,14 @@ class Signature:
 
 
 UNREADABLE = Signature({}, any_keyword=True, any_positional=True)
-"""Of a target that exists but has no Python source to read (an extension, a lazy module)."""
+"""The signature of a target that has no Python source to read (an extension, a lazy module)."""
 
 
 class UnknownTargetError(ValueError):
-    """A `_target_` that names nothing. `within`: the last thing found; `names`: what that holds."""
+    """A `_target_` that names nothing.
+
+    missing: the name that does not exist. within: the last thing that does; names: its members.
+    """
 
     def __init__(self, missing: str, within: str, names: list[str]) -> None:
         super().__init__(f"{within} has no {missing!r}" if within else f"no module {missing!r}")
@@ -78,16 +81,16 @@ class _Module:
 
     @functools.cached_property
     def bindings(self) -> dict[str, list[ast.stmt]]:
-        """Name -> the statements that bind it at module level, the last one first."""
-        found: dict[str, list[ast.stmt]] = {}
+        """The statements that bind each name at module level, the last one first."""
+        by_name: dict[str, list[ast.stmt]] = {}
         for statement in _statements(self.tree.body if self.tree else []):
             for name in _bound_names(statement):
-                found.setdefault(name, []).insert(0, statement)
-        return found
+                by_name.setdefault(name, []).insert(0, statement)
+        return by_name
 
     @functools.cached_property
     def lazy(self) -> bool:
-        """Names appear at run time: no source at all, `__getattr__`, or a replaced module."""
+        """True where names appear at run time: no source, `__getattr__`, or a replaced module."""
         if self.tree is None:
             return not self.locations
         return "__getattr__" in self.bindings or any(
@@ -115,18 +118,18 @@ _Found = _Module | _Definition | _Opaque
 
 @functools.cache
 def signature(target: str) -> Signature:
-    """Parameters of the class or function at dotted path `target`.
+    """Return the parameters of the class or function at dotted path `target`.
 
     Raises UnknownTargetError when there is none. No module is imported.
     """
-    found = _locate(target)
-    if isinstance(found, _Module):
+    located = _locate(target)
+    if isinstance(located, _Module):
         raise UnknownTargetError(target.rpartition(".")[2], f"the class or function {target}", [])
-    if isinstance(found, _Opaque):
+    if isinstance(located, _Opaque):
         return UNREADABLE
-    if isinstance(found.node, ast.ClassDef):
-        return _class_signature(found.module, found.node) or Signature({})
-    return _function_signature(found.module, found.node, drop_first=found.bound)
+    if isinstance(located.node, ast.ClassDef):
+        return _class_signature(located.module, located.node) or Signature({})
+    return _function_signature(located.module, located.node, drop_first=located.bound)
 
 
 def _locate(target: str) -> _Found:
@@ -149,11 +152,11 @@ def _locate(target: str) -> _Found:
     return current
 
 
-def _names(found: _Module | _Definition) -> list[str]:
-    """What a module (submodules included) or a class holds."""
-    if isinstance(found, _Definition):
-        return [name for statement in found.node.body for name in _bound_names(statement)]
-    return [*found.bindings, *(info.name for info in pkgutil.iter_modules(found.locations))]
+def _names(owner: _Module | _Definition) -> list[str]:
+    """Return the names that a class or a module has, its submodules included."""
+    if isinstance(owner, _Definition):
+        return [name for statement in owner.node.body for name in _bound_names(statement)]
+    return [*owner.bindings, *(info.name for info in pkgutil.iter_modules(owner.locations))]
 
 
 @functools.cache
@@ -182,7 +185,7 @@ def _load(name: str) -> _Module | None:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Module-level statements in order, those inside if, try and with included."""
+    """Yield module-level statements in order, those inside if, try and with included."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try | ast.With):
@@ -218,19 +221,19 @@ def _decorators(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> 
 
 
 def _attribute(module: _Module, name: str, depth: int = 0) -> _Found | None:
-    """What `module.name` is, through re-exports, aliases and submodules."""
+    """Resolve `module.name` through re-exports, aliases and submodules; None when there is none."""
     if depth > _DEPTH:
         return _OPAQUE
     for statement in module.bindings.get(name, []):
-        found = _binding(module, statement, name, depth)
-        if found is not None:
-            return found
+        resolved = _binding(module, statement, name, depth)
+        if resolved is not None:
+            return resolved
     for statement in module.bindings.get("*", []):
         if isinstance(statement, ast.ImportFrom):
             source = _load(_source(module, statement))
-            found = _attribute(source, name, depth + 1) if source else None
-            if found is not None:
-                return found
+            resolved = _attribute(source, name, depth + 1) if source else None
+            if resolved is not None:
+                return resolved
     submodule = _load(f"{module.name}.{name}") if module.locations else None
     if submodule is not None:
         return submodule
@@ -261,7 +264,7 @@ def _binding(module: _Module, statement: ast.stmt, name: str, depth: int) -> _Fo
 
 
 def _source(module: _Module, statement: ast.ImportFrom) -> str:
-    """Absolute name of the module that `from ... import` names."""
+    """Return the absolute name of the module that `from ... import` names."""
     if not statement.level:
         return statement.module or ""
     base = module.package.split(".")
@@ -270,7 +273,7 @@ def _source(module: _Module, statement: ast.ImportFrom) -> str:
 
 
 def _expression(module: _Module, node: ast.expr, depth: int = 0) -> _Found | None:
-    """What a name, a dotted name or a subscripted one in `module` refers to."""
+    """Resolve a name, a dotted name or a subscripted one in `module`."""
     if isinstance(node, ast.Subscript):
         return _expression(module, node.value, depth)
     if isinstance(node, ast.Name):
@@ -286,7 +289,7 @@ def _expression(module: _Module, node: ast.expr, depth: int = 0) -> _Found | Non
 
 
 def _member(owner: _Definition, name: str) -> _Found | None:
-    """A method or nested class of a class."""
+    """Resolve a method or nested class of a class, an inherited one too; None without one."""
     if not isinstance(owner.node, ast.ClassDef):
         return None
     for statement in owner.node.body:
@@ -298,16 +301,18 @@ def _member(owner: _Definition, name: str) -> _Found | None:
             return _Definition(owner.module, statement)
         return _OPAQUE
     for base in owner.node.bases:
-        found = _expression(owner.module, base)
-        member = _member(found, name) if isinstance(found, _Definition) else found
+        parent = _expression(owner.module, base)
+        member = _member(parent, name) if isinstance(parent, _Definition) else parent
         if member is not None:
             return _OPAQUE if isinstance(member, _Module) else member
     return None
 
 
 def default_of(target: str, name: str) -> Any:
-    """What parameter `name` of the constructor at `target` is when a config lacks it, as a config
-    says it (tuples are lists); None where that cannot be read from source."""
+    """Return the default of parameter `name` of the constructor at `target`, as a config says it.
+
+    Tuples are lists. Returns None where the default cannot be read from source.
+    """
     try:
         parameter = signature(target).parameters.get(name)
     except UnknownTargetError:
@@ -363,12 +368,12 @@ def completed(config: Any) -> Any:
 
 
 def value_of(node: Mapping[str, Any], name: str) -> Any:
-    """What a mapping of a config says of `name`: a value, or its constructor's default."""
+    """Return the value of `name` in a mapping of a config, or its constructor's default."""
     return node[name] if name in node else default_of(str(node.get("_target_", "")), name)
 
 
 class _Constants(ast.NodeTransformer):
-    """Puts a Literal or a constant in the place of the name that it has in a module."""
+    """A transformer that puts a module's Literals and constants in the place of their names."""
 
     def __init__(self, module: _Module) -> None:
         self.module = module
@@ -378,8 +383,10 @@ class _Constants(ast.NodeTransformer):
 
 
 def _constant(module: _Module, name: str, depth: int = 0) -> ast.expr | None:
-    """What `name = Literal[...]` or `name = 1` binds in `module`, or in the module of its package
-    that it is imported from; None for every other name."""
+    """Return the expression that `name = Literal[...]` or `name = 1` binds in `module`.
+
+    The name may be imported from another module of the package. Returns None for every other name.
+    """
     for statement in module.bindings.get(name, []):
         match statement:
             case ast.Assign(value=ast.Subscript(value=head) as value):
@@ -427,7 +434,7 @@ def _function_signature(
 
 
 def _class_signature(module: _Module, node: ast.ClassDef, depth: int = 0) -> Signature | None:
-    """Parameters of the constructor; None when neither the class nor a base defines one."""
+    """Return the constructor's parameters; None when neither the class nor a base defines one."""
     methods = {s.name: s for s in node.body if isinstance(s, ast.FunctionDef) and _bound_names(s)}
     if "__init__" in methods:
         return _function_signature(module, methods["__init__"], drop_first=True)
@@ -445,47 +452,47 @@ def _class_signature(module: _Module, node: ast.ClassDef, depth: int = 0) -> Sig
             continue
         if last == "NamedTuple":
             return Signature(_annotated(module, node, kw_only=False))
-        found = _expression(module, base)
-        if depth > _DEPTH or not isinstance(found, _Definition):
+        parent = _expression(module, base)
+        if depth > _DEPTH or not isinstance(parent, _Definition):
             return UNREADABLE
-        if isinstance(found.node, ast.ClassDef):
-            inherited = _class_signature(found.module, found.node, depth + 1)
+        if isinstance(parent.node, ast.ClassDef):
+            inherited = _class_signature(parent.module, parent.node, depth + 1)
             if inherited is not None:
                 return inherited
     return None
 
 
 def _dataclass_option(node: ast.ClassDef, option: str) -> bool:
-    """Whether `node` is a dataclass that has `option` (init: on by default, kw_only: off)."""
+    """Return True for a dataclass that has `option` (init: on by default, kw_only: off)."""
     for decorator in node.decorator_list:
         called = decorator.func if isinstance(decorator, ast.Call) else decorator
         if ast.unparse(called).rpartition(".")[2] != "dataclass":
             continue
         keywords = decorator.keywords if isinstance(decorator, ast.Call) else []
-        given = {k.arg: ast.unparse(k.value) == "True" for k in keywords}
-        return given.get(option, option == "init")
+        options = {k.arg: ast.unparse(k.value) == "True" for k in keywords}
+        return options.get(option, option == "init")
     return False
 
 
 def _fields(module: _Module, node: ast.ClassDef, depth: int) -> dict[str, Parameter]:
-    """Constructor parameters that a dataclass and its bases declare, in order."""
-    found: dict[str, Parameter] = {}
+    """Return the constructor parameters that a dataclass and its bases declare, in order."""
+    parameters: dict[str, Parameter] = {}
     for base in reversed(node.bases):
         definition = _expression(module, base)
         if isinstance(definition, _Definition) and isinstance(definition.node, ast.ClassDef):
             if depth < _DEPTH:
-                found |= _fields(definition.module, definition.node, depth + 1)
+                parameters |= _fields(definition.module, definition.node, depth + 1)
     if "dataclass" in _decorators(node):
-        found |= _annotated(module, node, kw_only=_dataclass_option(node, "kw_only"))
+        parameters |= _annotated(module, node, kw_only=_dataclass_option(node, "kw_only"))
         for statement in node.body:
             if _field_option(statement, "init") == "False":
                 for name in _bound_names(statement):
-                    found.pop(name, None)
-    return found
+                    parameters.pop(name, None)
+    return parameters
 
 
 def _annotated(module: _Module, node: ast.ClassDef, *, kw_only: bool) -> dict[str, Parameter]:
-    found = {}
+    parameters = {}
     for statement in node.body:
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
@@ -505,7 +512,7 @@ def _annotated(module: _Module, node: ast.ClassDef, *, kw_only: bool) -> dict[st
         else:
             by_keyword = kw_only
         name = statement.target.id
-        found[name] = Parameter(
+        parameters[name] = Parameter(
             name,
             _resolved(module, statement.annotation),
             required,
@@ -513,11 +520,11 @@ def _annotated(module: _Module, node: ast.ClassDef, *, kw_only: bool) -> dict[st
             not by_keyword,
             _resolved(module, default),
         )
-    return found
+    return parameters
 
 
 def _field_option(statement: ast.stmt, option: str) -> str | None:
-    """Source text of keyword `option` in `name: type = field(...)`."""
+    """Return the source text of keyword `option` in `name: type = field(...)`."""
     value = statement.value if isinstance(statement, ast.AnnAssign) else None
     if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
         return next((ast.unparse(k.value) for k in value.keywords if k.arg == option), None)

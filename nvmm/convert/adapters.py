@@ -1,4 +1,4 @@
-"""LoRA adapters of our checkpoints: merged into the weights, and to and from PEFT's folders."""
+"""Merge LoRA adapters of our checkpoints into the weights; convert them from and to PEFT."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.convert.exporting import layout
 from nvmm.convert.files import publish
 from nvmm.convert.formats import peft
 from nvmm.convert.formats.peft import Factors
 from nvmm.convert.importing import on_meta
-from nvmm.convert.models import Saved, open_checkpoint, write_state, write_weights
-from nvmm.convert.sources import Cast, Held, Over, Source, read
+from nvmm.convert.models import SavedModel, open_checkpoint, write_state, write_weights
+from nvmm.convert.sources import Cast, InMemory, Source, WithLora, read
 from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
 _BLOCK = 4_194_304  # elements merged at a time
 _STATE = ("config", "tokenizer_digest", "sources", "initialised")
 
 
-class Updated:
+class MergedLora:
     """Weights with their adapters' updates: W + alpha / rank * B A in fp32, rounded once.
 
     masks: linear -> [rows, members], of every linear with an adapter. dtype: None for W's own.
@@ -49,7 +49,7 @@ class Updated:
         return linear if linear != name and linear in self.masks else None
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Some rows at a time."""
+        """Yield some rows at a time."""
         linear = self._linear(name)
         if linear is None:
             yield from self.source.blocks(name)
@@ -64,8 +64,8 @@ class Updated:
                 yield (rows.float() + self.scale * update).to(self.dtype or rows.dtype)
 
 
-def adapters(saved: Saved) -> Lora:
-    """What a checkpoint's run says about its adapters. Raises ValueError when it has none."""
+def adapters(saved: SavedModel) -> Lora:
+    """Return the adapters' options from a checkpoint's config; ValueError when it has none."""
     config = saved.state["config"].get("lora")
     if not saved.has_adapters or config is None:
         raise ValueError(f"{saved.path} has no LoRA adapters")
@@ -73,7 +73,7 @@ def adapters(saved: Saved) -> Lora:
 
 
 def merge(
-    saved: Saved,
+    saved: SavedModel,
     to: Path,
     constructor: Callable[..., Any],
     *,
@@ -86,9 +86,9 @@ def merge(
     constructor: of the checkpoint's model. base: where its base lies, if it has moved.
     """
     lora = adapters(saved)
-    below, source = _whole(saved, base)
+    below, source = _with_bases(saved, base)
     names = [n.removesuffix(FACTORS[0]) for n in source.spec if n.endswith(FACTORS[0])]
-    merged = Updated(source, _masks(constructor, names), lora.alpha / lora.rank, dtype)
+    merged = MergedLora(source, _masks(constructor, names), lora.alpha / lora.rank, dtype)
     state = {k: v for entry in (*below, saved) for k, v in entry.state.items() if k in _STATE}
     state["config"] = {**saved.state["config"], "lora": None}
     state["merged_from"] = [str(entry.path) for entry in (*below, saved)]
@@ -97,24 +97,24 @@ def merge(
         write_state(temporary, state)
 
 
-def _whole(saved: Saved, moved: Path | None = None) -> tuple[list[Saved], Source]:
-    """The checkpoints below a LoRA checkpoint, lowest first, and the weights of them all."""
-    base = Base.saved(saved.state)
+def _with_bases(saved: SavedModel, moved: Path | None = None) -> tuple[list[SavedModel], Source]:
+    """Return the checkpoints below a LoRA checkpoint, lowest first, and the weights of all."""
+    base = BaseCheckpoint.saved(saved.state)
     if base is None:
         return [], saved.source
-    under = open_checkpoint(Path(base.located(moved).path))
-    below, source = _whole(under)
-    return [*below, under], Over(saved.source, source)
+    base_model = open_checkpoint(Path(base.located(moved).path))
+    below, source = _with_bases(base_model)
+    return [*below, base_model], WithLora(saved.source, source)
 
 
 def _masks(constructor: Callable[..., Any], names: Sequence[str]) -> dict[str, Tensor]:
     with on_meta(constructor) as model:
-        found = linears([model])
-        return {name: found[name].mask() for name in names}
+        by_name = linears([model])
+        return {name: by_name[name].mask() for name in names}
 
 
 def export_adapter(
-    saved: Saved,
+    saved: SavedModel,
     to: Path,
     format_name: str,
     constructor: Callable[..., Any],
@@ -127,17 +127,19 @@ def export_adapter(
     """
     lora = adapters(saved)
     prefix = f"{part}." if part else ""
-    own = [name for name in saved.source.spec if name.startswith(prefix)]
-    trained = [name for name in own if not name.endswith(FACTORS)]
+    # 1. The part's names; anything but adapters that was trained has no place in PEFT's folder.
+    names_of_part = [name for name in saved.source.spec if name.startswith(prefix)]
+    trained = [name for name in names_of_part if not name.endswith(FACTORS)]
     if saved.state.get("base") is not None and trained:
         raise ValueError(
             f"{saved.path} trained more than adapters ({', '.join(trained[:3])} ...): `merge` them"
             " and export the model, or name a part without them with --part"
         )
     _, rows = layout(saved, format_name, part)
-    names = [name.removesuffix(FACTORS[0]) for name in own if name.endswith(FACTORS[0])]
+    names = [n.removesuffix(FACTORS[0]) for n in names_of_part if n.endswith(FACTORS[0])]
     if not names:
         raise ValueError(f"{saved.path} has no adapters in {part or 'the model'}")
+    # 2. Every adapted linear of ours becomes the modules that its row of the table names.
     masks = _masks(constructor, names)
     modules: dict[str, Factors] = {}
     for row in rows:
@@ -146,6 +148,7 @@ def export_adapter(
             a, b = (read(saved.source, f"{linear}{factor}") for factor in FACTORS)
             b = stacked(b, masks[linear].to(b.dtype))
             modules |= peft.to_theirs(row, Factors(a, b, lora.alpha / lora.rank))
+    # 3. PEFT names modules by patterns, which must match no module that is not adapted.
     every = [n.removesuffix(".weight") for r in rows for n in r.theirs if n.endswith(".weight")]
     base = (saved.state.get("base") or {}).get("path", "")
     with publish(to) as temporary:
@@ -162,7 +165,7 @@ def export_adapter(
 
 def import_adapter(
     folder: Path,
-    base: Saved,
+    base: SavedModel,
     to: Path,
     format_name: str,
     constructor: Callable[..., Any],
@@ -174,6 +177,7 @@ def import_adapter(
     Modules of smaller rank are filled with zeros up to the largest; of another scale, their B is
     multiplied by the ratio. Raises ValueError listing modules that the format's table has not.
     """
+    # 1. Their factors, and our linears that may take them.
     config, theirs = peft.load(folder)
     scale = peft.scale(config)
     theirs = {name: f.rescaled(scale) for name, f in theirs.items()}
@@ -181,6 +185,7 @@ def import_adapter(
     _, rows = layout(base, format_name, part)
     with on_meta(constructor) as model:
         known = {name: (f.mask(), f.module.weight) for name, f in linears([model]).items()}
+    # 2. Each row of the table collects the factors of one linear; all of theirs must be used.
     ours: dict[str, tuple[Tensor, Tensor]] = {}
     mapped: set[str] = set()
     for row in rows:
@@ -188,16 +193,17 @@ def import_adapter(
         if row.ours is None or not row.ours.endswith(".weight") or linear not in known:
             continue
         mask, weight = known[linear]
-        found = peft.to_ours(row, theirs, weight)
+        factors = peft.to_ours(row, theirs, weight)
         mapped |= {name.removesuffix(".weight") for name in row.theirs}
-        if found is not None:
-            ours[linear] = _folded(found, mask)
-    strange = sorted(theirs.keys() - mapped)
-    if strange or not ours:
+        if factors is not None:
+            ours[linear] = _folded(factors, mask)
+    unmapped = sorted(theirs.keys() - mapped)
+    if unmapped or not ours:
         raise ValueError(
             f"{folder} adapts what --format {format_name} has no linear for:"
-            f" {', '.join(strange) or 'nothing at all'}"
+            f" {', '.join(unmapped) or 'nothing at all'}"
         )
+    # 3. One rank for all: smaller ones are filled with zeros, member by member.
     rank = max(b.shape[1] for _, b in ours.values())
     tensors = {}
     for linear, (a, b) in ours.items():
@@ -207,6 +213,7 @@ def import_adapter(
             0, 1
         )
         tensors[linear + FACTORS[1]] = torch.nn.functional.pad(b, (0, missing))
+    # 4. The checkpoint names its base by digest, and the adapters by a config of ours.
     lora = {
         "_target_": "nvmm.modules.lora.Lora",
         "targets": _patterns(set(ours), set(known)),
@@ -217,26 +224,29 @@ def import_adapter(
     }
     state = {key: base.state[key] for key in _STATE if key in base.state}
     state["config"] = {**base.state["config"], "lora": lora}
-    state |= {"base": asdict(Base.of(base.path)), "adapter_from": str(folder)}
+    state |= {"base": asdict(BaseCheckpoint.of(base.path)), "adapter_from": str(folder)}
     with publish(to) as temporary:
-        write_weights(temporary, Held(tensors), "adapter", 1)
+        write_weights(temporary, InMemory(tensors), "adapter", 1)
         write_state(temporary, state)
 
 
-def _folded(found: Factors, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """a [members * r, in] and b [out, r] of stacked factors, or of one A that all members share."""
+def _folded(factors: Factors, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold stacked factors to a [members * r, in] and b [out, r].
+
+    Where the factors are no stack, all members get a copy of the one A.
+    """
     count = mask.shape[1]
-    rank, left = divmod(found.a.shape[0], count)
-    if not left:
-        blocks = found.b.unflatten(1, (count, rank))
+    rank, rest = divmod(factors.a.shape[0], count)
+    if not rest:
+        blocks = factors.b.unflatten(1, (count, rank))
         mask = mask.to(blocks.dtype).unsqueeze(-1)
         if not (blocks * (1 - mask)).any():
-            return found.a, (blocks * mask).sum(1)
-    return found.a.repeat(count, 1), found.b
+            return factors.a, (blocks * mask).sum(1)
+    return factors.a.repeat(count, 1), factors.b
 
 
 def _patterns(adapted: set[str], every: set[str]) -> list[str]:
-    """Names with a * for the layer where all layers are adapted, else as they are."""
+    """Return names with a * for the layer where all layers are adapted, else as they are."""
     patterns = set()
     for name in adapted:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)

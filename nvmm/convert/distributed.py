@@ -1,8 +1,8 @@
 """torch's distributed checkpoint format, written and read tensor by tensor in one process.
 
-What `write_distributed` leaves is a weights-only checkpoint that megatron-core's dist_checkpointing
-loads at any layout. torch's own FileSystemWriter is not used: it keeps every tensor of a file in
-memory until the file is complete.
+`write_distributed` writes a weights-only checkpoint that megatron-core's dist_checkpointing loads
+at any layout. torch's own FileSystemWriter is not used: it keeps every tensor of a file in memory
+until the file is complete.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 from tqdm import tqdm
 
-from nvmm.convert.files import flush
+from nvmm.checkpoint.weights import checksum
 from nvmm.convert.sources import Source
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHECKSUM = 4_194_304  # elements summed at a time
-_ROW = 4096  # of them in one int32
 _FORMAT = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -68,11 +65,11 @@ class DistributedSource:
             self._check(name)
 
     def _check(self, name: str) -> None:
-        """Nothing is allocated by what an index claims before the files are as large as it says."""
+        """Compare the index with the files' sizes before anything is allocated by its claims."""
         spec, chunks = self.spec[name], self.entries[name].chunks
         covered = 0
         for chunk in chunks:
-            info = self._place(name, chunk)
+            info = self._storage_of(name, chunk)
             path = self.folder / info.relative_path
             size = path.stat().st_size if path.is_file() else 0
             numel = chunk.sizes.numel()
@@ -82,14 +79,14 @@ class DistributedSource:
         if covered != spec.numel():
             raise ValueError(f"{self.folder}: the pieces of {name} do not make it up")
 
-    def _place(self, name: str, chunk: ChunkStorageMetadata) -> _StorageInfo:
+    def _storage_of(self, name: str, chunk: ChunkStorageMetadata) -> _StorageInfo:
         try:
             return self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.folder}: {name} is stored nowhere") from error
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor, put together from the pieces it is stored in."""
+        """Yield the tensor, put together from the pieces it is stored in."""
         spec = self.spec[name]
         chunks = self.entries[name].chunks
         if all(chunk.sizes[1:] == spec.shape[1:] for chunk in chunks):
@@ -98,15 +95,15 @@ class DistributedSource:
             return
         out = torch.empty(spec.shape, dtype=spec.dtype)
         for chunk in chunks:
-            place = tuple(
+            region = tuple(
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
             )
-            out[place] = self._read(name, chunk)
+            out[region] = self._read(name, chunk)
         yield out
 
     def _read(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self._place(name, chunk)
+        info = self._storage_of(name, chunk)
         path = self.folder / info.relative_path
         try:
             with path.open("rb") as stream:
@@ -131,15 +128,17 @@ def write_distributed(
 ) -> dict[str, dict[str, Any]]:
     """Write a source's tensors into an existing folder, one file a worker.
 
-    Returns name -> dtype, shape and checksum (sum of the bits as integers, mod 2**64), which is
-    what a training run's weights.json holds.
+    Returns name -> dtype, shape and checksum (sum of the bits as integers, mod 2**64), as a
+    training run's weights.json has them.
     """
+    # 1. Each worker gets about as many bytes: the largest tensors are dealt first.
     shares: list[list[str]] = [[] for _ in range(workers)]
     filled = [0] * workers
     for name, spec in sorted(source.spec.items(), key=lambda item: -item[1].nbytes):
         share = filled.index(min(filled))
         shares[share].append(name)
         filled[share] += spec.nbytes
+    # 2. The data files; one worker's failure stops the others at their next tensor.
     writers = [_Writer(folder, f"__0_{i}.distcp", source, bar) for i in range(workers)]
     with _without_crc(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(w.run, names) for w, names in zip(writers, shares, strict=True)]
@@ -150,9 +149,10 @@ def write_distributed(
                 for writer in writers:
                     writer.stop.set()
                 raise
+    # 3. The index, which says where each piece lies, and the files beside it.
     metadata = Metadata(
         {name: entry for writer in writers for name, entry in writer.entries.items()},
-        storage_data={key: info for writer in writers for key, info in writer.places.items()},
+        storage_data={key: info for writer in writers for key, info in writer.storage.items()},
         storage_meta=StorageMeta(),
     )
     checksums = {name: c for writer in writers for name, c in writer.checksums.items()}
@@ -164,16 +164,13 @@ def write_distributed(
         ("weights.json", json.dumps(dict(sorted(checksums.items())), indent=1).encode()),
         (".metadata", pickle.dumps(metadata)),
     ):
-        with (folder / name).open("wb") as stream:
-            stream.write(content)
-            flush(stream)
+        (folder / name).write_bytes(content)
     return checksums
 
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """torch.save without the CRC-32 of each tensor: it takes longer than writing, and weights.json
-    has a checksum of each."""
+    """Turn off torch.save's CRC-32, which takes longer than writing; weights.json has checksums."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -182,23 +179,8 @@ def _without_crc() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def checksum(tensor: Tensor) -> int:
-    """Sum of a contiguous tensor's bits as signed integers of its element size."""
-    bits = tensor.view(_INTEGERS[tensor.element_size()]).flatten()
-    total = 0
-    for part in bits.split(_CHECKSUM):
-        whole = len(part) // _ROW * _ROW
-        if part.dtype == torch.int16:
-            # Summing int16 as int64 converts each element on its own; a row's sum fits in int32.
-            rows = part[:whole].view(-1, _ROW).sum(1, dtype=torch.int32)
-            total += int(rows.sum(dtype=torch.int64)) + int(part[whole:].sum(dtype=torch.int64))
-        else:
-            total += int(part.to(torch.int64).sum())
-    return total
-
-
 class _Writer:
-    """Writes one data file."""
+    """The writer of one data file."""
 
     def __init__(self, folder: Path, file: str, source: Source, bar: tqdm | None) -> None:
         self.path = folder / file
@@ -206,7 +188,7 @@ class _Writer:
         self.bar = bar
         self.stop = threading.Event()
         self.entries: dict[str, TensorStorageMetadata] = {}
-        self.places: dict[MetadataIndex, _StorageInfo] = {}
+        self.storage: dict[MetadataIndex, _StorageInfo] = {}
         self.checksums: dict[str, dict[str, Any]] = {}
 
     def run(self, names: list[str]) -> None:
@@ -216,20 +198,19 @@ class _Writer:
                 if self.stop.is_set():
                     return
                 self._write(stream, name)
-            flush(stream)
 
     def _write(self, stream: io.BufferedWriter, name: str) -> None:
         spec = self.source.spec[name]
         chunks, row, total = [], 0, 0
-        for given in self.source.blocks(name):
+        for block in self.source.blocks(name):
             # torch.save writes a tensor's whole storage: a view of a larger one is copied.
-            compact = given.is_contiguous() and given.untyped_storage().nbytes() == given.nbytes
-            block = given if compact else given.clone(memory_format=torch.contiguous_format)
+            if not block.is_contiguous() or block.untyped_storage().nbytes() != block.nbytes:
+                block = block.clone(memory_format=torch.contiguous_format)
             offsets = torch.Size([row, *[0] * (spec.dim() - 1)][: spec.dim()])
             begin = stream.tell()
             torch.save(block, stream)
-            place = _StorageInfo(self.path.name, begin, stream.tell() - begin)
-            self.places[MetadataIndex(name, offsets)] = place
+            info = _StorageInfo(self.path.name, begin, stream.tell() - begin)
+            self.storage[MetadataIndex(name, offsets)] = info
             chunks.append(ChunkStorageMetadata(offsets, block.shape))
             total += checksum(block)
             row += block.shape[0] if block.dim() else 1

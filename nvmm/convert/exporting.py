@@ -1,4 +1,4 @@
-"""A checkpoint of ours -> a Hugging Face folder, or another weights-only checkpoint of ours."""
+"""Write a checkpoint of ours as a Hugging Face folder, or as a weights-only checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 from nvmm.convert.files import at, publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.mapping import Row
-from nvmm.convert.models import Saved, write_state, write_weights
+from nvmm.convert.models import SavedModel, write_state, write_weights
 from nvmm.convert.processor import processor
 from nvmm.convert.safetensors import write_safetensors
 from nvmm.convert.sentence_transformers import write_embedder
-from nvmm.convert.sources import Average, Cast, Part, Source
+from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
 
 
 def export(
-    saved: Saved,
+    saved: SavedModel,
     to: Path,
     format_name: str,
     *,
@@ -45,13 +45,15 @@ def export(
             f"{saved.path} has LoRA adapters: put them into the weights with `merge` first, or"
             " export them alone with `adapter export`"
         )
+    # 1. Every key and shape is checked here, before anything is written.
     config, rows = layout(saved, format_name, part, vocab_size)
-    source: Source = saved.source if part is None else Part(saved.source, f"{part}.")
+    source: Source = saved.source if part is None else SubModel(saved.source, f"{part}.")
     original = _original(saved, format_name, part)
     converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
     tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
     folder = at(tokenizer) if tokenizer and at(tokenizer).is_dir() else None
+    # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
         with progress(size, "export", unit="B") as bar:
@@ -68,16 +70,16 @@ def export(
 
 
 def layout(
-    saved: Saved, format_name: str, part: str | None, vocab_size: int | None = None
+    saved: SavedModel, format_name: str, part: str | None, vocab_size: int | None = None
 ) -> tuple[dict[str, Any], list[Row]]:
-    """config.json of a checkpoint's model, or part of it, in a format, and the format's table."""
+    """Return config.json of a checkpoint's model or part in a format, and the format's table."""
     model, family = _model(saved, part), FORMATS[format_name]
     config = family.from_model(model)
     _set_vocabulary(config, model, _original(saved, format_name, part), vocab_size)
     return config, family.table(model, config)
 
 
-def _model(saved: Saved, part: str | None) -> Mapping[str, Any]:
+def _model(saved: SavedModel, part: str | None) -> Mapping[str, Any]:
     if part is None:
         return saved.model
     if not isinstance(saved.model.get(part), Mapping):
@@ -85,14 +87,14 @@ def _model(saved: Saved, part: str | None) -> Mapping[str, Any]:
     return saved.model[part]
 
 
-def _original(saved: Saved, format_name: str, part: str | None) -> dict[str, Any] | None:
-    """The config.json that this model, or this part of it, was imported from."""
+def _original(saved: SavedModel, format_name: str, part: str | None) -> dict[str, Any] | None:
+    """Return the config.json that this model or part was imported from, None for another."""
     sources = saved.state.get("sources") or {}
-    found = sources.get(part or "") or {}
-    if found.get("format") != format_name:
+    source = sources.get(part or "") or {}
+    if source.get("format") != format_name:
         return None
-    config: dict[str, Any] = found["config"]
-    # Of a whole CLIP or SigLIP only the tower was taken.
+    config: dict[str, Any] = source["config"]
+    # The import of a whole CLIP or SigLIP took its vision encoder alone.
     return config.get("vision_config", config) if format_name in ("clip", "siglip") else config
 
 
@@ -100,7 +102,7 @@ def _set_vocabulary(
     config: dict[str, Any],
     model: Mapping[str, Any],
     original: Mapping[str, Any] | None,
-    given: int | None,
+    requested: int | None,
 ) -> None:
     """Choose the rows of the exported vocabulary: padding of ours is removed, theirs is kept."""
     inner = config.get("llm_config") or config.get("text_config") or config
@@ -108,14 +110,14 @@ def _set_vocabulary(
         return
     language = model.get("language", model)
     padded = language["padded_vocab_size"]
-    before = (original or {}).get("llm_config", original or {}).get("vocab_size")
-    rows = given or before or language["vocab_size"]
+    imported = (original or {}).get("llm_config", original or {}).get("vocab_size")
+    rows = requested or imported or language["vocab_size"]
     if rows > padded:
         raise ValueError(f"--vocab-size {rows} is more than the model's {padded} rows")
     inner["vocab_size"] = rows
 
 
-def _card(saved: Saved, format_name: str, part: str | None, source: Source) -> str:
+def _card(saved: SavedModel, format_name: str, part: str | None, source: Source) -> str:
     count = sum(tensor.numel() for tensor in source.spec.values())
     sources = saved.state.get("sources") or {}
     lines = [f"- {name or 'model'}: {entry['folder']}" for name, entry in sources.items()]
@@ -129,9 +131,9 @@ def _card(saved: Saved, format_name: str, part: str | None, source: Source) -> s
 
 
 def rewrite(
-    saved: Sequence[Saved], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
+    saved: Sequence[SavedModel], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
 ) -> None:
-    """A weights-only copy of one checkpoint, or the average of several.
+    """Write a weights-only copy of one checkpoint, or the average of several.
 
     Any layout loads any checkpoint, so a copy serves to leave out the optimizer state, change the
     dtype or join the pieces that many ranks wrote.

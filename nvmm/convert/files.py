@@ -1,22 +1,21 @@
-"""Where conversions read and write: local paths, and URLs of any fsspec file system."""
+"""The paths that conversions read and write: local ones, and URLs of any fsspec file system."""
 
 from __future__ import annotations
 
-import io
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
+from nvmm.io import files
+
 
 def at(text: str) -> Path:
-    """A local path, or what stands for one behind a URL (s3://, gs://, memory://, hf:// ...).
+    """Return a local path, or a RemotePath for a URL (s3://, gs://, memory://, hf:// ...).
 
-    A URL needs fsspec's package for its scheme. What comes back for one is a RemotePath, which has
-    as much of Path as conversions use; `is_local` tells them apart.
+    A URL needs fsspec's package for its scheme. A RemotePath has as much of Path as conversions
+    use; `is_local` tells them apart.
     """
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
@@ -25,14 +24,14 @@ def at(text: str) -> Path:
     import fsspec  # type: ignore[import-untyped]
 
     try:
-        files, path = fsspec.core.url_to_fs(text)
+        file_system, path = fsspec.core.url_to_fs(text)
     except ImportError as error:
         raise ValueError(f"{text}: {error}") from error
-    return RemotePath(files, path.rstrip("/"))  # type: ignore[return-value]
+    return RemotePath(file_system, path.rstrip("/"))  # type: ignore[return-value]
 
 
 def is_local(path: Any) -> bool:
-    """Whether a path is one of this machine's file system, which can be mapped and renamed."""
+    """Return True for a path of this machine's file system, which can be mapped and renamed."""
     return isinstance(path, Path)
 
 
@@ -51,33 +50,33 @@ class RemotePath:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """The last part of the path."""
         return self._path.rpartition("/")[2]
 
     def resolve(self) -> RemotePath:
-        """Itself: a URL is whole."""
+        """Return the path itself: a URL is absolute."""
         return self
 
     def exists(self) -> bool:
-        """Whether there is a file or folder."""
+        """Return True when there is a file or folder."""
         return bool(self._files.exists(self._path))
 
     def is_file(self) -> bool:
-        """Whether there is a file."""
+        """Return True when there is a file."""
         return bool(self._files.isfile(self._path))
 
     def is_dir(self) -> bool:
-        """Whether there is a folder."""
+        """Return True when there is a folder."""
         return bool(self._files.isdir(self._path))
 
     def stat(self) -> SimpleNamespace:
-        """st_size, in bytes."""
+        """Return an object with st_size, in bytes."""
         return SimpleNamespace(st_size=self._files.size(self._path))
 
     def glob(self, pattern: str) -> list[RemotePath]:
-        """The entries of a folder that match."""
-        found = self._files.glob(f"{self._path}/{pattern}")
-        return [RemotePath(self._files, str(path)) for path in found]
+        """List the entries of a folder that match."""
+        paths = self._files.glob(f"{self._path}/{pattern}")
+        return [RemotePath(self._files, str(path)) for path in paths]
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Make a folder, where the file system has any."""
@@ -88,15 +87,15 @@ class RemotePath:
         self._files.rm(self._path, recursive=True)
 
     def open(self, mode: str = "r", buffering: int = -1) -> IO[Any]:
-        """The file; buffering is the file system's."""
+        """Open the file; buffering is the file system's."""
         return self._files.open(self._path, mode)  # type: ignore[no-any-return]
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """The content."""
+        """Read the content as text."""
         return self.read_bytes().decode(encoding)
 
     def read_bytes(self) -> bytes:
-        """The content."""
+        """Read the content."""
         return bytes(self._files.cat_file(self._path))
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
@@ -109,23 +108,13 @@ class RemotePath:
             stream.write(content)
 
 
-def flush(stream: IO[Any]) -> None:
-    """Bring what was written to the disk, where the file lies on one."""
-    stream.flush()
-    try:
-        descriptor = stream.fileno()
-    except io.UnsupportedOperation:
-        return
-    os.fsync(descriptor)
-
-
 @contextmanager
 def publish(final: Path) -> Iterator[Path]:
-    """A folder to write in, which is `final` when the block has ended well.
+    """Give a folder to write in, which is `final` when the block has ended well.
 
-    On this machine's file system it is a temporary one beside `final`, renamed at the end; what an
-    earlier crash left of it is removed. Behind a URL, where renaming copies, it is `final` itself:
-    the file that makes a folder whole (state.json, config.json) must be written last.
+    On this machine's file system it is a temporary one beside `final` (`nvmm.io.files.publish`).
+    Behind a URL, where renaming copies, it is `final` itself: the file that completes a folder
+    (state.json, config.json) must be written last.
 
     Raises ValueError when `final` exists already. What the block wrote is removed when it fails.
     """
@@ -140,18 +129,7 @@ def publish(final: Path) -> Iterator[Path]:
                 final.remove()
             raise
         return
-    temporary = final.with_name(f".tmp_{final.name}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with files.publish(final) as temporary:
+        temporary.mkdir()
         yield temporary
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    temporary.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Hugging Face folders -> a weights-only checkpoint of ours, checked against the model it is of."""
+"""Write Hugging Face folders as a weights-only checkpoint of ours, checked against its model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nvmm.convert.files import publish
 from nvmm.convert.formats import nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
-from nvmm.convert.models import PARTS, Folder, write_state, write_weights
-from nvmm.convert.sources import Cast, Merged, Named, compare_shapes
+from nvmm.convert.models import PARTS, HubFolder, write_state, write_weights
+from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
 
@@ -26,8 +26,8 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _PLACEHOLDER = "<|vision_pad|>"
 
 
-def derive(folders: Mapping[str, Folder]) -> dict[str, Any]:
-    """Our model config of one folder (part "") or of several that compose a model.
+def derive(folders: Mapping[str, HubFolder]) -> dict[str, Any]:
+    """Return our model config of one folder (part "") or of several that compose a model.
 
     Raises ValueError when the parts are not those of NVLM-D.
     """
@@ -50,24 +50,24 @@ def derive(folders: Mapping[str, Folder]) -> dict[str, Any]:
     }
 
 
-def check_given(folders: Mapping[str, Folder], given: Mapping[str, Any]) -> None:
+def check_given(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> None:
     """Compare a given model config with the sources' config.json, part by part.
 
     Raises ValueError naming every key that differs, with both values.
     """
     problems: list[str] = []
     for part, folder in folders.items():
-        if part and not isinstance(given.get(part), Mapping):
+        if part and not isinstance(model.get(part), Mapping):
             raise ValueError(f"--from {part}={folder.path}: the given model has no {part}")
-        wanted = given[part] if part else given
-        found = mismatches(folder.model(), wanted, str(folder.path), "the given config")
-        problems += [f"{part}: {line}" if part else line for line in found]
+        configured = model[part] if part else model
+        lines = mismatches(folder.model(), configured, str(folder.path), "the given config")
+        problems += [f"{part}: {line}" if part else line for line in lines]
     if problems:
         raise ValueError("the sources are not the given model:\n  " + "\n  ".join(problems))
 
 
 def import_folders(
-    folders: Mapping[str, Folder],
+    folders: Mapping[str, HubFolder],
     model: Mapping[str, Any],
     constructor: Callable[..., Any],
     to: Path,
@@ -77,7 +77,7 @@ def import_folders(
     seed: int = 1234,
     workers: int = 1,
 ) -> list[str]:
-    """Write a weights-only checkpoint of ours; returns the names that no source gave.
+    """Write a weights-only checkpoint of ours; return the names that no source gave.
 
     Args:
         folders: part ("" for the whole model) -> folder.
@@ -87,20 +87,25 @@ def import_folders(
 
     Raises ValueError listing every key that does not fit, before anything is written.
     """
+    # 1. Every folder under our names; the tables account for each of their keys.
     converted = {
         part: folder.to_ours(model[part] if part else model) for part, folder in folders.items()
     }
-    given = Merged([Named(ours, f"{part}." if part else "") for part, ours in converted.items()])
-    wanted = parameters(constructor)
+    imported = Merged(
+        [Renamed(ours, f"{part}." if part else "") for part, ours in converted.items()]
+    )
+    expected = parameters(constructor)
+    # 2. A part without a folder starts as a run from the seed would: a new connector.
     missing = {
         name: tensor
-        for name, tensor in wanted.items()
-        if name not in given.spec and "" not in folders and name.split(".")[0] not in folders
+        for name, tensor in expected.items()
+        if name not in imported.spec and "" not in folders and name.split(".")[0] not in folders
     }
-    first = next(iter(given.spec.values()))
+    first = next(iter(imported.spec.values()))
     std = (model.get("connector") or {}).get("init_method_std", 0.02)
-    source = Merged([given, Initial(missing, seed, std, first.dtype)])
-    compare_shapes(source.spec, wanted, "the sources", "the model")
+    source = Merged([imported, Initial(missing, seed, std, first.dtype)])
+    compare_shapes(source.spec, expected, "the sources", "the model")
+    # 3. The config that is saved beside the weights, and the record of where they come from.
     cast = Cast(source, dtype)
     saved = {
         "backend": "native",
@@ -122,12 +127,15 @@ def import_folders(
         }
         for part, folder in folders.items()
     }
-    words = folders.get("") or folders.get("language")
+    # 4. Weights, tokenizer and state.json, which completes the checkpoint.
+    language_folder = folders.get("") or folders.get("language")
     with publish(to) as temporary:
         write_weights(temporary, cast, "import", workers)
         digest = None
-        if words is not None and copy_tokenizer(words.path, temporary / "tokenizer"):
-            saved, digest = _with_tokenizer(saved, words.path, to / "tokenizer")
+        if language_folder is not None and copy_tokenizer(
+            language_folder.path, temporary / "tokenizer"
+        ):
+            saved, digest = _with_tokenizer(saved, language_folder.path, to / "tokenizer")
         write_state(
             temporary,
             {
@@ -144,7 +152,10 @@ def import_folders(
 def _with_tokenizer(
     saved: Mapping[str, Any], source: Path, final: Path
 ) -> tuple[dict[str, Any], str]:
-    """The saved config with its tokenizer, and a sample builder if that has ChatML's tokens."""
+    """Return the saved config with its tokenizer, and the tokenizer's digest.
+
+    A sample builder is added if the tokenizer has ChatML's tokens.
+    """
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         copy_tokenizer(source, here)
@@ -154,12 +165,12 @@ def _with_tokenizer(
 def _with_local_tokenizer(
     saved: Mapping[str, Any], here: Path, final: Path
 ) -> tuple[dict[str, Any], str]:
-    given = dict(saved["tokenizer"] or {"_target_": "nvmm.data.samples.tokenizer.Tokenizer"})
-    options = {k: v for k, v in given.items() if k not in ("_target_", "path")}
+    configured = dict(saved["tokenizer"] or {"_target_": "nvmm.data.samples.tokenizer.Tokenizer"})
+    options = {k: v for k, v in configured.items() if k not in ("_target_", "path")}
     if not options:
         options = _tokenizer_options(here)
     tokenizer = Tokenizer(str(here), **options)
-    out = {**saved, "tokenizer": given | options | {"path": str(final.resolve())}}
+    out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
         out["data"] = _chat(saved["model"])
     return out, tokenizer.digest
@@ -196,17 +207,17 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, Tensor]:
-    """Every parameter of a model, whole, as a meta tensor under its global name."""
+    """Return every parameter of a model, whole, as a meta tensor under its global name."""
     from nvmm.parallel.parameters import sharded_parameters
 
     with on_meta(constructor) as model:
-        found = sharded_parameters(model)
-    return {p.name: torch.empty(p.global_shape, device="meta") for p in found}
+        shapes = {p.name: p.global_shape for p in sharded_parameters(model)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 @contextmanager
 def on_meta(constructor: Callable[..., Any]) -> Iterator[Any]:
-    """The whole model on the meta device, in a world of one rank."""
+    """Build the whole model on the meta device, in a world of one rank."""
     from nvmm.parallel.setup import Chunk, Parallel, Precision, prepare_backend, shutdown
 
     prepare_backend()
@@ -242,7 +253,7 @@ class Initial:
             raise ValueError("no source gives " + ", ".join(others))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Rows drawn one by one, some megabytes at a time."""
+        """Yield rows, drawn one by one, some megabytes at a time."""
         spec = self.spec[name]
         if spec.dim() == 1:
             yield torch.full(

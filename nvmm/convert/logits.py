@@ -1,4 +1,4 @@
-"""fp32 logits of either side of a conversion, on the same tokens and pictures."""
+"""The fp32 logits of either side of a conversion, on the same tokens and images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.convert.files import is_local
-from nvmm.convert.models import Folder, Saved
+from nvmm.convert.models import HubFolder, SavedModel
 from nvmm.convert.sources import Source, read
 from nvmm.data.collate import collate
 
@@ -19,27 +19,27 @@ _CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
 
 
 def logits(
-    side: Folder | Saved, tokens: Tensor, constructor: Callable[[Any], Any], seed: int = 0
+    side: HubFolder | SavedModel, tokens: Tensor, constructor: Callable[[Any], Any], seed: int = 0
 ) -> Tensor | None:
-    """Logits [b, s, vocabulary] in fp32; None of an encoder alone.
+    """Compute logits [b, s, vocabulary] in fp32; return None for an encoder alone.
 
     A language model's folder is run by Transformers, with its own class and `from_pretrained`;
     everything else by our model with the side's weights. A model with an encoder gets one random
-    picture from `seed` in front of each row of tokens, at the encoder's native size.
+    image from `seed` in front of each row of tokens, at the encoder's native size.
 
     constructor: makes a model's partial of its (trusted) config.
     """
-    model = side.model if isinstance(side, Saved) else side.model()
+    model = side.model if isinstance(side, SavedModel) else side.model()
     if "vocab_size" not in model.get("language", model):
         return None
-    if isinstance(side, Saved):
+    if isinstance(side, SavedModel):
         return _ours(model, side.source, tokens, constructor, seed)
     if side.format in _CLASSES and is_local(side.path):
         return _transformers(side, tokens)
     return _ours(model, side.to_ours(model), tokens, constructor, seed)
 
 
-def _transformers(folder: Folder, tokens: Tensor) -> Tensor:
+def _transformers(folder: HubFolder, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -84,7 +84,7 @@ def _ours(
 
 
 def _batch(model: Any, tokens: Tensor, seed: int) -> Batch:
-    """Rows of tokens, each behind a picture where the model takes any."""
+    """Batch rows of tokens, each behind an image where the model takes any."""
     count = len(tokens)
     images: list[TextMedia] = []
     if IMAGE in model.reads:
@@ -95,7 +95,7 @@ def _batch(model: Any, tokens: Tensor, seed: int) -> Batch:
         )
         rows, columns = model.vision.grid(values)
         length = rows * columns // model.connector.downsample**2
-        # Outside the vocabulary: features take the place of every one.
+        # An id outside the vocabulary will do: features take the place of every placeholder.
         placeholder = model.language.unpadded_vocab_size
         first = torch.zeros(1, dtype=torch.int64)
         images = [TextMedia(v[None], first, first, first, placeholder, length) for v in values]

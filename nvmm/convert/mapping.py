@@ -1,4 +1,4 @@
-"""How one tensor of ours corresponds to tensors of another layout; each mapping knows both ways.
+"""Mappings between one tensor of ours and tensors of another layout, in both directions.
 
 Ours are mcore's: a fused QKV interleaved by query group, a gated fc1 of gate over up, an embedding
 padded to a fixed number of rows. All of it is pure torch and works on meta tensors, which is how
@@ -19,11 +19,11 @@ class Mapping(Protocol):
     """One correspondence. Sizes that do not fit raise ValueError."""
 
     def to_ours(self, theirs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Our tensor as consecutive blocks of its first axis, read from `theirs` one by one."""
+        """Yield our tensor as blocks of its first axis, read from `theirs` one by one."""
         ...
 
     def to_theirs(self, ours: Tensor) -> list[Tensor]:
-        """Their tensors, in the order in which `to_ours` takes them."""
+        """Return their tensors, in the order in which `to_ours` takes them."""
         ...
 
 
@@ -223,7 +223,7 @@ class Tied(Drop):
 class Unused(Drop):
     """A tensor of theirs that does not act on what our model computes: written as a constant.
 
-    It may be there; what it holds is left out on import.
+    It may be there; its values are left out on import.
     """
 
     shape: tuple[int, ...]
@@ -242,7 +242,7 @@ class Row:
     mapping: Mapping = Rename()
 
     def named(self, ours: str, theirs: str) -> Row:
-        """The row with both sides prefixed."""
+        """Return the row with both sides prefixed."""
         mapping = self.mapping
         if isinstance(mapping, Tied):
             mapping = Tied(theirs + mapping.source)
@@ -254,7 +254,7 @@ class Row:
 
 
 def expand(rows: Sequence[Row], num_layers: int) -> list[Row]:
-    """The table with every row that has a `*` written once per layer."""
+    """Return the table with every row that has a `*` written once per layer."""
     out: list[Row] = []
     for row in rows:
         if not any("*" in name for name in row.theirs):
@@ -268,7 +268,7 @@ def expand(rows: Sequence[Row], num_layers: int) -> list[Row]:
 
 
 def prefixed(rows: Sequence[Row], ours: str, theirs: str) -> list[Row]:
-    """The table of a part of a larger model."""
+    """Return the table of a part of a larger model."""
     return [row.named(ours, theirs) for row in rows]
 
 
@@ -280,7 +280,7 @@ def _rows(tensor: Tensor, count: int, axis: int = 0) -> Tensor:
 
 def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     fits = len(shape) == tensor.dim() and all(
-        wanted in (-1, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+        expected in (-1, size) for expected, size in zip(shape, tensor.shape, strict=True)
     )
     if not fits:
         raise ValueError(f"shape {list(tensor.shape)} must be {list(shape)} (-1: any)")

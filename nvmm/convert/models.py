@@ -1,4 +1,4 @@
-"""What conversions read and write: Hugging Face folders and checkpoints of ours."""
+"""The models that conversions read and write: Hugging Face folders and checkpoints of ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from nvmm.checkpoint.files import find, read_record, read_state
 from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.convert.distributed import DistributedSource, write_distributed
-from nvmm.convert.files import flush, is_local
+from nvmm.convert.files import is_local
 from nvmm.convert.formats import megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
 from nvmm.convert.safetensors import SafetensorsSource
@@ -26,8 +26,8 @@ PARTS = ("language", "vision")
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A foreign model: its format, config with what shapes add to it, and tensors."""
+class HubFolder:
+    """A foreign model: its format, its config with fields that the shapes tell, and its tensors."""
 
     path: Path
     format: str
@@ -35,19 +35,19 @@ class Folder:
     source: Source
 
     def published(self) -> dict[str, Any]:
-        """config.json as it is written; of Megatron-LM its arguments."""
+        """Return config.json as it is written; for Megatron-LM its arguments."""
         is_folder = (self.path / "config.json").is_file()
         return read_config(self.path) if is_folder else self.config
 
     def model(self) -> dict[str, Any]:
-        """Our model config of it."""
+        """Return our model config for it."""
         try:
             return FORMATS[self.format].to_model(self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
 
     def to_ours(self, model: Mapping[str, Any]) -> ToOurs:
-        """Its tensors under our names."""
+        """Return its tensors under our names."""
         try:
             converted = ToOurs(self.source, FORMATS[self.format].table(model, self.config))
             converted.check_tied()
@@ -56,30 +56,30 @@ class Folder:
         return converted
 
 
-def open_folder(path: Path, format_name: str | None = None) -> Folder:
+def open_folder(path: Path, format_name: str | None = None) -> HubFolder:
     """Read a folder's config.json and headers, or Megatron-LM's; no tensor is loaded."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
-    if (found := megatron.locate(path)) is not None:
-        return _open_megatron(*found)
+    if (located := megatron.locate(path)) is not None:
+        return _open_megatron(*located)
     config = read_config(path)
     format_name = format_name or detect(config, path)
     source = SafetensorsSource(path)
     config = FORMATS[format_name].complete(config, source.spec)
-    return Folder(path, format_name, config, source)
+    return HubFolder(path, format_name, config, source)
 
 
-def _open_megatron(path: Path, format_name: str) -> Folder:
+def _open_megatron(path: Path, format_name: str) -> HubFolder:
     if format_name == megatron.LEGACY:
         legacy = megatron.LegacySource(path)
-        return Folder(path, format_name, legacy.args, legacy)
+        return HubFolder(path, format_name, legacy.args, legacy)
     args = megatron.arguments(megatron.load(path / "common.pt"), path / "common.pt")
     index = megatron.unstacked(read_metadata(path, foreign=True), args["num_layers"])
-    return Folder(path, format_name, args, DistributedSource(path, index))
+    return HubFolder(path, format_name, args, DistributedSource(path, index))
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A checkpoint of ours: its folder, saved state and weights."""
 
     path: Path
@@ -96,11 +96,11 @@ class Saved:
 
     @property
     def has_adapters(self) -> bool:
-        """Whether it is a LoRA run's, whose adapters are not in the weights yet."""
+        """True for a LoRA run's checkpoint, whose adapters are not in the weights yet."""
         return any(name.endswith(".lora_a") for name in self.source.spec)
 
     def record(self) -> dict[str, Any]:
-        """Step, layout it was saved at, whether it can be resumed, and the model's config."""
+        """Return its step, the layout it was saved at, its optimizer's record and model config."""
         saved = read_record(self.path)
         return {
             "step": saved["step"],
@@ -110,28 +110,26 @@ class Saved:
         }
 
 
-def open_checkpoint(name: Path) -> Saved:
+def open_checkpoint(name: Path) -> SavedModel:
     """Read a checkpoint's screened index; no tensor is loaded. Optimizer state is left out."""
     path = find(name) if is_local(name) else name
     if not (path / "state.json").is_file():
         raise ValueError(f"{name} is no complete checkpoint: it has no state.json")
     metadata = read_metadata(path)
     state = read_state(path)
-    return Saved(path, state, DistributedSource(path, metadata, weight_names(metadata)))
+    return SavedModel(path, state, DistributedSource(path, metadata, weight_names(metadata)))
 
 
 def write_weights(folder: Path, source: Source, label: str, workers: int) -> None:
-    """Write a source as the weights of a checkpoint, with a line that says how far it is."""
+    """Write a source as the weights of a checkpoint, with a progress line."""
     size = sum(tensor.nbytes for tensor in source.spec.values())
     with progress(size, label, unit="B") as bar:
         write_distributed(folder, source, workers=workers, bar=bar)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write what makes weights a checkpoint: `read_state` gives `state` back."""
+    """Write state.json, which makes weights a checkpoint: `read_state` gives `state` back."""
     layout = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context"), 1)
     # No optimizer: this is what Checkpoint.load refuses to resume from.
     record = {"step": 0, "layout": layout, "optimizer": None, "state": state, "number": 1}
-    with (folder / "state.json").open("w") as stream:
-        json.dump(record, stream, indent=1)
-        flush(stream)
+    (folder / "state.json").write_text(json.dumps(record, indent=1))

@@ -1,4 +1,4 @@
-"""preprocessor_config.json: how pictures or sound become an encoder's input."""
+"""preprocessor_config.json, the recipe that turns images or sound into an encoder's input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames
 
 
 def processor(model: Mapping[str, Any], format_name: str) -> dict[str, Any] | None:
-    """The content for a model's encoder; None for a model without one."""
+    """Return the content for a model's encoder; None for a model without one."""
     if "num_mel_bins" in model:
         positions = whole(model)["max_source_positions"]
         return {
@@ -28,9 +28,9 @@ def processor(model: Mapping[str, Any], format_name: str) -> dict[str, Any] | No
         return None
     full = whole(vision)
     side = full["image_size"]
-    kind = "SiglipImageProcessor" if format_name == "siglip" else "CLIPImageProcessor"
+    processor_type = "SiglipImageProcessor" if format_name == "siglip" else "CLIPImageProcessor"
     return {
-        "image_processor_type": kind,
+        "image_processor_type": processor_type,
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": side, "width": side},

@@ -1,4 +1,4 @@
-"""Hugging Face folders of safetensors: read and written tensor by tensor, never mapped whole.
+"""Hugging Face folders of safetensors, read and written tensor by tensor and never mapped whole.
 
 The files are read with plain reads at the offsets of their headers, so that memory holds one tensor
 at a time; mapped pages would count as the process's memory until the kernel takes them back.
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nvmm.convert.files import flush
 from nvmm.convert.sources import Source
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +69,7 @@ class SafetensorsSource:
                 self._places[name] = _Place(path, start + first)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor, read from its file some rows at a time."""
+        """Yield the tensor, read from its file some rows at a time."""
         spec, place = self.spec[name], self._places[name]
         rows = spec.shape[0] if spec.dim() else 1
         step = max(1, _PIECE * rows // max(spec.nbytes, 1))
@@ -89,7 +88,7 @@ class SafetensorsSource:
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[torch.dtype, list[int], int]], int]:
-    """name -> (dtype, shape, offset), and where the data begins.
+    """Read name -> (dtype, shape, offset), and the offset at which the data begins.
 
     Raises ValueError naming the file: nothing is allocated by what a header claims before it has
     been compared with the file's size.
@@ -139,7 +138,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
 
 
 def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
-    """Each file and the names the index says it has (None without an index)."""
+    """List each file with the names that the index says it has (None without an index)."""
     if (folder / INDEX).is_file():
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -156,11 +155,11 @@ def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
             if not (folder / file).is_file():
                 raise ValueError(f"{folder / INDEX} names {file}, which is not there")
         return [(folder / file, names) for file, names in sorted(files.items())]
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return [(found[0], None)]
-    if found:
-        raise ValueError(f"{folder} has {len(found)} safetensors files and no {INDEX}")
+    paths = sorted(folder.glob("*.safetensors"))
+    if len(paths) == 1:
+        return [(paths[0], None)]
+    if paths:
+        raise ValueError(f"{folder} has {len(paths)} safetensors files and no {INDEX}")
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     why = f"; {pickles[0]} is a pickle, which could run code: refused" if pickles else ""
     raise ValueError(f"{folder} has no safetensors{why}")
@@ -220,9 +219,8 @@ def _write_file(path: Path, source: Source, names: Sequence[str], bar: tqdm | No
                 raise ValueError(f"{name}: read {written} bytes of {source.spec[name].nbytes}")
             if bar is not None:
                 bar.update(written)
-        flush(stream)
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The memory of a contiguous tensor as a flat numpy array."""
+    """Return the memory of a contiguous tensor as a flat numpy array."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

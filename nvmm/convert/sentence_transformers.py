@@ -1,5 +1,6 @@
-"""What an exported embedder has beside weights: its code, sentence-transformers' files, a tokenizer
-that frames every text.
+"""The files of an exported embedder beside its weights.
+
+They are its code, sentence-transformers' files and a tokenizer that frames every text.
 
 transformers 5 ignores add_eos_token of tokenizer_config.json, so BOS and EOS are put into the
 post-processor of tokenizer.json, and checked.
@@ -92,9 +93,9 @@ def _frame(folder: Path, config: Mapping[str, Any], length: int) -> None:
             "eos_token": names[-1],
         },
     )
-    found = Backend.from_file(path).encode("a text").ids
-    if [found[0], found[-1]] != [ids[0] if len(ids) > 1 else found[0], ids[-1]]:
-        raise ValueError(f"{path} does not begin a text with BOS and end it with EOS: {found}")
+    encoded = Backend.from_file(path).encode("a text").ids
+    if [encoded[0], encoded[-1]] != [ids[0] if len(ids) > 1 else encoded[0], ids[-1]]:
+        raise ValueError(f"{path} does not begin a text with BOS and end it with EOS: {encoded}")
 
 
 def _update(path: Path, changes: Mapping[str, Any]) -> None:

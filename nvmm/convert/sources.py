@@ -1,4 +1,4 @@
-"""Tensors by name, read block by block: what conversion reads from, and how sources combine."""
+"""Sources of tensors, read by name and block by block, and combinations of sources."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Held:
+class InMemory:
     """Tensors in memory as a source."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -18,23 +18,23 @@ class Held:
         self.spec = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor."""
+        """Yield the tensor."""
         yield self.tensors[name]
 
 
-class Over:
-    """One source's tensors in the place of another's, and those that only either has."""
+class WithLora:
+    """A LoRA checkpoint's tensors over its base's: where both have a name, the former's count."""
 
-    def __init__(self, own: Source, base: Source) -> None:
-        self.homes = {name: source for source in (base, own) for name in source.spec}
+    def __init__(self, lora: Source, base: Source) -> None:
+        self.homes = {name: source for source in (base, lora) for name in source.spec}
         self.spec = {name: source.spec[name] for name, source in self.homes.items()}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The blocks of the source that has it."""
+        """Yield the blocks of the source that has it."""
         yield from self.homes[name].blocks(name)
 
 
-class Part:
+class SubModel:
     """The tensors of a source whose names begin with a prefix, without it."""
 
     def __init__(self, source: Source, prefix: str) -> None:
@@ -47,11 +47,11 @@ class Part:
         }
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Blocks of the tensor."""
+        """Yield the blocks of the tensor."""
         yield from self.source.blocks(self.prefix + name)
 
 
-class Named:
+class Renamed:
     """A source with a prefix before its names."""
 
     def __init__(self, source: Source, prefix: str) -> None:
@@ -60,7 +60,7 @@ class Named:
         self.spec = {prefix + name: tensor for name, tensor in source.spec.items()}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Blocks of the tensor."""
+        """Yield the blocks of the tensor."""
         yield from self.source.blocks(name.removeprefix(self.prefix))
 
 
@@ -73,12 +73,12 @@ class Source(Protocol):
         ...
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor as consecutive blocks of its first axis."""
+        """Yield the tensor as consecutive blocks of its first axis."""
         ...
 
 
 def read(source: Source, name: str) -> Tensor:
-    """One whole tensor of a source."""
+    """Read one whole tensor of a source."""
     spec = source.spec[name]
     out, row = torch.empty(0), 0
     for block in source.blocks(name):
@@ -105,7 +105,7 @@ class Cast:
         return tensor.to(self.dtype)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The cast blocks."""
+        """Yield the blocks in the other dtype."""
         for block in self.source.blocks(name):
             yield self._cast(block)
 
@@ -120,7 +120,7 @@ class Merged:
         refuse([f"given twice: {name}" for name, count in Counter(names).items() if count > 1])
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The blocks of the source that has the name."""
+        """Yield the blocks of the source that has the name."""
         yield from self.homes[name].blocks(name)
 
 
@@ -138,7 +138,7 @@ class Average:
         self.spec = first
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """One block: the mean, in the first source's dtype."""
+        """Yield the mean as one block, in the first source's dtype."""
         total: Tensor | None = None
         for source in self.sources:
             value = read(source, name)
@@ -148,15 +148,15 @@ class Average:
 
 
 def compare_shapes(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], here: str, there: str
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], here: str, there: str
 ) -> None:
     """Raise ValueError listing every name and shape in which two specs differ."""
-    problems = [f"only in {here}: {name}" for name in given if name not in wanted]
-    problems += [f"only in {there}: {name}" for name in wanted if name not in given]
+    problems = [f"only in {here}: {name}" for name in first if name not in second]
+    problems += [f"only in {there}: {name}" for name in second if name not in first]
     problems += [
-        f"{name} is {list(given[name].shape)} in {here}, {list(wanted[name].shape)} in {there}"
-        for name in given
-        if name in wanted and given[name].shape != wanted[name].shape
+        f"{name} is {list(first[name].shape)} in {here}, {list(second[name].shape)} in {there}"
+        for name in first
+        if name in second and first[name].shape != second[name].shape
     ]
     refuse(problems)
 

@@ -54,15 +54,15 @@ class ToOurs:
             if not all(key in source.spec for key in row.theirs):
                 continue
             try:
-                whole = torch.cat(list(row.mapping.to_ours([source.spec[k] for k in row.theirs])))
+                tensor = torch.cat(list(row.mapping.to_ours([source.spec[k] for k in row.theirs])))
             except (ValueError, RuntimeError, IndexError) as error:
                 problems.append(f"wrong shape: {', '.join(row.theirs)}: {error}")
                 continue
-            self.spec[name] = whole
+            self.spec[name] = tensor
         refuse(problems)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Read what our tensor is made of, as far as the mapping asks for it at a time."""
+        """Yield our tensor, reading only as much of theirs at a time as the mapping asks for."""
         row = self.rows[name]
         if isinstance(row.mapping, PadVocabulary):
             yield from self.source.blocks(row.theirs[0])
@@ -80,7 +80,7 @@ class ToOurs:
             raise ValueError(f"{', '.join(row.theirs)}: {error}") from error
 
     def check_tied(self) -> None:
-        """Compare the copies of tied tensors; raises ValueError naming those that differ."""
+        """Compare the copies of tied tensors; raise ValueError naming those that differ."""
         different = [
             f"{copy} differs from {original}, which the config says it is tied to"
             for copy, original in self.tied
@@ -101,7 +101,7 @@ class ToTheirs:
         rows = [row for row in rows if row.ours is not None]
         self.source = source
         self.unused = unused
-        self.places = {name: (row, i) for row in rows for i, name in enumerate(row.theirs)}
+        self.rows = {name: (row, i) for row in rows for i, name in enumerate(row.theirs)}
         self._last: tuple[str | None, list[Tensor]] = (None, [])
         ours = [row.ours for row in rows if row.ours is not None]
         problems = _repeated(rows)
@@ -127,12 +127,12 @@ class ToTheirs:
             self.spec[name] = torch.empty(mapping.shape, dtype=dtype, device="meta")
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """One tensor of theirs."""
+        """Yield one tensor of theirs."""
         if name in self.unused:
             mapping = self.unused[name]
             yield torch.full(mapping.shape, mapping.value, dtype=self.spec[name].dtype)
             return
-        row, index = self.places[name]
+        row, index = self.rows[name]
         assert row.ours is not None
         if type(row.mapping) in (Rename, PadVocabulary):
             missing = self.spec[name].shape[0] if self.spec[name].dim() else 1

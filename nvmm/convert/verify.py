@@ -1,4 +1,4 @@
-"""Whether two models are the same: tensor by tensor through the mapping, then by their logits."""
+"""Compare two models: tensor by tensor through the mapping, then by their logits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from nvmm.convert.formats import megatron
-from nvmm.convert.models import Folder, Saved, open_checkpoint, open_folder
+from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
 
 
-def open_side(path: Path) -> Folder | Saved:
-    """A Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
+def open_side(path: Path) -> HubFolder | SavedModel:
+    """Open a Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
     if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
 
 
-def compare_tensors(a: Folder | Saved, b: Folder | Saved) -> dict[str, Any]:
+def compare_tensors(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> dict[str, Any]:
     """Compare two models under our names, in fp32 where their dtypes differ.
 
     Returns {"tensors": how many both have, "equal": how many are bit-equal, "only_in_a",
@@ -31,12 +31,12 @@ def compare_tensors(a: Folder | Saved, b: Folder | Saved) -> dict[str, Any]:
     both = [name for name in first.spec if name in second.spec]
     different: dict[str, Any] = {}
     for name in both:
-        mine, other = read(first, name), read(second, name)
-        if mine.shape != other.shape:
-            different[name] = f"shapes {list(mine.shape)} and {list(other.shape)}"
-        elif mine.dtype != other.dtype or not torch.equal(mine, other):
-            gap = float((mine.float() - other.float()).abs().max())
-            if gap or mine.dtype == other.dtype:
+        one, other = read(first, name), read(second, name)
+        if one.shape != other.shape:
+            different[name] = f"shapes {list(one.shape)} and {list(other.shape)}"
+        elif one.dtype != other.dtype or not torch.equal(one, other):
+            gap = float((one.float() - other.float()).abs().max())
+            if gap or one.dtype == other.dtype:
                 different[name] = gap
     return {
         "tensors": len(both),
@@ -48,7 +48,7 @@ def compare_tensors(a: Folder | Saved, b: Folder | Saved) -> dict[str, Any]:
 
 
 def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Logits [b, s, vocabulary] of two models on the same tokens, over the vocabulary both have.
+    """Compare logits [b, s, vocabulary] of two models, over the vocabulary that both have.
 
     KL is of a's distribution from b's, in nats, the mean over positions.
     """
@@ -64,15 +64,15 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
     }
 
 
-def inspect(side: Folder | Saved) -> dict[str, Any]:
-    """What a model is, without loading tensors.
+def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:
+    """Describe a model without loading tensors.
 
     digest: of names, shapes and dtypes, and of the checksums where a checkpoint has them.
     """
     spec = side.source.spec
     content = "\n".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in sorted(spec.items()))
     about: dict[str, Any] = {"path": str(side.path)}
-    if isinstance(side, Folder):
+    if isinstance(side, HubFolder):
         about |= {"format": side.format, "config": side.config}
     else:
         about |= side.record()
@@ -89,12 +89,12 @@ def inspect(side: Folder | Saved) -> dict[str, Any]:
     }
 
 
-def _sources(a: Folder | Saved, b: Folder | Saved) -> tuple[Source, Source]:
-    """Both under our names; a folder takes the model config of a checkpoint it is compared with."""
-    saved = [side for side in (a, b) if isinstance(side, Saved)]
+def _sources(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> tuple[Source, Source]:
+    """Return both under our names; a folder takes the model config of a checkpoint beside it."""
+    saved = [side for side in (a, b) if isinstance(side, SavedModel)]
     converted: list[Source] = [
         side.to_ours(saved[0].model if saved else side.model())
-        if isinstance(side, Folder)
+        if isinstance(side, HubFolder)
         else side.source
         for side in (a, b)
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvmm.config.compose import instantiate
+from nvmm.config.nested import merged
 from nvmm.config.rules.all import violations
 from nvmm.inference.trust import require_trusted
 from nvmm.parallel import environment
@@ -155,7 +156,7 @@ def restore(
     sections = {
         "model": saved["model"],
         "tokenizer": dict(saved["tokenizer"]),
-        "build": _merged(train["build"], build or {}),
+        "build": merged(train["build"], build or {}),
         "precision": precision or saved["precision"],
         "lora": saved.get("lora"),
         "kernels": {"_target_": _KERNELS, **(saved.get("kernels") or {}), **(kernels or {})},
@@ -235,10 +236,3 @@ def restore_from(config: Mapping[str, Any], build: Mapping[str, Any] | None = No
         build=build,
         **{key: config[key] for key in RESTORE_KEYS if key in config},
     )
-
-
-def _merged(base: Any, changes: Any) -> Any:
-    """Return nested mappings with the values of `changes` in place of those of `base`."""
-    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
-        return changes
-    return {**base, **{name: _merged(base.get(name), value) for name, value in changes.items()}}

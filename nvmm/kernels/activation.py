@@ -1,4 +1,4 @@
-"""What stands between an MLP's two linears: bias, activation, gate; recomputed in backward.
+"""Bias, activation and gate between an MLP's two linears, recomputed in backward.
 
 SwiGLU and GEGLU: Shazeer 2020 (arXiv 2002.05202); squared ReLU: So et al. 2021 (arXiv 2109.08668);
 GELU by erf: Hendrycks and Gimpel 2016 (arXiv 1606.08415). Kernels: csrc/activation/
@@ -19,7 +19,7 @@ GATED = ("swiglu", "geglu")
 
 
 def activation(x: Tensor, bias: Tensor | None = None, *, kind: str) -> Tensor:
-    """Activation `kind` of x + bias, computed in fp32 and rounded once.
+    """Apply activation `kind` to x + bias, in fp32 and rounded once.
 
     Args:
         x: [..., width]. SwiGLU and GEGLU take the gate from the first half of the last axis, which
@@ -35,7 +35,7 @@ def activation(x: Tensor, bias: Tensor | None = None, *, kind: str) -> Tensor:
 
 
 def eager_activation(x: Tensor, bias: Tensor | None = None, *, kind: str) -> Tensor:
-    """`activation` by PyTorch's own functions."""
+    """Do `activation` by PyTorch's own functions."""
     if bias is not None:
         x = x + bias
     if kind == "swiglu":

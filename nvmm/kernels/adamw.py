@@ -33,7 +33,7 @@ def adamw(
     weight_decay: float,
     decoupled: bool = True,
 ) -> None:
-    """One step of every tensor, in place. Each list is of one dtype, and all of one device.
+    """Do one step of every tensor, in place. Each list has one dtype, and all have one device.
 
     Args:
         parameters: of any shapes, empty ones too; contiguous for the kernel.
@@ -73,8 +73,11 @@ def eager_adamw(
     step: int,
     decoupled: bool,
 ) -> None:
-    """`adamw` by PyTorch's own function, on copies of what is of less than fp32 or not contiguous:
-    it takes whatever it gets for tensors of one dtype and layout."""
+    """Do `adamw` by PyTorch's own function, on copies of tensors of less than fp32.
+
+    Tensors that are not contiguous are copied too: torch takes whatever it gets for tensors of one
+    dtype and layout.
+    """
     updated = masters or parameters
     dtype = torch.promote_types(updated[0].dtype, torch.float32)
     lists = [

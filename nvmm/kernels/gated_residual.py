@@ -23,7 +23,7 @@ def gated_residual(
     *,
     tanh: bool = False,
 ) -> Tensor:
-    """residual + mask * gate * (branch + bias), with tanh(gate) when `tanh`; rounded once.
+    """Return residual + mask * gate * (branch + bias), with tanh(gate) when `tanh`; rounded once.
 
     Args:
         residual, branch: [..., width].
@@ -46,7 +46,7 @@ def eager_gated_residual(
     *,
     tanh: bool = False,
 ) -> Tensor:
-    """`gated_residual` by PyTorch's own functions."""
+    """Do `gated_residual` by PyTorch's own functions."""
     if bias is not None:
         branch = branch + bias
     if mask is not None:

@@ -26,14 +26,14 @@ def joint_norm(
     real: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, ...]:
-    """x / rms(x) * weight of each tensor: shapes and dtypes as given, padding columns 0.
+    """Return x / rms(x) * weight of each tensor; shapes and dtypes stay, padding columns are 0.
 
     Args:
         tensors: [..., columns of this rank], all with the same rows and columns.
-        weights: [columns of all ranks], whole on every rank; as is each one's gradient.
+        weights: [columns of all ranks], whole on every rank, and so is each one's gradient.
         eps: added to the mean square.
-        first: which column of the whole this rank's first one is.
-        real: how many of its columns count; those behind are padding, which gets no gradient.
+        first: this rank's first column in the whole row.
+        real: number of its columns that count; those behind are padding, which gets no gradient.
             None: all.
         group: ranks that share the columns; None for one rank.
     """
@@ -60,7 +60,7 @@ class _JointNorm(torch.autograd.Function):
             dist.all_reduce(means, group=group)
         scales = torch.rsqrt(means / weights[0].numel() + eps)
         ctx.save_for_backward(*inputs, scales)
-        ctx.place = (first, real, group, count)
+        ctx.arguments = (first, real, group, count)
         return tuple(
             apply(x, weight, scale, first, real)
             for x, weight, scale in zip(tensors, weights, scales, strict=True)
@@ -69,7 +69,7 @@ class _JointNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         *inputs, scales = ctx.saved_tensors
-        first, real, group, count = ctx.place
+        first, real, group, count = ctx.arguments
         rows = list(zip(gradients, inputs[:count], inputs[count:], scales, strict=True))
         *_, sums, backward = operations(*inputs)
         parts = [part for row in rows for part in sums(*row, first, real)]
@@ -86,7 +86,7 @@ class _JointNorm(torch.autograd.Function):
 
 
 def operations(*tensors: Tensor) -> Any:
-    """The four operations of a rank, kernels or eager: squares, apply, sums, backward."""
+    """Return the four operations of a rank, kernels or eager: squares, apply, sums, backward."""
     if library.fused("joint_norm", *tensors):
         ops = torch.ops.nvmm
         return (
@@ -101,12 +101,12 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def eager_squares(x: Tensor, real: int) -> Tensor:
-    """Sum of squares of each row's real columns: [rows]."""
+    """Return the sum of squares of each row's real columns, [rows]."""
     return _wide(x[..., :real]).square().sum(-1).flatten()
 
 
 def eager_apply(x: Tensor, weight: Tensor, scale: Tensor, first: int, real: int) -> Tensor:
-    """x * scale * weight; padding columns are 0. scale: [rows]."""
+    """Return x * scale * weight with 0 in padding columns. scale: [rows]."""
     y = torch.zeros_like(x)
     scale = scale.view(*x.shape[:-1], 1)
     y[..., :real] = _wide(x[..., :real]) * scale * _wide(weight[first : first + real])
@@ -116,8 +116,10 @@ def eager_apply(x: Tensor, weight: Tensor, scale: Tensor, first: int, real: int)
 def eager_sums(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, first: int, real: int
 ) -> tuple[Tensor, Tensor]:
-    """Sums of dy * weight * normed x along rows [rows], and of dy * normed x over rows: this
-    rank's part of the weight's gradient, [columns of all ranks]."""
+    """Return the sums of dy * weight * normed x along rows, [rows], and of dy * normed x over rows.
+
+    The latter are this rank's part of the weight's gradient, [columns of all ranks].
+    """
     scale = scale.view(*x.shape[:-1], 1)
     along = _wide(dy[..., :real]) * (_wide(x[..., :real]) * scale)
     dots = (along * _wide(weight[first : first + real])).sum(-1)
@@ -129,7 +131,7 @@ def eager_sums(
 def eager_backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, dots: Tensor, first: int, real: int
 ) -> Tensor:
-    """The gradient of x. dots: `eager_sums`' of all ranks, divided by the whole row's length."""
+    """Return the gradient of x. dots: `eager_sums`' of all ranks over the whole row's length."""
     dx = torch.zeros_like(x)
     scale, dots = (t.view(*x.shape[:-1], 1) for t in (scale, dots))
     normed = _wide(x[..., :real]) * scale

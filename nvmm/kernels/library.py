@@ -1,4 +1,4 @@
-"""The library that csrc/build.py makes, and which operations run on it."""
+"""Load the library that csrc/build.py makes, and choose the operations that run on it."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ logger = logging.getLogger(__name__)
 
 
 def _load() -> str | None:
-    """Load the library; returns why that is not possible, or None."""
+    """Load the library; return the reason why that is not possible, or None."""
     if not PATH.is_file():
         return "csrc is not built (make kernels)"
     try:
         torch.ops.load_library(PATH)
     except OSError as error:
-        # What torch raises hides the linker's reason.
+        # torch's own error hides the linker's reason.
         return f"{PATH} does not load: {error.__cause__ or error}"
     return None
 
 
 MISSING = _load()
-"""Why there are no kernels in this process; None when there are."""
+"""The reason why this process has no kernels; None when it has them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """What each operation runs on: its kernel (fused), plain PyTorch (eager), or its kernel where
-    there is one for the device and dtype (auto).
+    """The implementation of each operation.
+
+    "fused" is its kernel, "eager" plain PyTorch, "auto" its kernel where there is one for the
+    device and dtype.
 
     Args:
         norm: RMSNorm and LayerNorm.
-        activation: what stands between an MLP's two linears.
+        activation: bias, activation and gate between an MLP's two linears.
         gated_residual: residual adds of scaled branches (LayerScale, tanh gates).
         linear_cross_entropy: output layer and loss, without the logits in memory.
         rope: rotary position embedding of queries and keys.
@@ -72,11 +74,11 @@ class Kernels:
 
     @classmethod
     def all(cls, value: Choice) -> Kernels:
-        """One choice for every operation."""
+        """Make one choice for every operation."""
         return cls(**{field.name: value for field in dataclasses.fields(cls)})
 
     def install(self, device: str = "cpu", *, log: bool = True) -> None:
-        """Make these this process's choices; with `log`, say what they come to.
+        """Make these this process's choices; with `log`, log the kernels that run.
 
         device: type of the device that the process computes on, "cpu" or "cuda".
 
@@ -100,10 +102,10 @@ _choices = Kernels()
 
 
 def fused(operation: str, *tensors: Tensor | None, problem: str | None = None) -> bool:
-    """Whether `operation` runs on its kernel for these tensors.
+    """Return True when `operation` runs on its kernel for these tensors.
 
-    problem: what else keeps it from running, if anything. Raises ValueError where the config says
-    fused and there is no kernel for them.
+    problem: another reason that keeps it from running, if any. Raises ValueError where the config
+    says fused and there is no kernel for them.
     """
     choice = getattr(_choices, operation)
     if choice == "eager" or (choice == "auto" and MISSING):
@@ -115,7 +117,7 @@ def fused(operation: str, *tensors: Tensor | None, problem: str | None = None) -
 
 
 def _lacking(device: str) -> str | None:
-    """Why the library has no kernels for a type of device, if it has none."""
+    """Return the reason why the library has no kernels for a type of device, if it has none."""
     if device == "cuda" and not has_cuda():
         return f"{PATH} was built without CUDA"
     return None if device in ("cpu", "cuda") else f"no kernel for device {device}"
@@ -134,5 +136,5 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
 
 @functools.cache
 def has_cuda() -> bool:
-    """Whether the library was built with nvcc."""
+    """Return True when the library was built with nvcc."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("nvmm::norm", "CUDA")

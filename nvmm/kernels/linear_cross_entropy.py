@@ -1,6 +1,6 @@
-"""Cross-entropy of a linear layer's outputs without the logits in memory.
+"""Compute the cross-entropy of a linear layer's outputs without the logits in memory.
 
-The vocabulary is walked in chunks: of each one torch multiplies the logits, a kernel takes their
+The vocabulary is walked in chunks: torch multiplies a chunk's logits, a kernel takes their
 maximum, sum and label (forward, an online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867)
 or turns them into their gradient (backward, which multiplies them again), and torch multiplies the
 gradients of hidden states and weight. Kernels: csrc/linear_cross_entropy/
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvmm.kernels import library
-from nvmm.kernels.weight_gradient import accumulate, add_product, stand_in
+from nvmm.kernels.weight_gradient import accumulate, add_product, placeholder
 
 CHUNK = 2048
 """Columns of the vocabulary at a time. Measured forward and backward in fp32, 512 rows x 896 x
@@ -34,7 +34,7 @@ def linear_cross_entropy(
     into_main_grad: bool = False,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """-log softmax(hidden @ weight.T)[label] for each row: float32 [rows].
+    """Return -log softmax(hidden @ weight.T)[label] of each row, float32 [rows].
 
     Args:
         hidden: [rows, width], the same on every rank of `group`. Its gradient is this rank's part,
@@ -100,23 +100,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dist.all_reduce(both, group=group)
             total, picked = both.unbind()
         logsumexp = maximum + total.log()
-        kept = labels != ignore_index
-        ctx.save_for_backward(hidden, weight, labels, logsumexp, kept)
-        ctx.place = (first, valid, chunk)
+        counted = labels != ignore_index
+        ctx.save_for_backward(hidden, weight, labels, logsumexp, counted)
+        ctx.arguments = (first, valid, chunk)
         ctx.into_main_grad = into_main_grad
-        return torch.where(kept, logsumexp - picked, torch.zeros_like(picked))
+        return torch.where(counted, logsumexp - picked, torch.zeros_like(picked))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        hidden, weight, labels, logsumexp, kept = ctx.saved_tensors
-        first, valid, chunk = ctx.place
-        scale = torch.where(kept, gradients[0], torch.zeros_like(logsumexp))
+        hidden, weight, labels, logsumexp, counted = ctx.saved_tensors
+        first, valid, chunk = ctx.arguments
+        scale = torch.where(counted, gradients[0], torch.zeros_like(logsumexp))
         _, gradient = _chunk_operations(hidden, weight)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden = torch.zeros_like(hidden, dtype=logsumexp.dtype) if needs_hidden else None
         dweight = None
         if needs_weight:
-            dweight = stand_in(weight) if ctx.into_main_grad else torch.zeros_like(weight)
+            dweight = placeholder(weight) if ctx.into_main_grad else torch.zeros_like(weight)
         buffer = hidden.new_empty(hidden.shape[0] * min(chunk, valid))
         for begin, end in _chunks(valid, chunk):
             logits = _logits(hidden, weight[begin:end], buffer)
@@ -136,7 +136,7 @@ def _chunks(valid: int, chunk: int) -> list[tuple[int, int]]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-    """hidden @ weight.T in the buffer: new memory for every chunk would be touched anew."""
+    """Compute hidden @ weight.T in the buffer: new memory for every chunk would be touched anew."""
     shape = (hidden.shape[0], weight.shape[0])
     return torch.mm(hidden, weight.t(), out=buffer[: shape[0] * shape[1]].view(shape))
 
@@ -156,22 +156,25 @@ def eager_logits_reduce(
     total: Tensor,
     picked: Tensor,
 ) -> None:
-    """Take logits [rows, columns], column c being id `first` + c, into the rows' running maximum
-    and sum of exp(logit - maximum), and their labels' logits into `picked`, all in place."""
+    """Take logits [rows, columns] into the rows' running statistics, all in place.
+
+    They are the maximum, the sum of exp(logit - maximum), and the labels' logits in `picked`.
+    Column c is id `first` + c.
+    """
     logits = logits[:, :valid].to(maximum.dtype)
     top = torch.maximum(maximum, logits.amax(-1))
     total.mul_(torch.exp(maximum - top)).add_(torch.exp(logits - top.unsqueeze(-1)).sum(-1))
     maximum.copy_(top)
     column = labels - first
     here = (column >= 0) & (column < valid)
-    found = logits.gather(1, column.clamp(0, valid - 1).unsqueeze(1)).squeeze(1)
-    picked.copy_(torch.where(here, found, picked))
+    of_labels = logits.gather(1, column.clamp(0, valid - 1).unsqueeze(1)).squeeze(1)
+    picked.copy_(torch.where(here, of_labels, picked))
 
 
 def eager_logits_gradient(
     logits: Tensor, labels: Tensor, logsumexp: Tensor, scale: Tensor, first: int, valid: int
 ) -> None:
-    """logits <- (softmax - one_hot(label)) * scale in place; 0 from column `valid` on."""
+    """Turn logits into (softmax - one_hot(label)) * scale in place; 0 from column `valid` on."""
     probabilities = torch.exp(logits.to(logsumexp.dtype) - logsumexp.unsqueeze(-1))
     columns = torch.arange(logits.shape[1], device=logits.device)
     probabilities -= (columns == (labels - first).unsqueeze(-1)).to(probabilities.dtype)

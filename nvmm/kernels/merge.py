@@ -1,6 +1,6 @@
-"""Rows of two tensors put together in a given order, in one pass over memory.
+"""Put the rows of two tensors together in a given order, in one pass over memory.
 
-Media features among embeddings, or among the embeddings of their tags. Kernels: csrc/merge/
+They are media features and embeddings of words or tags. Kernels: csrc/merge/
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nvmm.kernels import library
 def merge_rows(
     base: Tensor, values: Tensor, index: Tensor, base_index: Tensor | None = None
 ) -> Tensor:
-    """`values` at rows `index`, and `base` in the other rows; out of place.
+    """Put `values` at rows `index` and `base` in the other rows; out of place.
 
     Args:
         base: [m, width]. values: [n, width], of its dtype.
@@ -42,20 +42,20 @@ def merge_rows(
 def eager_merge_rows(
     base: Tensor, values: Tensor, index: Tensor, base_index: Tensor | None = None
 ) -> Tensor:
-    """`merge_rows` by PyTorch's own functions, without its checks."""
+    """Do `merge_rows` by PyTorch's own functions, without its checks."""
     if base_index is not None:
-        whole = base.new_zeros(base.shape[0] + values.shape[0], base.shape[1])
-        base = whole.index_copy(0, base_index, base)
+        rows = base.new_zeros(base.shape[0] + values.shape[0], base.shape[1])
+        base = rows.index_copy(0, base_index, base)
     return base.index_copy(0, index, values)
 
 
-def _check(places: Tensor, rows: int) -> None:
-    found = places.unique()
-    outside = found[(found < 0) | (found >= rows)]
+def _check(index: Tensor, rows: int) -> None:
+    targets = index.unique()
+    outside = targets[(targets < 0) | (targets >= rows)]
     if outside.numel():
         raise ValueError(f"the rows {outside.tolist()} must be in [0, {rows})")
-    if found.numel() != places.numel():
-        raise ValueError(f"{places.numel()} rows have {found.numel()} places, one each is needed")
+    if targets.numel() != index.numel():
+        raise ValueError(f"{index.numel()} rows have {targets.numel()} places, one each is needed")
 
 
 def _fake(base: Tensor, values: Tensor, source: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from nvmm.kernels import library
 def multi_tensor_applier(
     op: Callable[..., Any], noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], *args: Any
 ) -> Any:
-    """op(0, noop_flag, tensor_lists, *args): Apex's call. Our functions choose their own chunks."""
+    """Call op(0, noop_flag, tensor_lists, *args), as Apex does; ours choose their own chunks."""
     return op(0, noop_flag, tensor_lists, *args)
 
 
@@ -27,7 +27,7 @@ def multi_tensor_l2norm(
     tensor_lists: Sequence[Sequence[Tensor]],
     per_tensor: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(norm of all tensors together, their own norms if `per_tensor`): float32 [1], [tensors].
+    """Return the norm of all tensors together and, if `per_tensor`, each one's: [1], [tensors].
 
     Squares are added up in float64, in an order that does not depend on the number of threads.
 
@@ -50,7 +50,7 @@ def _l2norm(tensors: list[Tensor], flag: Tensor) -> Tensor:
 
 
 def eager_l2norm(tensors: Sequence[Tensor], flag: Tensor) -> Tensor:
-    """The norm by PyTorch's own functions: float32 [1]."""
+    """Return the norm by PyTorch's own functions, float32 [1]."""
     if not tensors:
         return torch.zeros(1, device=flag.device)
     norm = torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float32)).norm()
@@ -61,7 +61,7 @@ def eager_l2norm(tensors: Sequence[Tensor], flag: Tensor) -> Tensor:
 def multi_tensor_scale(
     chunk_size: int, noop_flag: Tensor, tensor_lists: Sequence[Sequence[Tensor]], scale: float
 ) -> None:
-    """targets <- sources * scale, rounded once. A list may be both.
+    """Write sources * scale, rounded once, into the targets. A list may be both.
 
     Args:
         chunk_size: not used.
@@ -84,7 +84,7 @@ def multi_tensor_scale(
 def eager_scale(
     sources: Sequence[Tensor], targets: Sequence[Tensor], flag: Tensor, scale: float
 ) -> None:
-    """`multi_tensor_scale` by PyTorch's own functions."""
+    """Do `multi_tensor_scale` by PyTorch's own functions."""
     for source, target in zip(sources, targets, strict=True):
         flag.masked_fill_(~source.isfinite().all(), 1)
         target.copy_(source.to(torch.promote_types(source.dtype, target.dtype)) * scale)

@@ -24,7 +24,7 @@ def norm(
     rms: bool,
     zero_centered: bool = False,
 ) -> Tensor:
-    """Normed x, in x's shape and dtype.
+    """Return x normed, in x's shape and dtype.
 
     Args:
         x: [..., width].
@@ -50,7 +50,7 @@ def residual_norm(
     rms: bool,
     zero_centered: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(normed sum, sum) of x + residual, both [..., width]; the sum is rounded before it is normed.
+    """Return (normed sum, sum) of x + residual, [..., width]; the sum is rounded, then normed.
 
     The other arguments are `norm`'s.
     """
@@ -71,7 +71,7 @@ def eager_norm(
     rms: bool,
     zero_centered: bool = False,
 ) -> Tensor:
-    """`norm` by PyTorch's own functions."""
+    """Do `norm` by PyTorch's own functions."""
     if zero_centered:
         weight = weight + 1
     if rms:

@@ -14,7 +14,7 @@ from nvmm.kernels import library
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
-    """[n, rows, columns, channels] -> [n, rows / factor, columns / factor, factor^2 channels].
+    """Put each block's channels together: [n, rows / factor, columns / factor, factor^2 channels].
 
     Channels of a block are in the order of its pixels, row by row. The factor divides rows and
     columns. A view with gaps (an encoder's output without its class token) is read in place.
@@ -25,7 +25,7 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
 
 
 def eager_pixel_shuffle(x: Tensor, factor: int) -> Tensor:
-    """`pixel_shuffle` by PyTorch's own functions."""
+    """Do `pixel_shuffle` by PyTorch's own functions."""
     blocks = x.unflatten(1, (-1, factor)).unflatten(3, (-1, factor))
     return blocks.transpose(2, 3).flatten(3)
 

@@ -16,7 +16,7 @@ from nvmm.kernels import library
 
 
 def rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k with the first dim channels of each head turned; the others pass through.
+    """Turn the first dim channels of each head of q and k; the others pass through.
 
     Args:
         q: [s, b, heads, d]; k: [s, b, groups, d]. Views of a fused QKV output are read in place.
@@ -33,13 +33,13 @@ def rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
             f" with an even dim of at most {width}"
         )
     if library.fused("rope", q, k):
-        found: tuple[Tensor, Tensor] = torch.ops.nvmm.rope(q, k, table, False)
-        return found
+        turned: tuple[Tensor, Tensor] = torch.ops.nvmm.rope(q, k, table, False)
+        return turned
     return eager_rope(q, k, table)
 
 
 def eager_rope(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """`rope` by PyTorch's own functions."""
+    """Do `rope` by PyTorch's own functions."""
     return _turned(q, table), _turned(k, table)
 
 

@@ -1,4 +1,4 @@
-"""Apex's `fused_weight_gradient_mlp_cuda` by torch's matmuls, on CPU and CUDA.
+"""A replacement of Apex's `fused_weight_gradient_mlp_cuda` by torch's matmuls, on CPU and CUDA.
 
 mcore's `gradient_accumulation_fusion` adds a linear's weight gradient to the fp32 `main_grad` in
 place through a module of that name, which is part of NVIDIA's Apex and of nothing else.
@@ -21,7 +21,7 @@ _USERS = {
 
 
 def accumulate(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
-    """main_grad += dy.T @ x in place.
+    """Add dy.T @ x to main_grad in place.
 
     Args:
         x: [..., in], a linear's input.
@@ -32,7 +32,7 @@ def accumulate(x: Tensor, dy: Tensor, main_grad: Tensor) -> None:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in place.
+    """Add a @ b to total in place.
 
     A float32 total of bf16 or fp16 factors gets the matmul's own float32 sums on CUDA, as Apex's
     does. On CPU, where torch has no such matmul, the product is rounded to their dtype first.
@@ -48,11 +48,12 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def stand_in(weight: Tensor) -> Tensor | None:
-    """What an autograd function returns where the gradient is in `weight.main_grad` already.
+def placeholder(weight: Tensor) -> Tensor | None:
+    """Return the gradient of a weight whose gradient is in `weight.main_grad` already.
 
-    With mcore's data-parallel hook on the weight, a tensor that lets the hook run; it reads it
-    where the parameter asks for zeros (tied embeddings' `zero_out_wgrad`), and not elsewhere.
+    With mcore's data-parallel hook on the weight it is a tensor that lets the hook run, else None.
+    The hook reads its values only where the parameter asks for zeros (tied embeddings'
+    `zero_out_wgrad`).
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None

@@ -20,7 +20,7 @@ from nvmm.batch import ATTENDED, Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
 from nvmm.models.multimodal import MultimodalModel
 from nvmm.modules.cross_attention import CrossAttention
-from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.encoders.base import Encoder
 from nvmm.modules.flops import Training, cross_attention_flops, segment_lengths
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.merge import behind_tags
@@ -45,7 +45,7 @@ class CrossAttendingModel(MultimodalModel):
 
     Args:
         language, vision, connector, encoders: as MultimodalModel's.
-        cross_attention: which layers attend, and how.
+        cross_attention: the layers that attend, and the form of their blocks.
         chunk: which part of the model this rank builds.
     """
 
@@ -53,7 +53,7 @@ class CrossAttendingModel(MultimodalModel):
         self,
         language: Callable[..., LanguageModel],
         cross_attention: CrossAttention,
-        vision: Callable[..., EncoderTower] | None = None,
+        vision: Callable[..., Encoder] | None = None,
         connector: Callable[..., Any] | None = None,
         encoders: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
         *,
@@ -83,7 +83,7 @@ class CrossAttendingModel(MultimodalModel):
         return super().reads | {MediaKind(modality, ATTENDED) for modality in self.modalities}
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Receive what the previous stage sent: hidden states with the media behind them."""
+        """Receive the previous stage's hidden states with the media behind them."""
         self.received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
     def forward(
@@ -96,7 +96,7 @@ class CrossAttendingModel(MultimodalModel):
     ) -> Tensor:
         """Run this chunk; arguments and result as MultimodalModel's.
 
-        `batch.media` holds what cross-attention reads and what stands in the sequence. Before the
+        `batch.media` holds the attended media and those in the sequence. Before the
         last stage the result carries the attended media behind the hidden states.
         """
         # 1. words and placed media [s, b, h], and the keys of attended ones [m, b, h]: computed on
@@ -125,19 +125,19 @@ class CrossAttendingModel(MultimodalModel):
     def _embed_and_attend(
         self, batch: Batch, attended: Media | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings [s, b, h] with the placed media, and the attended ones [m, b, h]."""
+        """Embed the words with the placed media [s, b, h], and the attended media [m, b, h]."""
         batch.require(self.reads, f"model._target_={type(self).__name__}")
         kinds = {kind: media for kind, media in batch.media.items() if len(media.positions)}
         # 1. a modality's tiles go through its encoder and connector together, however placed:
         #    [n, tokens_per_item, h]
         features: dict[MediaKind, Tensor] = {}
         for modality in dict.fromkeys(kind.modality for kind in kinds):
-            ways = [kind for kind in kinds if kind.modality == modality]
+            same_modality = [kind for kind in kinds if kind.modality == modality]
             # Placed tiles first: the sums of a batch's gradients depend on the order.
-            ways.sort(key=lambda kind: kind.placement == ATTENDED)
-            tiles = [kinds[kind].values for kind in ways]
+            same_modality.sort(key=lambda kind: kind.placement == ATTENDED)
+            tiles = [kinds[kind].values for kind in same_modality]
             encoded = self.encode(modality, torch.cat(tiles)).split([len(t) for t in tiles])
-            features |= dict(zip(ways, encoded, strict=True))
+            features |= dict(zip(same_modality, encoded, strict=True))
         # 2. words, and placed features among them: [s, b, h]
         placed = {kind: media for kind, media in kinds.items() if kind.placement != ATTENDED}
         hidden = self.place(batch, placed, features)
@@ -155,7 +155,7 @@ class CrossAttendingModel(MultimodalModel):
         return hidden, keys
 
     def _keys(self, features: Tensor, media: Media) -> Tensor:
-        """Features [n, tokens_per_item, h], each tile's behind its tag's embeddings: [keys, h]."""
+        """Put features [n, tokens_per_item, h] behind their tags' embeddings: [keys, h]."""
         n, length = media.positions.numel(), media.tokens_per_item
         if tuple(features.shape[:2]) != (n, length):
             raise ValueError(
@@ -169,7 +169,7 @@ class CrossAttendingModel(MultimodalModel):
         return behind_tags(features, tags, media)
 
     def _rows(self, batch: Batch, attended: Media | None) -> int:
-        """Rows [m, b] that hold the micro-batch's keys; 0 without any."""
+        """Return m, the rows [m, b] that hold the micro-batch's keys; 0 without any."""
         if attended is None:
             return 0
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
@@ -188,7 +188,10 @@ class CrossAttendingModel(MultimodalModel):
         return tensors[ATTENDED] if rows else None
 
     def _spans(self, batch: Batch, attended: Media | None, inference_context: Any) -> Tensor | None:
-        """What this rank's positions see; in decoding, what the last prompt position's text saw."""
+        """Return the spans of this rank's positions, None without attended media.
+
+        In decoding a new token has the span that words behind the prompt have.
+        """
         sees = self.cross_attention.text_sees
         if inference_context is None:
             if attended is None:
@@ -198,12 +201,12 @@ class CrossAttendingModel(MultimodalModel):
         if attended is None:
             spans: Tensor | None = memory.get("cross_attention.spans")
             return spans
-        whole = query_spans(attended, batch, sees, num_following=1)
-        memory["cross_attention.spans"] = whole[-1:]
-        return whole[:-1]
+        with_next = query_spans(attended, batch, sees, num_following=1)
+        memory["cross_attention.spans"] = with_next[-1:]
+        return with_next[:-1]
 
     def payload_bytes(self, batch: Batch) -> tuple[int, int]:
-        """Bytes of hidden states and of media that a stage of this layout sends for `batch`."""
+        """Return the bytes of hidden states and of media that a stage sends for `batch`."""
         width = self.config.hidden_size * self.config.params_dtype.itemsize
         split = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         positions = batch.tokens.numel() // self.config.context_parallel_size
@@ -211,11 +214,12 @@ class CrossAttendingModel(MultimodalModel):
         return positions * width // split, media * width // split
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """As MultimodalModel's; cross-attention counts as language."""
+        """Count FLOPs as MultimodalModel does; cross-attention counts as language."""
         attended = _attended(batch)
         if attended is None:
             return super().flops(batch)
         flops, reached = self._media_flops(batch)
+        # 1. Gradients pass a part when something in front of it is trained; blocks count apart.
         blocks = [m for n, m in self.language.named_modules() if n.endswith(_BLOCK_NAMES)]
         in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
         trained = [p for p in self.language.parameters() if p.requires_grad]
@@ -225,6 +229,7 @@ class CrossAttendingModel(MultimodalModel):
         cross = _training(trains_blocks, reached or trains_others)
         if only_adapters_train(self.language):
             language = cross = "passed"
+        # 2. The pairs of queries and keys that see each other, from the spans.
         heads, groups, width = self.cross_attention.sizes(self.config)
         spans = query_spans(attended, batch, self.cross_attention.text_sees).long()
         lengths = segment_lengths(batch)
@@ -244,12 +249,11 @@ class CrossAttendingModel(MultimodalModel):
         return flops
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """mcore's, with the blocks under `cross_attention.layers.<n>`."""
+        """Return mcore's, with the blocks under `cross_attention.layers.<n>`."""
         state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
         for entry in state.values():
-            found = _BLOCK.match(entry.key)
-            if found:
-                prefix, layer, name = found.groups()
+            if block := _BLOCK.match(entry.key):
+                prefix, layer, name = block.groups()
                 entry.key = f"{prefix}cross_attention.layers.{layer}.{name}"
         return state
 
@@ -259,7 +263,7 @@ def _training(trained: bool, behind: bool) -> Training:
 
 
 def _attended(batch: Batch) -> Media | None:
-    """The media that cross-attention reads.
+    """Return the media that cross-attention reads, None without any.
 
     Raises ValueError for several modalities: a position sees one span of the list of keys.
     """

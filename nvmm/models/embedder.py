@@ -71,7 +71,7 @@ class EmbeddingModel(LanguageModel):
         """Run this chunk.
 
         batch: one text a row or packed segment; `extras["pool_from"]` as `pooling.pool_mask` says.
-        output: what the last stage returns: "embedding" (fp32 [texts, h], each of length 1) or
+        output: the last stage's result: "embedding" (fp32 [texts, h], each of length 1) or
             "hidden" ([s, b, h]).
 
         Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
@@ -93,7 +93,7 @@ class EmbeddingModel(LanguageModel):
         return F.normalize(pooled.float(), dim=-1)
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Model FLOPs of a micro-batch's forward and backward; latent attention counts as language.
+        """Count model FLOPs of a micro-batch's forward and backward, latent attention as language.
 
         They are the whole model's, whatever the layout. A self-attention pooling's layer is not
         counted.
@@ -119,26 +119,29 @@ class EmbeddingModel(LanguageModel):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """mcore's for any module: the one for language models asks for an output layer."""
+        """Return mcore's for any module: the one for language models asks for an output layer."""
         return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
 
 
 def latent_sizes(pooling: Callable[..., Any], hidden_size: int) -> dict[str, int] | None:
-    """What `latent_attention_flops` wants of a partial of LatentAttention; None of any other."""
+    """Return a partial's arguments of `latent_attention_flops`; None unless LatentAttention's."""
     if getattr(pooling, "func", None) is not LatentAttention:
         return None
-    given = inspect.signature(LatentAttention).bind_partial(**pooling.keywords)  # type: ignore[attr-defined]
-    given.apply_defaults()
-    sizes = {key: given.arguments[key] for key in ("num_latents", "num_heads")}
+    bound = inspect.signature(LatentAttention).bind_partial(**pooling.keywords)  # type: ignore[attr-defined]
+    bound.apply_defaults()
+    sizes = {key: bound.arguments[key] for key in ("num_latents", "num_heads")}
     return sizes | {
-        "head_dim": given.arguments["head_dim"] or hidden_size,
-        "ffn_hidden_size": given.arguments["ffn_hidden_size"] or 4 * hidden_size,
+        "head_dim": bound.arguments["head_dim"] or hidden_size,
+        "ffn_hidden_size": bound.arguments["ffn_hidden_size"] or 4 * hidden_size,
         "hidden_size": hidden_size,
     }
 
 
 def key_spans(batch: Batch) -> Tensor | None:
-    """int32 [b, 2], first and last + 1 valid key of rows padded on the right; None if all are."""
+    """Return rows' first and last + 1 valid keys, int32 [b, 2]; None if all are valid.
+
+    Rows are padded on the right.
+    """
     if bool((batch.lengths == batch.tokens.shape[1]).all()):
         return None
     return torch.stack([torch.zeros_like(batch.lengths), batch.lengths], dim=1).int()

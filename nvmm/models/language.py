@@ -1,4 +1,4 @@
-"""A decoder-only language model: ChatQA, ChatQA-2, RankRAG, Nemotron-4, others' LLM."""
+"""A decoder-only language model: ChatQA, ChatQA-2, RankRAG, Nemotron-4, the LLM of others."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ class LanguageModel(GPTModel):
         self.unpadded_vocab_size = vocab_size
 
     reads: frozenset[MediaKind] = frozenset()
-    """Kinds of media that it takes; others are refused."""
+    """The kinds of media that the model takes; others are refused."""
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Word embeddings of tokens [b, s] -> [s, b, h], whole on every TP rank."""
+        """Embed tokens [b, s] as words [s, b, h], whole on every TP rank."""
         return self.embedding.word_embeddings(tokens).transpose(0, 1).contiguous()
 
     def forward(
@@ -112,7 +112,7 @@ class LanguageModel(GPTModel):
 
         Args:
             batch: the micro-batch.
-            output: what the last stage returns: "loss" (per token, [b, s]), "logits" (gathered
+            output: the last stage's result: "loss" (per token, [b, s]), "logits" (gathered
                 over TP, without padding rows, [b, s, vocab_size]) or "hidden" ([s, b, h]). Under
                 context parallelism s is that of `context_parallel.share(batch)`.
             hidden: input embeddings [s, b, h] instead of those of `batch.tokens` (media merged).
@@ -126,12 +126,16 @@ class LanguageModel(GPTModel):
         """
         if hidden is None and self.pre_process:
             batch.require(self.reads, f"model._target_={type(self).__name__}")
+        # 1. This context-parallel rank's part of the row: tokens [b, s / cp]. Packed segments are
+        #    described whole, and merged media [s, b, h] are dealt like the tokens.
         packed = packed_seq_params(batch)
         if hidden is not None:
             hidden = context_parallel.shard(hidden, batch)
         batch = context_parallel.share(batch)
+        # 2. On the first stage the block's input [s / cp, b, h], [s / (cp tp), b, h] with SP.
         if self.pre_process:
             hidden = self._enter(self.embed(batch.tokens) if hidden is None else hidden)
+        # 3. This chunk's layers; the shape stays. On later stages mcore puts in what arrived.
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=key_spans,
@@ -148,27 +152,30 @@ class LanguageModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else None
         )
+        # 4. The loss [b, s / cp] from the hidden states directly where a kernel can do it.
         if output == "loss":
             loss = fused_loss(
                 self.output_layer, hidden, batch.labels, self.unpadded_vocab_size, weight
             )
             if loss is not None:
                 return loss
+        # 5. Logits [s, b, padded vocabulary / tp]: gathered without the padding rows, or into the
+        #    loss with the padding rows out of the softmax.
         gather = output == "logits"
         if inference_context is not None:
-            hidden = hidden[-1:]  # of a long prompt only the last position's logits are of use
+            hidden = hidden[-1:]  # only the last position's logits choose the next token
         logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=gather)
         if gather:
             return logits[..., : self.unpadded_vocab_size].transpose(0, 1).contiguous()
         return self.compute_language_model_loss(batch.labels, self._mask_padding_rows(logits))
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Model FLOPs of a micro-batch's forward and backward, {"language": ...}."""
+        """Count model FLOPs of a micro-batch's forward and backward, {"language": ...}."""
         training = training_of(self, behind=False)
         return {"language": self.count_flops(segment_lengths(batch), training)}
 
     def count_flops(self, lengths: list[int], training: Training) -> float:
-        """Matrix-multiply FLOPs over sequences of these lengths."""
+        """Count matrix-multiply FLOPs over sequences of these lengths."""
         return language_flops(
             **sizes(self.config),
             vocab_size=self.unpadded_vocab_size,
@@ -177,7 +184,7 @@ class LanguageModel(GPTModel):
         )
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        """Embeddings -> block input: scatter over the sequence, dropout, gradient for recompute."""
+        """Turn embeddings into the block's input: scatter, dropout, a gradient for recompute."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
             with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -194,7 +201,7 @@ class LanguageModel(GPTModel):
         return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)
 
     def _mask_padding_rows(self, logits: Tensor) -> Tensor:
-        """logits [s, b, padded / TP] with the vocabulary's padding rows at the dtype's minimum."""
+        """Set padding rows of logits [s, b, padded vocabulary / TP] to the dtype's minimum."""
         width = logits.shape[-1]
         first = width * self.pg_collection.tp.rank()
         if first + width <= self.unpadded_vocab_size:

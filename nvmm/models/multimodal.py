@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
-from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.encoders.base import Encoder
 from nvmm.modules.flops import segment_lengths, training_of
 from nvmm.modules.merge import merge
 from nvmm.parallel.setup import Chunk
@@ -43,7 +43,7 @@ class MultimodalModel(MegatronModule):
     def __init__(
         self,
         language: Callable[..., LanguageModel],
-        vision: Callable[..., EncoderTower] | None = None,
+        vision: Callable[..., Encoder] | None = None,
         connector: Callable[..., Any] | None = None,
         encoders: Mapping[str, Mapping[str, Callable[..., Any]]] | None = None,
         *,
@@ -52,25 +52,25 @@ class MultimodalModel(MegatronModule):
         language_model = language(chunk=chunk)
         super().__init__(config=language_model.config)
         self.language = language_model
-        parts = {m: (part["encoder"], part["connector"]) for m, part in (encoders or {}).items()}
+        partials = {m: (p["encoder"], p["connector"]) for m, p in (encoders or {}).items()}
         if vision is not None and connector is not None:
-            parts = {"image": (vision, connector)} | parts
+            partials = {"image": (vision, connector)} | partials
         elif vision is not None or connector is not None:
             raise ValueError("model.vision and model.connector must both be given, or neither")
-        self.modalities = list(parts)
-        for modality, (encoder, connect) in parts.items():
+        self.modalities = list(partials)
+        for modality, (build_encoder, build_connector) in partials.items():
             first, second = _names(modality)
             setattr(self, first, None)
             setattr(self, second, None)
             if chunk.pre_process:
-                tower = encoder(chunk=chunk)
-                setattr(self, first, tower)
+                encoder = build_encoder(chunk=chunk)
+                setattr(self, first, encoder)
                 sizes = {
-                    "input_size": tower.config.hidden_size,
+                    "input_size": encoder.config.hidden_size,
                     "output_size": self.config.hidden_size,
                 }
-                setattr(self, second, connect(**sizes, chunk=chunk))
-        # What mcore's schedules and gradient finalisation read from a model.
+                setattr(self, second, build_connector(**sizes, chunk=chunk))
+        # mcore's schedules and gradient finalisation read these from a model.
         self.model_type = language_model.model_type
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -98,7 +98,7 @@ class MultimodalModel(MegatronModule):
         return self.language.decoder
 
     def flops(self, batch: Batch) -> dict[str, float]:
-        """Model FLOPs of a micro-batch's forward and backward: "language" and each modality.
+        """Count model FLOPs of a micro-batch's forward and backward: "language" and each modality.
 
         They are the whole model's, whatever the layout; the first stage's first chunk knows them.
         """
@@ -108,7 +108,7 @@ class MultimodalModel(MegatronModule):
         return flops
 
     def _media_flops(self, batch: Batch) -> tuple[dict[str, float], bool]:
-        """FLOPs of each modality, and whether gradients pass the language model to reach them."""
+        """Count FLOPs of each modality; tell if gradients pass the language model to reach one."""
         flops = dict.fromkeys(self.modalities, 0.0)
         reached = False
         for modality, (encoder, connector) in self.encoders.items():
@@ -128,7 +128,7 @@ class MultimodalModel(MegatronModule):
         self.language.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The language model's tied embedding, on the first and last stage."""
+        """Return the language model's tied embedding, on the first and last stage."""
         return self.language.shared_embedding_or_output_weight()
 
     def forward(
@@ -156,7 +156,7 @@ class MultimodalModel(MegatronModule):
         )
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeddings [s, b, h] with the media at their placeholders; first stage only."""
+        """Embed the words, with the media at their placeholders: [s, b, h]; first stage only."""
         batch.require(self.reads, f"model._target_={type(self).__name__}")
         placed = {kind: media for kind, media in batch.media.items() if len(media.positions)}
         features = {kind: self.encode(kind.modality, m.values) for kind, m in placed.items()}
@@ -168,7 +168,7 @@ class MultimodalModel(MegatronModule):
         placed: Mapping[MediaKind, Media],
         features: Mapping[MediaKind, Tensor],
     ) -> Tensor:
-        """Embeddings [s, b, h] of the words, with features at the placeholders of `placed`.
+        """Embed the words, with features at the placeholders of `placed`: [s, b, h].
 
         The parts of modalities that the batch lacks are kept in the graph (see `_idle`).
         """
@@ -186,12 +186,12 @@ class MultimodalModel(MegatronModule):
         return hidden
 
     def encode(self, modality: str, tiles: Tensor) -> Tensor:
-        """Tiles [n, ...] -> encoded, shuffled and projected, [n, tokens, h]."""
+        """Encode, shuffle and project tiles [n, ...] to features [n, tokens, h]."""
         encoder, connector = self.encoders[modality]
         return connector(encoder(tiles), encoder.grid(tiles))
 
     def _idle(self, hidden: Tensor, modality: str) -> Tensor:
-        """`hidden`, tied to the idle parameters where mcore waits for a gradient of each.
+        """Return `hidden`, tied to the idle parameters where mcore waits for a gradient of each.
 
         With overlap_grad_reduce a bucket is reduced when all its parameters have a gradient in the
         last micro-batch; a blank tile at weight 0 gives them one. A frozen encoder does not run.
@@ -211,7 +211,7 @@ class MultimodalModel(MegatronModule):
 
 
 def _names(modality: str) -> tuple[str, str]:
-    """Attributes that hold a modality's encoder and connector."""
+    """Return the attributes that hold a modality's encoder and connector."""
     if modality == "image":
         return "vision", "connector"
     return modality, f"{modality}_connector"

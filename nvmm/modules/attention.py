@@ -22,9 +22,9 @@ _QUERY_BLOCK = 512
 
 
 def flash_varlen(query: Tensor) -> Callable[..., Tensor] | None:
-    """flash-attn's kernel for packed rows where it is installed and takes `query`; else None.
+    """Return flash-attn's kernel for packed rows where it is installed and takes `query`.
 
-    It wants a GPU and half precision. Not run on a GPU yet.
+    Returns None elsewhere: it needs a GPU and half precision. It has not run on a GPU yet.
     """
     if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return None
@@ -146,7 +146,7 @@ class CoreAttention(torch.nn.Module):
         packed: PackedSeqParams | None,
         causal: bool,
     ) -> Tensor:
-        """As `forward`, with keys and values of the whole sequence gathered first."""
+        """Attend as `forward` does, with keys and values of the whole sequence gathered first."""
         assert self.cp_group is not None
         size, rank = self.cp_group.size(), self.cp_group.rank()
         gathered = gather(torch.cat([key, value], dim=-1), self.cp_group)
@@ -157,20 +157,22 @@ class CoreAttention(torch.nn.Module):
             gathered = gathered.unsqueeze(2)
             lengths = (torch.diff(packed.cu_seqlens_q) // size).tolist()
         outputs = []
-        for mine, parts in zip(query.split(lengths), gathered.split(lengths, 1), strict=True):
+        # One row or segment at a time: its local queries, and every rank's keys and values of it.
+        for local, parts in zip(query.split(lengths), gathered.split(lengths, 1), strict=True):
             keys, values = in_order(parts).split([key.shape[-1], value.shape[-1]], dim=-1)
             k, v = (x.permute(1, 2, 0, 3) for x in (keys, values))
-            chunk = mine.shape[0] // 2
-            for number, part in zip((rank, 2 * size - 1 - rank), mine.split(chunk), strict=True):
+            # A rank has two chunks of the sequence; each sees the keys up to its own end.
+            chunk = local.shape[0] // 2
+            for number, part in zip((rank, 2 * size - 1 - rank), local.split(chunk), strict=True):
                 q = part.permute(1, 2, 0, 3)
                 seen = (number + 1) * chunk if causal else k.shape[2]
                 out = self._attend_suffix(q, k[:, :, :seen], v[:, :, :seen], causal)
                 outputs.append(out.permute(2, 0, 1, 3).flatten(2))
-        whole = torch.cat(outputs)
-        return whole if packed is None else whole.squeeze(1)
+        attended = torch.cat(outputs)
+        return attended if packed is None else attended.squeeze(1)
 
     def _attend_suffix(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        """`_attend` for queries at the end of the keys, without a mask of all pairs."""
+        """Attend with queries at the end of the keys, without a mask of all pairs."""
         first = k.shape[2] - q.shape[2]
         if not causal or first == 0 or q.is_cuda:
             return self._attend(q, k, v, causal, None)
@@ -184,7 +186,7 @@ class CoreAttention(torch.nn.Module):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, spans: Tensor | None
     ) -> Tensor:
-        """q [b, heads, sq, d], k and v [b, groups, sk, d] -> [b, heads, sq, d]."""
+        """Attend with q [b, heads, sq, d] to k and v [b, groups, sk, d]; the result is like q."""
         if k.shape[1] != q.shape[1]:
             repeat = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
@@ -206,15 +208,17 @@ class CoreAttention(torch.nn.Module):
         return out if empty is None else out.masked_fill(empty, 0.0)
 
     def _dropout_generator(self) -> contextlib.AbstractContextManager[None]:
-        """TP ranks hold different heads and need different dropout masks; under sequence
-        parallelism the whole block already runs in the tensor-parallel generator."""
+        """Give TP ranks, which hold different heads, different dropout masks.
+
+        Under sequence parallelism the whole block already runs in the tensor-parallel generator.
+        """
         if self.training and self.dropout > 0 and not self.config.sequence_parallel:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
 
 def _mask(q: Tensor, k: Tensor, causal: bool, spans: Tensor | None) -> Tensor:
-    """Dense boolean mask [b or 1, 1, sq, sk], True where a query may look."""
+    """Return a dense boolean mask [b or 1, 1, sq, sk], True where a query may look."""
     sq, sk = q.shape[2], k.shape[2]
     keys = torch.arange(sk, device=q.device)
     mask = torch.ones(1, 1, sq, sk, dtype=torch.bool, device=q.device)

@@ -1,4 +1,4 @@
-"""From an encoder's features to the language model's embeddings: pixel shuffle and an MLP."""
+"""The connector from an encoder to a language model: pixel shuffle and an MLP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from nvmm.kernels import pixel_shuffle as kernels
 from nvmm.kernels.activation import activation
 from nvmm.modules.flops import Training, connector_flops
-from nvmm.modules.mlp import KINDS
+from nvmm.modules.mlp import FUSED_ACTIVATIONS
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk, Normal
 
@@ -32,10 +32,10 @@ def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
     """
     rows, columns = features.shape[1:3]
     if rows % factor or columns % factor:
-        fits = [k for k in range(1, min(rows, columns) + 1) if not rows % k and not columns % k]
+        factors = [k for k in range(1, min(rows, columns) + 1) if not rows % k and not columns % k]
         raise ValueError(
             f"model.connector.downsample={factor} must divide the encoder's grid"
-            f" ({rows}x{columns}); use one of {', '.join(map(str, fits))}"
+            f" ({rows}x{columns}); use one of {', '.join(map(str, factors))}"
         )
     return kernels.pixel_shuffle(features, factor)
 
@@ -111,7 +111,7 @@ class MLPConnector(MegatronModule):
             )
 
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
-        """features [n, rows * columns, input_size] -> [n, tokens, output_size].
+        """Map features [n, rows * columns, input_size] to embeddings [n, tokens, output_size].
 
         tokens = rows * columns / downsample^2.
         """
@@ -122,13 +122,13 @@ class MLPConnector(MegatronModule):
         x, _ = self.linear_fc1(x)
         if self.linear_fc2 is None:
             return tensor_parallel.gather_from_tensor_model_parallel_region(x)
-        kind = KINDS.get((self.activation_func, False))
+        kind = FUSED_ACTIVATIONS.get((self.activation_func, False))
         x = self.activation_func(x) if kind is None else activation(x, kind=kind)
         x, _ = self.linear_fc2(x)
         return x
 
     def flops(self, num_tiles: int, grid: tuple[int, int], training: Training) -> float:
-        """Matrix-multiply FLOPs of the linears over some tiles."""
+        """Count matrix-multiply FLOPs of the linears over some tiles."""
         return connector_flops(
             input_size=self.linear_fc1.input_size,
             hidden_size=self.hidden_size,
@@ -143,7 +143,7 @@ class MLPConnector(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """mcore's, with the norm under the name it has where it is fused with the first linear."""
+        """Return mcore's, with the norm under the name it has when fused with the first linear."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         replace_prefix_for_sharding(
             {k: v for k, v in state.items() if k.startswith(f"{prefix}layernorm.")},

@@ -38,7 +38,7 @@ Gate = Literal["scalar", "channel"]
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """Where a decoder cross-attends to media, and what the blocks are.
+    """The layers in which a decoder cross-attends to media, and the form of their blocks.
 
     Args:
         interval: one block for every `interval` layers of the decoder.
@@ -53,7 +53,7 @@ class CrossAttention:
         qk_norm: normalise queries and keys head by head.
         kv_norm: normalise the media features first.
         bias: biases of all the block's linears.
-        text_sees: what ordinary text sees of its own sample, see `nvmm.modules.spans.query_spans`.
+        text_sees: the images that ordinary text sees, see `nvmm.modules.spans.query_spans`.
     """
 
     interval: int = 1
@@ -81,12 +81,12 @@ class CrossAttention:
             )
 
     def is_at(self, layer: int) -> bool:
-        """Whether the decoder's layer of this index, from 0, has a block."""
+        """Return True when the decoder's layer of this index, from 0, has a block."""
         offset = self.interval - 1 if self.offset is None else self.offset
         return layer % self.interval == offset
 
     def sizes(self, config: TransformerConfig) -> tuple[int, int, int]:
-        """Heads, key-value heads and their width in a decoder of this config."""
+        """Return heads, key-value heads and their width in a decoder of this config."""
         heads = self.num_attention_heads or config.num_attention_heads
         if self.num_query_groups is not None:
             groups = self.num_query_groups
@@ -101,7 +101,7 @@ class CrossAttention:
     def layers(
         self, plain: ModuleSpec, backend: BackendSpecProvider
     ) -> Callable[[int], ModuleSpec]:
-        """Index of a layer -> its spec: `plain`, or `plain` with a block."""
+        """Return a function from a layer's index to its spec: `plain`, or `plain` with a block."""
         block = ModuleSpec(module=GatedCrossAttention, params={"options": self, "backend": backend})
         attending = copy.deepcopy(plain)
         if self.placement == "inside":
@@ -178,15 +178,15 @@ class GatedCrossAttention(MegatronModule):
             "tp_group": self.tp_group,
         }
         column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
-        entering = linear | {"init_method": config.init_method, "gather_output": False}
-        self.linear_q = column(hidden, heads * width, **entering)
-        self.linear_kv = column(hidden, 2 * groups * width, **entering)
+        split_output = linear | {"init_method": config.init_method, "gather_output": False}
+        self.linear_q = column(hidden, heads * width, **split_output)
+        self.linear_kv = column(hidden, 2 * groups * width, **split_output)
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             # Not q_layernorm: mcore sums over TP whatever has that name, by another part's flag.
             head_norm = backend.layer_norm(config.normalization == "RMSNorm", for_qk=True)
-            self.q_norm = _each_rank_s_heads(head_norm(config, width, eps))
-            self.k_norm = _each_rank_s_heads(head_norm(config, width, eps))
+            self.q_norm = heads_per_rank(head_norm(config, width, eps))
+            self.k_norm = heads_per_rank(head_norm(config, width, eps))
         self.linear_proj = row(
             heads * width,
             hidden,
@@ -197,13 +197,13 @@ class GatedCrossAttention(MegatronModule):
         self.gate = self._gate(options)
         self.ffn = self.ffn_norm = None
         if options.ffn_hidden_size is not None:
-            own = copy.copy(config)
-            own.add_bias_linear = options.bias
-            own.ffn_hidden_size = options.ffn_hidden_size
+            ffn_config = copy.copy(config)
+            ffn_config.add_bias_linear = options.bias
+            ffn_config.ffn_hidden_size = options.ffn_hidden_size
             linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
             self.ffn_norm = norm(config, hidden, eps)
             self.ffn = MLP(
-                own,
+                ffn_config,
                 linears,
                 ffn_hidden_size=options.ffn_hidden_size,
                 tp_group=self.tp_group,
@@ -230,7 +230,7 @@ class GatedCrossAttention(MegatronModule):
         key_value_states: Tensor | None = None,
         inference_context: Any = None,
     ) -> Tensor:
-        """Hidden states with what their positions see of the media added.
+        """Add to each hidden state its attention over the media that its position sees.
 
         Args:
             hidden_states: [s, b, h], [s / tp, b, h] under sequence parallelism.
@@ -241,24 +241,29 @@ class GatedCrossAttention(MegatronModule):
 
         Returns: like `hidden_states`; rows that see nothing come back as they were.
         """
+        # 1. Keys and values [m * b, groups / tp, d]; without any the block has nothing to add.
         keys = self._keys(key_value_states, inference_context)
         seen = None if attention_mask is None else attention_mask[..., 0] < attention_mask[..., 1]
         if keys is None or attention_mask is None or seen is None or not bool(seen.any()):
             return self._idle(hidden_states)
+        # 2. Queries [s, b, heads / tp, d], gathered over the sequence under sequence parallelism.
         query, _ = self.linear_q(self.input_norm(hidden_states))
         query = query.unflatten(-1, (-1, self.head_size))
         if self.q_norm is not None:
             query = self.q_norm(query)
+        # 3. Attention over the spans and its projection [s, b, h], [s / tp, b, h] with SP.
         attended, _ = self.linear_proj(self._attend(query, *keys, attention_mask))
+        # 4. The gated residual, only in rows that see something: a bias must not reach the others.
         mask = self._own(seen).to(attended)
         hidden = self._add(hidden_states, attended, self.gate, mask)
         if self.ffn is None:
             return hidden
+        # 5. The block's own feed-forward part, in the same rows.
         out, bias = self.ffn(self.ffn_norm(hidden))  # type: ignore[misc]
         return self._add(hidden, out, self.ffn_gate, mask, bias)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor) -> Tensor:
-        """Attention over spans, computed again in backward with selective recompute."""
+        """Attend over spans; with selective recompute backward does it again."""
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = functools.partial(span_attention, spans=spans, dropout=dropout)
         with self._dropout_generator(dropout):
@@ -275,7 +280,7 @@ class GatedCrossAttention(MegatronModule):
         mask: Tensor,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """hidden + tanh(gate) * (branch + bias) in rows whose mask [s, b] is 1, else hidden."""
+        """Add tanh(gate) * (branch + bias) to the rows of `hidden` whose mask [s, b] is 1."""
         dropout = self.config.hidden_dropout
         if not (dropout and self.training):
             return gated_residual(hidden, branch, gate, bias, mask, tanh=True)
@@ -283,7 +288,7 @@ class GatedCrossAttention(MegatronModule):
         return hidden + torch.nn.functional.dropout(branch, dropout, self.training)
 
     def _keys(self, media: Tensor | None, inference_context: Any) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [n, groups / tp, d], from the cache after the prompt."""
+        """Return keys and values [n, groups / tp, d], from the cache after the prompt."""
         memory = None if inference_context is None else inference_context.key_value_memory_dict
         name = f"cross_attention.{self.layer_number}"
         if media is None:
@@ -300,7 +305,7 @@ class GatedCrossAttention(MegatronModule):
         return key, value
 
     def _idle(self, hidden: Tensor) -> Tensor:
-        """`hidden`, tied to the block's parameters at weight 0.
+        """Return `hidden`, tied to the block's parameters at weight 0.
 
         Overlapped gradient reduction waits for a gradient of each in every last micro-batch, and
         the trainer's check of the first step asks for one of each parameter of a called module.
@@ -311,20 +316,20 @@ class GatedCrossAttention(MegatronModule):
         return hidden + 0 * torch.stack(trained).sum() if trained else hidden
 
     def _own(self, positions: Tensor) -> Tensor:
-        """This rank's part of [s, b] under sequence parallelism."""
+        """Return this rank's part of [s, b] under sequence parallelism, else all."""
         if not self.config.sequence_parallel:
             return positions
         return positions.chunk(self.tp_group.size())[self.tp_group.rank()]
 
     def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[None]:
-        """Ranks hold different heads and need different masks, as in CoreAttention."""
+        """Give ranks, which hold different heads, different masks, as CoreAttention does."""
         if dropout > 0 and not self.config.sequence_parallel:
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
 
-def _each_rank_s_heads(norm: Any) -> Any:
-    """Mark a norm of heads: every TP rank's gradient is that of its own heads and is summed."""
+def heads_per_rank(norm: Any) -> Any:
+    """Mark a norm of heads: a TP rank has the gradient of its own heads, and ranks sum them."""
     for parameter in norm.parameters():
         parameter.sequence_parallel = False
         parameter.sum_gradients_over_tensor_parallel = True

@@ -41,7 +41,7 @@ def language_flops(
     training: Training = "trained",
     causal_attention_factor: float = 0.5,
 ) -> float:
-    """Matrix-multiply FLOPs of a decoder with an output layer over some sequences.
+    """Count matrix-multiply FLOPs of a decoder with an output layer over some sequences.
 
     Args:
         segment_lengths: tokens of each sequence; attention is quadratic in each of them apart.
@@ -79,10 +79,10 @@ def encoder_flops(
     num_tiles: int,
     training: Training = "frozen",
 ) -> float:
-    """Matrix-multiply FLOPs of an encoder of bidirectional layers over some tiles.
+    """Count matrix-multiply FLOPs of an encoder of bidirectional layers over some tiles.
 
-    num_tokens: of a tile, a class token among them; front_end: forward FLOPs of what makes them of
-    a tile (a ViT's patch embedding, Whisper's convolutions).
+    num_tokens: of a tile, a class token among them; front_end: forward FLOPs of what turns a tile
+    into tokens (a ViT's patch embedding, Whisper's convolutions).
     """
     layers = transformer_flops(
         num_layers=num_layers,
@@ -107,7 +107,7 @@ def connector_flops(
     num_tokens: int,
     training: Training = "trained",
 ) -> float:
-    """FLOPs of an MLP connector: two linears through `hidden_size`, or one where it is None."""
+    """Count FLOPs of an MLP connector: two linears through `hidden_size`, or one for None."""
     if hidden_size is None:
         weights = input_size * output_size
     else:
@@ -125,7 +125,7 @@ def latent_attention_flops(
     num_tokens: int,
     training: Training = "trained",
 ) -> float:
-    """Matrix-multiply FLOPs of NV-Embed's latent attention over the pooled tokens of a batch.
+    """Count matrix-multiply FLOPs of NV-Embed's latent attention over a batch's pooled tokens.
 
     Keys and values are the latents', computed once, whatever the number of tokens.
     """
@@ -150,7 +150,7 @@ def cross_attention_flops(
     num_pairs: int,
     training: Training = "trained",
 ) -> float:
-    """Matrix-multiply FLOPs of cross-attention blocks over one micro-batch with media.
+    """Count matrix-multiply FLOPs of cross-attention blocks over one micro-batch with media.
 
     Args:
         num_queries: positions of the decoder; num_keys: media features and tags that are read.
@@ -167,9 +167,9 @@ def cross_attention_flops(
 
 
 def training_of(module: Module, *, behind: bool) -> Training:
-    """How the gradients reach a module.
+    """Return how the gradients reach a module.
 
-    behind: whether something in front of it is trained, so that gradients pass through it.
+    behind: True when something in front of it is trained, so that gradients pass through it.
     """
     if only_adapters_train(module):
         return "passed"  # its weights need no gradients; the adapters' own FLOPs are not counted
@@ -178,7 +178,7 @@ def training_of(module: Module, *, behind: bool) -> Training:
 
 
 def segment_lengths(batch: Batch) -> list[int]:
-    """Valid tokens of each sequence: rows without padding, or the segments of a packed row."""
+    """List the valid tokens of each sequence: rows without padding, or a packed row's segments."""
     return [length for length in batch.lengths.tolist() if length]
 
 
@@ -205,7 +205,7 @@ def transformer_flops(
 
 
 def sizes(config: TransformerConfig) -> dict[str, Any]:
-    """The sizes of a transformer that the functions above take."""
+    """Return the sizes of a transformer that the functions above take."""
     heads = config.num_attention_heads
     return {
         "num_layers": config.num_layers,

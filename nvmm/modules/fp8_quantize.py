@@ -1,8 +1,8 @@
 """Quantising to FP8 by the definitions of Transformer Engine 2.11's recipes, in plain PyTorch.
 
 A value is data x inverse, data in float8 and one inverse scale for each block. Data are rounded to
-nearest, ties to even, and saturate; NaN stays NaN. Arithmetic is float32, of float64 tensors
-float64. MX formats: OCP Microscaling Formats v1.0, section 6.3.
+nearest, ties to even, and saturate; NaN stays NaN. Arithmetic is float32, but float64 where the
+tensor is float64. MX formats: OCP Microscaling Formats v1.0, section 6.3.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Quantized:
     """A matrix in FP8.
 
     data: float8 [rows, columns].
-    inverse: what the blocks are multiplied by, float32 or float64 (mxfp8: float8_e8m0fnu),
-        [rows / block rows, columns / block columns], rounded up: the last blocks may be part ones.
+    inverse: the factor of each block, float32 or float64 (mxfp8: float8_e8m0fnu), [rows / block
+        rows, columns / block columns], rounded up: the last blocks may be incomplete.
     block: rows and columns of a block; None: the whole matrix.
     """
 
@@ -33,14 +33,14 @@ class Quantized:
     block: Block | None
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[rows, columns] in `dtype`, which is float32 or float64."""
+        """Return the values [rows, columns] in `dtype`, which is float32 or float64."""
         inverse = self.inverse
         if inverse.dtype == torch.float8_e8m0fnu:
             inverse = inverse.float()  # no cast leads from E8M0 to float64
         return self.data.to(dtype) * _spread(inverse.to(dtype), self.data.shape, self.block)
 
     def gathered(self, group: dist.ProcessGroup) -> Quantized:
-        """The rows of all ranks of `group`, in order. A rank's rows are whole blocks.
+        """Gather the rows of all ranks of `group`, in order. A rank's rows are whole blocks.
 
         The bytes travel as uint8: gloo knows no float8.
         """
@@ -50,7 +50,9 @@ class Quantized:
 
 
 def amax(x: Tensor, block: Block | None) -> Tensor:
-    """Largest magnitude of each block of x [rows, columns]; float32, of float64 float64.
+    """Return the largest magnitude of each block of x [rows, columns].
+
+    It is float32, but float64 where x is float64.
 
     NaN is passed over, as by Transformer Engine's fmaxf: the scale is the other values'.
     """
@@ -65,9 +67,9 @@ def amax(x: Tensor, block: Block | None) -> Tensor:
 
 
 def scale_of(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> Tensor:
-    """What `dtype`'s largest number is over an amax, rounded down to a power of two if wanted.
+    """Return the ratio of `dtype`'s largest number to an amax, never infinite.
 
-    1 where there is nothing to scale by (0, infinite); never infinite.
+    It is 1 where the amax is 0 or infinite. power_of_two: round it down to a power of two.
     """
     scale = torch.finfo(dtype).max / amax
     scale = scale.clamp(max=torch.finfo(torch.float32).max)
@@ -78,12 +80,12 @@ def scale_of(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) ->
 
 
 def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor, block: Block | None = None) -> Quantized:
-    """x [rows, columns] times its scales, in `dtype`; scale: as `Quantized.inverse` is shaped."""
+    """Quantise x [rows, columns] by its scales, which are shaped like `Quantized.inverse`."""
     return Quantized(_cast(x, dtype, scale, block), 1 / scale, block)
 
 
 def quantize_mx(x: Tensor, dtype: torch.dtype, block: Block) -> Quantized:
-    """x [rows, columns] with E8M0 scales: the least powers of two at which no block overflows."""
+    """Quantise x [rows, columns] by E8M0 scales, the least powers of two without an overflow."""
     largest = amax(x, block)
     mantissa, exponent = torch.frexp(largest / torch.finfo(dtype).max)
     biased = (exponent - (mantissa == 0.5).int() + 127).clamp(0, 254)  # of the log2, rounded up
@@ -100,7 +102,7 @@ def _cast(x: Tensor, dtype: torch.dtype, scale: Tensor, block: Block | None) -> 
 
 
 def _spread(values: Tensor, shape: torch.Size, block: Block | None) -> Tensor:
-    """One value for each element (or one for all, which broadcasts)."""
+    """Repeat each block's value for its elements; one value for all is left to broadcasting."""
     if block is None:
         return values
     for axis, size in enumerate(block):
@@ -110,7 +112,7 @@ def _spread(values: Tensor, shape: torch.Size, block: Block | None) -> Tensor:
 
 
 def _gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    own = x.contiguous().view(torch.uint8) if x.element_size() == 1 else x.contiguous()
-    whole = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
-    dist.all_gather_into_tensor(whole, own, group=group)
-    return whole.view(x.dtype)
+    local_rows = x.contiguous().view(torch.uint8) if x.element_size() == 1 else x.contiguous()
+    rows = local_rows.new_empty(group.size() * local_rows.shape[0], *local_rows.shape[1:])
+    dist.all_gather_into_tensor(rows, local_rows, group=group)
+    return rows.view(x.dtype)

@@ -1,7 +1,7 @@
-"""FP8 in a model: which linears multiply in it, and what their scales remember from step to step.
+"""FP8 in a model: the linears that multiply in it, and the scales they keep from step to step.
 
-Native backend: a `Quantizer` for each linear of the transformer blocks. Transformer Engine: its
-modules have their own; what is theirs here is the exclusions, the padding and the checkpoint.
+The native backend gives each linear of the transformer blocks a `Quantizer`. Transformer Engine's
+modules have their own scales; here they get the exclusions, the padding and the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.nn import Module
 
-from nvmm.modules.encoders.base import EncoderTower
+from nvmm.modules.encoders.base import Encoder
 from nvmm.modules.linear import (
     INPUT,
     TENSORS,
@@ -28,13 +28,12 @@ from nvmm.modules.linear import (
     Quantizer,
     RowParallelLinear,
 )
-from nvmm.parallel.collectives import gather
 from nvmm.parallel.fp8_recipe import Fp8
-from nvmm.parallel.parameters import match, sharded_parameters, unmatched
+from nvmm.parallel.parameters import match, refuse_unmatched, sharded_parameters
 
 
 class Scaling:
-    """The FP8 scales of this rank's linears. Without FP8 it holds nothing and does nothing.
+    """The FP8 scales of this rank's linears. Without FP8 this holds nothing and does nothing.
 
     A step's amaxes are reduced over the ranks that share a linear (tensor, context and data
     parallel) and enter the histories once, when the weights have changed: every micro-batch of a
@@ -53,11 +52,19 @@ class Scaling:
         self.linears: dict[str, Quantizer | _EngineScales] = {}
         if fp8 is None:
             return
-        found = {name: place for model in models for name, place in _linears(model).items()}
-        _refuse_unmatched(fp8, found)
-        frozen = _frozen_towers(models)
-        for name, (linear, block, layer) in found.items():
+        linears = {name: entry for model in models for name, entry in _linears(model).items()}
+        refuse_unmatched("precision.fp8.exclude", fp8.exclude, linears, "no linear")
+        # Encoders that train nothing send no gradient back, so none is scaled in their blocks.
+        frozen_blocks = {
+            id(module.decoder)
+            for model in models
+            for module in model.modules()
+            if isinstance(module, Encoder)
+            and not any(parameter.requires_grad for parameter in module.parameters())
+        }
+        for name, (linear, block, layer) in linears.items():
             excluded = any(match(pattern, name) for pattern in fp8.exclude)
+            # 1. A native linear, which multiplies in FP8 only where it has a quantizer.
             if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
                 if excluded or fp8.keeps_precision(layer, block.config.num_layers):
                     continue
@@ -67,9 +74,10 @@ class Scaling:
                     linear.tp_group,
                     _sharers(linear, block),
                     linear.weight.device,
-                    has_gradient=id(block) not in frozen,
+                    has_gradient=id(block) not in frozen_blocks,
                 )
                 self.linears[name] = linear.quantizer
+            # 2. Transformer Engine's, which mcore runs in FP8 unless it is told otherwise.
             elif excluded:
                 linear.forward = _in_high_precision(linear.forward)  # type: ignore[method-assign]
                 continue
@@ -79,6 +87,7 @@ class Scaling:
                     gathered = column and block.config.sequence_parallel
                     _check_features(name, linear.weight, fp8, gathered)
                 self.linears[name] = _EngineScales(linear, block.config)
+            # 3. Tokens that do not divide are padded; under sequence parallelism rows do divide.
             if not block.config.sequence_parallel:
                 align_tokens(linear, fp8.row_multiple(gathered=False))
 
@@ -103,14 +112,15 @@ class Scaling:
             quantizer.forget_weight()  # the next step's first use records its amax
 
     def forget_weights(self) -> None:
-        """The weights have changed otherwise (loaded, merged)."""
+        """Drop quantised weights after the weights have changed otherwise (loaded, merged)."""
         for quantizer in self._emulated():
             quantizer.forget_weight()
 
     def sharded_state_dict(self) -> dict[str, ShardedTensor]:
-        """Scale and history of each tensor, float32 [1 + amax_history_len], whole on every rank.
+        """Return each tensor's scale and history, float32 [1 + amax_history_len].
 
-        Keys are `fp8.<linear>.<input | weight | gradient>`; only delayed scaling has any.
+        They are whole on every rank. Keys are `fp8.<linear>.<input | weight | gradient>`; only
+        delayed scaling has any.
         """
         if self.fp8 is None or self.fp8.recipe != "delayed":
             return {}
@@ -121,29 +131,31 @@ class Scaling:
         )
         return {
             f"fp8.{name}.{tensor}": ShardedTensor.from_rank_offsets(
-                f"fp8.{name}.{tensor}", kept, replica_id=replica
+                f"fp8.{name}.{tensor}", state, replica_id=replica
             )
             for name, linear in self.linears.items()
-            for tensor, kept in linear.state().items()
+            for tensor, state in linear.state().items()
         }
 
     def load(self, loaded: dict[str, Tensor]) -> None:
         """Take over values of `sharded_state_dict`'s keys, of some of them or all."""
         self.forget_weights()
         for name, linear in self.linears.items():
-            prefix = f"fp8.{name}."
-            own = {key: kept for key, kept in loaded.items() if key.startswith(prefix)}
-            linear.load({key.removeprefix(prefix): kept for key, kept in own.items()})
+            keys = {f"fp8.{name}.{tensor}": tensor for tensor in TENSORS}
+            linear.load({keys[key]: state for key, state in loaded.items() if key in keys})
 
     def _emulated(self) -> list[Quantizer]:
         return [linear for linear in self.linears.values() if isinstance(linear, Quantizer)]
 
 
 def _linears(model: Module) -> dict[str, tuple[Any, Any, int]]:
-    """Global name -> (linear, its transformer block, layer from 0): what Transformer Engine's
-    autocast covers, modules of a transformer block's layers with a weight matrix."""
-    names = {id(found.parameter): found.name for found in sharded_parameters(model)}
-    found = {}
+    """Return global name -> (linear, its transformer block, layer from 0).
+
+    They are the modules with a weight matrix in the layers of transformer blocks, which Transformer
+    Engine's autocast covers.
+    """
+    names = {id(sharded.parameter): sharded.name for sharded in sharded_parameters(model)}
+    by_name = {}
     for block in model.modules():
         if not isinstance(block, TransformerBlock):
             continue
@@ -152,8 +164,8 @@ def _linears(model: Module) -> dict[str, tuple[Any, Any, int]]:
                 weight: Any = getattr(module, "weight", None)
                 name = names.get(id(weight))
                 if name is not None and weight.dim() == 2:
-                    found[name.removesuffix(".weight")] = (module, block, layer.layer_number - 1)
-    return found
+                    by_name[name.removesuffix(".weight")] = (module, block, layer.layer_number - 1)
+    return by_name
 
 
 def _sharers(linear: Any, block: Any) -> dist.ProcessGroup:
@@ -163,28 +175,11 @@ def _sharers(linear: Any, block: Any) -> dist.ProcessGroup:
     return linear.tp_group  # type: ignore[no-any-return]
 
 
-def _frozen_towers(models: Sequence[Module]) -> set[int]:
-    """Identities of the blocks of encoders that train nothing, and so send no gradient back."""
-    return {
-        id(tower.decoder)
-        for model in models
-        for tower in model.modules()
-        if isinstance(tower, EncoderTower)
-        and not any(parameter.requires_grad for parameter in tower.parameters())
-    }
-
-
-def _refuse_unmatched(fp8: Fp8, found: dict[str, Any]) -> None:
-    names = sorted({name for rank in gather(dict.fromkeys(found)) for name in rank})
-    lost = unmatched(fp8.exclude, names)
-    if lost:
-        raise ValueError(
-            f"precision.fp8.exclude: {lost} matches no linear; there are {', '.join(names[:3])} ..."
-        )
-
-
 def _check_features(name: str, weight: Tensor, fp8: Fp8, gathered: bool) -> None:
-    """gathered: Transformer Engine gathers its input, and asserts that blocks are whole."""
+    """Refuse features that FP8's blocks do not divide.
+
+    gathered: Transformer Engine gathers the input, and asserts that blocks are whole.
+    """
     multiples = fp8.feature_multiple, fp8.row_multiple(gathered)
     for size, what, multiple in zip(weight.shape, ("output", "input"), multiples, strict=True):
         if size % multiple:
@@ -223,7 +218,7 @@ def align_tokens(linear: Module, multiple: int) -> None:
 
 
 def _in_high_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Transformer Engine module's forward outside of FP8. Not run: it needs a GPU."""
+    """Run a Transformer Engine module's forward outside of FP8. It needs a GPU: not run yet."""
     from transformer_engine.pytorch import fp8_autocast
 
     @functools.wraps(forward)
@@ -245,18 +240,18 @@ class _EngineScales:
         self.module, self.config = module, config
 
     def state(self) -> dict[str, Tensor]:
-        """As Quantizer's."""
+        """Return the state as `Quantizer.state` does."""
         return {
             tensor: torch.cat([meta.scale[column, None], meta.amax_history[:, column]])
             for tensor, (meta, column) in self._places().items()
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """As Quantizer's."""
-        for tensor, kept in state.items():
+        """Load a state as `Quantizer.load` does."""
+        for tensor, values in state.items():
             meta, column = self._places()[tensor]
-            meta.scale[column] = kept[0]
-            meta.amax_history[:, column] = kept[1:].to(meta.amax_history.device)
+            meta.scale[column] = values[0]
+            meta.amax_history[:, column] = values[1:].to(meta.amax_history.device)
 
     def _places(self) -> dict[str, tuple[Any, int]]:
         if "scaling_fwd" not in self.module.fp8_meta:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from nvmm.kernels.weight_gradient import accumulate, stand_in
+from nvmm.kernels.weight_gradient import accumulate, placeholder
 from nvmm.modules.fp8_quantize import E4M3, E5M2, Quantized, amax, quantize, quantize_mx, scale_of
 from nvmm.parallel.fp8_recipe import Fp8
 
@@ -27,7 +27,7 @@ Pair = tuple[Quantized, Quantized | None]
 
 
 class Quantizer:
-    """How one linear's input, weight and output gradient become FP8, and what that remembers.
+    """The quantiser of one linear's input, weight and output gradient, with its scales' history.
 
     Args:
         fp8: the recipe.
@@ -62,7 +62,7 @@ class Quantizer:
         self._weight: dict[str, Quantized] = {}
 
     def __call__(self, x: Tensor, tensor: int, *, columns: bool, record: bool) -> Pair:
-        """x [rows, columns] for products over its last axis, and over its first if asked for.
+        """Quantise x [rows, columns] for products over its last axis, and for its first if asked.
 
         record: take its largest magnitude into `amax`.
         """
@@ -87,25 +87,25 @@ class Quantizer:
         return (quantize(x, dtype, scale),) * 2
 
     def weight(self, weight: Tensor, direction: str, *, keep: bool) -> Quantized:
-        """The weight for products over its "rows" or "columns".
+        """Return the weight for products over its "rows" or "columns".
 
         keep: it does not change until `forget_weight`; record it, and quantise it once.
         """
         if direction not in self._weight:
             options = {"columns": direction == "columns", "record": keep}
             rows, columns = self(weight, WEIGHT, **options)
-            found = {"rows": rows} | ({} if columns is None else {"columns": columns})
+            quantized = {"rows": rows} | ({} if columns is None else {"columns": columns})
             if not keep:
-                return found[direction]
-            self._weight |= found
+                return quantized[direction]
+            self._weight |= quantized
         return self._weight[direction]
 
     def forget_weight(self) -> None:
-        """The weight has changed."""
+        """Drop the quantised weight: the weight has changed."""
         self._weight = {}
 
     def roll(self, amax: Tensor) -> None:
-        """Close a step: `amax` [tensors], of all ranks, enters the history; the next scale.
+        """Close a step: put `amax` [tensors], of all ranks, into the history; set the next scale.
 
         A tensor that no rank has seen keeps history and scale; one whose largest magnitude is not
         finite keeps its scale (Transformer Engine's rules).
@@ -123,15 +123,15 @@ class Quantizer:
         self.amax.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of each tensor: its scale, then its history; [1 + length]."""
-        kept = torch.cat([self.scale[:, None], self.history], dim=1)
-        return dict(zip(TENSORS, kept, strict=False))
+        """Return each tensor's scale, then its history, for a checkpoint: [1 + length]."""
+        rows = torch.cat([self.scale[:, None], self.history], dim=1)
+        return dict(zip(TENSORS, rows, strict=False))
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state` gave, of some of the tensors or all."""
-        for name, kept in state.items():
+        """Put back rows that `state` returned, of some of the tensors or all."""
+        for name, values in state.items():
             tensor = TENSORS.index(name)
-            self.scale[tensor], self.history[tensor] = kept[0], kept[1:]
+            self.scale[tensor], self.history[tensor] = values[0], values[1:]
 
 
 def _in_blocks(x: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> Quantized:
@@ -140,77 +140,84 @@ def _in_blocks(x: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> Quantiz
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How one call of a linear goes.
+class _LinearMode:
+    """The communication and bookkeeping of one call of a linear.
 
-    gathers: the input's tokens are spread over the group; reduces: its gradient is the sum over
-    the group. keeps: training, in which weights stay the same for a step.
+    gather_input: the input's tokens are split over the group and gathered. reduce_grad: the input's
+    gradient is summed over the group. training: amaxes are recorded, and the quantised weight is
+    cached, since it stays the same for a step. into_main_grad: the weight's gradient is added to
+    `weight.main_grad`.
     """
 
-    gathers: bool
-    reduces: bool
-    keeps: bool
+    gather_input: bool
+    reduce_grad: bool
+    training: bool
     into_main_grad: bool
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, quantizer: Quantizer, way: _Way) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, quantizer: Quantizer, mode: _LinearMode
+    ) -> Tensor:
         needs_columns = ctx.needs_input_grad[1]
+        # 1. The input [tokens, in] is quantised before it is gathered, so that FP8 bytes travel.
         flat = x.flatten(0, -2)
-        rows, columns = quantizer(flat, INPUT, columns=needs_columns, record=way.keeps)
-        if way.gathers:
+        rows, columns = quantizer(flat, INPUT, columns=needs_columns, record=mode.training)
+        if mode.gather_input:
             rows = rows.gathered(quantizer.group)
+        # 2. The product [tokens, out] is one of dequantised values.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        product = quantizer.weight(weight, "rows", keep=way.keeps).dequantize(dtype).t()
+        product = quantizer.weight(weight, "rows", keep=mode.training).dequantize(dtype).t()
         y = (rows.dequantize(dtype) @ product).to(x.dtype)
+        # 3. Backward needs the input by columns, for the weight's gradient alone.
         if needs_columns and columns is not None:
             ctx.save_for_backward(weight, columns.data, columns.inverse)
             ctx.block = columns.block
         else:
             ctx.save_for_backward(weight)
-        ctx.quantizer, ctx.way, ctx.dtype = quantizer, way, x.dtype
+        ctx.quantizer, ctx.mode, ctx.dtype = quantizer, mode, x.dtype
         return y.view(-1, *x.shape[1:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         weight, *saved = ctx.saved_tensors
-        quantizer, way = ctx.quantizer, ctx.way
+        quantizer, mode = ctx.quantizer, ctx.mode
         needs_input, needs_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(ctx.dtype, torch.float32)
         flat = gradients[0].flatten(0, -2)
-        rows, columns = quantizer(flat, GRADIENT, columns=needs_weight, record=way.keeps)
+        rows, columns = quantizer(flat, GRADIENT, columns=needs_weight, record=mode.training)
         dx = dweight = None
         if needs_input:
-            product = quantizer.weight(weight, "columns", keep=way.keeps).dequantize(dtype)
+            product = quantizer.weight(weight, "columns", keep=mode.training).dequantize(dtype)
             dx = (rows.dequantize(dtype) @ product).to(ctx.dtype)
-            dx = _reduced(dx.view(*gradients[0].shape[:-1], -1), quantizer.group, way)
+            dx = _reduced(dx.view(*gradients[0].shape[:-1], -1), quantizer.group, mode)
         if needs_weight:
             data, inverse = saved
             x = Quantized(data, inverse, ctx.block)
-            x = x.gathered(quantizer.group) if way.gathers else x
+            x = x.gathered(quantizer.group) if mode.gather_input else x
             operands = x.dequantize(dtype), columns.dequantize(dtype)
-            if way.into_main_grad:
+            if mode.into_main_grad:
                 accumulate(*operands, weight.main_grad)
-                dweight = stand_in(weight)
+                dweight = placeholder(weight)
             else:
                 dweight = (operands[1].t() @ operands[0]).to(weight.dtype)
         return dx, dweight, None, None
 
 
-def _reduced(dx: Tensor, group: dist.ProcessGroup, way: _Way) -> Tensor:
-    """The sum over ranks that hold other output features; of this rank's tokens."""
-    if way.gathers:
-        own = dx.new_empty(dx.shape[0] // group.size(), *dx.shape[1:])
-        dist.reduce_scatter_tensor(own, dx.contiguous(), group=group)
-        return own
-    if way.reduces:
+def _reduced(dx: Tensor, group: dist.ProcessGroup, mode: _LinearMode) -> Tensor:
+    """Sum dx over ranks that hold other output features; return that of this rank's tokens."""
+    if mode.gather_input:
+        local_dx = dx.new_empty(dx.shape[0] // group.size(), *dx.shape[1:])
+        dist.reduce_scatter_tensor(local_dx, dx.contiguous(), group=group)
+        return local_dx
+    if mode.reduce_grad:
         dist.all_reduce(dx, group=group)
     return dx
 
 
 class _MaybeFp8:
-    """The one call in which mcore's linears multiply."""
+    """A mixin that overrides the method in which mcore's linears multiply."""
 
     quantizer: Quantizer | None = None
     training: bool
@@ -218,13 +225,13 @@ class _MaybeFp8:
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
         if self.quantizer is None:
             return super()._forward_impl(input, weight, *args, **options)  # type: ignore[misc,no-any-return]
-        way = _Way(
-            gathers=options["sequence_parallel"],
-            reduces=options["allreduce_dgrad"],
-            keeps=self.training,
+        mode = _LinearMode(
+            gather_input=options["sequence_parallel"],
+            reduce_grad=options["allreduce_dgrad"],
+            training=self.training,
             into_main_grad=options["gradient_accumulation_fusion"] and hasattr(weight, "main_grad"),
         )
-        y: Tensor = _Linear.apply(input, weight, self.quantizer, way)
+        y: Tensor = _Linear.apply(input, weight, self.quantizer, mode)
         return y if options["bias"] is None else y + options["bias"]
 
 

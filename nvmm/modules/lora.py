@@ -16,8 +16,6 @@ forward hook calls; its parameters are named after the linear (`...linear_qkv.lo
 from __future__ import annotations
 
 import contextlib
-import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,19 +31,20 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from nvmm.parallel.collectives import gather
-from nvmm.parallel.parameters import match, sharded_parameters, unmatched
+from nvmm.parallel.parameters import match, refuse_unmatched, sharded_parameters
 from nvmm.parallel.setup import Normal
 
 FACTORS = (".lora_a", ".lora_b")
-"""How the global names of an adapter's two parameters end, after the linear's."""
+"""The endings of the global names of an adapter's two parameters, after the linear's name."""
 _SUFFIX = "_lora"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Which linears get an adapter, and what else is trained. Patterns are shell patterns of global
-    names, of linears (without `.weight`) or parameters; one that matches nothing is an error.
+    """The linears that get an adapter, and the other parameters that are trained.
+
+    Patterns are shell patterns of global names, of linears (without `.weight`) or parameters; one
+    that matches nothing is an error.
 
     Args:
         targets: linears, `language.*.linear_qkv` for the decoder's q, k and v.
@@ -74,9 +73,9 @@ class Lora:
         A starts as N(0, 1 / (3 in)), which has the variance of PEFT's Kaiming-uniform, drawn from
         the seed and the global name like every weight; B starts as zeros.
         """
-        found = linears(models)
-        _refuse_unmatched("lora.targets", self.targets, found, "no linear")
-        for name, linear in found.items():
+        candidates = linears(models)
+        refuse_unmatched("lora.targets", self.targets, candidates, "no linear")
+        for name, linear in candidates.items():
             if any(match(pattern, name) for pattern in self.targets):
                 linear.attach(self)
         for sharded in sharded_parameters(models):
@@ -95,7 +94,7 @@ class Lora:
             else:
                 base.append(sharded)
         trainable = [sharded.name for sharded in base if sharded.parameter.requires_grad]
-        _refuse_unmatched("lora.train", self.train, trainable, "no parameter that is not frozen")
+        refuse_unmatched("lora.train", self.train, trainable, "no parameter that is not frozen")
         for sharded in base:
             if not any(match(pattern, sharded.name) for pattern in self.train):
                 sharded.parameter.requires_grad_(False)
@@ -105,7 +104,8 @@ class Lora:
 class Linear:
     """A parallel linear of this rank that may get an adapter.
 
-    parent, child: where it is. runs, first: see `members`, of this rank's rows.
+    parent, child: the module that holds it, and its name there. runs, first: as `members` takes
+    them, for this rank's rows.
     """
 
     parent: Module
@@ -115,12 +115,12 @@ class Linear:
     first: int = 0
 
     def mask(self) -> Tensor:
-        """fp32 [rows, members]: 1 at each row's member, else 0."""
+        """Return fp32 [rows, members]: 1 at each row's member, else 0."""
         ids = members(self.runs, self.module.weight.shape[0], self.first)
         return (ids[:, None] == torch.arange(len(self.runs), device="cpu")).float()
 
     def attach(self, lora: Lora) -> None:
-        """Put an adapter beside it."""
+        """Put an adapter beside the linear, which a forward hook adds to its output."""
         adapter = Adapter(self, lora)
         self.parent.add_module(self.child + _SUFFIX, adapter)
 
@@ -135,9 +135,9 @@ class Linear:
 
 
 def linears(models: Sequence[Module]) -> dict[str, Linear]:
-    """This rank's linears by global name, without `.weight`; expert and tied ones are left out."""
-    names = {id(found.parameter): found.name for found in sharded_parameters(models)}
-    found = {}
+    """Return this rank's linears by global name without `.weight`, but expert and tied ones."""
+    names = {id(sharded.parameter): sharded.name for sharded in sharded_parameters(models)}
+    by_name = {}
     for model in models:
         for parent in model.modules():
             for child, module in parent.named_children():
@@ -145,8 +145,8 @@ def linears(models: Sequence[Module]) -> dict[str, Linear]:
                     continue
                 name = names.get(id(module.weight), "").removesuffix(".weight")
                 if not module.is_expert and name.rpartition(".")[2] == child:
-                    found[name] = Linear(parent, child, module, *_rows(parent, child, module))
-    return found
+                    by_name[name] = Linear(parent, child, module, *_rows(parent, child, module))
+    return by_name
 
 
 def _rows(parent: Module, child: str, linear: Any) -> tuple[tuple[int, ...], int]:
@@ -164,7 +164,7 @@ def _rows(parent: Module, child: str, linear: Any) -> tuple[tuple[int, ...], int
 
 
 def members(runs: Sequence[int], count: int, first: int = 0) -> Tensor:
-    """Which member of a fused linear each of its rows belongs to.
+    """Return the member of a fused linear that each of its rows belongs to.
 
     runs: rows of each member, in the period that repeats along the rows (q, k and v of a group).
     first: index of the first row; count: how many.
@@ -177,7 +177,7 @@ def members(runs: Sequence[int], count: int, first: int = 0) -> Tensor:
 
 
 def stacked(b: Tensor, mask: Tensor) -> Tensor:
-    """B [rows, rank] with each row in the columns of its member: [rows, members * rank].
+    """Put each row of B [rows, rank] in the columns of its member: [rows, members * rank].
 
     mask: [rows, members], 1 at a row's member and 0 elsewhere.
     """
@@ -216,7 +216,7 @@ class Adapter(Module):
         split: Any = self.b if self.is_column else self.a
         whole: Any = self.a if self.is_column else self.b
         split.tensor_model_parallel = getattr(weight, "tensor_model_parallel", False)
-        # Under sequence parallelism a rank's gradient of it is that of its own tokens.
+        # Under sequence parallelism a rank has the gradient of its own tokens: mcore sums them.
         whole.sequence_parallel = self.sequence_parallel
         # A replicated encoder's linear sees a rank's own tiles.
         partial = getattr(weight, "sum_gradients_over_tensor_parallel", False)
@@ -224,7 +224,7 @@ class Adapter(Module):
             parameter.sum_gradients_over_tensor_parallel = partial
 
     def forward(self, x: Tensor, gathered: bool = False) -> Tensor:
-        """x: the linear's input [s, b, in] -> what is added to its output.
+        """Return what is added to the linear's output for its input x [s, b, in].
 
         gathered: the linear gathers its output over TP.
         """
@@ -246,12 +246,16 @@ class Adapter(Module):
         return update
 
     def _drop(self, x: Tensor) -> Tensor:
-        """A row-parallel linear's ranks have other features and draw other masks; a column-parallel
-        one's have the same and draw the same. Sequence-parallel layers run in the TP generator."""
+        """Apply dropout to the input, with the masks that tensor parallelism needs.
+
+        Ranks of a row-parallel linear have different features and draw different masks; ranks of a
+        column-parallel one have the same and draw the same. Sequence-parallel layers run in the TP
+        generator already.
+        """
         if not (self.training and self.dropout):
             return x
-        own = not self.is_column and not self.sequence_parallel and self.group.size() > 1
-        with tensor_parallel.get_cuda_rng_tracker().fork() if own else contextlib.nullcontext():
+        fork = not self.is_column and not self.sequence_parallel and self.group.size() > 1
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
             return F.dropout(x, self.dropout)
 
     def sharded_state_dict(
@@ -260,7 +264,7 @@ class Adapter(Module):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Both parameters under the linear's global name, split as the linear's weight is."""
+        """Return both parameters under the linear's global name, split as its weight is."""
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             {"a": self.a, "b": self.b},
             prefix,
@@ -277,7 +281,7 @@ class Adapter(Module):
 
 
 def only_adapters_train(module: Module) -> bool:
-    """Whether something of a module is trained, and all of it belongs to adapters."""
+    """Return True when something of a module is trained, and all of it belongs to adapters."""
     adapted = {
         id(parameter)
         for adapter in module.modules()
@@ -286,23 +290,3 @@ def only_adapters_train(module: Module) -> bool:
     }
     trained = [id(parameter) for parameter in module.parameters() if parameter.requires_grad]
     return bool(trained) and all(parameter in adapted for parameter in trained)
-
-
-def _refuse_unmatched(key: str, patterns: Sequence[str], names: Any, what: str) -> None:
-    """Raise ValueError naming patterns that match none of any rank's names, and near names."""
-    everywhere = {name for rank in gather(dict.fromkeys(names)) for name in rank}
-    lost = unmatched(patterns, everywhere)
-    if not lost:
-        return
-    kinds = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in everywhere}
-
-    def likeness(kind: str) -> tuple[float, float]:
-        last = (name.rpartition(".")[2] for name in (lost[0], kind))
-        return _ratio(*last), _ratio(lost[0], kind)
-
-    near = sorted(kinds, key=likeness, reverse=True)[:5]
-    raise ValueError(f"{key}: {lost} matches {what}; there are {', '.join(near) or 'none'}")
-
-
-def _ratio(a: str, b: str) -> float:
-    return difflib.SequenceMatcher(None, a, b).ratio()

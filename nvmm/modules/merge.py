@@ -1,4 +1,13 @@
-"""Put media features at their placeholders among the embeddings, or behind their tags."""
+"""Put media features at their placeholders among the embeddings, or behind their tags.
+
+    tiles [n, ...]      tokens of a row (_ is a placeholder)     merged row
+      tile 0  -> f0     a  _  _  _  b  _  _  _  c           a f0 f0 f0 b f1 f1 f1 c
+      tile 1  -> f1        |________|  |________|
+                           positions = [1, 5], tokens_per_item = 3
+
+Each tile's features [tokens_per_item, h] take the places of one run of placeholders, which begins
+at the tile's position in its row; words keep their embeddings.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +31,7 @@ def merge(hidden: Tensor, features: Tensor, media: Media, batch: Batch) -> Tenso
     Raises ValueError, naming both numbers and the samples, when the features are not exactly as
     many as the placeholders, or a tile's position does not begin a run of them.
     """
+    # 1. The connector must give as many tokens a tile as the builder left room for.
     n, length = media.values.shape[0], media.tokens_per_item
     if tuple(features.shape[:2]) != (n, length):
         raise ValueError(
@@ -29,17 +39,19 @@ def merge(hidden: Tensor, features: Tensor, media: Media, batch: Batch) -> Tenso
             f" tokens, the batch has {n} tiles x {length} placeholders; the builder's"
             " tokens_per_tile must be the model's (grid / downsample)^2"
         )
+    # 2. Column and row of every feature, [n, tokens_per_item], which must be the placeholders'.
     s, b, h = hidden.shape
     columns = media.positions[:, None] + torch.arange(length, device=hidden.device)
     rows = media.rows[:, None].expand_as(columns)
     _check(columns, rows, media, batch)
+    # 3. Hidden states are [s, b]: the flat index of (column, row) is column * b + row.
     index = (columns * b + rows).flatten()
     values = features.flatten(0, 1).to(hidden.dtype)
     return merge_rows(hidden.reshape(s * b, h), values, index).view(s, b, h)
 
 
 def behind_tags(features: Tensor, tags: Tensor, media: Media) -> Tensor:
-    """Each tile's features behind the embeddings of its tag, tile by tile.
+    """Put each tile's features behind the embeddings of its tag, tile by tile.
 
     Args:
         features: [n, tokens_per_item, h], one row per tile of `media`.
@@ -58,26 +70,27 @@ def behind_tags(features: Tensor, tags: Tensor, media: Media) -> Tensor:
 
 
 def _check(columns: Tensor, rows: Tensor, media: Media, batch: Batch) -> None:
-    """Compare the positions with the placeholders in the tokens. One wait for the device."""
+    """Compare the positions with the placeholders in the tokens. It waits for the device once."""
     b, s = batch.tokens.shape
     placeholders = batch.tokens == media.placeholder_id
     inside = (columns >= 0) & (columns < s) & (rows >= 0) & (rows < b)
     covered = torch.zeros_like(placeholders)
     covered[rows.clamp(0, b - 1), columns.clamp(0, s - 1)] = True
-    expected = columns.numel()
-    found, agrees = torch.stack(
+    num_features = columns.numel()
+    num_placeholders, agrees = torch.stack(
         [placeholders.sum(), inside.all() & (covered == placeholders).all()]
     ).tolist()
-    if found != expected:
+    if num_placeholders != num_features:
         raise ValueError(
-            f"{media.values.shape[0]} tiles x {media.tokens_per_item} tokens = {expected} features,"
-            f" but the tokens have {found} placeholders (id {media.placeholder_id});"
+            f"{media.values.shape[0]} tiles x {media.tokens_per_item} tokens = {num_features}"
+            f" features, but the tokens have {num_placeholders} placeholders"
+            f" (id {media.placeholder_id});"
             f" samples {batch.sample_ids.tolist()}"
         )
     if not agrees:
         starts = list(zip(media.rows.tolist(), media.positions.tolist(), strict=True))
         raise ValueError(
-            f"the {found} placeholders (id {media.placeholder_id}) are not the runs of"
+            f"the {num_placeholders} placeholders (id {media.placeholder_id}) are not the runs of"
             f" {media.tokens_per_item} that begin at (row, position) {starts};"
             f" samples {batch.sample_ids.tolist()}"
         )

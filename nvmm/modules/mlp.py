@@ -12,21 +12,21 @@ from torch import Tensor
 
 from nvmm.kernels.activation import activation
 
-KINDS: dict[tuple[Any, bool], str] = {
+FUSED_ACTIVATIONS: dict[tuple[Any, bool], str] = {
     (F.silu, True): "swiglu",
     (F.gelu, True): "geglu",
     (F.gelu, False): "gelu",
     (squared_relu, False): "squared_relu",
 }
-"""The kernel for an activation, gated or not."""
+"""(activation function, gated or not) -> the `kind` of the kernel that computes it."""
 
 
 def activation_kind(config: TransformerConfig) -> str | None:
-    """The kernel for the config's activation; None where mcore's own code must run."""
+    """Return the kernel's kind for the config's activation; None where mcore's code must run."""
     plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
     if config.use_te_activation_func or config.bias_activation_fusion or not plain:
         return None
-    return KINDS.get((config.activation_func, config.gated_linear_unit))
+    return FUSED_ACTIVATIONS.get((config.activation_func, config.gated_linear_unit))
 
 
 class NativeMLP(MLP):
@@ -35,7 +35,7 @@ class NativeMLP(MLP):
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s, b, h] -> (output [s, b, h], bias that the caller adds or None)."""
+        """Map hidden_states [s, b, h] to (output [s, b, h], bias that the caller adds or None)."""
         kind = activation_kind(self.config)
         if kind is None or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale, **kwargs)

@@ -39,7 +39,7 @@ class Norm(torch.nn.Module):
             self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size] -> the same shape and dtype."""
+        """Normalise x [..., hidden_size]; shape and dtype stay."""
         return norm(
             x,
             self.weight,

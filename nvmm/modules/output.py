@@ -21,7 +21,7 @@ def fused_loss(
     vocab_size: int,
     weight: Tensor | None = None,
 ) -> Tensor | None:
-    """Cross-entropy of each token, float32 [b, s]; None where it needs the logits.
+    """Return the cross-entropy of each token, float32 [b, s]; None where it needs the logits.
 
     Args:
         layer: the output layer, split over the vocabulary.
@@ -31,7 +31,7 @@ def fused_loss(
         weight: the tied embedding's, where the layer has none.
     """
     weight = layer.weight if weight is None else weight
-    # What replaces the layer (Transformer Engine) or adds to it (an adapter) needs its forward.
+    # A module that replaces the layer (Transformer Engine) or an adapter on it needs its forward.
     plain = type(layer) is ColumnParallelLinear and layer.bias is None and not layer._forward_hooks
     if not plain:
         return None

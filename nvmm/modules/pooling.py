@@ -1,4 +1,4 @@
-"""From the hidden states of a text's tokens to one vector: last token, mean, latent attention.
+"""Poolings of the hidden states of a text's tokens: last token, mean, latent attention.
 
 NV-Embed (arXiv:2405.17428) section 3.1 and its released model. A pooling takes the whole sequence
 on every tensor-parallel rank and leaves L2 normalisation to the model.
@@ -29,12 +29,12 @@ from nvmm.parallel.setup import Chunk, Normal, default_device
 
 
 def num_texts(batch: Batch) -> int:
-    """Rows, or segments of a packed row that are not its padding."""
+    """Count the rows, or the segments of a packed row that are not its padding."""
     return int((batch.lengths > 0).sum())
 
 
 def text_of(batch: Batch) -> Tensor:
-    """int64 [b, s], the text (row, or segment of a packed row) that each position belongs to."""
+    """Return each position's text (row, or segment of a packed row), int64 [b, s]."""
     if batch.cu_seqlens is None:
         numbers = torch.arange(batch.tokens.shape[0], device=batch.tokens.device)
         return numbers[:, None].expand_as(batch.tokens)
@@ -43,10 +43,10 @@ def text_of(batch: Batch) -> Tensor:
 
 
 def pool_mask(batch: Batch) -> Tensor:
-    """bool [b, s]: the tokens that are pooled.
+    """Return the mask of the tokens that are pooled, bool [b, s].
 
-    Those are a text's tokens from `batch.extras["pool_from"]` (int64 [texts], what the convention
-    of instruction masking says; absent: 0) to its end.
+    Those are a text's tokens from `batch.extras["pool_from"]` to its end. It is int64 [texts] and
+    follows the convention of instruction masking; where it is absent, texts begin at 0.
     """
     text = text_of(batch)
     mask = batch.position_ids < batch.lengths.long()[text]
@@ -171,7 +171,7 @@ class LatentAttention(MegatronModule):
         return mean(tokens, text, num_texts(batch))
 
     def attend(self, tokens: Tensor) -> Tensor:
-        """Tokens [t, h] -> [t, h], each by itself."""
+        """Let each of the tokens [t, h] attend to the latents; the shape stays."""
         query, _ = self.linear_q(self.norm_query(tokens))
         key_value, _ = self.linear_kv(self.norm_latents(self.latents))
         q, k, v = (
@@ -189,7 +189,7 @@ class LatentAttention(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """mcore's; of [keys; values] and [value; gate] a rank holds a part of either half."""
+        """Return mcore's, cut so that a rank holds a part of keys and values, of value and gate."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for name in ("linear_kv.weight", "linear_fc1.weight", "linear_fc1.bias"):
             key = f"{prefix}{name}"
@@ -198,8 +198,9 @@ class LatentAttention(MegatronModule):
 
 
 class SelfAttention(MegatronModule):
-    """One pre-norm layer of bidirectional self-attention and MLP, then the mean (NV-Embed's
-    ablation).
+    """One pre-norm layer of bidirectional self-attention and MLP, then the mean.
+
+    NV-Embed compares with it in an ablation.
 
     num_heads: heads; ffn_hidden_size: of the MLP (None: 4 x hidden_size).
     """
@@ -243,7 +244,7 @@ def _config(
     init_method_std: float,
     kv_channels: int | None,
 ) -> TransformerConfig:
-    """Whole sequences on every rank, heads split over TP."""
+    """Return a layer's config: whole sequences on every rank, heads split over TP."""
     return chunk.encoder_config(
         functools.partial(
             TransformerConfig,

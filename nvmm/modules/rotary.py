@@ -1,4 +1,4 @@
-"""Rotary positions of the decoder: each token's own angles, applied by one kernel.
+"""Rotary positions of the decoder: each token has its own angles, and one kernel applies them.
 
 mcore's RotaryEmbedding gives the frequencies (base, percent, Llama 3's scaling, interpolation). The
 rest is not mcore's: it would derive positions from shapes, walk packed segments one by one in every
@@ -23,7 +23,7 @@ REFUSED = ("rotary_interleaved", "fused_single_qkv_rope", "flash_decode")
 
 
 def rotation_table(embedding: RotaryEmbedding, position_ids: Tensor) -> Tensor:
-    """Cosines and sines of every token's angles, as `kernels.rope` takes them.
+    """Return cosines and sines of every token's angles, as `kernels.rope` takes them.
 
     position_ids: int64 [b, s].
 
@@ -69,8 +69,11 @@ class RotaryAttention(SelfAttention):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """mcore's step between the projection and its own rotation, in training too: query [s, b,
-        heads, d], key and value [s, b, groups, d]. mcore then has nothing left to turn."""
+        """Turn query [s, b, heads, d] and key [s, b, groups, d], then do mcore's step.
+
+        mcore calls this between the projection and its own rotation, in training too; it is handed
+        no rotation, so that it has nothing left to turn.
+        """
         if rotary_pos_emb is not None:
             query, key = rope(query, key, rotary_pos_emb[0])
         return super()._adjust_key_value_for_inference(

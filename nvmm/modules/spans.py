@@ -1,9 +1,21 @@
-"""Which keys of attended media each position of the decoder sees, and attention over such spans.
+"""The columns of media that each position of the decoder may see, and attention over them.
 
-A span is (first key, last key + 1): two numbers a position instead of a mask of all pairs. They
-live on the host, where they decide which keys a block of queries reads without waiting for the
-device. Keys of a micro-batch form one list, tile by tile: the tag's embeddings where the keys hold
-them, then the features.
+A span is (first column, last column + 1): two numbers a position instead of a mask of all pairs.
+They live on the host, where they decide which keys a block of queries reads without waiting for
+the device. The columns are the keys of a micro-batch's media as one list, tile by tile: the tag's
+embeddings where the keys hold them, then the features.
+
+With tiles of 4 keys, two tiles in image A and one in image B, and text_sees="preceding":
+
+    column          0       4       8      12
+                    | A, 1  | A, 2  | B, 1  |
+    position        |       |       |       |
+    word            .       .       .       .      span (0, 0): there is no image yet
+    tag of A, 1     #########       .       .      span (0, 4)
+    tag of A, 2     .       #########       .      span (4, 8)
+    word            #################       .      span (0, 8)
+    tag of B, 1     .       .       #########      span (8, 12)
+    word            #########################      span (0, 12)
 """
 
 from __future__ import annotations
@@ -24,7 +36,7 @@ _QUERY_BLOCK = 512
 
 
 def key_bounds(media: Media) -> list[int]:
-    """First key of every tile of attended media, and the number of keys: n + 1 numbers."""
+    """Return the first key of every tile of attended media and the number of keys, n + 1 in all."""
     lengths = torch.full((media.positions.numel(),), media.tokens_per_item)
     if media.tag_ids is not None:
         lengths = lengths + (media.tag_ids >= 0).sum(1).cpu()
@@ -34,11 +46,12 @@ def key_bounds(media: Media) -> list[int]:
 def query_spans(
     media: Media, batch: Batch, text_sees: TextSees = "preceding", num_following: int = 0
 ) -> Tensor:
-    """int32 [s + num_following, b, 2] on the host: the keys each position sees; equal ends: none.
+    """Return each position's span of keys, int32 [s + num_following, b, 2] on the host.
 
-    Tokens of a tile's tag see that tile alone. Other words see nothing before the first image of
-    their own text and then, from an image's last tag on, what `text_sees` says: all images so far
-    ("preceding"), the one before it ("last"), or none. Packed neighbours see nothing of each other.
+    Equal ends mean that it sees none. Tokens of a tile's tag see that tile alone. Other words see
+    nothing before the first image of their own text. From an image's last tag on, `text_sees`
+    decides: all images so far ("preceding"), the one before the word ("last"), or none ("nothing").
+    Packed neighbours see nothing of each other.
 
     num_following: positions after the row's end to add, as decoding appends them to padded rows.
     Raises ValueError when the tiles are not in the order of their texts and items.
@@ -47,6 +60,7 @@ def query_spans(
     b, s = batch.tokens.shape
     spans = torch.zeros(s + num_following, b, 2, dtype=torch.int32)
     bounds = key_bounds(media)
+    # The end of each text: its row's end, or its segment's in a packed row.
     stops = [s + num_following] * b
     if batch.cu_seqlens is not None:
         stops = batch.cu_seqlens[1:].tolist()
@@ -59,17 +73,18 @@ def query_spans(
             text_first = low
         previous = (text, item)
         row, end = tiles[0][1], max(tile[3] for tile in tiles)
+        # Words behind the image, up to the end of their text; a later image overwrites its part.
         if text_sees != "nothing":
             first = text_first if text_sees == "preceding" else low
             spans[end : stops[text], row] = torch.tensor([first, high], dtype=torch.int32)
         for number, _, start, stop in tiles:
-            own = torch.tensor(bounds[number : number + 2], dtype=torch.int32)
-            spans[start:stop, row] = own
+            tile_span = torch.tensor(bounds[number : number + 2], dtype=torch.int32)
+            spans[start:stop, row] = tile_span
     return spans
 
 
 def _items(media: Media) -> Iterator[tuple[int, int, list[tuple[int, int, int, int]]]]:
-    """(text, item, its tiles as (number, row, first and last + 1 column of the tag))."""
+    """Yield (text, item, tiles); a tile is (number, row, tag's first and last + 1 position)."""
     assert media.ends is not None
     fields = (media.texts, media.items, media.rows, media.positions, media.ends)
     rows = enumerate(torch.stack(fields, dim=1).tolist())
@@ -85,7 +100,7 @@ def span_attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(q k^T) v over each query's own span of keys; a query that sees none gives 0.
+    """Return softmax(q k^T) v over each query's own span of keys; 0 for a query that sees none.
 
     Works on blocks of queries: a block reads the keys between its first and last one, and needs a
     mask of that size only where its queries differ in what they see.
@@ -114,7 +129,8 @@ def _block(
     columns = low[:, None] + torch.arange(width)
     mask = None
     if not bool((seen & (first == low) & (last == low + width)).all()):
-        # [s, b, width] -> [b, 1, s, width]; a query that sees nothing must see something, for now
+        # [s, b, width] -> [b, 1, s, width]. A softmax over no key is NaN, so a query that sees
+        # nothing sees all here, and its result is set to 0 at the end.
         inside = (columns >= first[..., None]) & (columns < last[..., None]) | ~seen[..., None]
         mask = inside.transpose(0, 1).unsqueeze(1).to(query.device)
     index = columns.clamp(max=key.shape[0] - 1).to(query.device)

@@ -44,44 +44,44 @@ class NativeBackend(BackendSpecProvider):
     """Our kernels (or eager PyTorch) and SDPA on mcore's own parallel linears; CPU and CUDA."""
 
     def column_parallel_linear(self) -> type:
-        """Linear whose output is split over TP."""
+        """Return the linear whose output is split over TP."""
         return ColumnParallelLinear
 
     def row_parallel_linear(self) -> type:
-        """Linear whose input is split over TP."""
+        """Return the linear whose input is split over TP."""
         return RowParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
-        """Norm and linear are separate modules."""
+        """Return False: norm and linear are separate modules."""
         return False
 
     def column_parallel_layer_norm_linear(self) -> type | None:
-        """No fused norm + linear."""
+        """Return None: there is no fused norm and linear."""
         return None
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """One norm for all uses; the config says RMSNorm or LayerNorm."""
+        """Return one norm for all uses; the config says RMSNorm or LayerNorm."""
         return Norm
 
     def core_attention(self) -> type:
-        """SDPA."""
+        """Return the attention on SDPA."""
         return CoreAttention
 
     def grouped_mlp_modules(
         self, moe_use_grouped_gemm: bool, moe_use_legacy_grouped_gemm: bool
     ) -> tuple[type, MLPSubmodules | None]:
-        """Experts one after the other."""
+        """Return the experts' module, which runs them one after the other."""
         return SequentialMLP, MLPSubmodules(
             linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
         )
 
     def activation_func(self) -> type | None:  # type: ignore[override]
-        """None: NativeMLP takes `config.activation_func`."""
+        """Return None: NativeMLP takes `config.activation_func`."""
         return None
 
 
 def backend_provider(name: str) -> BackendSpecProvider:
-    """The provider behind `backend=`.
+    """Return the provider behind `backend=`.
 
     Raises ValueError when Transformer Engine is asked for but not installed.
     """
@@ -106,7 +106,7 @@ def attention_spec(
     mask: AttnMaskType,
     module: type = SelfAttention,
 ) -> ModuleSpec:
-    """Self-attention, with per-head QK-norm where `config.qk_layernorm`."""
+    """Return self-attention's spec, with per-head QK-norm where `config.qk_layernorm`."""
     rms = config.normalization == "RMSNorm"
     qk_norm = backend.layer_norm(rms_norm=rms, for_qk=True) if config.qk_layernorm else IdentityOp
     return ModuleSpec(
@@ -125,7 +125,7 @@ def attention_spec(
 
 
 def mlp_spec(backend: BackendSpecProvider) -> ModuleSpec:
-    """Dense MLP, gated or not as the config says."""
+    """Return the spec of a dense MLP, gated or not as the config says."""
     return ModuleSpec(
         module=MLP if backend.fuse_layernorm_and_linear() else NativeMLP,
         submodules=MLPSubmodules(
@@ -147,7 +147,7 @@ def layer_spec(
     module: type = TransformerLayer,
     attention: type = SelfAttention,
 ) -> ModuleSpec:
-    """A pre-norm transformer layer."""
+    """Return the spec of a pre-norm transformer layer."""
     fused = backend.fuse_layernorm_and_linear()
     norm = IdentityOp if fused else backend.layer_norm(config.normalization == "RMSNorm")
     return ModuleSpec(
@@ -170,7 +170,7 @@ def block_spec(
     layer: ModuleSpec | Callable[[int], ModuleSpec],
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk and its final norm.
+    """Return the specs of one model chunk's layers and final norm.
 
     layer: the spec of every layer, or a function from a layer's index, from 0, to its spec.
     """

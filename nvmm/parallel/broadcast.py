@@ -1,4 +1,4 @@
-"""Give a step's micro-batches from the one reading rank to its model-parallel group.
+"""Send a step's micro-batches from the one reading rank to its model-parallel group.
 
 One rank of each model-parallel group (tensor parallel 0 of the first stage) reads data. Text goes
 to every rank of the group; media go to the first pipeline stage only, but every stage learns where
@@ -22,7 +22,7 @@ _ALIGNMENT = 16
 
 
 def is_reader() -> bool:
-    """Whether this rank reads data for its model-parallel group."""
+    """Return True when this rank reads data for its model-parallel group."""
     from megatron.core import parallel_state
 
     return parallel_state.get_model_parallel_group().rank() == 0
@@ -31,7 +31,7 @@ def is_reader() -> bool:
 def broadcast_batches(
     batches: list[Batch] | None, error: str | None, device: torch.device
 ) -> list[Batch]:
-    """Micro-batches of one step on every rank of the model-parallel group.
+    """Return the micro-batches of one step on every rank of the model-parallel group; collective.
 
     Args:
         batches: on the reading rank its micro-batches, or None with `error` when reading failed.
@@ -42,6 +42,7 @@ def broadcast_batches(
     """
     from megatron.core import parallel_state
 
+    # 1. The reader describes its batches and lists their tensors, or only says that it failed.
     group = parallel_state.get_model_parallel_group()
     header: list[Any] = []
     text: list[Tensor] = []
@@ -52,14 +53,17 @@ def broadcast_batches(
             if batches is None
             else [_describe(batch, text, media) for batch in batches]
         )
+    # 2. Text goes to every rank, so that all of them learn of a failure and none waits.
     if group.size() > 1:
         header, text = _broadcast(header, text, group, device)
     if "error" in header[0]:
         raise ValueError(header[0]["error"])
+    # 3. Media, which are large, go on to the first stage alone: the reader is its rank 0.
     first_stage = parallel_state.is_pipeline_first_stage(ignore_virtual=True)
     stage = parallel_state.get_tensor_model_parallel_group()
     if first_stage and stage.size() > 1 and any(item["media"] for item in header):
         _, media = _broadcast([], media, stage, device)
+    # 4. Every rank builds its batches from the tensors, in the order they were listed in.
     text = [tensor.to(device, non_blocking=True) for tensor in text]
     media = [tensor.to(device, non_blocking=True) for tensor in media]
     text_parts, media_parts = iter(text), iter(media)
@@ -67,25 +71,26 @@ def broadcast_batches(
 
 
 _BATCH = tuple(f.name for f in fields(Batch) if f.name not in ("media", "extras"))
-_PLACES = tuple(
+_POSITION_FIELDS = tuple(
     f.name for f in fields(Media) if f.name not in ("values", "placeholder_id", "tokens_per_item")
 )
 
 
 def _describe(batch: Batch, text: list[Tensor], media: list[Tensor]) -> dict[str, Any]:
-    """JSON that names the batch's tensors; the tensors are appended to the two lists in order."""
+    """Return JSON that names the batch's tensors; append the tensors to the two lists in order."""
     present = [name for name in _BATCH if getattr(batch, name) is not None]
     text.extend(getattr(batch, name) for name in present)
     text.extend(batch.extras.values())
     kinds = []
     for kind, item in batch.media.items():
-        places = [name for name in _PLACES if getattr(item, name) is not None]
+        positions = [name for name in _POSITION_FIELDS if getattr(item, name) is not None]
         media.append(item.values)
-        to = text if kind.placement == ATTENDED else media
-        to.extend(getattr(item, name) for name in places)
+        # Every stage needs to know where attended media stand: its layers read their keys.
+        target = text if kind.placement == ATTENDED else media
+        target.extend(getattr(item, name) for name in positions)
         numbers = {"placeholder_id": item.placeholder_id, "tokens_per_item": item.tokens_per_item}
         values = [_dtype_name(item.values), list(item.values.shape[1:])]
-        kinds.append([list(kind), numbers, places, values])
+        kinds.append([list(kind), numbers, positions, values])
     return {"text": present, "extras": list(batch.extras), "media": kinds}
 
 
@@ -93,7 +98,7 @@ def _rebuild(item: dict[str, Any], text: Iterator[Tensor], media: Iterator[Tenso
     tensors = {name: next(text) for name in item["text"]}
     extras = {name: next(text) for name in item["extras"]}
     kinds: dict[MediaKind, Media] = {}
-    for names, numbers, places, (dtype, shape) in item["media"]:
+    for names, numbers, positions, (dtype, shape) in item["media"]:
         kind = MediaKind(*names)
         if media is not None:
             values = next(media)
@@ -103,8 +108,8 @@ def _rebuild(item: dict[str, Any], text: Iterator[Tensor], media: Iterator[Tenso
             source = text
         else:
             continue  # placed media are of no use behind the first stage
-        kept: dict[str, Any] = {name: next(source) for name in places}
-        kinds[kind] = Media(values=values, **kept, **numbers)
+        placed: dict[str, Any] = {name: next(source) for name in positions}
+        kinds[kind] = Media(values=values, **placed, **numbers)
     return Batch(**tensors, extras=extras, media=kinds)
 
 
@@ -115,7 +120,7 @@ def _dtype_name(tensor: Tensor) -> str:
 def _broadcast(
     header: list[Any], tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device
 ) -> tuple[list[Any], list[Tensor]]:
-    """Two collectives: the sizes, then one buffer of JSON and aligned tensor bytes."""
+    """Broadcast the sizes, then one buffer of JSON and aligned tensor bytes: two collectives."""
     source = dist.get_global_rank(group, 0)
     if group.rank() == 0:
         # A copy: contiguous() keeps odd strides of axes of length 1, which no byte view takes.

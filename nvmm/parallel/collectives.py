@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 def gather(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """`values` of every rank; collective."""
+    """Return the `values` of every rank; collective."""
     gathered: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, values)
     return gathered

@@ -1,4 +1,4 @@
-"""Context parallelism: which part of a sequence a rank keeps, and keys and values of the whole.
+"""Context parallelism: the part of a sequence that a rank keeps, and the gather of the whole.
 
 A sequence of 2 x size chunks is dealt in a zigzag: rank r keeps chunks r and 2 x size - 1 - r, so
 that under a causal mask every rank has the same work. A packed row is dealt segment by segment.
@@ -19,7 +19,7 @@ from nvmm.batch import Batch
 
 
 def positions(batch: Batch, size: int, rank: int) -> Tensor:
-    """int64 [s / size], the columns of `batch` that context-parallel rank `rank` keeps, in order.
+    """Return the columns of `batch` that rank `rank` keeps, in order, int64 [s / size].
 
     Raises ValueError when a row (or a packed segment) does not consist of 2 x size equal chunks.
     """
@@ -42,12 +42,12 @@ def positions(batch: Batch, size: int, rank: int) -> Tensor:
 
 
 def share(batch: Batch) -> Batch:
-    """This context-parallel rank's part of a micro-batch: tokens [b, s / size] and their like.
+    """Return this context-parallel rank's part of a micro-batch, tokens [b, s / size] and the like.
 
-    What describes whole rows stays whole: lengths, cu_seqlens, media, extras. Losses and counts
-    over the parts add up to the whole batch's. With one rank it is the batch itself.
+    Fields of whole rows stay whole: lengths, cu_seqlens, media, extras. Losses and counts over the
+    parts add up to the whole batch's. With one rank it is the batch itself.
     """
-    index = _own(batch)
+    index = _local_positions(batch)
     if index is None:
         return batch
     return batch.replace(
@@ -59,16 +59,16 @@ def share(batch: Batch) -> Batch:
 
 
 def shard(hidden: Tensor, batch: Batch) -> Tensor:
-    """This context-parallel rank's part [s / size, b, h] of hidden states [s, b, h].
+    """Return this context-parallel rank's part [s / size, b, h] of hidden states [s, b, h].
 
     Backward leaves zeros at the other ranks' positions: the sum over the group, which mcore's
     gradient reduction takes, is the whole gradient.
     """
-    index = _own(batch)
+    index = _local_positions(batch)
     return hidden if index is None else hidden.index_select(0, index.to(hidden.device))
 
 
-def _own(batch: Batch) -> Tensor | None:
+def _local_positions(batch: Batch) -> Tensor | None:
     from megatron.core import parallel_state
 
     size = parallel_state.get_context_parallel_world_size()
@@ -78,7 +78,7 @@ def _own(batch: Batch) -> Tensor | None:
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's `x` [s, ...] -> [size, s, ...]; backward sums the gradients of all ranks.
+    """Gather every rank's x [s, ...] to [size, s, ...]; backward sums the ranks' gradients.
 
     The function of torch.distributed.nn fails in backward on gloo groups that are not the world.
     """
@@ -87,7 +87,7 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def in_order(gathered: Tensor) -> Tensor:
-    """Zigzag parts [size, 2 x chunk, ...] of one sequence -> the whole, [size x 2 x chunk, ...]."""
+    """Put a sequence's zigzag parts [size, 2 x chunk, ...] in order, [size x 2 x chunk, ...]."""
     chunks = gathered.unflatten(1, (2, gathered.shape[1] // 2))
     return torch.cat([chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)])
 
@@ -105,6 +105,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         out = gradient.new_empty(gradient.shape[1:])
-        whole = gradient.contiguous().flatten(0, 1)
-        dist.reduce_scatter_tensor(out, whole, group=ctx.group)
+        gathered = gradient.contiguous().flatten(0, 1)
+        dist.reduce_scatter_tensor(out, gathered, group=ctx.group)
         return out, None

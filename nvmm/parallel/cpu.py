@@ -1,4 +1,4 @@
-"""Lets megatron-core run on CPU + gloo by answering its `torch.cuda` calls.
+"""Let megatron-core run on CPU and gloo by answering its `torch.cuda` calls.
 
 megatron-core 0.16.1 names CUDA in its optimizer, schedules, RNG tracker and checkpoint writer. On a
 machine without a GPU those calls are answered here with the CPU's, so the library itself stays
@@ -60,7 +60,7 @@ def _on_cpu(factory: Any) -> Any:
 
 
 class _Timeline:
-    """Stands for a CUDA stream or event: on the CPU everything is already ordered."""
+    """A stream or event that does nothing: on the CPU everything is already ordered."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -70,7 +70,7 @@ class _Timeline:
 
 
 def _nothing() -> Any:
-    """A function of its own that does nothing: torch.compile refuses one object under two names."""
+    """Return a new function that does nothing: torch.compile refuses one under two names."""
     return lambda *args, **kwargs: None
 
 
@@ -81,7 +81,7 @@ def _tensor_type(original: Any) -> Any:
         # megatron-core compares `Tensor.type()` with 'torch.cuda.FloatTensor'.
         if not isinstance(result, str):
             return result
-        # It knows no double precision: there too the optimizer shall keep single masters.
+        # It knows no double precision; called bf16, fp64 gets fp32 masters in the optimizer too.
         return result.replace("torch.", "torch.cuda.").replace("Double", "BFloat16")
 
     return wrapper
@@ -104,20 +104,23 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    # Imported before anything is replaced: its import compiles functions and lists torch's own.
+    # 1. Import mcore before anything is replaced: its import compiles functions and lists torch's.
     from megatron.core.tensor_parallel import random as mcore_random
 
-    # `with torch.device(...)` looks a factory up in a set made at its first use. It must be of
-    # torch's own, not of the wrappers, which it never meets. from_pretrained relies on it.
+    # 2. Replace tensor factories. `with torch.device(...)` looks a factory up in a set that torch
+    # fills at first use. It is filled now, with torch's own functions: the wrappers call those, so
+    # a set of wrappers would never match. Transformers' from_pretrained relies on it.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # 3. Replace moves: `.to("cuda")` and `.cuda()` leave a tensor where it is.
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     torch.Tensor.to = _move(torch.Tensor.to)  # type: ignore[method-assign]
     torch.nn.Module.to = _move(torch.nn.Module.to)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment,return-value]
 
+    # 4. Answer torch.cuda itself: the device is the CPU, and nothing needs to be waited for.
     cuda = torch.cuda
     answers = {
         "current_device": lambda: CPU,
@@ -139,7 +142,8 @@ def install() -> None:
     cuda.nvtx.range_push = _nothing()  # type: ignore[assignment]
     cuda.nvtx.range_pop = _nothing()  # type: ignore[assignment]
 
-    # Real CPU generator states: a null tracker would make dropout differ inside a TP group.
+    # 5. Give mcore's tracker real CPU generator states: without them ranks of a TP group would
+    # drop other elements of the tensors that they share.
     mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
         torch.get_rng_state()
     )

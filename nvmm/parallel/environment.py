@@ -1,4 +1,4 @@
-"""What a launcher says of this process: ranks, sizes, job ids. Imports no torch."""
+"""The launcher's variables of this process: ranks, sizes, job ids. This imports no torch."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ import re
 
 
 def rank() -> int:
-    """This process's rank as torchrun or srun gives it, else 0."""
+    """Return this process's rank as torchrun or srun gives it, else 0."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def world_size() -> int:
-    """World size as torchrun or srun gives it, else 1."""
+    """Return the world size as torchrun or srun gives it, else 1."""
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
 def local_rank() -> int:
-    """This process's number on its machine as torchrun or srun gives it, else 0."""
+    """Return this process's number on its machine as torchrun or srun gives it, else 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def has_rendezvous() -> bool:
-    """Whether a launcher says where the ranks meet."""
+    """Return True when a launcher gives the address where the ranks meet."""
     return "MASTER_ADDR" in os.environ
 
 
 def requeued_id() -> str | None:
-    """The launcher's job id that survives a requeue: Slurm's, or the --rdzv-id of torchrun."""
+    """Return the job id that survives a requeue: Slurm's, or the --rdzv-id of torchrun."""
     return os.environ.get("SLURM_JOB_ID") or _rendezvous_id(generated=False)
 
 
 def generated_id() -> str | None:
-    """The id torchrun made up for this launch; it survives --max-restarts but no new launch."""
+    """Return the id torchrun made up for this launch; it survives --max-restarts alone."""
     return _rendezvous_id(generated=True)
 
 

@@ -1,6 +1,6 @@
-"""What FP8 means in a run: the recipe, as Transformer Engine 2.11 defines it, and its exceptions.
+"""The FP8 recipe of a run, as Transformer Engine 2.11 defines it, and the layers it leaves out.
 
-Which module does it is the backend's business: mcore's own fields drive Transformer Engine,
+The backend applies it: mcore's own fields drive Transformer Engine, and
 `nvmm.modules.fp8_quantize` emulates the recipe in the native backend's linears.
 """
 
@@ -21,7 +21,7 @@ RECIPES: dict[Recipe, str] = {
     "blockwise": "blockwise",
     "mxfp8": "mxfp8",
 }
-"""Ours -> mcore's names."""
+"""Our names -> mcore's."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,23 @@ class Fp8:
 
     @property
     def per_tensor(self) -> bool:
-        """Whether a tensor has one scale."""
+        """True where a tensor has one scale."""
         return self.recipe in ("delayed", "current")
 
     @property
     def gradients_in_e5m2(self) -> bool:
-        """Whether gradients have another format than the rest."""
+        """True where gradients are E5M2, and the rest E4M3."""
         return (self.format or ("hybrid" if self.per_tensor else "e4m3")) == "hybrid"
 
     @property
     def feature_multiple(self) -> int:
-        """What input and output features of a linear must divide by."""
+        """The multiple that input and output features of a linear must be of."""
         return 32 if self.recipe == "mxfp8" else 16
 
     def row_multiple(self, gathered: bool) -> int:
-        """What a linear's tokens must divide by; gathered: over tensor-parallel ranks, in FP8.
+        """Return the multiple that a linear's tokens must be of.
+
+        gathered: they are gathered over tensor-parallel ranks in FP8.
 
         Transformer Engine asks the same of the features of an input that it gathers.
         """
@@ -86,7 +88,7 @@ class Fp8:
         return self.feature_multiple
 
     def sequence_multiple(self, tensor: int, context: int, sequence_parallel: bool) -> int:
-        """What the length of a row must divide by in this layout.
+        """Return the multiple that the length of a row must be of in this layout.
 
         Under sequence parallelism each rank's part of the tokens is quantised before it is
         gathered; elsewhere tokens are padded inside the linears.
@@ -94,14 +96,14 @@ class Fp8:
         return self.row_multiple(True) * tensor * context if sequence_parallel else 1
 
     def keeps_precision(self, layer: int, num_layers: int) -> bool:
-        """Whether layer `layer`, from 0, of a block is one of the first or last left out."""
+        """Return True when layer `layer`, from 0, is among a block's first or last, left out."""
         return (
             layer < self.num_layers_at_start_in_bf16
             or layer >= num_layers - self.num_layers_at_end_in_bf16
         )
 
     def transformer_kwargs(self) -> dict[str, Any]:
-        """mcore's fields, for Transformer Engine: any other backend would ignore them."""
+        """Return mcore's fields for Transformer Engine: any other backend would ignore them."""
         ends = (self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16)
         return {
             "fp8": "hybrid" if self.gradients_in_e5m2 else "e4m3",

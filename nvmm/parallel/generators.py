@@ -1,4 +1,4 @@
-"""Every random generator of this rank: seeded, saved as one tensor of bytes, replayed."""
+"""Seed, save and restore every random generator of this rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def _decode(text: str) -> Tensor:
 
 
 def capture() -> Tensor:
-    """uint8 [n]: JSON of Python's, numpy's, torch's, the device's and mcore's generators."""
+    """Return the states of all generators as JSON, uint8 [n].
+
+    They are Python's, numpy's, torch's, the device's and mcore's.
+    """
     from megatron.core.tensor_parallel import random as mcore_random
 
     name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
@@ -41,7 +44,7 @@ def capture() -> Tensor:
 
 
 def restore(data: Tensor) -> None:
-    """Inverse of `capture`; trailing spaces are ignored."""
+    """Restore the states that `capture` returned; trailing spaces are ignored."""
     from megatron.core.tensor_parallel import random as mcore_random
 
     states = json.loads(data.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Gradients: those a reduction of mcore's does not cover, and those that are missing."""
+"""Sum the gradients that no reduction of mcore's covers, and find those that are missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sum_replicated_gradients(models: Sequence[Any]) -> None:
 
 
 class GradientCheck:
-    """Context manager over one step: which trainable parameters were used but got no gradient.
+    """A context manager over one step that finds used trainable parameters without a gradient.
 
     A parameter counts as used when the module that owns it was called. mcore's reentrant
     checkpoint, for one, silently gives no gradients behind an input that needs none.
@@ -57,16 +57,16 @@ class GradientCheck:
     def __enter__(self) -> GradientCheck:
         for chunk in self.chunks:
             for module in chunk.modules():
-                own = [id(p) for p in module.parameters(recurse=False) if p.requires_grad]
-                if own:
-                    self.handles.append(module.register_forward_pre_hook(self._use(own)))
+                ids = [id(p) for p in module.parameters(recurse=False) if p.requires_grad]
+                if ids:
+                    self.handles.append(module.register_forward_pre_hook(self._use(ids)))
             for parameter in chunk.parameters():
                 if parameter.requires_grad:
                     self.handles.append(parameter.register_hook(self._reach(id(parameter))))
         return self
 
-    def _use(self, own: list[int]) -> Any:
-        return lambda module, inputs: self.used.update(own)
+    def _use(self, ids: list[int]) -> Any:
+        return lambda module, inputs: self.used.update(ids)
 
     def _reach(self, identity: int) -> Any:
         def hook(gradient: Tensor) -> None:
@@ -79,7 +79,7 @@ class GradientCheck:
             handle.remove()
 
     def missing(self) -> list[str]:
-        """Global names of this rank's used trainable parameters without a gradient."""
+        """List the global names of this rank's used trainable parameters without a gradient."""
         return [
             sharded.name
             for sharded in sharded_parameters(self.chunks)

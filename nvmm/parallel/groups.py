@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def own_group() -> dist.ProcessGroup:
-    """A group of this rank alone, made without the other ranks.
+    """Make a group of this rank alone, without the other ranks.
 
-    mcore sends nothing within a group of one. gloo, because NCCL splits its world communicator
-    for a new group and would wait for the ranks that do not ask for one.
+    mcore sends nothing within a group of one. It is gloo's, because NCCL splits its world
+    communicator for a new group and would wait for the ranks that do not ask for one.
     """
     return dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def encoder_groups(parallel: Parallel) -> ProcessGroupCollection:
-    """The groups a media encoder is built with: no pipeline or context parallelism.
+    """Return the groups a media encoder is built with: no pipeline or context parallelism.
 
     Its tensor-parallel group is the model's when the encoder is sharded (or TP is 1), else this
     rank alone: mcore then builds whole weights on every rank.
@@ -32,5 +32,5 @@ def encoder_groups(parallel: Parallel) -> ProcessGroupCollection:
 
     alone = own_group()
     tensor_parallel = parallel_state.get_tensor_model_parallel_group()
-    whole = parallel.encoder == "replicated" and tensor_parallel.size() > 1
-    return ProcessGroupCollection(tp=alone if whole else tensor_parallel, pp=alone, cp=alone)
+    replicated = parallel.encoder == "replicated" and tensor_parallel.size() > 1
+    return ProcessGroupCollection(tp=alone if replicated else tensor_parallel, pp=alone, cp=alone)

@@ -1,4 +1,4 @@
-"""Global names of parameters: one name, shape and slice each, from `sharded_state_dict`.
+"""Global names of parameters, each with a shape and a slice, from `sharded_state_dict`.
 
 Initialisation, freezing, learning-rate patterns, gradient comparison, checkpoints and conversion
 all use these names; `named_parameters()` restarts the layer count on every pipeline stage.
@@ -6,10 +6,13 @@ all use these names; `named_parameters()` restarts the layer count on every pipe
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from nvmm.config.choices import Backend
+from nvmm.parallel.collectives import gather
 from nvmm.parallel.setup import METADATA, Parallel, Precision
 
 
@@ -63,7 +67,7 @@ def _sharded_tensors(state: Any) -> list[Any]:
 
 
 def sharded_state_dict(model: Module) -> dict[str, Any]:
-    """A model chunk's sharded_state_dict under nvmm's metadata, without mcore's empty byte entries.
+    """Return a model chunk's sharded_state_dict, without mcore's empty byte entries.
 
     mcore's linears add `_extra_state` entries that hold None but travel as pickled bytes; a
     checkpoint of nvmm holds tensors only.
@@ -78,13 +82,13 @@ def sharded_state_dict(model: Module) -> dict[str, Any]:
 
 
 def sharded_parameters(models: Module | Sequence[Module]) -> list[ShardedParameter]:
-    """Every parameter of this rank's model chunks under its global name, in module order.
+    """List every parameter of this rank's model chunks with its global name, in module order.
 
     Raises ValueError when a parameter has no global name or two parameters share one (a tied
     embedding's copy on the last stage shares its name by design and is kept).
     """
     models = [models] if isinstance(models, Module) else list(models)
-    found: list[ShardedParameter] = []
+    parameters: list[ShardedParameter] = []
     for model in models:
         by_identity = {}
         for entry in sharded_state_dict(model).values():
@@ -94,8 +98,8 @@ def sharded_parameters(models: Module | Sequence[Module]) -> list[ShardedParamet
             entry = by_identity.get(id(parameter))
             if entry is None:
                 raise ValueError(f"parameter {local_name} is missing from sharded_state_dict")
-            found.append(_describe(entry, parameter))
-    return found
+            parameters.append(_describe(entry, parameter))
+    return parameters
 
 
 def _describe(entry: Any, parameter: Parameter) -> ShardedParameter:
@@ -158,20 +162,45 @@ def _fill(
 
 
 def draw_row(seed: int, name: str, row: int, width: int, std: float) -> Tensor:
-    """The initial values [width], fp32, of one row of the parameter with this global name."""
+    """Draw the initial values [width], fp32, of one row of the parameter with this global name."""
     key = hashlib.blake2b(f"{seed}/{name}/{row}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key, "big", signed=True))
     return torch.randn(width, generator=generator) * std
 
 
 def match(pattern: str, name: str) -> bool:
-    """Whether a shell pattern (`vision.*`, `*.bias`) matches a global name."""
-    from fnmatch import fnmatchcase
-
+    """Return True when a shell pattern (`vision.*`, `*.bias`) matches a global name."""
     return fnmatchcase(name, pattern)
 
 
 def unmatched(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The patterns that match none of the names: a pattern that does nothing is an error."""
+    """Return the patterns that match none of the names."""
     names = list(names)
     return [p for p in patterns if not any(match(p, n) for n in names)]
+
+
+def names_on_all_ranks(names: Iterable[str]) -> list[str]:
+    """Return the sorted union of every rank's names; collective."""
+    return sorted({name for rank in gather(dict.fromkeys(names)) for name in rank})
+
+
+def refuse_unmatched(key: str, patterns: Sequence[str], names: Iterable[str], what: str) -> None:
+    """Refuse patterns that match no name on any rank: such a pattern does nothing. Collective.
+
+    Raises ValueError naming the config key, those patterns, and the names most like the first.
+    """
+    all_names = names_on_all_ranks(names)
+    useless = unmatched(patterns, all_names)
+    if not useless:
+        return
+    # One line stands for a parameter of all layers.
+    alike = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in all_names}
+
+    def likeness(name: str) -> tuple[float, float]:
+        """Compare the last words first: the linear or parameter matters more than where it is."""
+        pairs = [(useless[0].rpartition(".")[2], name.rpartition(".")[2]), (useless[0], name)]
+        last_words, names = (difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+        return last_words, names
+
+    near = sorted(alike, key=likeness, reverse=True)[:5]
+    raise ValueError(f"{key}: {useless} matches {what}; there are {', '.join(near) or 'none'}")

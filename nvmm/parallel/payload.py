@@ -1,7 +1,7 @@
 """Tensors that travel with the hidden states from pipeline stage to pipeline stage, both ways.
 
-mcore's schedules carry exactly one 3-D tensor between stages and differentiate it. What else a
-later stage needs is packed behind the hidden states along the first axis: `cat` and slices, so
+mcore's schedules carry exactly one 3-D tensor between stages and differentiate it. Other tensors
+for later stages are packed behind the hidden states along the first axis, by `cat` and slices, so
 that gradients come back by the same way and no stage computes an encoder twice.
 
 The lengths differ from micro-batch to micro-batch (numbers of tiles), so stages must exchange
@@ -18,9 +18,9 @@ from torch import Tensor
 
 
 def pack(hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Hidden states [s, b, h] and named tensors [m, b, h], one behind the other: [s + ..., b, h].
+    """Put named tensors [m, b, h] behind hidden states [s, b, h]: [s + ..., b, h].
 
-    Always a new tensor: mcore frees the storage of what a stage has sent.
+    The result is always a new tensor: mcore frees the storage of a tensor that was sent.
     Raises ValueError for a tensor of another batch, width or dtype.
     """
     for name, tensor in tensors.items():
@@ -33,7 +33,7 @@ def pack(hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def unpack(packed: Tensor, rows: Mapping[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The hidden states and the named tensors, `rows` of each, as `pack` put them together.
+    """Take apart the hidden states and the named tensors, `rows` of each, that `pack` joined.
 
     Raises ValueError when fewer rows arrived than the named tensors alone have.
     """

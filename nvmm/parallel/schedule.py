@@ -15,7 +15,7 @@ from nvmm.batch import Batch
 from nvmm.parallel.gradients import sum_replicated_gradients
 
 ForwardStep = Callable[[Iterator[Batch], Module], tuple[Tensor, Any]]
-"""Runs a micro-batch through a chunk; returns its output and what the last stage makes of it."""
+"""A function that runs a chunk's next micro-batch; returns its output and its loss function."""
 
 
 def run_schedule(
@@ -33,7 +33,7 @@ def run_schedule(
         forward_only: leave out the backward passes.
         collect: the second of what `forward_step` returns gives outputs, not a loss.
 
-    Returns: what the last stage made of each micro-batch, an empty list elsewhere.
+    Returns: the last stage's result for each micro-batch, an empty list elsewhere.
     """
     lengths = {batch.tokens.shape[1] for batch in batches}
     config: Any = models[0].config
@@ -62,7 +62,7 @@ def outputs(
     forward: Callable[[Module, Batch], Tensor],
     keep: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> list[Tensor]:
-    """Outputs of a forward-only pass, one a micro-batch on the last stage, none elsewhere.
+    """Return outputs of a forward-only pass, one a micro-batch on the last stage, else none.
 
     keep: the part of an output that is kept.
     """
@@ -77,7 +77,7 @@ def outputs(
 def finalize_model_grads(
     models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any
 ) -> None:
-    """mcore's reductions, then the sum over TP of gradients of replicated encoders.
+    """Do mcore's reductions, then sum gradients of replicated encoders over TP.
 
     mcore decides by flags of the language model's config, which know nothing of an encoder whose
     tiles were dealt over the tensor-parallel ranks.

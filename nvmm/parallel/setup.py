@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 Dtype = Literal["fp32", "bf16", "fp64"]
-Encoder = Literal["replicated", "sharded"]
+EncoderLayout = Literal["replicated", "sharded"]
 DTYPES: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -58,7 +58,7 @@ class Precision:
         return DTYPES[self.dtype]
 
     def sequence_multiple(self, parallel: Parallel) -> int:
-        """What the length of a row must divide by in this layout and precision."""
+        """Return the multiple that the length of a row must be of in this layout and precision."""
         multiple = parallel.sequence_multiple
         if self.fp8 is None:
             return multiple
@@ -72,8 +72,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class Normal:
-    """Initial weights N(0, std^2). As mcore's `init_method` it only marks the parameter;
-    `nvmm.parallel.parameters.initialize` draws the values from the seed and the global name."""
+    """Initial weights N(0, std^2).
+
+    As mcore's `init_method` it only marks the parameter; `nvmm.parallel.parameters.initialize`
+    draws the values from the seed and the global name.
+    """
 
     std: float
 
@@ -87,7 +90,7 @@ class Parallel:
     """Sizes of the parallel layout; data parallel takes what the others leave of the world.
 
     Args:
-        encoder: how a media encoder is laid out over tensor-parallel ranks: "replicated" keeps it
+        encoder: the layout of a media encoder over tensor-parallel ranks: "replicated" keeps it
             whole on every rank and deals the micro-batch's tiles over them; "sharded" splits heads.
         recompute_granularity: None, "selective" (core attention) or "full" (whole layers).
         variable_seq_lengths: pipeline stages exchange shapes; needed unless every micro-batch has
@@ -104,7 +107,7 @@ class Parallel:
     num_layers_in_last_pipeline_stage: int | None = None
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    encoder: Encoder = "replicated"
+    encoder: EncoderLayout = "replicated"
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_method: Literal["uniform", "block"] | None = None
     recompute_num_layers: int | None = None
@@ -112,7 +115,7 @@ class Parallel:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        require("parallel.encoder", self.encoder, Encoder)
+        require("parallel.encoder", self.encoder, EncoderLayout)
 
     @property
     def model_parallel_size(self) -> int:
@@ -125,15 +128,15 @@ class Parallel:
 
     @property
     def segment_multiple(self) -> int:
-        """What the length of a packed segment must divide by: two chunks a context rank."""
+        """The multiple that a packed segment's length must be of: two chunks a context rank."""
         return 2 * self.context_parallel_size if self.context_parallel_size > 1 else 1
 
     @property
     def sequence_multiple(self) -> int:
-        """What the length of a row must divide by.
+        """The multiple that the length of a row must be of.
 
         Context parallelism deals two chunks to each of its ranks; sequence parallelism splits
-        what a context rank has over the tensor-parallel ranks.
+        a context rank's part over the tensor-parallel ranks.
         """
         split = self.tensor_model_parallel_size if self.sequence_parallel else 1
         return math.lcm(self.segment_multiple, self.context_parallel_size * split)
@@ -193,7 +196,7 @@ class Parallel:
         dist.init_process_group(**options)
 
     def transformer_kwargs(self, precision: Precision) -> dict[str, Any]:
-        """What the layout and the precision add to the language model's TransformerConfig."""
+        """Return what layout and precision add to the language model's TransformerConfig."""
         from megatron.core.transformer.enums import AttnBackend
 
         interleaved = self.virtual_pipeline_model_parallel_size is not None
@@ -210,7 +213,7 @@ class Parallel:
             "pipeline_dtype": precision.torch_dtype,
             "bf16": precision.dtype == "bf16",
             "attention_backend": AttnBackend.auto,
-            # loss() returns a sum and a token count; the schedule divides once by global tokens.
+            # loss() returns a sum and a token count; the schedule divides by the global tokens.
             "calculate_per_token_loss": True,
             # mcore's default sends an activation and a gradient of one shape untagged to the same
             # peer when PP is 2 and swaps them; two groups keep them apart.
@@ -227,7 +230,7 @@ class Parallel:
         return kwargs
 
     def encoder_kwargs(self, precision: Precision) -> dict[str, Any]:
-        """What a media encoder's TransformerConfig gets: no SP, CP or PP; TP only when sharded."""
+        """Return the same for a media encoder: TP only when sharded, and no SP, CP or PP."""
         sharded = self.encoder == "sharded"
         return {
             "tensor_model_parallel_size": self.tensor_model_parallel_size if sharded else 1,
@@ -246,7 +249,7 @@ class Parallel:
         }
 
     def chunks(self, precision: Precision, backend: Backend = "native") -> list[Chunk]:
-        """The model chunks this rank builds: one, or one per virtual pipeline stage."""
+        """Return the model chunks this rank builds: one, or one per virtual pipeline stage."""
         from megatron.core import parallel_state
 
         virtual = self.virtual_pipeline_model_parallel_size
@@ -270,7 +273,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a model constructor is told about the model chunk it builds.
+    """The part of a model that a constructor builds.
 
     Args:
         backend: "native" (eager PyTorch + SDPA) or "transformer_engine".
@@ -290,7 +293,7 @@ class Chunk:
 
     @property
     def device(self) -> torch.device:
-        """Where this chunk's own parameters are allocated."""
+        """The device of this chunk's own parameters."""
         if self.meta:
             return torch.device("meta")
         if torch.cuda.is_available():
@@ -306,35 +309,35 @@ class Chunk:
         return self._config(partial, self.parallel.encoder_kwargs(self.precision) | changes)
 
     def _config(self, partial: Callable[..., Any], kwargs: dict[str, Any]) -> TransformerConfig:
-        given: dict[str, Any] = getattr(partial, "keywords", {})
-        std = given.get("init_method_std", 0.02)
+        fields: dict[str, Any] = getattr(partial, "keywords", {})
+        std = fields.get("init_method_std", 0.02)
         init = Normal(std)
         if self.meta:
             kwargs |= {"use_cpu_initialization": True, "perform_initialization": False}
         if self.backend == "transformer_engine":
             if self.precision.fp8 is not None:
                 kwargs |= self.precision.fp8.transformer_kwargs()
-        elif given.get("fp8"):
-            # mcore would train without it, and say nothing.
+        elif fields.get("fp8"):
+            # mcore would train without FP8 and say nothing.
             raise ValueError(
-                f"fp8={given['fp8']} in a TransformerConfig needs backend=transformer_engine; set"
+                f"fp8={fields['fp8']} in a TransformerConfig needs backend=transformer_engine; set"
                 " precision=fp8"
             )
         return partial(
             **kwargs,
             init_method=init,
             embedding_init_method=init,
-            output_layer_init_method=Normal(std / (2.0 * given["num_layers"]) ** 0.5),
+            output_layer_init_method=Normal(std / (2.0 * fields["num_layers"]) ** 0.5),
         )
 
 
 def device_type() -> str:
-    """What this process computes on: "cuda" where there is a GPU, else "cpu"."""
+    """Return the type of device that this process computes on: "cuda" with a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def default_device(config: TransformerConfig) -> torch.device | None:
-    """Where a module built from `config` allocates its parameters (None: the ambient device)."""
+    """Return the device of a config's parameters; None for the ambient device."""
     if config.use_cpu_initialization:
         return None
     return torch.device(torch.cuda.current_device())
@@ -342,9 +345,10 @@ def default_device(config: TransformerConfig) -> torch.device | None:
 
 def prepare_backend() -> None:
     """Install the CPU layer where there is no GPU. Idempotent."""
-    # mcore warns once per module that Transformer Engine and Apex are missing; backend= says it.
+    # mcore warns in every module that Transformer Engine or Apex is missing. `backend=` decides
+    # that here, and refuses transformer_engine where it is missing.
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
-    # Names that torch 2.13 is about to change and mcore 0.16.1 still uses.
+    # mcore 0.16.1 uses names of torch.distributed that torch 2.13 announces to change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for message in (
         ".*CUDA_DEVICE_MAX_CONNECTIONS",
@@ -361,7 +365,7 @@ def prepare_backend() -> None:
 
 
 def stalled_collective(error: BaseException) -> str | None:
-    """The collective that `error` says was never joined or lost its peer; None for other errors.
+    """Return the collective that a rank never joined, or that lost its peer; None for other errors.
 
     torch's own message names neither the operation nor where in the step it was called.
     """
@@ -370,10 +374,12 @@ def stalled_collective(error: BaseException) -> str | None:
         return None
     frames = traceback.extract_tb(error.__traceback__)
     operations = [f.name for f in frames if f.filename.endswith("distributed_c10d.py")]
-    places = [f for f in frames if "/torch/" not in f.filename]
-    place = f" in {places[-1].name} ({places[-1].filename}:{places[-1].lineno})" if places else ""
+    callers = [f for f in frames if "/torch/" not in f.filename]
+    caller = (
+        f" in {callers[-1].name} ({callers[-1].filename}:{callers[-1].lineno})" if callers else ""
+    )
     operation = next((name for name in operations if name != "wrapper"), "a collective")
-    return f"{operation}{place}: {message.splitlines()[0]}"
+    return f"{operation}{caller}: {message.splitlines()[0]}"
 
 
 def shutdown() -> None:

@@ -1,4 +1,4 @@
-"""What "every parallel layout equals one rank" means, as code: shrink, run, compare.
+"""The definition of "every parallel layout equals one rank" as code: shrink, run, compare.
 
 Equal, everywhere in this project, with dropout 0:
 
@@ -44,7 +44,7 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Result:
-    """What one layout computed.
+    """The results of one layout.
 
     losses, grad_norms: one per step. gradients: (step 1, last step) by global name.
     tokens: per rank, the supervised tokens it computed the loss of in every step.
@@ -65,7 +65,7 @@ class Result:
 
 @dataclass
 class Comparison:
-    """Verdict on two results; `failures` says what differs, worst parameters first."""
+    """The verdict on two results; `failures` lists the differences, worst parameters first."""
 
     num_parameters: int
     failures: list[str]
@@ -73,7 +73,7 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the layouts agree."""
+        """True when the layouts agree."""
         return not self.failures
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ def run(
 
     Args:
         reference: checkpoint of the reference run's weights at the start of the last step.
-        weights: where to write that checkpoint (the reference run itself).
+        weights: the directory to write that checkpoint to (the reference run itself).
         fault: called first on every rank; plants a fault that the comparison must find.
         packed: one packed row per micro-batch instead of padded rows.
         make_steps: config with the layout's sizes -> the micro-batches of every step; by default
@@ -145,8 +145,8 @@ def run(
 
 
 def _assemble(parts: list[list[Any]], errors: list[str]) -> dict[str, Tensor]:
-    """Whole gradients from all ranks' pieces; replicas that disagree are noted in `errors`."""
-    whole: dict[str, Tensor] = {}
+    """Assemble whole gradients from all ranks' pieces; note replicas that disagree in `errors`."""
+    gradients: dict[str, Tensor] = {}
     filled: dict[str, Tensor] = {}
     pieces = [piece for part in parts for piece in part]
     for main_first in (True, False):
@@ -154,18 +154,18 @@ def _assemble(parts: list[list[Any]], errors: list[str]) -> dict[str, Tensor]:
             if is_main != main_first:
                 continue
             index = tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))
-            if name not in whole:
-                whole[name] = torch.zeros(shape)
+            if name not in gradients:
+                gradients[name] = torch.zeros(shape)
                 filled[name] = torch.zeros(shape, dtype=torch.bool)
             if not filled[name][index].any():
-                whole[name][index] = value
+                gradients[name][index] = value
                 filled[name][index] = True
-            elif _rms(whole[name][index] - value) > TOLERANCE * max(_rms(value), 1e-6):
+            elif _rms(gradients[name][index] - value) > TOLERANCE * max(_rms(value), 1e-6):
                 errors.append(name)
     for name, mask in filled.items():
         if not mask.all():
             errors.append(f"{name} (incomplete)")
-    return whole
+    return gradients
 
 
 def _rms(x: Tensor) -> float:
@@ -173,9 +173,10 @@ def _rms(x: Tensor) -> float:
 
 
 def _token_failures(reference: Result, other: Result) -> list[str]:
-    """Steps whose supervised tokens, each counted on every rank that holds it, are not all there.
+    """List the steps whose supervised tokens are not all there.
 
-    A tensor-parallel or pipeline rank holds what its replica holds.
+    Each token is counted on every rank that holds it: all tensor-parallel and pipeline ranks of a
+    replica hold the same ones.
     """
     sizes = other.layout.parallel
     copies = sizes.get("tensor_model_parallel_size", 1) * sizes.get(
@@ -202,8 +203,9 @@ def _scale_failures(reference: dict[str, Tensor], other: dict[str, Tensor]) -> l
 
 
 def compare(reference: Result, other: Result) -> Comparison:
-    """Whether `other` equals `reference` in the sense of this module's first lines."""
+    """Compare `other` with `reference` in the sense of this module's first lines."""
     failures: list[str] = []
+    # 1. Losses and norms of every step, tokens, replicas and scales.
     for what in ("losses", "grad_norms"):
         a, b = getattr(reference, what), getattr(other, what)
         if len(a) != len(b):
@@ -214,6 +216,8 @@ def compare(reference: Result, other: Result) -> Comparison:
     failures += _token_failures(reference, other)
     failures += [f"replicas differ: {name}" for name in other.replica_errors]
     failures += _scale_failures(reference.scales, other.scales)
+    # 2. Every parameter's gradient, relative to its own size, but not to less than a hundredth of
+    # all gradients': a parameter that hardly learns must not fail by its rounding.
     worst: dict[str, float] = {}
     for moment, a, b in zip(("first", "last"), reference.gradients, other.gradients, strict=True):
         for name in sorted(a.keys() ^ b.keys()):
@@ -234,7 +238,7 @@ def compare(reference: Result, other: Result) -> Comparison:
 def build_trainer(
     config: dict[str, Any], data: TrainingData, run_dir: Path, *, log: bool = False, **settings: Any
 ) -> Any:
-    """A Trainer over a shrunk config in an initialised world, as the entry point builds it."""
+    """Build a Trainer over a shrunk config in an initialised world, as the entry point does."""
     from nvmm.checkpoint.save import Checkpoint
     from nvmm.config.compose import instantiate
     from nvmm.training.logger import Logger
@@ -261,8 +265,8 @@ def build_trainer(
 def _precision(config: dict[str, Any]) -> Precision:
     from nvmm.config.compose import instantiate
 
-    given = {"_target_": "nvmm.parallel.setup.Precision", **config.get("precision", {})}
-    precision: Precision = instantiate(given)
+    options = {"_target_": "nvmm.parallel.setup.Precision", **config.get("precision", {})}
+    precision: Precision = instantiate(options)
     return precision
 
 
@@ -286,6 +290,7 @@ def _run_rank(
     Parallel(**layout.parallel).initialize(
         seed=config["seed"], rank=rank, world_size=world_size, init_method=init_method
     )
+    # 1. A trainer on synthetic steps, which this rank reads as it would read data.
     steps = make_steps(config)
     data = SyntheticData(steps)
     trainer = build_trainer(config, data, weights.parent, global_batch_size=4)
@@ -294,6 +299,7 @@ def _run_rank(
     for step in range(len(steps)):
         micro_batches = next(batches)
         last = step == len(steps) - 1
+        # 2. The reference run saves the weights that its last step starts from.
         if last and reference is None:
             trainer.checkpoint.directory = weights
             trainer.save(step)
@@ -304,10 +310,12 @@ def _run_rank(
             output["last"] = _gradients(trainer)
         output["losses"].append(loss)
         output["grad_norms"].append(trainer.update(step, loss, micro_batches)[0])
-        own = map(context_parallel.share, micro_batches)
-        output["tokens"].append(sum(batch.num_tokens for batch in own))
+        local_batches = map(context_parallel.share, micro_batches)
+        output["tokens"].append(sum(batch.num_tokens for batch in local_batches))
     scales = trainer.scaling.sharded_state_dict()
     output["scales"] = {name: entry.data.clone() for name, entry in scales.items()}
+    # 3. Another layout takes its last gradients from the reference's weights: its own have drifted
+    # from them by rounding.
     if reference is not None:
         path = next(reference.glob("step_*"))
         missing = load_weights(path, trainer.chunks)
@@ -322,7 +330,7 @@ def _run_rank(
 
 
 def _gradients(trainer: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor, bool]]:
-    """This rank's pieces of the finalised gradients, after undoing the reduce-scatter over DP."""
+    """Return this rank's pieces of the finalised gradients, after undoing DP's reduce-scatter."""
     import torch.distributed as dist
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
@@ -332,8 +340,8 @@ def _gradients(trainer: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]
         for buffer in model.buffers:
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
-                own = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+                shard = shard_buffer(bucket.grad_data, group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
     return [
         (sharded.name, sharded.global_shape, offset, piece.float().clone(), sharded.is_main_replica)
         for sharded in sharded_parameters(trainer.chunks)

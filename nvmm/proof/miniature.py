@@ -1,6 +1,6 @@
 """The smallest config, and the smallest layouts, with the structure of full-size ones.
 
-What a layout depends on is kept: the ratio of heads to groups and of groups to tensor-parallel
+All that a layout depends on is kept: the ratio of heads to groups and of groups to tensor-parallel
 ranks, heads that do not divide, gates, norms, biases, tied embeddings, freezing, packing,
 objective, uneven stages. Sizes and paths are not. No torch.
 """
@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from nvmm.config.nested import differences
 
 MAX_RANKS = 4
 _KINDS = {
@@ -43,7 +45,7 @@ ONE_RANK = Layout("one rank")
 class Miniature:
     """A shrunk config and the layouts of at most 4 ranks that stand for its own.
 
-    full: name of the layout that was asked for. changes: what differs, one line each.
+    full: name of the layout that was asked for. changes: the differences, one line each.
     """
 
     config: dict[str, Any]
@@ -53,8 +55,9 @@ class Miniature:
 
 
 def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A resolved config at the smallest sizes that keep its structure; dropout 0, fp32, or fp64
-    with FP8.
+    """Shrink a resolved config to the smallest sizes that keep its structure.
+
+    Dropout is 0; the precision is fp32, or fp64 with FP8.
 
     Data and tokenizer are left out: the batches are synthetic.
     """
@@ -64,8 +67,8 @@ def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
 def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Miniature:
     """Shrink a resolved config and its layout.
 
-    world_size: ranks of the full layout; what the model takes less of is data parallel. None: the
-        model's own ranks, or two data-parallel ranks where it takes one.
+    world_size: ranks of the full layout, of which the model's are a part; the rest is data
+        parallel. None: the model's own ranks, or two data-parallel ranks where it takes one.
 
     Raises ValueError when the model's ranks do not divide the world size.
     """
@@ -92,7 +95,12 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
         kept.append("precision")
         _shrink_fp8(shrunk, config["precision"], layouts, num_layers)
     before = {key: config[key] for key in kept}
-    return Miniature(shrunk, layouts, full, _changes(before, shrunk))
+    changes = [
+        f"{key}: {'default' if old is None else old} -> {new}"
+        for key, old, new in differences(before, shrunk, in_lists=True)
+        if not key.endswith("_target_")  # Precision's is left out, no other changes.
+    ]
+    return Miniature(shrunk, layouts, full, changes)
 
 
 def _sizes(parallel: Mapping[str, Any], world_size: int | None) -> dict[str, int]:
@@ -118,7 +126,7 @@ def _reduced(kind: str, sizes: Mapping[str, int]) -> int:
 
 
 def _selections(small: Mapping[str, int]) -> list[dict[str, int]]:
-    """Subsets of the kinds that fit on 4 ranks and hold each kind at least once."""
+    """Choose subsets of the kinds that fit on 4 ranks and hold each kind at least once."""
     several = [kind for kind in small if small[kind] > 1]
     ranks = 1
     for size in small.values():
@@ -133,16 +141,16 @@ def _selections(small: Mapping[str, int]) -> list[dict[str, int]]:
 
 
 def _layout(parallel: Mapping[str, Any], sizes: Mapping[str, int]) -> Layout:
-    own = dict(parallel)
-    own |= {kind: size for kind, size in sizes.items() if kind != _DATA}
-    if sizes[_TENSOR] == 1 and own.get("sequence_parallel"):
-        own["sequence_parallel"] = False
+    options = dict(parallel)
+    options |= {kind: size for kind, size in sizes.items() if kind != _DATA}
+    if sizes[_TENSOR] == 1 and options.get("sequence_parallel"):
+        options["sequence_parallel"] = False
     if sizes[_PIPELINE] == 1:
-        own |= {key: None for key in (_VIRTUAL, *_ENDS) if key in own}
+        options |= {key: None for key in (_VIRTUAL, *_ENDS) if key in options}
     ranks = 1
     for size in sizes.values():
         ranks *= size
-    return Layout(_name(sizes, own), ranks, own)
+    return Layout(_name(sizes, options), ranks, options)
 
 
 def _name(sizes: Mapping[str, int], parallel: Mapping[str, Any]) -> str:
@@ -169,7 +177,7 @@ def _layers(
     sizes: Mapping[str, int],
     small: Mapping[str, int],
 ) -> tuple[int, dict[str, Any]]:
-    """Layers of the small model, and its stages' keys of `parallel`.
+    """Return the layers of the small model, and its stages' keys of `parallel`.
 
     A first or last stage that is given a count of its own keeps being shorter or longer than the
     others: half as many layers, or half as many again.
@@ -177,20 +185,20 @@ def _layers(
     pipeline = small[_PIPELINE]
     virtual = min(parallel.get(_VIRTUAL) or 1, 2)
     chunks = pipeline * virtual
-    given = {end: parallel[end] for end in _ENDS if parallel.get(end) is not None}
+    counts = {end: parallel[end] for end in _ENDS if parallel.get(end) is not None}
     stages: dict[str, Any] = {_VIRTUAL: virtual} if parallel.get(_VIRTUAL) else {}
-    if pipeline == 1 or not given:
+    if pipeline == 1 or not counts:
         return chunks * max(1, 4 // chunks), stages
-    others = sizes[_PIPELINE] - len(given)
-    typical = (full_layers - sum(given.values())) / others if others else max(given.values())
-    for end, count in given.items():
+    others = sizes[_PIPELINE] - len(counts)
+    typical = (full_layers - sum(counts.values())) / others if others else max(counts.values())
+    for end, count in counts.items():
         stages[end] = virtual * (1 if count < typical else 2 if count == typical else 3)
-    middle = pipeline - len(given)
-    return sum(stages[end] for end in given) + 2 * virtual * middle, stages
+    middle = pipeline - len(counts)
+    return sum(stages[end] for end in counts) + 2 * virtual * middle, stages
 
 
 def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int) -> None:
-    """full, small: tensor-parallel sizes before and after."""
+    """Shrink a model's parts. full, small: tensor-parallel sizes before and after."""
     language = model.get("language", model)
     language |= _VOCAB | {"max_sequence_length": 256}
     heads, groups = _heads(language["transformer"], full, small)
@@ -202,8 +210,8 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     vision, connector = model["vision"], model["connector"]
     grid = 2 * connector.get("downsample", 2)
     vision["image_size"] = grid * vision["patch_size"]
-    given = vision["transformer"]["num_attention_heads"]
-    heads = 5 if given % 2 or given % full else 4
+    full_heads = vision["transformer"]["num_attention_heads"]
+    heads = 5 if full_heads % 2 or full_heads % full else 4
     _shrink_transformer(vision["transformer"], 2, heads, heads)
     if connector.get("hidden_size") is not None:
         connector["hidden_size"] = 96
@@ -213,7 +221,7 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
 
 
 def _attended(config: Mapping[str, Any]) -> str:
-    """Which tiles the data leave to cross-attention; a shrunk config says it itself."""
+    """Return the tiles that the data leave to cross-attention; a shrunk config names them."""
     if "attended" in config:
         return str(config["attended"])
     build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
@@ -221,7 +229,7 @@ def _attended(config: Mapping[str, Any]) -> str:
 
 
 def _shrink_cross_attention(block: dict[str, Any], num_layers: int, small: int) -> None:
-    """A block in every second layer, or in each as before; gates that let a gradient through."""
+    """Put a block in every second layer, or in each as before, with gates that pass a gradient."""
     every = 1 if block.get("interval", 1) == 1 else min(2, num_layers)
     block |= {"interval": every, "initial_gate": 0.5}
     if block.get("offset") is not None:
@@ -246,7 +254,7 @@ def _shrink_pooling(pooling: dict[str, Any], heads: int) -> None:
 
 
 def _heads(transformer: Mapping[str, Any], full: int, small: int) -> tuple[int, int]:
-    """Heads and groups: their ratio, and whether groups are fewer than tensor-parallel ranks."""
+    """Return heads and groups of the same ratio, with fewer groups than TP ranks if so before."""
     heads = transformer["num_attention_heads"]
     groups = transformer.get("num_query_groups") or heads
     if groups == heads:
@@ -295,7 +303,8 @@ def _shrink_optim(optim: dict[str, Any], num_layers: int) -> None:
 
 
 def _shrink_lora(lora: dict[str, Any], num_layers: int) -> None:
-    # As strong as it was, and without the dropout whose masks depend on the layout.
+    # alpha / rank stays, so that the update has the same scale. Dropout's masks depend on the
+    # layout, so there is none.
     scale = lora.get("alpha", 32.0) / lora.get("rank", 16)
     lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
     for key in ("targets", "train"):
@@ -305,7 +314,7 @@ def _shrink_lora(lora: dict[str, Any], num_layers: int) -> None:
 def _shrink_fp8(
     shrunk: dict[str, Any], precision: Mapping[str, Any], layouts: list[Layout], num_layers: int
 ) -> None:
-    """FP8 as it is, in double precision; sizes that whole blocks of 128 divide on every rank.
+    """Keep FP8 in double precision, and make sizes that whole blocks of 128 divide on every rank.
 
     The norm that gradients are clipped by is single precision, so nothing is clipped. Tiles that
     are dealt over tensor-parallel ranks, or heads padded for them, have other blocks and scales
@@ -331,8 +340,8 @@ def _shrink_fp8(
         tensor, context = layout.parallel[_TENSOR], layout.parallel[_CONTEXT]
         if layout.parallel.get("sequence_parallel"):
             rows = max(rows, 128 * tensor * context)
-        whole = layout.parallel.get("encoder") == "sharded" and not blocks
-        if "vision" in model and tensor > 1 and not whole and "vision.*" not in fp8["exclude"]:
+        sharded = layout.parallel.get("encoder") == "sharded" and not blocks
+        if "vision" in model and tensor > 1 and not sharded and "vision.*" not in fp8["exclude"]:
             fp8["exclude"].append("vision.*")
     shrunk["precision"] = {"dtype": "fp64", "grad_reduce_in_fp32": False, "fp8": fp8}
     shrunk["row_multiple"] = rows
@@ -340,27 +349,9 @@ def _shrink_fp8(
 
 
 def _within(pattern: str, num_layers: int) -> str:
-    """A pattern that names a language layer which the small model lacks, on its last one."""
+    """Move a pattern that names a language layer which the small model lacks to its last one."""
     return re.sub(
         r"(?<!vision\.decoder\.)layers\.(\d+)",
         lambda found: f"layers.{min(int(found[1]), num_layers - 1)}",
         pattern,
     )
-
-
-def _changes(before: Any, after: Any, key: str = "") -> list[str]:
-    if isinstance(after, dict):
-        was = before if isinstance(before, Mapping) else {}
-        found: list[str] = []
-        for name, value in after.items():
-            found += _changes(was.get(name), value, f"{key}.{name}".lstrip("."))
-        return found
-    if isinstance(after, list) and isinstance(before, list) and len(before) == len(after):
-        return [
-            line
-            for i, value in enumerate(after)
-            for line in _changes(before[i], value, f"{key}[{i}]")
-        ]
-    if before == after:
-        return []
-    return [f"{key}: {'default' if before is None else before} -> {after}"]

@@ -86,7 +86,7 @@ def _collect(pipes: dict[Connection, int], world_size: int, deadline: float) -> 
 
 
 def _is_echo(failure: str) -> bool:
-    """Whether a rank failed only because another one left: gloo's own words."""
+    """Return True when a rank failed only because another one left, by gloo's own words."""
     return "gloo/transport" in failure or "Connection closed" in failure
 
 

@@ -19,7 +19,7 @@ PLACEHOLDER = 508
 
 @dataclass(frozen=True)
 class SyntheticTokenizer:
-    """Stands for the tokenizer of a run without text."""
+    """The tokenizer of a run without text, which has a digest alone."""
 
     digest: str = "synthetic"
 
@@ -34,28 +34,28 @@ class SyntheticData:
         self.tokenizer = SyntheticTokenizer()
 
     def batches(self, *, rank: int, size: int, start: int, **kwargs: Any) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every step, dealt as the loader deals them."""
+        """Yield this rank's micro-batches of every step, dealt as the loader deals them."""
         for step in self.steps[start:]:
             yield step[rank::size]
 
     def num_batches(self, split: str, global_batch_size: int) -> int:
-        """All steps, of any split."""
+        """Return the number of steps, the same of any split."""
         return len(self.steps)
 
     def position(self, step: int) -> dict[str, int]:
-        """The data's place before a step."""
+        """Return the data's position before a step."""
         return {"step": step}
 
     def counter_names(self, modalities: Collection[str]) -> list[str]:
-        """No datasets, so no counts of them."""
+        """Return no names: there are no datasets."""
         return []
 
     def count(self, batches: list[Batch], modalities: Collection[str]) -> dict[str, float]:
-        """No datasets, so no counts of them."""
+        """Return no counts: there are no datasets."""
         return {}
 
     def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
-        """No sample is bad."""
+        """Accept all: no sample is bad."""
 
 
 def synthetic_steps(
@@ -66,9 +66,9 @@ def synthetic_steps(
     packed: bool = False,
     merge: int = 1,
 ) -> list[list[Batch]]:
-    """Micro-batches with images unevenly spread, some without any; ragged rows; an odd vocabulary.
+    """Make micro-batches with images unevenly spread, ragged rows and an odd vocabulary.
 
-    `config["attended"]` says which tiles have no placeholders but are for cross-attention.
+    `config["attended"]` names the tiles that have no placeholders but are for cross-attention.
 
     Every second micro-batch of odd steps has no image at all, so with two data-parallel ranks one
     sees none in the whole step; of even steps the last micro-batch has none. Every `merge` of them
@@ -124,7 +124,7 @@ def _single_samples(texts: list[Text], first_id: int) -> list[Sample]:
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
-    """Every three texts as a query, its positive and a hard negative; some masked, some alike."""
+    """Make samples of a query, its positive and a hard negative; some masked, some alike."""
     described = []
     for number, text in enumerate(texts):
         first, role = text.tokens[0], number % 3
@@ -150,8 +150,9 @@ def _text(
     num_unsupervised: int,
     attended: str,
 ) -> Text:
-    """Random tokens and tiles, like a row of NVLM-D, -X or -H: all tiles, none or the first one in
-    the sequence.
+    """Draw random tokens and tiles, like a row of NVLM-D, -X or -H.
+
+    In the sequence are all tiles (D), none (X) or the first one (H).
 
     num_unsupervised: tokens at the beginning that are no targets; placeholders never are.
     """

@@ -17,13 +17,14 @@ import argparse
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nvmm.config.nested import flat
 from nvmm.report.charts import (
     Series,
     figure,
@@ -295,7 +296,7 @@ def _configuration(run_dir: Path, config: Mapping[str, Any], earlier: Sequence[P
     if not config:
         return "".join([*blocks, _missing("config.yaml", "training writes it")])
     if earlier:
-        before, now = dict(_flat(_yaml(earlier[-1] / "config.yaml") or {})), dict(_flat(config))
+        before, now = dict(flat(_yaml(earlier[-1] / "config.yaml") or {})), dict(flat(config))
         rows = "".join(
             f"<tr><th>{escape(key)}</th><td>{escape(str(before.get(key, '–')))}</td>"
             f"<td>{escape(str(now.get(key, '–')))}</td></tr>"
@@ -315,22 +316,13 @@ def _configuration(run_dir: Path, config: Mapping[str, Any], earlier: Sequence[P
 def _table(values: Mapping[str, Any]) -> str:
     rows = (
         f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>"
-        for key, value in _flat(values)
+        for key, value in flat(values)
     )
     return f"<div class=wide><table class=facts>{''.join(rows)}</table></div>"
 
 
 def _missing(name: str, writer: str) -> str:
     return f"<p class=missing>{escape(name)} is not there ({escape(writer)}).</p>"
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings with their dotted key."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix:
-        yield prefix, value
 
 
 def _json(path: Path) -> dict[str, Any]:

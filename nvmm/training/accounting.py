@@ -1,4 +1,4 @@
-"""What a run counts: tokens, samples, images and FLOPs of its steps, and of each dataset."""
+"""Count tokens, samples, images and FLOPs of a run's steps, and of each dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Digested(Protocol):
 
 
 class TrainingData(Protocol):
-    """What a run asks of its data: `nvmm.data.loader.Data`, or synthetic batches."""
+    """The interface of a run's data: `nvmm.data.loader.Data`, or synthetic batches."""
 
     @property
     def tokenizer(self) -> _Digested:
@@ -30,7 +30,7 @@ class TrainingData(Protocol):
 
     @property
     def log_samples(self) -> bool:
-        """Whether the log lists the sample ids of every step."""
+        """True when the log lists the sample ids of every step."""
         ...
 
     def counter_names(self, modalities: Collection[str]) -> Collection[str]:
@@ -62,7 +62,7 @@ class TrainingData(Protocol):
         ...
 
     def count(self, batches: list[Batch], modalities: Collection[str]) -> dict[str, float]:
-        """Return what micro-batches hold of each dataset; modalities: of the media counted."""
+        """Count each dataset's share of micro-batches; modalities: of the media counted."""
         ...
 
     def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:
@@ -72,7 +72,7 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: the objective's reduced means, summed counters, norm and rate.
+    """The results of a step: the objective's reduced means, summed counters, norm and rate.
 
     sample_ids: of all ranks, sorted, where the data ask for them to be logged.
     """
@@ -85,7 +85,7 @@ class StepResult:
 
 
 class Accounting:
-    """Counts of one run.
+    """The counts of one run.
 
     Args:
         data: counts its datasets and stops a run with too many bad samples.
@@ -110,7 +110,7 @@ class Accounting:
         self.totals |= totals
 
     def count(self, batches: list[Batch]) -> dict[str, float]:
-        """What this rank adds to the step's counters: its replica's batches where it reads them.
+        """Return what this rank adds to the step's counters: its replica's batches, or zeros.
 
         Every context-parallel rank's group reads the same batches: the first one counts.
         """
@@ -138,13 +138,13 @@ class Accounting:
         self.totals["tokens"] += int(counters["tokens"])
         datasets = self.totals["datasets"]
         for name in self.data.counter_names(self.modalities):
-            dataset, _, what = name.rpartition("/")
+            dataset, _, counter = name.rpartition("/")
             of_dataset = datasets.setdefault(dataset, {})
-            of_dataset[what] = of_dataset.get(what, 0) + int(counters[name])
+            of_dataset[counter] = of_dataset.get(counter, 0) + int(counters[name])
         self.data.check_bad(datasets)
 
     def sample_ids(self, batches: list[Batch]) -> list[int]:
-        """Ids of the samples of this step on all ranks, those of holes negative; collective."""
+        """Return the sample ids of this step on all ranks, those of holes negative; collective."""
         local: list[int] = []
         if _speaks_for_replica():
             local = [i for batch in batches for i in batch.sample_ids.tolist()]

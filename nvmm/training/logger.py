@@ -1,22 +1,24 @@
-"""Where a run's numbers go: log files, TensorBoard, W&B and a progress line."""
+"""The outlets of a run's numbers: log files, TensorBoard, W&B and a progress line."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from nvmm.config.nested import flat
+from nvmm.io.files import write
 from nvmm.io.progress import progress
-from nvmm.training.summary import finite, replace_text
+from nvmm.training.summary import finite
 
 
 class Logger:
-    """Writes a run's log files and its progress line. Does nothing where it is not enabled.
+    """The writer of a run's log files and its progress line. It does nothing where not enabled.
 
     Args:
         tensorboard: also write event files to `run_dir/tensorboard`.
@@ -50,13 +52,13 @@ class Logger:
         self._wandb_project = wandb_project if wandb else None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        for package, wanted in {"tensorboard": tensorboard, "wandb": wandb}.items():
-            # On every rank: one that stops alone would leave the others waiting.
-            if wanted and find_spec(package) is None:
+        for package, chosen in {"tensorboard": tensorboard, "wandb": wandb}.items():
+            # Every rank checks this: one that stops alone would leave the others waiting.
+            if chosen and find_spec(package) is None:
                 raise ValueError(f"logger.{package}=true needs a package: pip install {package}")
 
     def resume(self, step: int) -> None:
-        """Go on after `step` steps: lines that a run left behind its last checkpoint are dropped.
+        """Go on after `step` steps, and drop the lines behind them that an earlier run left.
 
         Without this call the run starts at 0 and its files anew.
         """
@@ -101,7 +103,11 @@ class Logger:
         self._files[name].write(json.dumps(finite(record), allow_nan=False) + "\n")
         self._files[name].flush()
         self._done = record["step"]
-        scalars = dict(_scalars(record))
+        scalars = {
+            key: value
+            for key, value in flat(record, "/")
+            if value is not None and key.rpartition("/")[2] not in ("step", "sample_ids")
+        }
         if self._tensorboard is not None:
             for key, value in scalars.items():
                 self._tensorboard.add_scalar(key, value, record["step"])
@@ -136,18 +142,7 @@ def _drop_after(path: Path, step: int) -> None:
     """Keep the complete lines of `path` up to `step`."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A process that died while writing leaves a last line without its end.
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    replace_text(path, "".join(kept))
-
-
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of a nested record by their path: ("model_flops/vision", 1.0)."""
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif value is not None and key not in ("step", "sample_ids"):
-            yield f"{prefix}{key}", value
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A process that died while writing leaves a last line without its end.
+    complete = [line for line in lines if line.endswith("\n")]
+    write(path, "".join(line for line in complete if json.loads(line)["step"] <= step))

@@ -1,8 +1,4 @@
-"""What a training step gave: metrics reduced over ranks, the run's log files.
-
-A run directory gets `metrics.jsonl` (one object a logged step), `validation.jsonl`
-(one object a validation) and `summary.json` (what a reader wants to know of the whole run).
-"""
+"""Reduce a training step's metrics over ranks, and ask the device for its name and memory."""
 
 from __future__ import annotations
 
@@ -34,12 +30,12 @@ PEAK_FLOPS = {
 def reduce_metrics(
     metrics: Sequence[Mapping[str, Tensor]], device: torch.device | str
 ) -> dict[str, float]:
-    """Means of a step's metrics, the same on every rank. Collective: every rank calls it.
+    """Return the means of a step's metrics, the same on every rank; collective.
 
     Args:
-        metrics: what the schedule returned: on the last pipeline stage one {name: [sum, count]}
-            per micro-batch, elsewhere empty. Every micro-batch has the same names.
-        device: where the collective's tensors live.
+        metrics: the schedule's results: on the last pipeline stage one {name: [sum, count]} per
+            micro-batch, elsewhere empty. Every micro-batch has the same names.
+        device: the device of the collective's tensors.
 
     Sums and counts are added over micro-batches, data- and context-parallel ranks; only then comes
     the one division (a count of 0 gives the sum, 0).
@@ -73,7 +69,7 @@ def reduce_metrics(
 
 
 def reduce_counters(counters: Mapping[str, float], device: torch.device | str) -> dict[str, float]:
-    """Sums over all ranks, the same everywhere. Collective.
+    """Return the counters' sums over all ranks, the same everywhere; collective.
 
     One rank of each model replica gives the replica's counts; the others give zeros.
     """
@@ -83,14 +79,14 @@ def reduce_counters(counters: Mapping[str, float], device: torch.device | str) -
 
 
 def device_name() -> str | None:
-    """Name of this rank's GPU, None on the CPU."""
+    """Return the name of this rank's GPU, None on the CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def peak_flops(dtype: torch.dtype, device: str | None = None) -> float | None:
-    """Peak FLOP/s of this rank's GPU, or of a device of the given name.
+    """Return the peak FLOP/s of this rank's GPU, or of a device of the given name.
 
-    None where it is unknown: on the CPU, and in other dtypes than bf16.
+    Returns None where it is unknown: on the CPU, and in other dtypes than bf16.
     """
     device = device or device_name()
     if device is None or dtype != torch.bfloat16:
@@ -103,7 +99,7 @@ def peak_flops(dtype: torch.dtype, device: str | None = None) -> float | None:
 
 
 def memory_peak_bytes() -> int:
-    """Most memory this process has used: allocated on its GPU, else resident."""
+    """Return the most memory this process has used: allocated on its GPU, else resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,16 +23,18 @@ _GROUP_KEYS = ("pattern", "learning_rate", "min_learning_rate", "weight_decay")
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW, its schedule, and what each parameter gets of both. Patterns are shell patterns of
-    global parameter names (`vision.*`); one that matches nothing is an error.
+    """AdamW and its schedule, for all parameters and for groups of them.
+
+    Patterns are shell patterns of global parameter names (`vision.*`); one that matches nothing is
+    an error.
 
     Args:
         learning_rate: peak, reached after `warmup_steps` optimizer steps that rise linearly.
-        min_learning_rate: where the decay ends, at `decay_steps` steps from the start of training
-            (None: the run's max_steps).
+        min_learning_rate: the rate at the end of the decay, `decay_steps` steps from the start of
+            training (None: the run's max_steps).
         schedule: cosine | linear | constant.
         betas, eps, weight_decay: AdamW's. Vectors (norms, biases) and names ending in .bias are
-            not decayed, as in Megatron-LM, nor what `no_decay` matches.
+            not decayed, as in Megatron-LM, nor are those that `no_decay` matches.
         clip_grad: largest global L2 norm of the gradients; 0 does not clip.
         freeze: parameters that are not trained.
         groups: [{pattern, learning_rate, min_learning_rate?, weight_decay?}]: parameters with a
@@ -79,7 +81,7 @@ class Optim:
             _check_group(f"optim.groups[{index}]", group)
 
     def param_groups(self) -> list[Group]:
-        """The default group and then one for each of `groups`."""
+        """Return the default group and then one for each of `groups`."""
         groups = [Group(None, self.learning_rate, self.min_learning_rate, self.weight_decay)]
         for group in self.groups:
             peak = group["learning_rate"]
@@ -93,7 +95,10 @@ class Optim:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one learning rate. pattern: None for all that no other group names."""
+    """Parameters of one learning rate.
+
+    pattern: of their global names; None for all parameters that no other group names.
+    """
 
     pattern: str | None
     learning_rate: float
@@ -136,7 +141,7 @@ def learning_rate(
     decay_steps: int,
     schedule: Schedule = "cosine",
 ) -> float:
-    """Learning rate of the 0-based optimizer step `step`.
+    """Return the learning rate of the 0-based optimizer step `step`.
 
     Step k of the warm-up uses peak * (k + 1) / warmup_steps, so that no step is lost to a rate of
     zero; the decay starts at the peak and is at `floor` from `decay_steps` on.
@@ -146,5 +151,5 @@ def learning_rate(
     if schedule == "constant":
         return peak
     progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
-    left = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return floor + (peak - floor) * left
+    share = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * share

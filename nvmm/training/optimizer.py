@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +13,12 @@ from torch.nn import Module
 
 from nvmm.kernels.adamw import FusedAdam
 from nvmm.kernels.multi_tensor import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
-from nvmm.parallel.collectives import gather
-from nvmm.parallel.parameters import match, sharded_parameters, unmatched
+from nvmm.parallel.parameters import (
+    match,
+    names_on_all_ranks,
+    refuse_unmatched,
+    sharded_parameters,
+)
 from nvmm.parallel.setup import Parallel, Precision
 from nvmm.training.optim import MOMENTS, Group, Optim, learning_rate
 
@@ -25,8 +29,8 @@ def freeze(models: Sequence[Module], patterns: Sequence[str]) -> list[str]:
     global names. Raises ValueError for a pattern that matches nothing on any pipeline stage.
     """
     parameters = sharded_parameters(models)
-    names = _union(parameter.name for parameter in parameters)
-    _refuse_unmatched("optim.freeze", patterns, names)
+    names = names_on_all_ranks(parameter.name for parameter in parameters)
+    refuse_unmatched("optim.freeze", patterns, names, "no parameter")
     for parameter in parameters:
         if any(match(pattern, parameter.name) for pattern in patterns):
             parameter.parameter.requires_grad_(False)
@@ -34,8 +38,9 @@ def freeze(models: Sequence[Module], patterns: Sequence[str]) -> list[str]:
 
 
 def wrap(models: Sequence[Module], parallel: Parallel, precision: Precision) -> list[Any]:
-    """mcore's DistributedDataParallel around each chunk, always for the distributed optimizer:
-    its plain optimizer writes another checkpoint format.
+    """Wrap each chunk in mcore's DistributedDataParallel.
+
+    It is always set for the distributed optimizer: the plain one writes another checkpoint format.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -53,9 +58,10 @@ def wrap(models: Sequence[Module], parallel: Parallel, precision: Precision) -> 
 
 
 def install_adam(moments_dtype: torch.dtype = torch.float32) -> None:
-    """Make mcore build `FusedAdam`: it picks TE's, Apex's or torch's at import and takes no
-    argument. torch's keeps a step in every parameter's state, which mcore cannot load afresh.
-    Raises AttributeError when this mcore has other names.
+    """Make mcore build `FusedAdam`: it picks TE's, Apex's or torch's at import and takes no other.
+
+    torch's keeps a step in every parameter's state, which mcore cannot load afresh. Raises
+    AttributeError when this mcore has other names.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
@@ -67,9 +73,10 @@ def install_adam(moments_dtype: torch.dtype = torch.float32) -> None:
 
 
 def install_multi_tensor() -> None:
-    """Give mcore our norm and scaling of gradient lists in the place of TE's, Apex's or its own
-    loops, so that every machine computes alike. Raises AttributeError when this mcore has other
-    names. Megatron FSDP, which nvmm does not use, keeps its own.
+    """Replace mcore's norm and scaling of gradient lists, so that every machine computes alike.
+
+    mcore uses TE's, Apex's or its own loops. Megatron FSDP, which nvmm does not use, keeps its own.
+    Raises AttributeError when this mcore has other names.
     """
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.optimizer as optimizer
@@ -94,7 +101,7 @@ def _replace(module: ModuleType, what: str, **values: Any) -> None:
 def build_optimizer(
     ddp_models: Sequence[Any], optim: Optim, precision: Precision, max_steps: int
 ) -> Optimizer:
-    """mcore's distributed optimizer over the trainable parameters of `wrap`ped chunks.
+    """Build mcore's distributed optimizer over the trainable parameters of `wrap`ped chunks.
 
     Collective: patterns are matched against the whole model. Raises ValueError for a pattern of
     `optim.no_decay` that matches nothing, of `optim.groups` that matches nothing trainable, for a
@@ -102,8 +109,10 @@ def build_optimizer(
     """
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    # 1. Replace mcore's functions first: it looks them up when the optimizer is built.
     install_adam(MOMENTS[optim.moments_dtype])
     install_multi_tensor()
+    # 2. Learning rates of mcore's config are the default group's; others override them.
     groups = optim.param_groups()
     config = OptimizerConfig(
         optimizer="adam",
@@ -118,6 +127,8 @@ def build_optimizer(
         params_dtype=precision.torch_dtype,
         use_distributed_optimizer=True,
     )
+    # 3. Each data-parallel rank gets a share of masters and moments. `Parallel.initialize` makes
+    # no gloo groups beside the others, so mcore must not look for them.
     mcore = get_megatron_optimizer(
         config,
         list(ddp_models),
@@ -130,7 +141,7 @@ def build_optimizer(
 def _overrides(
     ddp_models: Sequence[Any], optim: Optim, groups: list[Group]
 ) -> dict[Any, dict[str, float]]:
-    """mcore's param-group overrides, by parameter: mcore itself passes names local to a stage.
+    """Return mcore's param-group overrides, by parameter: mcore passes names local to a stage.
 
     Group i carries lr_mult = i + 1. mcore 0.16.1 reads that number nowhere but tells groups apart
     by it when it loads a state; without it all groups would get one of their learning rates.
@@ -138,17 +149,20 @@ def _overrides(
     from megatron.core.optimizer import ParamKey, ParamPredicate
 
     parameters = sharded_parameters([model.module for model in ddp_models])
-    _refuse_unmatched("optim.no_decay", optim.no_decay, _union(p.name for p in parameters))
-    trainable = _union(p.name for p in parameters if p.parameter.requires_grad)
+    # 1. Every pattern does something, and no parameter is in two groups.
+    names = [p.name for p in parameters]
+    refuse_unmatched("optim.no_decay", optim.no_decay, names, "no parameter")
+    trainable = names_on_all_ranks(p.name for p in parameters if p.parameter.requires_grad)
     if not trainable:
         raise ValueError(f"optim.freeze={list(optim.freeze)} leaves nothing to train")
     patterns = [group.pattern for group in groups if group.pattern is not None]
-    _refuse_unmatched("optim.groups", patterns, trainable, "no trainable parameter")
+    refuse_unmatched("optim.groups", patterns, trainable, "no trainable parameter")
     for name in trainable:
         several = [pattern for pattern in patterns if match(pattern, name)]
         if len(several) > 1:
             raise ValueError(f"optim.groups: {name} matches more than one pattern: {several}")
 
+    # 2. The parameters of each group, and those that decay leaves alone: vectors and `no_decay`.
     members: list[set[int]] = [set() for _ in groups]
     undecayed: set[int] = set()
     for p in parameters:
@@ -162,6 +176,7 @@ def _overrides(
     def key(name: str, identities: set[int]) -> Any:
         return ParamKey(predicate=ParamPredicate(name=name, fn=lambda p: id(p) in identities))
 
+    # 3. One override a group; a default group (no pattern) has the config's own values.
     overrides = {
         key(f"group {index}", members[index]): {
             "lr_mult": float(index + 1),
@@ -222,8 +237,9 @@ class Optimizer:
         self.mcore.zero_grad()
 
     def prepare(self) -> float:
-        """Take over the reduced gradients; return their global L2 norm, unclipped, the same on
-        every rank. Each parameter counts once, however many ranks hold it.
+        """Take over the reduced gradients; return their global L2 norm before clipping.
+
+        The norm is the same on every rank; each parameter counts once, however many ranks hold it.
         """
         self.mcore.prepare_grads()
         self.grad_norm = float(self.mcore.get_grad_norm())
@@ -244,7 +260,7 @@ class Optimizer:
         self.mcore.zero_grad()
 
     def step(self) -> tuple[bool, float]:
-        """`prepare`, then `apply` if the norm is finite, else `discard`. (applied, norm)."""
+        """Do a whole step: apply it if the norm is finite, else discard it; (applied, norm)."""
         norm = self.prepare()
         finite = math.isfinite(norm)
         if finite:
@@ -260,7 +276,7 @@ class Optimizer:
     def sharded_state_dict(
         self, model_state: dict[str, Any], is_loading: bool, sharding_type: str
     ) -> dict[str, Any]:
-        """The sharded tensors of master weights and running means: nothing but tensors.
+        """Return the sharded tensors of master weights and running means, and nothing else.
 
         mcore's own adds its param groups and bucket sizes, pickled; learning rates and decays are
         the config's here, and the step is `num_steps`.
@@ -287,17 +303,5 @@ class Optimizer:
 
     @property
     def num_steps(self) -> int:
-        """Updates made so far: AdamW's bias correction. Skipped steps do not count."""
+        """Updates made so far, for AdamW's bias correction. Skipped steps do not count."""
         return int(self.mcore.param_groups[0]["step"])
-
-
-def _union(names: Iterable[str]) -> list[str]:
-    return sorted({name for rank in gather(dict.fromkeys(names)) for name in rank})
-
-
-def _refuse_unmatched(
-    key: str, patterns: Sequence[str], names: Sequence[str], what: str = "no parameter"
-) -> None:
-    lost = unmatched(patterns, names)
-    if lost:
-        raise ValueError(f"{key}: {lost} matches {what}; names are like {', '.join(names[:3])}")

@@ -1,4 +1,4 @@
-"""A torch profiler trace of some steps."""
+"""Write a torch profiler trace of some steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 def profiled(trace: Path, steps: Sequence[int] | None) -> Iterator[Callable[[], object]]:
     """Write a trace of this process's steps [start, stop), counted from the first one run here.
 
-    Yields what is called after each step. Without `steps` nothing is profiled.
+    Yields a function to call after each step. Without `steps` nothing is profiled.
     """
     if steps is None:
         yield lambda: None

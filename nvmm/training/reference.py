@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.load import load_weights
 from nvmm.modules.fp8_scales import Scaling
 
@@ -20,8 +20,8 @@ from nvmm.modules.fp8_scales import Scaling
 class Reference:
     """This rank's parameters as they were when the run started, in host memory.
 
-    Only what is trained has a copy: the rest still is what it was. Of a LoRA run that is its
-    adapters, whose B starts as zeros, and what `lora.train` names: the reference is the base.
+    Only trained parameters have a copy: the others have not changed. In a LoRA run those are its
+    adapters, whose B starts as zeros, and the names of `lora.train`: the reference is the base.
 
     Checkpoints hold no copy but say where it came from (`source`), and a resume loads that again,
     or draws it from the seed again: initial weights depend on seed and global name alone.
@@ -37,7 +37,7 @@ class Reference:
     def __init__(self, chunks: Sequence[Module], scaling: Scaling) -> None:
         self.chunks = chunks
         self.scaling = scaling
-        self.source: Base | None = None
+        self.source: BaseCheckpoint | None = None
         self._copies: list[tuple[Parameter, Tensor]] = [
             (parameter, _host_copy(parameter.data))
             for chunk in chunks
@@ -45,21 +45,21 @@ class Reference:
             if parameter.requires_grad
         ]
 
-    def take(self, source: Base | None) -> None:
+    def take(self, source: BaseCheckpoint | None) -> None:
         """Take the weights that the chunks have now, which `source` gave."""
         self.source = source
         for parameter, copy in self._copies:
             copy.copy_(parameter.data)
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint says of the reference."""
+        """Return a checkpoint's record of the reference."""
         return {"reference": None if self.source is None else asdict(self.source)}
 
     def take_again(self, path: Path, state: dict[str, Any], moved: Path | None) -> None:
         """Take the weights that the run of a checkpoint started from; collective.
 
-        The chunks have the seed's weights before, and the reference's afterwards. moved: where the
-        source lies if it has moved.
+        The chunks have the seed's weights before, and the reference's afterwards. moved: the
+        directory of the source if it has moved.
 
         Raises ValueError when the checkpoint at `path` does not say where its run started, or the
         source is gone or has other weights.
@@ -72,7 +72,7 @@ class Reference:
         source = None
         if state["reference"] is not None:
             what = "the reference that this run started from"
-            source = Base(**state["reference"]).located(moved, what)
+            source = BaseCheckpoint(**state["reference"]).located(moved, what)
             load_weights(Path(source.path), self.chunks)
         self.take(source)
 

@@ -1,4 +1,4 @@
-"""Where a run begins: at step 0 from the seed or from given weights, or where it stopped."""
+"""Begin a run: at step 0 from the seed or from given weights, or at the step where it stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.nn import Module
 
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.files import find, latest, read_state, require_resumable
 from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.config.changes import Change, compare
@@ -23,7 +23,7 @@ log = logging.getLogger("nvmm")
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The beginning of a run.
 
     step: optimizer steps done. position: where the data order stands, None at its beginning.
     counters: what the run has counted so far. base: the checkpoint whose frozen weights this run's
@@ -33,7 +33,7 @@ class Start:
     step: int = 0
     position: dict[str, Any] | None = None
     counters: dict[str, Any] = field(default_factory=dict)
-    base: Base | None = None
+    base: BaseCheckpoint | None = None
 
 
 def start(
@@ -51,13 +51,13 @@ def start(
     command: str,
     say: Callable[[str], None],
 ) -> Start:
-    """Fill model and optimizer with what the run begins from; collective.
+    """Fill model and optimizer with the weights and state that the run begins from; collective.
 
     Args:
         config: the run's; a resume compares it with the checkpoint's.
         resume: "auto", "never", or the checkpoint or run directory to go on from.
         init_from: the checkpoint whose weights a new run starts from.
-        adapts: whether the run trains adapters on what `init_from` gives.
+        adapts: the run trains adapters on the weights that `init_from` gives.
         reference: takes the weights that the run started from, also those of a resumed run.
         command: the command that resumes this run, for the log.
 
@@ -65,31 +65,34 @@ def start(
     run has one.
     """
     path = checkpoint_to_resume(run_dir, resume)
+    # 1. A new run: the seed's weights are there already, `init_from` replaces them.
     if path is None:
         base = None
         if init_from is not None:
             path = find(init_from)
             missing = load_weights(path, chunks)
             optimizer.reload_parameters()
-            base = Base.of(path) if adapts else None
+            base = BaseCheckpoint.of(path) if adapts else None
             if reference is not None:
-                reference.take(Base.of(path))
+                reference.take(BaseCheckpoint.of(path))
             say(f"weights from {path}; not in it: {missing or 'none'}")
         say(f"starting {run_dir} from step 0; resume it with: {command}")
         return Start(base=base)
+    # 2. A resumed run: its config is compared before anything is loaded.
     require_resumable(path)
     state = read_state(path)
     refused, notable = compare(state["config"], config)
     if state["tokenizer_digest"] != tokenizer_digest:
         refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer_digest))
     if reference is not None:
-        # What was trained and is frozen now has no copy that says where it started.
+        # A parameter that was trained and is frozen now has no copy of the value it started from.
         refused += [change for change in notable if change.key == "optim.freeze"]
     if refused:
         listing = "\n  ".join(map(str, refused))
         raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
+    # 3. The base's weights come before the run's own, and so do those of the reference.
     moved = Path(init_from).expanduser() if init_from is not None else None
-    base = Base.saved(state)
+    base = BaseCheckpoint.saved(state)
     base = base.located(moved) if base is not None else None
     if reference is not None:
         reference.take_again(path, state, moved)
@@ -104,7 +107,7 @@ def start(
 
 
 def checkpoint_to_resume(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `resume` asks for, None for a new run; collective."""
+    """Return the checkpoint that `resume` asks for, None for a new run; collective."""
     newest = latest(run_dir / "checkpoints")
     if resume == "never":
         if newest is not None:

@@ -1,4 +1,4 @@
-"""summary.json of a run: what it took, and on which machine and revision."""
+"""The summary.json of a run: its time and counts, and the machine and revision it ran on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nvmm.io.files import write
 from nvmm.training.metrics import device_name
 
 
@@ -27,12 +28,12 @@ def update_summary(run_dir: str | Path, **values: Any) -> dict[str, Any]:
     path = Path(run_dir) / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     summary.update(values)
-    replace_text(path, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+    write(path, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
     return summary
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout this package runs from ("-dirty" if changed), None outside one."""
+    """Return the commit of this package's checkout ("-dirty" if changed), None outside one."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with contextlib.suppress(FileNotFoundError):
         result = subprocess.run(
@@ -43,7 +44,7 @@ def git_revision() -> str | None:
 
 
 def machine() -> dict[str, str | int]:
-    """What this rank runs on."""
+    """Describe the machine that this rank runs on."""
     return {
         "device": device_name() or _processor(),
         "cpu_cores": os.cpu_count() or 1,
@@ -61,15 +62,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, or leave the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def finite(value: Any) -> Any:
-    """JSON has no NaN: a non-finite number is null."""
+    """Replace non-finite numbers by None: JSON has no NaN."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from nvmm.batch import Batch
-from nvmm.checkpoint.base import Base
+from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.save import Checkpoint
 from nvmm.config.choices import Backend, require
 from nvmm.modules.fp8_scales import Scaling
@@ -47,7 +47,7 @@ OnNonfinite = Literal["stop", "skip"]
 
 
 class Trainer:
-    """Trains one model with one objective on one dataset.
+    """The training of one model with one objective on one dataset.
 
     Args:
         max_steps: optimizer steps of the whole run.
@@ -60,9 +60,9 @@ class Trainer:
         max_minutes: save and stop after this wall time.
         profile: [start, stop] steps of a torch profiler trace.
         on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the step.
-        run_dir: where everything is written; config: the resolved config; overrides: the command
+        run_dir: the directory of all output; config: the resolved config; overrides: the command
             line's, for the message that says how to resume.
-        lora: adapters; all of the base but what it names is then frozen.
+        lora: adapters; all of the base but the parameters it names is then frozen.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Trainer:
         self.accounting = Accounting(data, self.chunks[0], peak_flops(precision.torch_dtype))
         self.position: dict[str, Any] | None = None
         self.lora = lora
-        self.base: Base | None = None
+        self.base: BaseCheckpoint | None = None
         needed = objective.needs_reference
         self.reference = Reference(self.chunks, self.scaling) if needed else None
         self.started = time.monotonic()
@@ -157,13 +157,13 @@ class Trainer:
         profile = self.profile if dist.get_rank() == 0 else None
         with profiled(self.run_dir / "profile.json", profile) as profile_step:
             while step < self.max_steps:
-                # All waiting for data is in here: what the log says of the rest is computation.
+                # The only wait for data is here, so that the rest of a step is computation.
                 begin = time.monotonic()
                 micro_batches = next(batches)
                 waited = time.monotonic() - begin
                 if step == first:
                     self._say_payload(micro_batches)
-                # A parameter that is never reached shows at the first step; later ones cost less.
+                # A parameter that no gradient reaches shows at the first step already.
                 result = self.train_step(step, micro_batches, check=step == first)
                 step += 1
                 profile_step()
@@ -172,12 +172,12 @@ class Trainer:
                     "data_wait_seconds": waited,
                     "checkpoint_stall_seconds": stalled,
                 }
-                # Before the save: what a checkpoint has is in the log, whatever kills the run.
+                # Log before the save: a checkpoint's steps are in the log, whatever kills the run.
                 self._log_step(step, seconds, result)
                 stalled = self._save_if_due(step)
                 if self.validation_interval and step % self.validation_interval == 0:
                     self.validate(step)
-                # After all else of the step: ranks agree here, and must be at the same place.
+                # This comes last: it is collective, and ranks do different things above.
                 if self._must_stop():
                     break
         self._finish(step)
@@ -194,12 +194,12 @@ class Trainer:
             metrics = self.forward_backward(batches)
         if gradients is not None:
             gradients.raise_on_missing()
-        # A sum over ranks: each replica counts once, and ranks that read no data count nothing.
+        # Counters are summed over ranks: each replica counts once, other ranks give zeros.
         counters = reduce_counters(self.accounting.count(batches), self.device)
         grad_norm, learning_rate = self.update(step, metrics["loss"], batches)
-        # Too many bad samples stop the run here, once the step they are in has counted them all.
+        # Too many bad samples stop the run here, after the step has counted them all.
         self.accounting.add(counters)
-        # Gathered over all ranks, so only where the log wants them.
+        # The ids are gathered over all ranks, which costs time: only where the log wants them.
         sample_ids = self.accounting.sample_ids(batches) if self.data.log_samples else None
         return StepResult(metrics, counters, grad_norm, learning_rate, sample_ids)
 
@@ -210,7 +210,8 @@ class Trainer:
         outputs = schedule.run_schedule(
             self.models, batches, self._forward_step, forward_only=False
         )
-        # The loss of a training pass may be a surrogate's, whose value means nothing.
+        # A training pass may have a surrogate loss, whose value says nothing; `prepare` then
+        # gives the real one.
         return reduce_metrics(outputs, self.device) | surrogate
 
     def update(self, step: int, loss: float, batches: list[Batch]) -> tuple[float, float]:
@@ -226,7 +227,7 @@ class Trainer:
             # FP8 scales move with the weights: all micro-batches of a step have seen the same.
             self.scaling.update()
         elif self.on_nonfinite == "skip":
-            # As if the step had not been, but for the learning rate's schedule and the data.
+            # Nothing of the step remains, but the schedule and the data have gone on.
             self.optimizer.discard()
             self.scaling.discard()
             self.accounting.totals["skipped_steps"] += 1
@@ -238,19 +239,19 @@ class Trainer:
         return grad_norm, learning_rate
 
     def validate(self, step: int) -> dict[str, float]:
-        """Mean of the objective's metrics over held-out batches; weights are left alone.
+        """Return the means of the objective's metrics over held-out batches; weights stay.
 
         A loss over the whole batch is one here too: `Objective.prepare` runs as in training.
         """
         count = self.data.num_batches("validation", self.global_batch_size)
         count = min(count, self.validation_batches or count)
-        # Read from the beginning each time: validations see the same samples.
+        # Each validation reads from the beginning, so that all see the same samples.
         batches = self.batches("validation", 0)
         for model in self.models:
             model.eval()
         outputs: list[dict[str, Tensor]] = []
         surrogates: list[dict[str, float]] = []
-        # Hooks that gather parameters belong to training steps, whose optimizer set them off.
+        # The hooks that gather parameters wait for a training step's optimizer: they are paused.
         with torch.no_grad(), self._gathered_parameters():
             for _ in range(count):
                 prepared, surrogate = self.objective.prepare(self.run, next(batches))
@@ -271,10 +272,11 @@ class Trainer:
     # -- schedule ---------------------------------------------------------------------------
 
     def _forward_step(self, batches: Iterator[Batch], model: Module) -> tuple[Tensor, Any]:
-        """The single adapter to mcore's schedules."""
+        """Run one micro-batch for mcore's schedules; return its output and its loss function."""
         batch = next(batches)
-        own = context_parallel.share(batch)
-        return self.objective.forward(model, batch), partial(self.objective.loss, batch=own)
+        local_batch = context_parallel.share(batch)
+        loss = partial(self.objective.loss, batch=local_batch)
+        return self.objective.forward(model, batch), loss
 
     def run(self, batches: list[Batch], weights: str = "current") -> list[Tensor]:
         """Run forward only for `Objective.prepare`; see `nvmm.objectives.objective.Run`."""
@@ -317,7 +319,7 @@ class Trainer:
     # -- data -------------------------------------------------------------------------------
 
     def batches(self, split: str, start: int) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every step from `start` on, read once per replica.
+        """Yield this rank's micro-batches of every step from `start` on, read once per replica.
 
         Raises ValueError when the reader cannot read, and for a batch whose extras are not those
         that objective and model read.
@@ -347,7 +349,7 @@ class Trainer:
             yield broadcast_batches(read, error, self.device)
 
     def _check_batch(self, split: str, batch: Batch) -> None:
-        """Refuse data of another model or objective: what is missing, and what nothing reads."""
+        """Refuse data of another model or objective: extras are missing, or nothing reads them."""
         model: Any = self.chunks[0]
         batch.require(model.reads, type(model).__name__)
         needed, read = self.objective.extras, self.objective.extras | model.extras
@@ -397,7 +399,7 @@ class Trainer:
         return shlex.join(words) if size == 1 else f"{launcher} {shlex.join(words[3:])}"
 
     def _save_if_due(self, step: int) -> float:
-        """Save when the interval says so; seconds the loop waited, logged with the next step."""
+        """Save when the interval says so; return the seconds waited, logged with the next step."""
         begin = time.monotonic()
         self.checkpoint.finalize()
         interval = self.checkpoint.save_interval
@@ -428,9 +430,9 @@ class Trainer:
 
     @cached_property
     def _left_out(self) -> set[str]:
-        """This rank's weights that a LoRA run does not save: frozen, and given by its base.
+        """The names of this rank's weights that a LoRA run does not save: frozen, from its base.
 
-        Neither changes once the run has started.
+        They do not change once the run has started.
         """
         if self.base is None:
             return set()
@@ -446,7 +448,7 @@ class Trainer:
                 signal.signal(number, remember)
 
     def _must_stop(self) -> bool:
-        """Whether any rank got a signal or rank 0's time is up: all ranks agree on the step."""
+        """Return True when any rank got a signal or its time is up: all agree on the step."""
         minutes = (time.monotonic() - self.started) / 60
         late = self.max_minutes is not None and minutes >= self.max_minutes
         flag = torch.tensor([float(self._stop_signal != 0 or late)], device=self.device)
@@ -466,7 +468,7 @@ class Trainer:
     # -- reporting --------------------------------------------------------------------------
 
     def _log_step(self, step: int, seconds: dict[str, float], result: StepResult) -> None:
-        """One object of metrics.jsonl."""
+        """Write one object of metrics.jsonl."""
         if step % self.log_interval and step != self.max_steps:
             return
         self.logger.step(self.accounting.record(step, seconds, result), self.max_steps)
@@ -485,7 +487,7 @@ class Trainer:
         }
 
     def _say_payload(self, batches: list[Batch]) -> None:
-        """What a model packs behind the hidden states between pipeline stages, if it does."""
+        """Log the bytes that a model packs behind the hidden states between pipeline stages."""
         size_of = getattr(self.chunks[0], "payload_bytes", None)
         if size_of is None or self.parallel.pipeline_model_parallel_size == 1:
             return
@@ -501,13 +503,15 @@ class Trainer:
 
 
 def count_parameters(chunks: list[Module]) -> int:
-    """Parameters of the whole model, each counted once; collective."""
-    own = sum(
+    """Count the parameters of the whole model, each once; collective."""
+    local_count = sum(
         piece.numel()
         for sharded in sharded_parameters(chunks)
         if sharded.is_main_replica
         for _, piece in sharded.pieces(sharded.parameter.data)
     )
-    total = torch.tensor([own], dtype=torch.int64, device=next(chunks[0].parameters()).device)
+    total = torch.tensor(
+        [local_count], dtype=torch.int64, device=next(chunks[0].parameters()).device
+    )
     dist.all_reduce(total)
     return int(total.item())

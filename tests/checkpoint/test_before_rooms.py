@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from nvmm.checkpoint.files import find, read_state
-from nvmm.config.changes import differences
+from nvmm.config.changes import changes
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.signatures import signature
 from nvmm.data.prepare import digits
@@ -101,6 +101,6 @@ def test_every_old_name_leads_to_a_constructor_with_the_keys_that_were_saved(bef
         signature(new)
     saved: Any = json.loads((find(before / "d") / "state.json").read_text())["state"]["config"]
     current = read_state(find(before / "d"))["config"]
-    changed = {x.saved for x in differences("", saved, current) if x.key.endswith("._target_")}
+    changed = {x.saved for x in changes(saved, current) if x.key.endswith("._target_")}
     assert changed == {x for x in MOVED if f'"{x}"' in json.dumps(saved)} != set()
     assert renamed(current) == current

@@ -20,9 +20,9 @@ from nvmm.batch import IMAGE, Batch
 from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.load import load_weights
 from nvmm.config.check import config_dir
-from nvmm.convert.adapters import Updated
+from nvmm.convert.adapters import MergedLora
 from nvmm.convert.models import open_checkpoint
-from nvmm.convert.sources import Held, read
+from nvmm.convert.sources import InMemory, read
 from nvmm.convert.verify import compare_tensors
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Normal, Parallel, Precision
@@ -162,11 +162,11 @@ def test_an_update_is_added_in_fp32_and_rounded_once() -> None:
     weight = torch.randn(6, 5_000_000 // 6).bfloat16()
     a, b = torch.randn(4, weight.shape[1]).bfloat16(), torch.randn(6, 2).bfloat16()
     mask = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
-    source = Held({"x.weight": weight, "x.lora_a": a, "x.lora_b": b, "y.weight": weight})
+    source = InMemory({"x.weight": weight, "x.lora_a": a, "x.lora_b": b, "y.weight": weight})
     update = torch.cat([b[:3].float() @ a[:2].float(), b[3:].float() @ a[2:].float()])
     exact = weight.float() + 0.5 * update
     for dtype in (None, torch.float32):
-        merged = Updated(source, {"x": mask}, 0.5, dtype)
+        merged = MergedLora(source, {"x": mask}, 0.5, dtype)
         assert merged.spec.keys() == {"x.weight", "y.weight"}
         assert len(list(merged.blocks("x.weight"))) > 1
         found = read(merged, "x.weight")

@@ -190,7 +190,7 @@ def test_gradients_in_float64() -> None:
 
 @pytest.mark.parametrize("hooked", [True, False])
 def test_main_grad_gets_the_gradient_once(hooked: bool) -> None:
-    """With mcore's hook a stand-in is returned and marked, without it nothing."""
+    """With mcore's hook a placeholder is returned and marked, without it nothing."""
     hidden, weight, labels = tensors(7, 30)
     plain = weight.clone().requires_grad_()
     linear_cross_entropy(hidden, plain, labels, chunk=8).sum().backward()

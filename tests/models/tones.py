@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from nvmm.batch import MediaKind, Sample, Text, TextMedia
 from nvmm.data.samples.builder import Builder
-from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.modules.encoders.base import Encoder, empty
 from nvmm.parallel.setup import Chunk
 
 TONES = MediaKind("tones")
@@ -51,7 +51,7 @@ class ToneBuilder(Builder):
         return Sample((text,), source=record.source)
 
 
-class ToneEncoder(EncoderTower):
+class ToneEncoder(Encoder):
     """Pairs of frames, projected, and a bidirectional block."""
 
     def __init__(self, transformer: Callable[..., Any], *, chunk: Chunk) -> None:

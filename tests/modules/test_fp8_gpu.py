@@ -102,12 +102,14 @@ def test_a_linear_of_each_recipe(fp8: Fp8) -> None:
     weight = theirs.weight.detach().clone().requires_grad_()
     group = dist.group.WORLD
     quantizer = Quantizer(fp8, group, group, weight.device)
-    way = linears._Way(gathers=False, reduces=False, keeps=True, into_main_grad=False)
+    mode = linears._LinearMode(
+        gather_input=False, reduce_grad=False, training=True, into_main_grad=False
+    )
     for number in range(STEPS):
         x, dy = tensors(number)
         expected = step(theirs, recipe, number)
         x.requires_grad_()
-        found = linears._Linear.apply(x, weight, quantizer, way)
+        found = linears._Linear.apply(x, weight, quantizer, mode)
         found.backward(dy)
         for value, wanted in zip((found, x.grad, weight.grad), expected, strict=True):
             close(value, wanted)

@@ -32,12 +32,14 @@ def tensors(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def multiply(
-    q: Quantizer, x: Tensor, weight: Tensor, dy: Tensor, keeps: bool = True
+    q: Quantizer, x: Tensor, weight: Tensor, dy: Tensor, training: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, dx, dW"""
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
-    way = linears._Way(gathers=False, reduces=False, keeps=keeps, into_main_grad=False)
-    y = linears._Linear.apply(x, weight, q, way)
+    mode = linears._LinearMode(
+        gather_input=False, reduce_grad=False, training=training, into_main_grad=False
+    )
+    y = linears._Linear.apply(x, weight, q, mode)
     y.backward(dy)
     return y.detach(), x.grad, weight.grad
 
@@ -187,7 +189,7 @@ def test_histories_by_hand() -> None:
 
 def test_nothing_is_remembered_outside_training() -> None:
     q = quantizer(Fp8())
-    multiply(q, *tensors(4, 16, 8), keeps=False)
+    multiply(q, *tensors(4, 16, 8), training=False)
     assert not q.amax.any() and not q._weight
 
 
@@ -218,8 +220,10 @@ def test_a_frozen_weight_keeps_no_input_and_sends_its_gradient() -> None:
     q = quantizer(Fp8(recipe="current"))
     x, weight, dy = tensors(4, 16, 8)
     x.requires_grad_()
-    way = linears._Way(gathers=False, reduces=False, keeps=True, into_main_grad=False)
-    y = linears._Linear.apply(x, weight, q, way)
+    mode = linears._LinearMode(
+        gather_input=False, reduce_grad=False, training=True, into_main_grad=False
+    )
+    y = linears._Linear.apply(x, weight, q, mode)
     assert len(y.grad_fn.saved_tensors) == 1 and y.grad_fn.saved_tensors[0] is weight
     y.backward(dy)
     torch.testing.assert_close(x.grad, multiply(quantizer(q.fp8), x.detach(), weight, dy)[1])
@@ -230,8 +234,10 @@ def test_gradients_go_into_main_grad() -> None:
     plain = multiply(quantizer(Fp8(recipe="current")), x, weight, dy)[2]
     weight.requires_grad_()
     weight.main_grad = torch.ones_like(weight)
-    way = linears._Way(gathers=False, reduces=False, keeps=True, into_main_grad=True)
-    linears._Linear.apply(x, weight, quantizer(Fp8(recipe="current")), way).backward(dy)
+    mode = linears._LinearMode(
+        gather_input=False, reduce_grad=False, training=True, into_main_grad=True
+    )
+    linears._Linear.apply(x, weight, quantizer(Fp8(recipe="current")), mode).backward(dy)
     torch.testing.assert_close(weight.main_grad, plain + 1)
     assert weight.grad is None
 

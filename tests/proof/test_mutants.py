@@ -195,7 +195,7 @@ def forget_head_norms() -> None:
     """A norm of heads keeps the gradient of its own rank's heads."""
     from nvmm.modules import cross_attention
 
-    cross_attention._each_rank_s_heads = lambda norm: norm
+    cross_attention.heads_per_rank = lambda norm: norm
 
 
 def forget_sharded_gates() -> None:

@@ -14,7 +14,7 @@ from nvmm.config.rules import data, model, parallel, precision, training
 
 
 def violations(config: Mapping[str, Any], world_size: int | None = None) -> list[Problem]:
-    """Every cross-field rule that `config` (resolved, plain) breaks."""
+    """Return a problem for every cross-field rule that `config` (resolved, plain) breaks."""
     view = View(config, world_size)
     return [problem for rule in RULES for problem in rule(view)]
 

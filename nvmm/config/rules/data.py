@@ -1,4 +1,4 @@
-"""Rules of a config's data: what the model takes of an image, and how datasets blend. No torch."""
+"""Rules of a config's data: its images must fit the model, its blend must add up. No torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def vision(view: View) -> Iterator[Problem]:
 
 
 def attended(view: View) -> Iterator[Problem]:
-    """The data leave tiles to cross-attention exactly where the model has it."""
+    """Check that the data leave tiles to cross-attention exactly where the model has it."""
     if view.get("model.vision") is None:
         return
     attends = view.get("model.cross_attention") is not None
@@ -88,7 +88,7 @@ def attended(view: View) -> Iterator[Problem]:
 
 
 def validation(view: View) -> Iterator[Problem]:
-    """Validation reads its samples once, in the order of the files."""
+    """Check that validation, which reads its samples once in the files' order, is not blended."""
     key = "data.validation.local_window"
     if view.get(key) is not None:
         yield Problem(key, view.get(key), "must be null: validation is not shuffled")

@@ -144,18 +144,18 @@ def _cross_attention(view: View) -> Iterator[Problem]:
 
 
 def _transformers(view: View) -> list[str]:
-    """Keys of every TransformerConfig in the model."""
-    found = []
+    """Return the keys of every TransformerConfig in the model."""
+    keys = []
 
     def walk(node: Any, key: str) -> None:
         if isinstance(node, Mapping):
             if str(node.get("_target_", "")).endswith("TransformerConfig"):
-                found.append(key)
+                keys.append(key)
             for name, child in node.items():
                 walk(child, f"{key}.{name}")
 
     walk(view.get("model"), "model")
-    return found
+    return keys
 
 
 def _transformer_engine(view: View) -> bool:

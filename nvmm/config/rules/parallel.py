@@ -1,4 +1,4 @@
-"""Rules of a config's parallel layout: what must divide what, and what needs what. No torch."""
+"""Rules of a config's parallel layout: sizes that must divide, keys that need others. No torch."""
 
 from __future__ import annotations
 
@@ -61,19 +61,23 @@ def _pipeline_layers(view: View) -> Iterator[Problem]:
         )
         for end in ("first", "last")
     }
-    given = {name: count for name, count in ends.items() if count is not None}
-    for name, count in given.items():
+    stage_layers = {name: count for name, count in ends.items() if count is not None}
+    for name, count in stage_layers.items():
         if pipeline == 1:
             yield Problem(name, count, "needs parallel.pipeline_model_parallel_size > 1; use null")
         elif count % chunks:
             yield Problem(name, count, f"must be divisible by the {chunks} virtual stages")
     if layers is None or pipeline == 1:
         return
-    middle, stages = layers - sum(given.values()), pipeline - len(given)
+    middle, stages = layers - sum(stage_layers.values()), pipeline - len(stage_layers)
     if middle < 0 or bool(middle) != bool(stages):
         yield Problem(key, layers, f"leaves {middle} layers for the {stages} stages in the middle")
     elif stages and middle % (stages * chunks):
-        counted = f"minus the {sum(given.values())} of the first and last stages " if given else ""
+        counted = (
+            f"minus the {sum(stage_layers.values())} of the first and last stages "
+            if stage_layers
+            else ""
+        )
         yield Problem(
             key,
             layers,
@@ -143,7 +147,7 @@ def _recompute(view: View) -> Iterator[Problem]:
 
 
 def _batches(view: View) -> Iterator[Problem]:
-    whole = view.integer("trainer.global_batch_size")
+    global_batch = view.integer("trainer.global_batch_size")
     micro = view.integer("trainer.micro_batch_size", 1)
     pipeline = view.size("pipeline")
     context = view.integer("parallel.context_parallel_size", 1) or 1
@@ -160,23 +164,23 @@ def _batches(view: View) -> Iterator[Problem]:
             )
             return
         data_parallel = view.world_size // model
-    if not whole or not micro or whole < 1 or micro < 1:
+    if not global_batch or not micro or global_batch < 1 or micro < 1:
         return
-    if whole % (micro * data_parallel):
+    if global_batch % (micro * data_parallel):
         ranks = f" x {data_parallel} data-parallel ranks" if view.world_size is not None else ""
         yield Problem(
             "trainer.global_batch_size",
-            whole,
+            global_batch,
             f"must be divisible by trainer.micro_batch_size={micro}{ranks}"
             f" = {micro * data_parallel}",
         )
         return
     virtual = view.integer("parallel.virtual_pipeline_model_parallel_size")
-    micro_batches = whole // (micro * data_parallel)
+    micro_batches = global_batch // (micro * data_parallel)
     if view.world_size is not None and virtual is not None and micro_batches % pipeline:
         yield Problem(
             "trainer.global_batch_size",
-            whole,
+            global_batch,
             f"gives {micro_batches} micro-batches a rank, which must be divisible by"
             f" parallel.pipeline_model_parallel_size={pipeline} with virtual stages",
         )

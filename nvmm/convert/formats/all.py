@@ -1,4 +1,4 @@
-"""Which module converts which format, and Hugging Face folders apart from their tensors."""
+"""The module of each format, and everything of a Hugging Face folder but its tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nvmm.config.nested import merged
 from nvmm.convert.formats import (
     clip,
     internvit,
@@ -67,12 +68,12 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
-# Fields that say how weights were stored, or in two ways what we write in one.
+# Fields that describe stored weights, or repeat another field that we write.
 _STALE = ("torch_dtype", "dtype", "rope_parameters", "transformers_version", "auto_map")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json. Raises ValueError when there is none or it is no object."""
+    """Read a folder's config.json. Raises ValueError when there is none or it is no object."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -83,18 +84,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def detect(hf: Mapping[str, Any], folder: Path) -> str:
-    """The format of a folder by its model_type. Raises ValueError when there is no table for it."""
-    kind = hf.get("model_type")
-    if kind not in _MODEL_TYPES:
+    """Return a folder's format by its model_type. Raises ValueError when that has no table."""
+    model_type = hf.get("model_type")
+    if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"{folder}/config.json: model_type={kind!r} has no table; there are"
+            f"{folder}/config.json: model_type={model_type!r} has no table; there are"
             f" {', '.join(_MODEL_TYPES)}"
         )
-    return _MODEL_TYPES[kind]
+    return _MODEL_TYPES[model_type]
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer and processor files of a folder; whether it has a tokenizer."""
+    """Copy the tokenizer and processor files of a folder; return False if it has no tokenizer."""
     names = [name for name in (*_TOKENIZER_FILES, *_OTHER_FILES) if (source / name).is_file()]
     if not set(names) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
         return False
@@ -107,9 +108,9 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 def exported_config(
     derived: Mapping[str, Any], source: Mapping[str, Any] | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """config.json of an export: the model's fields, and what an imported one said besides."""
-    merged = _merged(source or {}, derived)
-    return merged | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    """Return config.json of an export: the model's fields over those of an imported one."""
+    config: dict[str, Any] = merged(source or {}, derived, drop=_STALE)
+    return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def write_folder(
@@ -119,7 +120,7 @@ def write_folder(
     card: str,
     processor: Mapping[str, Any] | None = None,
 ) -> None:
-    """Everything of a Hugging Face folder but its weights; config.json, which makes it, last."""
+    """Write a Hugging Face folder but its weights; config.json, which makes it one, comes last."""
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     generation = folder / "generation_config.json"
@@ -135,12 +136,3 @@ def write_folder(
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    out = {key: value for key, value in base.items() if key not in _STALE}
-    for key, value in changes.items():
-        before = base.get(key)
-        nested = isinstance(value, Mapping) and isinstance(before, Mapping)
-        out[key] = _merged(before, value) if nested else value  # type: ignore[arg-type]
-    return out

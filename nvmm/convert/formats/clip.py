@@ -1,4 +1,4 @@
-"""CLIP's vision tower, from a folder of the tower alone or of the whole model.
+"""CLIP's vision encoder, from a folder of the encoder alone or of the whole model.
 
 Its last norm acts on the pooled class token, which our encoder does not compute: it is left out on
 import and written as the identity.
@@ -18,7 +18,7 @@ from nvmm.convert.mapping import QKV, Drop, Rename, Reshape, Row, Unused, expand
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
 PREFIX = "tower_prefix"
-"""Not a field of any config.json; `complete` finds it in the names."""
+"""A key that no config.json has; `complete` finds its value in the names."""
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "quick_gelu": QUICK_GELU,
     "gelu": GELU,
@@ -28,7 +28,7 @@ _PARTS = ("weight", "bias")
 
 
 def activation(hf: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """Ours of a tower's hidden_act. Raises ValueError for one that we do not have."""
+    """Return our name of an encoder's hidden_act. Raises ValueError for one that we do not have."""
     name = hf.get("hidden_act", default)
     if name not in _ACTIVATIONS:
         choices = ", ".join(_ACTIVATIONS)
@@ -37,22 +37,22 @@ def activation(hf: Mapping[str, Any], default: str) -> dict[str, Any]:
 
 
 def activation_name(config: Mapping[str, Any]) -> str:
-    """Theirs of our TransformerConfig's activation."""
+    """Return their name of our TransformerConfig's activation."""
     for name, target in _ACTIVATIONS.items():
         if target == config["activation_func"]:
             return name
     raise ValueError(f"activation_func={config['activation_func']} has no name in a config.json")
 
 
-def tower(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The vision tower's part of a config.json."""
+def vision_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the vision encoder's part of a config.json."""
     return hf.get("vision_config", hf)  # type: ignore[no-any-return]
 
 
 def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dict[str, Any]:
-    """Our config of a pre-norm LayerNorm ViT with biases; act and epsilon: Transformers' defaults.
+    """Return our config of a pre-norm LayerNorm ViT with biases.
 
-    more: what differs between the towers.
+    act, epsilon: Transformers' defaults. more: fields in which the encoders differ.
     """
     heads = need(hf, "num_attention_heads")
     return {
@@ -78,9 +78,9 @@ def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dic
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config; the features are those of all layers, without the norm."""
+    """Turn config.json into our model config, with all layers and without the norm."""
     return encoder(
-        tower(hf),
+        vision_config(hf),
         "quick_gelu",
         1e-5,
         patch_bias=False,
@@ -91,7 +91,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encoder_fields(model: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """The fields that both towers' config.json have."""
+    """Return the fields that both encoders' config.json have."""
     if "patch_size" not in model:
         raise ValueError(f"--format {family} is an image encoder; name it with --part vision")
     full = whole(model)
@@ -112,7 +112,7 @@ def encoder_fields(model: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json of the tower alone."""
+    """Turn our model config into config.json of the encoder alone."""
     hf = encoder_fields(model, "clip") | {
         "architectures": ["CLIPVisionModel"],
         "model_type": "clip_vision_model",
@@ -122,14 +122,14 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with the prefix of the tower's names: none, or vision_model."""
-    found = [n for n in spec if n.endswith("embeddings.patch_embedding.weight")]
-    prefix = found[0].removesuffix("embeddings.patch_embedding.weight") if found else ""
+    """Add the prefix of the encoder's names to config.json: none, or vision_model."""
+    suffix = "embeddings.patch_embedding.weight"
+    prefix = next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")
     return {**hf, PREFIX: prefix}
 
 
 def layers(model: Mapping[str, Any], prefix: str) -> list[Row]:
-    """Rows of positions, patches and layers of either tower."""
+    """Return the rows of positions, patches and layers of either encoder."""
     full = whole(model)
     config = full["transformer"]
     heads, head_dim = config["num_attention_heads"], config["kv_channels"]
@@ -156,8 +156,8 @@ def layers(model: Mapping[str, Any], prefix: str) -> list[Row]:
     return expand(rows, config["num_layers"])
 
 
-def text_tower(hf: Mapping[str, Any]) -> list[Row]:
-    """The text tower's names, which an encoder of images has no use for."""
+def text_encoder_rows(hf: Mapping[str, Any]) -> list[Row]:
+    """Return rows that drop the text encoder, which an encoder of images has no use for."""
     if "text_config" not in hf:
         return []
     layer, count = "text_model.encoder.layers.*.", hf["text_config"].get("num_hidden_layers", 12)
@@ -173,7 +173,7 @@ def text_tower(hf: Mapping[str, Any]) -> list[Row]:
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of the tower; everything else of a whole CLIP is left out."""
+    """Return the rows of the encoder; everything else of a whole CLIP is left out."""
     prefix = hf.get(PREFIX, "vision_model.")
     width = model["transformer"]["hidden_size"]
     token = Reshape((1, 1, width), (width,))
@@ -183,6 +183,6 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             Row(f"ln_pre.{kind}", (f"{prefix}pre_layrnorm.{kind}",)),
             Row(None, (f"{prefix}post_layernorm.{kind}",), Unused((width,), value)),
         ]
-    # Kept by folders of CLIPVisionModelWithProjection too.
+    # Folders of CLIPVisionModelWithProjection have it too.
     projection = [] if "text_config" in hf else [Row(None, ("visual_projection.weight",), Drop())]
-    return [*rows, *layers(model, prefix), *projection, *text_tower(hf)]
+    return [*rows, *layers(model, prefix), *projection, *text_encoder_rows(hf)]

@@ -1,9 +1,11 @@
-"""Our model configs against Hugging Face's: reading fields, defaults, and what counts as equal."""
+"""Our model configs against Hugging Face's: fields, defaults, and differences that matter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from nvmm.config.nested import differences
 
 _GET_METHOD = "hydra.utils.get_method"
 SILU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.silu"}
@@ -64,19 +66,21 @@ _FREE = frozenset(
         "image_std",
     }
 )
-"""Keys that may differ between a derived and a given config: how it is trained, preprocessing, and
-the vocabulary, whose rows the table checks."""
+"""Keys that may differ between two configs of one graph: training, preprocessing, vocabulary.
+
+The table checks the vocabulary's rows.
+"""
 
 
 def need(hf: Mapping[str, Any], key: str) -> Any:
-    """A field of a config.json. Raises ValueError when it is not there."""
+    """Return a field of a config.json. Raises ValueError when it is not there."""
     if hf.get(key) is None:
         raise ValueError(f"config.json has no {key}")
     return hf[key]
 
 
 def only(hf: Mapping[str, Any], key: str, *allowed: Any) -> Any:
-    """A field that we support with some values alone; the first is the default.
+    """Return a field that we support with some values alone; the first is the default.
 
     Raises ValueError naming the field, its value and those.
     """
@@ -88,35 +92,35 @@ def only(hf: Mapping[str, Any], key: str, *allowed: Any) -> Any:
 
 
 def transformer(**fields: Any) -> dict[str, Any]:
-    """A YAML's partial of TransformerConfig."""
+    """Return a YAML's partial of TransformerConfig with these fields."""
     dropout = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
     return {"_target_": _TRANSFORMER, "_partial_": True, **fields, **dropout}
 
 
 def padded(vocab_size: int) -> int:
-    """Rows of our embedding for a vocabulary: the next multiple of 128."""
+    """Return the rows of our embedding for a vocabulary: the next multiple of 128."""
     return -(-vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
 def integral(number: float) -> float:
-    """5e5 as 500000, as a YAML has it."""
+    """Return 5e5 as 500000, as a YAML has it."""
     return int(number) if float(number).is_integer() else number
 
 
 def whole(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model config with the constructors' defaults where it says nothing."""
+    """Return a model config with the constructors' defaults where it says nothing."""
     parts = {name: whole(model[name]) for name in ("language", "vision") if name in model}
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
         return {**model, **parts, "connector": connector}
-    given = dict(model["transformer"])
-    heads = given["num_attention_heads"]
+    fields = dict(model["transformer"])
+    heads = fields["num_attention_heads"]
     filled = {
         **_TRANSFORMER_DEFAULTS,
-        "ffn_hidden_size": 4 * given["hidden_size"],
-        **given,
-        "num_query_groups": given.get("num_query_groups") or heads,
-        "kv_channels": given.get("kv_channels") or given["hidden_size"] // heads,
+        "ffn_hidden_size": 4 * fields["hidden_size"],
+        **fields,
+        "num_query_groups": fields.get("num_query_groups") or heads,
+        "kv_channels": fields.get("kv_channels") or fields["hidden_size"] // heads,
     }
     defaults: Mapping[str, Any] = _LANGUAGE_DEFAULTS
     if "patch_size" in model:
@@ -130,16 +134,18 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mismatches(
-    derived: Mapping[str, Any], given: Mapping[str, Any], here: str, there: str
+    derived: Mapping[str, Any], configured: Mapping[str, Any], here: str, there: str
 ) -> list[str]:
-    """The keys in which two model configs describe another graph, with both values."""
+    """List the keys in which two model configs describe another graph, with both values."""
     return [
-        f"model.{key}={mine!r} in {here}, {other!r} in {there}"
-        for key, mine, other in _differences("", _compared(derived), _compared(given))
+        f"model.{key}={first!r} in {here}, {second!r} in {there}"
+        for key, first, second in differences(_comparable(derived), _comparable(configured))
+        if key.rpartition(".")[2] not in _FREE
     ]
 
 
-def _compared(model: Mapping[str, Any]) -> dict[str, Any]:
+def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model config with all defaults, without values that make no other graph."""
     model = whole(model)
     for part in [model, *(model[name] for name in ("language", "vision") if name in model)]:
         if part.get("rope_scaling") is False:
@@ -147,13 +153,3 @@ def _compared(model: Mapping[str, Any]) -> dict[str, Any]:
         if part.get("layer_scale") is not None:
             part["layer_scale"] = True
     return model
-
-
-def _differences(key: str, first: Any, second: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        for name in sorted(first.keys() | second.keys()):
-            if name not in _FREE:
-                path = f"{key}.{name}" if key else name
-                yield from _differences(path, first.get(name), second.get(name))
-    elif first != second:
-        yield key, first, second

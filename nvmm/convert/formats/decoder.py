@@ -1,4 +1,4 @@
-"""What the decoder-only families share: fields of their configs and rows of their tables."""
+"""The fields of configs and rows of tables that the decoder-only families share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LLAMA3 = {
 def to_language(
     hf: Mapping[str, Any], changes: Mapping[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """Our config of a SwiGLU, RMSNorm decoder without biases.
+    """Return our config of a SwiGLU, RMSNorm decoder without biases.
 
     changes: of its TransformerConfig; more: of the model.
     """
@@ -65,7 +65,7 @@ def to_language(
 
 
 def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """The fields that all families' config.json have."""
+    """Return the fields that all families' config.json have."""
     model = whole(model)
     if "vocab_size" not in model:
         raise ValueError(f"--format {family} is a language model; name its part with --part")
@@ -96,19 +96,19 @@ def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def expressible(model: Mapping[str, Any], back: Mapping[str, Any], family: str) -> None:
-    """Raise ValueError naming what of `model` is lost in `back`, its way through a format."""
-    lost = mismatches(model, back, "this model", f"--format {family}")
-    if lost:
-        raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lost))
+    """Raise ValueError naming the keys of `model` that `back`, its way through a format, lacks."""
+    lines = mismatches(model, back, "this model", f"--format {family}")
+    if lines:
+        raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lines))
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     parameters = hf.get("rope_parameters") or {}
     scaling = hf.get("rope_scaling") or parameters
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
     out: dict[str, Any] = {"rotary_base": integral(base)}
-    if kind == "llama3":
+    if rope_type == "llama3":
         for key, value in _LLAMA3.items():
             if need(scaling, key) != value:
                 raise ValueError(
@@ -116,23 +116,23 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
                     f" megatron-core has {value} built in"
                 )
         out |= {"rope_scaling": True, "rope_scaling_factor": need(scaling, "factor")}
-    elif kind == "linear":
+    elif rope_type == "linear":
         out["seq_len_interpolation_factor"] = need(scaling, "factor")
-    elif kind != "default":
+    elif rope_type != "default":
         raise ValueError(
-            f"config.json: rope_scaling.rope_type={kind!r} is not supported; it must be 'default',"
-            " 'linear' or 'llama3'"
+            f"config.json: rope_scaling.rope_type={rope_type!r} is not supported; it must be"
+            " 'default', 'linear' or 'llama3'"
         )
     return out
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with what the shapes alone tell: nothing here."""
+    """Return config.json as it is: shapes tell nothing more here."""
     return dict(hf)
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of a decoder in Llama's names, with whatever biases the config has."""
+    """Return the rows of a decoder in Llama's names, with whatever biases the config has."""
     model = whole(model)
     config = model["transformer"]
     vocabulary = PadVocabulary(model["padded_vocab_size"], need(hf, "vocab_size"))
@@ -171,7 +171,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         rows.append(Row(None, ("lm_head.weight",), Tied("model.embed_tokens.weight")))
     else:
         rows.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
-    # Buffers that Transformers saved before version 4.32.
+    # Transformers saved these buffers before version 4.32.
     rows.append(Row(None, (f"{theirs}self_attn.rotary_emb.inv_freq",), Drop()))
     return expand(rows, config["num_layers"])
 

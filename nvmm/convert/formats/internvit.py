@@ -16,11 +16,11 @@ from nvmm.convert.mapping import DummyHeads, FusedQKV, Rename, Reshape, Row, exp
 
 NORMS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
 NUM_DUMMY_HEADS = "num_dummy_heads"
-"""Not a field of OpenGVLab's config.json; `complete` finds it in the shapes."""
+"""A key that OpenGVLab's config.json lacks; `complete` finds its value in the shapes."""
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     only(hf, "hidden_act", "gelu")
     heads = need(hf, "num_attention_heads")
     return {
@@ -48,7 +48,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json."""
+    """Turn our model config into config.json."""
     if "patch_size" not in model:
         raise ValueError("--format internvit is an encoder; name it with --part vision")
     full = whole(model)
@@ -80,7 +80,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
-    """config.json with the number of dummy heads that the fused QKV has rows for."""
+    """Add the number of dummy heads that the fused QKV has rows for to config.json."""
     qkv = spec.get(f"{prefix}encoder.layers.0.attn.qkv.weight")
     head_dim = need(hf, "hidden_size") // need(hf, "num_attention_heads")
     dummies = 0
@@ -90,7 +90,7 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor], prefix: str = ""
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of the encoder."""
+    """Return the rows of the encoder."""
     full = whole(model)
     config = full["transformer"]
     heads, head_dim = config["num_attention_heads"], config["kv_channels"]

@@ -12,7 +12,7 @@ table = decoder.table
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     decoder.activation(hf)
     bias = bool(hf.get("attention_bias", False))
     if bool(hf.get("mlp_bias", False)) != bias:
@@ -23,7 +23,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json."""
+    """Turn our model config into config.json."""
     bias = model["transformer"].get("add_bias_linear", True)
     hf = decoder.from_language(model, "llama") | {
         "architectures": ["LlamaForCausalLM"],

@@ -24,7 +24,7 @@ _SIZES = {
     "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
 }
-# What a nested config leaves out because it is Transformers' default.
+# Transformers' defaults, which a nested config leaves out.
 _TEXT_DEFAULTS = {
     "llama": {**_SIZES, "vocab_size": 32000, "intermediate_size": 11008},
     "mistral": {
@@ -46,7 +46,7 @@ def _language(hf: Mapping[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config: tiles of the encoder's native size, every patch a token."""
+    """Turn config.json into our model config: native tiles, in which every patch is a token."""
     only(hf, "vision_feature_layer", -2)
     only(hf, "vision_feature_select_strategy", "default")
     only(hf, "projector_hidden_act", "gelu")
@@ -72,7 +72,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> NoReturn:
-    """Refused with ValueError: the export would lack what the import leaves out."""
+    """Raise ValueError: the export would lack the weights that the import leaves out."""
     raise ValueError(
         "--format llava_next can only be imported: image_newline, the last CLIP layer and CLIP's"
         " last norm are no part of our model; export --part language or --part vision"
@@ -80,19 +80,19 @@ def from_model(model: Mapping[str, Any]) -> NoReturn:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with the prefix of the encoder's names."""
+    """Add the prefix of the encoder's names to config.json."""
     return {**hf, "vision_config": clip.complete(need(hf, "vision_config"), spec)}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of the three parts; what has no place in ours is left out."""
+    """Return the rows of the three parts; weights that ours does not have are left out."""
     family, text = _language(hf)
-    tower = hf["vision_config"][clip.PREFIX]
+    prefix = hf["vision_config"][clip.PREFIX]
     vision = clip.table(model["vision"], hf["vision_config"])
     last = model["vision"]["transformer"]["num_layers"]
     linears = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
     parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-    left_out = [f"{tower}encoder.layers.{last}.{part}.{k}" for part in parts for k in _KINDS]
+    left_out = [f"{prefix}encoder.layers.{last}.{part}.{k}" for part in parts for k in _KINDS]
     rows = [
         Row(f"connector.linear_fc{i}.{kind}", (f"multi_modal_projector.linear_{i}.{kind}",))
         for i in (1, 2)

@@ -1,7 +1,7 @@
 """GPT models as Megatron-LM writes them: `mp_rank_XX/model_optim_rng.pt` or distributed; read only.
 
 Both have mcore's names, which are ours, and Megatron-LM's arguments, of which the model's config is
-derived. What differs: legacy files hold one rank's slices under the rank's own layer numbers,
+derived. They differ from ours: legacy files hold one rank's slices under its own layer numbers,
 distributed checkpoints may stack all layers into one tensor, and the vocabulary is padded further.
 """
 
@@ -57,7 +57,7 @@ _ROWS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def locate(path: Path) -> tuple[Path, str] | None:
-    """(folder of the iteration, LEGACY or DISTRIBUTED) of a Megatron-LM checkpoint; None if none.
+    """Find a Megatron-LM checkpoint: (its iteration's folder, LEGACY or DISTRIBUTED), or None.
 
     path: an iteration's folder, or the one above with `latest_checkpointed_iteration.txt`.
     """
@@ -75,7 +75,7 @@ def locate(path: Path) -> tuple[Path, str] | None:
 
 
 def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """What torch.save wrote, with `weights_only`: tensors, plain values and Megatron's arguments.
+    """Load a file with `weights_only`: tensors, plain values and Megatron's arguments.
 
     Raises ValueError naming the file for anything else in it; nothing of it is run.
     """
@@ -96,7 +96,7 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _allowed() -> AbstractContextManager[None]:
-    """What Megatron-LM's arguments and generator states name besides plain values."""
+    """Allow the classes of Megatron-LM's arguments and generator states besides plain values."""
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend
 
@@ -110,14 +110,14 @@ def _allowed() -> AbstractContextManager[None]:
 
 
 def _enum_member(owner: Any, name: Any) -> Any:
-    """What `getattr` may do in such a file: name a member of an enum."""
+    """Do all that `getattr` may do in such a file: name a member of an enum."""
     if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
         return owner[name]
     raise pickle.UnpicklingError(f"GLOBAL getattr of {name!r} from {owner!r}")
 
 
 def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Megatron-LM's arguments in what it saved. Raises ValueError where there are none."""
+    """Return the arguments that Megatron-LM saved. Raises ValueError where there are none."""
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{path} has no args of Megatron-LM, which describe the model")
@@ -129,7 +129,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron-LM's arguments -> our model config. Raises ValueError for what we do not have."""
+    """Turn Megatron-LM's arguments into our model config; ValueError for what we do not have."""
     only(args, "position_embedding_type", "rope")
     only(args, "rotary_interleaved", False, None)
     only(args, "qk_layernorm", False, None)
@@ -172,12 +172,12 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> NoReturn:
-    """Refused with ValueError: Megatron-LM reads the Hugging Face exports of its own tools."""
+    """Raise ValueError: Megatron-LM reads the Hugging Face exports of its own tools."""
     raise ValueError("Megatron-LM's checkpoints are read only; export a Hugging Face format")
 
 
 def complete(args: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments as they are."""
+    """Return the arguments as they are."""
     return dict(args)
 
 
@@ -198,7 +198,7 @@ class _CutVocabulary(Rename):
 
 
 def table(model: Mapping[str, Any], args: Mapping[str, Any]) -> list[Row]:
-    """Rows of a GPT model: the names are ours, the vocabulary's padding is not."""
+    """Return the rows of a GPT model: the names are ours, the vocabulary's padding is not."""
     config = model["transformer"]
     kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
     has_bias = config["add_bias_linear"]
@@ -230,34 +230,34 @@ class LegacySource:
     def __init__(self, folder: Path) -> None:
         if not is_local(folder):
             raise ValueError(f"{folder}: copy it to a local disk first, its files are mapped")
-        found: dict[tuple[int, int], Path] = {}
+        paths: dict[tuple[int, int], Path] = {}
         for entry in folder.glob("mp_rank_*"):
             if match := _RANK.fullmatch(entry.name):
-                found[int(match[2] or 0), int(match[1])] = entry / _FILE
-        self.pipeline, self.tensor = (max(x) + 1 for x in zip(*found, strict=True))
+                paths[int(match[2] or 0), int(match[1])] = entry / _FILE
+        self.pipeline, self.tensor = (max(x) + 1 for x in zip(*paths, strict=True))
         absent = [
             f"pipeline rank {p}, tensor rank {t}"
             for p in range(self.pipeline)
             for t in range(self.tensor)
-            if (p, t) not in found
+            if (p, t) not in paths
         ]
         if absent:
             raise ValueError(f"{folder} lacks the files of {', '.join(absent)}")
         first: dict[str, Any] | None = None
         self._slices: dict[str, list[Tensor]] = {}
         states = {}
-        for place, path in sorted(found.items()):
-            states[place] = load(path, mmap=True)
-            first = first or states[place]
+        for ranks, path in sorted(paths.items()):
+            states[ranks] = load(path, mmap=True)
+            first = first or states[ranks]
         assert first is not None
-        self.args = arguments(first, found[0, 0])
+        self.args = arguments(first, paths[0, 0])
         for rank in range(self.tensor):
             for name, tensor in self._named([states[p, rank] for p in range(self.pipeline)]):
                 self._slices.setdefault(name, []).append(tensor)
         self.spec = {name: self._merged(name, meta=True) for name in self._slices}
 
     def _named(self, stages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
-        """One tensor rank's tensors under global names, chunk after chunk, stage after stage."""
+        """Yield one tensor rank's tensors under global names, by chunks and stages in order."""
         virtual = [k for k in ("model", *(f"model{i}" for i in range(64))) if k in stages[0]]
         offset = 0
         for key in virtual:
@@ -269,7 +269,7 @@ class LegacySource:
                     if match := _LAYER.fullmatch(name):
                         layers = max(layers, int(match[1]) + 1)
                         name = f"{_STACKED}{int(match[1]) + offset}.{_fused(match[2])}"
-                    # A tied embedding's copy on the last stage.
+                    # The last stage has a copy of a tied embedding, which is left out.
                     if name != _VOCABULARY[1] or self.args.get(
                         "untie_embeddings_and_output_weights"
                     ):
@@ -296,7 +296,7 @@ class LegacySource:
         return slices[0]
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The whole tensor."""
+        """Yield the whole tensor."""
         yield self._merged(name)
 
 
@@ -308,9 +308,9 @@ def _fused(name: str) -> str:
 
 
 def unstacked(metadata: Metadata, num_layers: int) -> Metadata:
-    """The index with each layer of a stacked tensor [layers, ...] under a name of its own.
+    """Return the index with each layer of a stacked tensor [layers, ...] under its own name.
 
-    Optimizer state and what is no tensor is left out: neither is read.
+    Optimizer state and entries that are no tensors are left out: neither is read.
     """
     entries: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, Any] = {}

@@ -12,7 +12,7 @@ table = decoder.table
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     decoder.activation(hf)
     longest = hf.get("max_position_embeddings", 4096)
     window = hf.get("sliding_window") or longest
@@ -20,7 +20,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json."""
+    """Turn our model config into config.json."""
     hf = decoder.from_language(model, "mistral") | {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",

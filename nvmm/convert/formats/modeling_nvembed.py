@@ -16,7 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 class NVEmbedConfig(PretrainedConfig):
-    """text_config: of the decoder; latent_attention_config: sizes, or None for plain pooling."""
+    """The config of an embedder.
+
+    text_config: of the decoder; latent_attention_config: sizes, or None for plain pooling.
+    """
 
     model_type = "nvembed"
 
@@ -40,7 +43,7 @@ class NVEmbedConfig(PretrainedConfig):
 
 
 class CrossAttention(nn.Module):
-    """Tokens ask, latents answer."""
+    """Attention of tokens to latents."""
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(inner, hidden_size, bias=False)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [b, s, h], context [latents, h] -> [b, s, h]."""
+        """Let x [b, s, h] attend to context [latents, h]; the shape stays."""
         q = self.to_q(x).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = (
             part.unflatten(-1, (self.num_heads, self.head_dim))
@@ -63,16 +66,16 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """First half x gelu(second half)."""
+    """The product of the first half and gelu of the second half."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 2 f] -> [..., f]."""
+        """Map x [..., 2 f] to [..., f]."""
         value, gate = x.chunk(2, dim=-1)
         return value * nn.functional.gelu(gate)
 
 
 class FeedForward(nn.Module):
-    """Linear, GEGLU, linear."""
+    """An MLP of linear, GEGLU, linear."""
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()
@@ -83,7 +86,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
+        """Map x [..., h] to the same shape."""
         return self.net(x)
 
 
@@ -97,7 +100,7 @@ class PreNorm(nn.Module):
         self.norm_context = nn.LayerNorm(hidden_size) if context else None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """As `fn`."""
+        """Call the module on normed inputs."""
         if self.norm_context is None:
             return self.fn(self.norm(x))
         return self.fn(self.norm(x), self.norm_context(context))
@@ -119,7 +122,7 @@ class LatentAttentionModel(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[b, s, h] -> [b, s, h]."""
+        """Map tokens [b, s, h] to the same shape."""
         attend, feed_forward = self.cross_attend_blocks
         hidden = attend(hidden, self.latents) + hidden
         return feed_forward(hidden) + hidden
@@ -142,7 +145,7 @@ class NVEmbedModel(PreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The decoder's."""
+        """Return the decoder's input embeddings."""
         return self.embedding_model.embed_tokens
 
     def forward(

@@ -13,7 +13,7 @@ table = decoder.table
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     only(hf, "hidden_act", "relu2")
     only(hf, "attention_bias", False)
     only(hf, "mlp_bias", False)
@@ -30,7 +30,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json."""
+    """Turn our model config into config.json."""
     hf = decoder.from_language(model, "nemotron") | {
         "architectures": ["NemotronForCausalLM"],
         "model_type": "nemotron",

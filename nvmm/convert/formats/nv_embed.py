@@ -34,7 +34,7 @@ _BLOCKS = {
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with the MLP's width, which the released one leaves to its code."""
+    """Add the MLP's width to config.json; the released one leaves it to its code."""
     latent = hf.get("latent_attention_config")
     first = spec.get(f"{_THEIRS}cross_attend_blocks.1.fn.net.2.weight")
     if latent is None or first is None:
@@ -43,7 +43,7 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config. Fields that the released one omits have its defaults."""
+    """Turn config.json into our model config; omitted fields have the released code's defaults."""
     text = {"vocab_size": 32000, **need(hf, "text_config")}
     model = _FAMILIES[only(text, "model_type", *_FAMILIES)].to_model(text)
     hidden = model["transformer"]["hidden_size"]
@@ -63,7 +63,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json. Raises ValueError for a pooling that it cannot express."""
+    """Turn our model config into config.json; ValueError for a pooling it cannot express."""
     family = qwen2 if model["transformer"].get("add_qkv_bias") else mistral
     text = family.from_model(_language(model))
     text["architectures"] = [text["architectures"][0].replace("ForCausalLM", "Model")]
@@ -100,7 +100,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """The decoder's rows without `model.` and lm_head, and the pooling's."""
+    """Return the decoder's rows without `model.` and lm_head, and the pooling's."""
     text = need(hf, "text_config")
     rows = []
     for row in _FAMILIES[text["model_type"]].table(_language(model), text):
@@ -122,6 +122,6 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
 
 
 def _language(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder as the language model that its family knows."""
+    """Return the decoder as the language model that its family knows."""
     language = {key: value for key, value in model.items() if key not in ("pooling", "causal")}
     return {**language, "_target_": "nvmm.models.language.LanguageModel"}

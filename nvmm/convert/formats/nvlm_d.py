@@ -18,7 +18,7 @@ from nvmm.convert.mapping import Row, prefixed
 
 _DUMMY_HEADS = 7
 _EPSILON = "projector_layernorm_eps"
-"""Our own field: the published code has nn.LayerNorm's 1e-5 built in."""
+"""A field of ours: the published code has nn.LayerNorm's 1e-5 built in."""
 _FAMILIES: dict[str, ModuleType] = {"qwen2": qwen2, "llama": llama}
 
 
@@ -27,7 +27,7 @@ def _language(hf: Mapping[str, Any]) -> ModuleType:
 
 
 def connector(ffn_hidden_size: int, epsilon: float = 1e-5, downsample: int = 2) -> dict[str, Any]:
-    """Our config of NVLM-D's projector in front of a decoder of this FFN width."""
+    """Return our config of NVLM-D's projector in front of a decoder of this FFN width."""
     return {
         "_target_": "nvmm.modules.connector.MLPConnector",
         "_partial_": True,
@@ -42,7 +42,7 @@ def connector(ffn_hidden_size: int, epsilon: float = 1e-5, downsample: int = 2) 
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     only(hf, "select_layer", -1)
     only(hf, "ps_version", "v2")
     language = _language(hf).to_model(need(hf, "llm_config"))
@@ -58,7 +58,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json."""
+    """Turn our model config into config.json."""
     if "language" not in model or "vision" not in model:
         raise ValueError("--format nvlm_d needs a model of language, vision and connector")
     full = whole(model)
@@ -86,13 +86,13 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with the encoder's number of dummy heads."""
+    """Add the encoder's number of dummy heads to config.json."""
     vision = internvit.complete(need(hf, "vision_config"), spec, "vision_model.")
     return {**hf, "vision_config": vision}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of the three parts."""
+    """Return the rows of the three parts."""
     language = _language(hf).table(model["language"], hf["llm_config"])
     vision = internvit.table(model["vision"], hf["vision_config"])
     return [

@@ -1,8 +1,8 @@
-"""PEFT's LoRA folders, and how the factors of its modules make up those of one linear of ours.
+"""PEFT's LoRA folders, and the mapping between factors of its modules and of our linears.
 
 `adapter_model.safetensors` holds `base_model.model.MODULE.lora_A.weight` [r, in] and
-`.lora_B.weight` [out, r] of every adapted module; `adapter_config.json` says which they are and how
-they are scaled.
+`.lora_B.weight` [out, r] of every adapted module; `adapter_config.json` names the modules and their
+scales.
 Factors of ours are stacked here: a [k * r, in] and b [out, k * r], a block of r for each of the k
 members of a fused linear, b zero outside of its row's block.
 """
@@ -35,34 +35,42 @@ _UNDERSTOOD = frozenset(
         *("rank_pattern", "alpha_pattern", "use_rslora", "eva_config"),
     }
 )
-"""Fields of adapter_config.json that leave an adapter A and B, whatever they say."""
+"""Fields of adapter_config.json with which an adapter is A and B, whatever their values."""
 _PLAIN = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-"""Fields that do with these values, as all others do when they are null, false or empty. (An
-initial value such as pissa changes the base's weights.)"""
+"""Fields that are supported with these values; others only when they are null, false or empty.
+
+An initial value such as pissa changes the base's weights.
+"""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """scale * b @ a is added to a weight. a: [rank, in]; b: [out, rank]."""
+    """The factors of an update: scale * b @ a is added to a weight.
+
+    a: [rank, in]; b: [out, rank].
+    """
 
     a: Tensor
     b: Tensor
     scale: float
 
     def rescaled(self, scale: float) -> Factors:
-        """The same update with another scale, the difference in b."""
+        """Return the same update with another scale, the difference in b."""
         return (
             self if scale == self.scale else Factors(self.a, self.b * (self.scale / scale), scale)
         )
 
 
 def to_theirs(row: Row, ours: Factors) -> dict[str, Factors]:
-    """The factors of each of their modules. ours: stacked, for the linear that `row` maps."""
+    """Return the factors of each of their modules.
+
+    ours: stacked, for the linear that `row` maps.
+    """
     names = [name.removesuffix(".weight") for name in row.theirs]
     if getattr(row.mapping, "axis", 0) == 1:
         [a] = row.mapping.to_theirs(ours.a)
@@ -76,16 +84,16 @@ def to_theirs(row: Row, ours: Factors) -> dict[str, Factors]:
 
 
 def to_ours(row: Row, theirs: Mapping[str, Factors], weight: Tensor) -> Factors | None:
-    """Stacked factors of our linear, zero for modules without any; None if all are without.
+    """Stack the factors of our linear, zero for modules without any; None if all are without.
 
     theirs: by module, of one scale. weight: a meta tensor shaped like our linear's weight.
     Raises ValueError naming a module whose factors do not fit.
     """
     names = [name.removesuffix(".weight") for name in row.theirs]
-    given = [theirs[name] for name in names if name in theirs]
-    if not given:
+    adapted = [theirs[name] for name in names if name in theirs]
+    if not adapted:
         return None
-    rank, like = max(f.a.shape[0] for f in given), given[0].a
+    rank, like = max(f.a.shape[0] for f in adapted), adapted[0].a
     blocks, parts = [], []
     for i, (name, shape) in enumerate(zip(names, row.mapping.to_theirs(weight), strict=True)):
         out, columns = shape.shape
@@ -102,9 +110,9 @@ def to_ours(row: Row, theirs: Mapping[str, Factors], weight: Tensor) -> Factors 
         blocks.append(a)
         parts.append(b)
     if getattr(row.mapping, "axis", 0) == 1:
-        return Factors(torch.cat(list(row.mapping.to_ours(blocks))), parts[0], given[0].scale)
+        return Factors(torch.cat(list(row.mapping.to_ours(blocks))), parts[0], adapted[0].scale)
     b = torch.cat(list(row.mapping.to_ours(parts)))
-    return Factors(torch.cat(blocks), b, given[0].scale)
+    return Factors(torch.cat(blocks), b, adapted[0].scale)
 
 
 def write(
@@ -119,7 +127,7 @@ def write(
 ) -> None:
     """Write an adapter into an existing folder.
 
-    modules: by name. base: what the config calls the base model. every: all modules of the base
+    modules: by name. base: the base model's name in the config. every: all modules of the base
     that have a weight, by which the adapted ones are named as shortly as is unambiguous.
     """
     tensors = {}
@@ -148,7 +156,7 @@ def write(
 
 
 def _targets(adapted: set[str], every: set[str]) -> list[str]:
-    """Last names where all modules of that name are adapted, else whole ones."""
+    """Return last names where all modules of that name are adapted, else whole ones."""
     kinds = {name.rpartition(".")[2] for name in adapted}
     short = {
         kind
@@ -159,7 +167,7 @@ def _targets(adapted: set[str], every: set[str]) -> list[str]:
 
 
 def load(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
-    """adapter_config.json and the factors of each module.
+    """Read adapter_config.json and the factors of each module.
 
     Raises ValueError for anything that is not plain LoRA, and for keys that are not its factors.
     """
@@ -173,25 +181,28 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
         if value and key not in _UNDERSTOOD and value not in _PLAIN.get(key, ()):
             raise ValueError(f"{folder}/adapter_config.json: {key}={value} is not supported")
     source = SafetensorsSource(folder)
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     strange = []
     for key in source.spec:
         fits = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B)\.weight", key)
         if fits is None:
             strange.append(key)
         else:
-            found.setdefault(fits[1], {})[fits[2]] = read(source, key)
-    strange += [f"{name} (A or B alone)" for name, pair in found.items() if len(pair) != 2]
+            pairs.setdefault(fits[1], {})[fits[2]] = read(source, key)
+    strange += [f"{name} (A or B alone)" for name, pair in pairs.items() if len(pair) != 2]
     if strange:
         raise ValueError(f"{folder}: not the factors of a linear: {', '.join(strange)}")
     return config, {
         name: Factors(pair["A"], pair["B"], scale(config, name, pair["A"].shape[0]))
-        for name, pair in found.items()
+        for name, pair in pairs.items()
     }
 
 
 def scale(config: Mapping[str, Any], module: str = "", rank: int | None = None) -> float:
-    """What PEFT multiplies a module's B A by; of the config's own rank and alpha by default."""
+    """Return the number that PEFT multiplies a module's B A by.
+
+    It is that of the config's own rank and alpha without a module or a rank.
+    """
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if module and re.match(rf"(.*\.)?({pattern})$", module):

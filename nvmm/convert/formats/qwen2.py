@@ -13,14 +13,14 @@ table = decoder.table
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     decoder.activation(hf)
     only(hf, "use_sliding_window", False)
     return decoder.to_language(hf, {"add_qkv_bias": True})
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json."""
+    """Turn our model config into config.json."""
     hf = decoder.from_language(model, "qwen2") | {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

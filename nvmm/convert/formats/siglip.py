@@ -1,4 +1,4 @@
-"""SigLIP's vision tower, from a folder of the tower alone or of the whole model.
+"""SigLIP's vision encoder, from a folder of the encoder alone or of the whole model.
 
 Its pooling head is left out on import; an export says that it has none.
 """
@@ -25,9 +25,9 @@ _HEAD = (
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config; the features are normed, without the pooling head."""
+    """Turn config.json into our model config; features are normed, without the pooling head."""
     return clip.encoder(
-        clip.tower(hf),
+        clip.vision_config(hf),
         "gelu_pytorch_tanh",
         1e-6,
         class_token=False,
@@ -38,7 +38,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json of the tower alone."""
+    """Turn our model config into config.json of the encoder alone."""
     hf = clip.encoder_fields(model, "siglip") | {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",
@@ -49,7 +49,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of the tower; everything else of a whole SigLIP is left out."""
+    """Return the rows of the encoder; everything else of a whole SigLIP is left out."""
     prefix = hf.get(clip.PREFIX, "vision_model.")
     rows = [Row("conv1.bias", (f"{prefix}embeddings.patch_embedding.bias",))]
     rows += [
@@ -57,4 +57,4 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         for kind in ("weight", "bias")
     ]
     rows += [Row(None, (f"{prefix}head.{name}",), Drop()) for name in _HEAD]
-    return [*rows, *clip.layers(model, prefix), *clip.text_tower(hf)]
+    return [*rows, *clip.layers(model, prefix), *clip.text_encoder_rows(hf)]

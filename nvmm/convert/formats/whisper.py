@@ -12,14 +12,14 @@ from nvmm.convert.formats.config import GELU, need, only, transformer, whole
 from nvmm.convert.mapping import QKV, Drop, KeylessBias, Reshape, Row, expand
 
 PREFIX = "tower_prefix"
-"""Not a field of any config.json; `complete` finds it in the names."""
+"""A key that no config.json has; `complete` finds its value in the names."""
 _EPSILON = 1e-5
 """nn.LayerNorm's own: Whisper's config.json does not name it."""
 _KINDS = ("weight", "bias")
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> our model config."""
+    """Turn config.json into our model config."""
     only(hf, "activation_function", "gelu")
     heads = need(hf, "encoder_attention_heads")
     return {
@@ -44,7 +44,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Our model config -> config.json of the encoder alone (Transformers' WhisperEncoder)."""
+    """Turn our model config into config.json of the encoder alone, Transformers' WhisperEncoder."""
     if "num_mel_bins" not in model:
         raise ValueError("--format whisper is an audio encoder, not this model")
     config = whole(model)["transformer"]
@@ -66,13 +66,13 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """config.json with the prefix of the encoder's names: none, encoder or model.encoder."""
-    found = [name for name in spec if name.endswith("conv1.weight")]
-    return {**hf, PREFIX: found[0].removesuffix("conv1.weight") if found else ""}
+    """Add the prefix of the encoder's names to config.json: none, encoder or model.encoder."""
+    suffix = "conv1.weight"
+    return {**hf, PREFIX: next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
-    """Rows of the encoder; the decoder of a whole Whisper is left out."""
+    """Return the rows of the encoder; the decoder of a whole Whisper is left out."""
     config = whole(model)["transformer"]
     width, heads, head_dim = (
         config[name] for name in ("hidden_size", "num_attention_heads", "kv_channels")
@@ -114,7 +114,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
 
 
 def _text_decoder(hf: Mapping[str, Any], prefix: str) -> list[Row]:
-    """Names of the decoder, which an encoder of audio has no use for."""
+    """Return rows that drop the decoder, which an encoder of audio has no use for."""
     if not prefix.endswith("encoder."):
         return []
     start = prefix.removesuffix("encoder.") + "decoder."

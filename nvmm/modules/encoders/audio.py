@@ -12,18 +12,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
-from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.modules.encoders.base import Encoder, empty
 from nvmm.parallel.setup import Chunk
 
 _LONGEST_WAVELENGTH = 10_000
 _KERNEL = 3
 
 
-class AudioEncoder(EncoderTower):
+class AudioEncoder(Encoder):
     """Whisper's encoder (Radford et al. 2022, section 2.2) over log-mel windows.
 
     Two convolutions of three frames with GELU, the second at stride 2, fixed sinusoidal positions,
-    pre-norm LayerNorm blocks and a final norm. How it is laid out over ranks is EncoderTower's.
+    pre-norm LayerNorm blocks and a final norm. Its layout over ranks is Encoder's.
 
     The positions are a parameter that is never trained, so that a checkpoint holds them as the
     published models do. Adding a vector to all keys changes no softmax: a key bias, which Whisper
@@ -66,22 +66,22 @@ class AudioEncoder(EncoderTower):
         self.mark_replicated()
 
     def grid(self, windows: Tensor) -> tuple[int, int]:
-        """One row of half as many tokens as frames."""
+        """Return one row of half as many tokens as frames."""
         return 1, -(-windows.shape[2] // 2)
 
     def blank(self, device: torch.device) -> Tensor:
-        """One silent window of full length."""
+        """Return one silent window of full length."""
         shape = (1, self.num_mel_bins, 2 * self.max_source_positions)
         return torch.zeros(shape, device=device)
 
     def front_end_flops(self, windows: Tensor) -> float:
-        """The two convolutions of one window."""
+        """Count the FLOPs of one window's two convolutions."""
         width, frames = self.config.hidden_size, windows.shape[2]
         inner = self.num_mel_bins * frames + width * self.grid(windows)[1]
         return 2.0 * _KERNEL * width * inner
 
     def encode(self, windows: Tensor) -> Tensor:
-        """Log-mel windows [n, num_mel_bins, frames] -> [n, ceil(frames / 2), hidden_size].
+        """Encode log-mel windows [n, num_mel_bins, frames] to [n, ceil(frames / 2), hidden_size].
 
         Raises ValueError for another number of bins and for windows longer than the positions.
         """
@@ -111,7 +111,7 @@ class Convolution(torch.nn.Module):
         self.bias = Parameter(empty(config, config.hidden_size).zero_())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, input_size, frames] -> [n, hidden_size, ceil(frames / stride)]."""
+        """Convolve x [n, input_size, frames] to [n, hidden_size, ceil(frames / stride)]."""
         weight = self.weight.unflatten(1, (-1, _KERNEL))
         return F.conv1d(x, weight, self.bias, stride=self.stride, padding=_KERNEL // 2)
 
@@ -130,7 +130,7 @@ class SinusoidalPositions(torch.nn.Module):
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
-    """[positions, width] in fp32."""
+    """Return the sinusoidal positions, fp32 [positions, width]."""
     step = math.log(_LONGEST_WAVELENGTH) / (width // 2 - 1)
     frequencies = torch.exp(-step * torch.arange(width // 2, dtype=torch.float32))
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies

@@ -1,4 +1,4 @@
-"""What encoders of media have in common: a bidirectional block, whole or split over TP ranks."""
+"""The base of media encoders: a bidirectional block, whole or split over TP ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nvmm.parallel.groups import encoder_groups
 from nvmm.parallel.setup import Chunk, default_device
 
 
-class EncoderTower(MegatronModule):
+class Encoder(MegatronModule):
     """A bidirectional pre-norm encoder in front of the language model.
 
     `parallel.encoder=replicated` keeps it whole on every tensor-parallel rank: each encodes a share
@@ -43,7 +43,7 @@ class EncoderTower(MegatronModule):
     """
 
     num_extra_tokens = 0
-    """Tokens of an input beside its grid's, as a class token."""
+    """Tokens of an input beside its grid's, such as a class token."""
 
     def __init__(
         self,
@@ -84,22 +84,22 @@ class EncoderTower(MegatronModule):
 
     @abstractmethod
     def encode(self, media: Tensor) -> Tensor:
-        """Media [n, ...] -> features [n, tokens, hidden_size], without thought of TP."""
+        """Encode media [n, ...] to features [n, tokens, hidden_size], without thought of TP."""
 
     @abstractmethod
     def grid(self, media: Tensor) -> tuple[int, int]:
-        """Rows and columns of the features that media [n, ...] of this shape get."""
+        """Return rows and columns of the features that media [n, ...] of this shape get."""
 
     @abstractmethod
     def blank(self, device: torch.device) -> Tensor:
-        """One input [1, ...] that holds nothing, for parts that are idle in a micro-batch."""
+        """Return one blank input [1, ...], for encoders that are idle in a micro-batch."""
 
     @abstractmethod
     def front_end_flops(self, media: Tensor) -> float:
-        """Forward FLOPs, of one input, of what stands before the layers."""
+        """Count one input's forward FLOPs before the layers."""
 
     def flops(self, media: Tensor, training: Training) -> float:
-        """Matrix-multiply FLOPs of media [n, ...], forward and what `training` needs behind it."""
+        """Count matrix-multiply FLOPs of media [n, ...], forward and the backward of `training`."""
         rows, columns = self.grid(media)
         heads = {"num_attention_heads": self.num_attention_heads}
         return encoder_flops(
@@ -127,15 +127,15 @@ class EncoderTower(MegatronModule):
             return gathered[: media.shape[0]]
 
     def _share(self, media: Tensor) -> Tensor:
-        """This rank's media, as many on every rank; the last are zeros where they do not divide."""
+        """Return this rank's media, as many on every rank; zeros fill up the last shares."""
         size, rank = self.model_tp_group.size(), self.model_tp_group.rank()
         count = -(-media.shape[0] // size)
-        mine = media[rank * count : (rank + 1) * count]
-        missing = count - mine.shape[0]
-        return torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])]) if missing else mine
+        share = media[rank * count : (rank + 1) * count]
+        missing = count - share.shape[0]
+        return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share
 
     def transform(self, x: Tensor) -> Tensor:
-        """The layers: [n, tokens, hidden_size] -> the same shape."""
+        """Run the layers on x [n, tokens, hidden_size]; the shape stays."""
         x = x.transpose(0, 1).contiguous()
         recompute = self.config.recompute_granularity == "full" and self.training
         if recompute and torch.is_grad_enabled() and not x.requires_grad:
@@ -149,7 +149,7 @@ class EncoderTower(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """mcore's; a replicated encoder's entries name their true tensor-parallel rank."""
+        """Return mcore's; a replicated encoder's entries name their true tensor-parallel rank."""
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.is_replicated:
             # Built in a group of one, every rank would claim to be the one that saves.
@@ -162,16 +162,16 @@ class EncoderTower(MegatronModule):
 def _config(
     transformer: Callable[..., Any], part: str, chunk: Chunk
 ) -> tuple[TransformerConfig, int]:
-    """The encoder's config, with heads padded to its tensor-parallel size, and its real heads."""
-    given: dict[str, Any] = getattr(transformer, "keywords", {})
-    num_heads = given["num_attention_heads"]
-    groups = given.get("num_query_groups") or num_heads
+    """Return the encoder's config, with heads padded to its TP size, and its real heads."""
+    fields: dict[str, Any] = getattr(transformer, "keywords", {})
+    num_heads = fields["num_attention_heads"]
+    groups = fields.get("num_query_groups") or num_heads
     if groups != num_heads:
         raise ValueError(
             f"model.{part}.transformer.num_query_groups={groups} must equal"
             f" num_attention_heads={num_heads}: an encoder has no grouped queries"
         )
-    kv_channels = given.get("kv_channels") or given["hidden_size"] // num_heads
+    kv_channels = fields.get("kv_channels") or fields["hidden_size"] // num_heads
     sharded = chunk.parallel.encoder == "sharded"
     padded = padded_heads(num_heads, chunk.parallel.tensor_model_parallel_size if sharded else 1)
     config = chunk.encoder_config(
@@ -187,5 +187,5 @@ def _config(
 
 
 def empty(config: TransformerConfig, *shape: int) -> Tensor:
-    """Room for a parameter of an encoder."""
+    """Return an uninitialised tensor for an encoder's parameter."""
     return torch.empty(*shape, dtype=config.params_dtype, device=default_device(config))

@@ -67,7 +67,7 @@ class EncoderLayer(TransformerLayer):
             self.mlp_bda = functools.partial(self._scaled_add, "ls2")
 
     def _scaled_add(self, name: str, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """mcore's bias-dropout-add with the branch, bias included, scaled first."""
+        """Return mcore's bias-dropout-add with the branch, bias included, scaled first."""
         scale = getattr(self, name)
 
         def add(branch: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
@@ -95,17 +95,17 @@ class LocalHeads:
 
     @property
     def real(self) -> int:
-        """How many of this rank's heads are real; they come first."""
+        """The number of this rank's real heads, which come first."""
         return min(max(self.total - self.first, 0), self.count)
 
     @property
     def padding(self) -> int:
-        """How many of this rank's heads are padding."""
+        """The number of this rank's padding heads."""
         return self.count - self.real
 
 
 def padded_heads(num_heads: int, tensor_parallel_size: int) -> int:
-    """`num_heads` rounded up to a multiple of the tensor-parallel size (25 -> 26 at 2, 32 at 8)."""
+    """Round `num_heads` up to a multiple of the tensor-parallel size (25 -> 26 at 2, 32 at 8)."""
     return -(-num_heads // tensor_parallel_size) * tensor_parallel_size
 
 
@@ -167,28 +167,28 @@ class EncoderAttention(SelfAttention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> Any:
-        """hidden_states [s, b, h] -> q, k, v [s, b, heads of this rank, d]."""
+        """Project hidden_states [s, b, h] to q, k, v [s, b, heads of this rank, d]."""
         query, key, value = super().get_query_key_value_tensors(
             hidden_states, key_value_states, output_gate, split_qkv
         )
         if self.qk_norm is not None:
             query, key = self._joint_norms(query, key)
         if self.heads.padding:
-            # Cut and filled with constants, so that nothing flows back into a padding head.
+            # Padding heads are constants, so that nothing flows back into them.
             value = F.pad(value[:, :, : self.heads.real], (0, 0, 0, self.heads.padding))
         return query, key, value
 
     def _joint_norms(self, *tensors: Tensor) -> list[Tensor]:
-        """Queries and keys, each normed over all heads' features; padding heads become 0."""
+        """Norm queries and keys, each over all heads' features; padding heads become 0."""
         weights = [self.q_norm.weight, self.k_norm.weight]
         rows, eps = [x.flatten(2) for x in tensors], self.config.layernorm_epsilon
         if self.tp_group.size() == 1:
-            found = [norm(x, w, eps=eps, rms=True) for x, w in zip(rows, weights, strict=True)]
+            normed = [norm(x, w, eps=eps, rms=True) for x, w in zip(rows, weights, strict=True)]
         else:
             size = self.hidden_size_per_attention_head
-            place = {"first": self.heads.first * size, "real": self.heads.real * size}
-            found = [*joint_norm(rows, weights, eps=eps, **place, group=self.tp_group)]
-        return [y.view_as(x) for y, x in zip(found, tensors, strict=True)]
+            columns = {"first": self.heads.first * size, "real": self.heads.real * size}
+            normed = [*joint_norm(rows, weights, eps=eps, **columns, group=self.tp_group)]
+        return [y.view_as(x) for y, x in zip(normed, tensors, strict=True)]
 
     def sharded_state_dict(
         self,
@@ -196,7 +196,7 @@ class EncoderAttention(SelfAttention):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """mcore's, with padded weights cut into their real heads."""
+        """Return mcore's, with padded weights cut into their real heads."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.is_padded:
             axes = {"linear_qkv.weight": 0, "linear_qkv.bias": 0, "linear_proj.weight": 1}
@@ -222,7 +222,7 @@ def _real_heads(
     sharded_offsets: tuple[tuple[int, int, int], ...],
     rank: int,
 ) -> ShardedTensorFactory:
-    """The parts of a padded weight that are parameters: one per real head along `axis`."""
+    """Cut a padded weight into its parameters: one part per real head along `axis`."""
 
     def part(key: str, data: Tensor, head: int, replica_id: Any) -> ShardedTensor:
         place = (axis + len(sharded_offsets), head, heads.total)
@@ -254,7 +254,7 @@ def _real_heads(
 
 @dataclasses.dataclass
 class _HeadsFactory(ShardedTensorFactory):
-    """A factory that gives mcore something on a rank of padding heads alone.
+    """A factory that gives mcore a shard on a rank of padding heads alone.
 
     mcore wants one shard of every rank's entry: there, a copy of head 0 that is not saved, and
     is thrown away when loaded.
@@ -263,14 +263,16 @@ class _HeadsFactory(ShardedTensorFactory):
     scratch: Callable[..., ShardedTensor] | None = None
 
     def build(self) -> list[ShardedTensor]:
-        """This rank's real heads, or the scratch copy."""
+        """Return this rank's real heads, or the scratch copy."""
         assert self.scratch is not None
         return super().build() or [self.scratch(self.key, self.data, self.replica_id)]
 
 
 class JointNorm(torch.nn.Module):
-    """Weight [total heads * head_dim] of an RMSNorm over the features of all heads together,
-    however they are spread over TP; whole on every rank."""
+    """The weight of an RMSNorm over the features of all heads together, spread over TP.
+
+    weight: [total heads * head_dim], whole on every rank.
+    """
 
     def __init__(
         self,

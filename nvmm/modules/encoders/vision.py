@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Parameter
 
-from nvmm.modules.encoders.base import EncoderTower, empty
+from nvmm.modules.encoders.base import Encoder, empty
 from nvmm.modules.encoders.layers import QKNorm
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk
@@ -20,12 +20,12 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class VisionTransformer(EncoderTower):
+class VisionTransformer(Encoder):
     """A bidirectional ViT over square patches of uint8 tiles.
 
     InternViT (NVLM section 3.1) is: class token first, learned absolute positions, pre-norm
     RMSNorm blocks with LayerScale, QKV without bias, QK-norm over all heads together, and no final
-    norm. How it is laid out over ranks is EncoderTower's.
+    norm. Its layout over ranks is Encoder's.
 
     Args:
         transformer: partial of mcore's TransformerConfig.
@@ -90,7 +90,7 @@ class VisionTransformer(EncoderTower):
         self.mark_replicated()
 
     def grid(self, tiles: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of tiles [n, 3, height, width].
+        """Return rows and columns of patches of tiles [n, 3, height, width].
 
         Raises ValueError when the patches do not cover the tiles.
         """
@@ -108,17 +108,17 @@ class VisionTransformer(EncoderTower):
         return int(self.class_token is not None)
 
     def blank(self, device: torch.device) -> Tensor:
-        """One black tile."""
+        """Return one black tile."""
         shape = (1, 3, self.image_size, self.image_size)
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def front_end_flops(self, tiles: Tensor) -> float:
-        """The patch embedding of one tile."""
+        """Count the FLOPs of one tile's patch embedding."""
         rows, columns = self.grid(tiles)
         return 2.0 * 3 * self.patch_size**2 * self.config.hidden_size * rows * columns
 
     def encode(self, tiles: Tensor) -> Tensor:
-        """Tiles, uint8 [n, 3, height, width] -> [n, tokens, hidden_size].
+        """Encode tiles, uint8 [n, 3, height, width], to [n, tokens, hidden_size].
 
         Tokens are row-major, after the class token where that is kept.
         """
@@ -133,7 +133,7 @@ class VisionTransformer(EncoderTower):
         return x[:, 1:] if self.drop_class_token else x
 
     def _normalize(self, tiles: Tensor) -> Tensor:
-        """uint8 pixels -> the parameters' dtype, computed in fp32."""
+        """Normalise uint8 pixels in fp32 and cast them to the parameters' dtype."""
         mean, std = (
             torch.tensor(x, device=tiles.device).view(3, 1, 1)
             for x in (self.image_mean, self.image_std)
@@ -157,7 +157,7 @@ class PatchEmbedding(torch.nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [n, 3, height, width] -> [n, patches, hidden_size], row-major."""
+        """Embed pixels [n, 3, height, width] as patches [n, patches, hidden_size], row-major."""
         p = self.weight.shape[-1]
         n, channels, height, width = pixels.shape
         patches = pixels.view(n, channels, height // p, p, width // p, p)
@@ -181,9 +181,10 @@ class PositionEmbedding(torch.nn.Module):
         config.init_method(self.weight)
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """grid (rows, columns) -> [class token + rows * columns, hidden_size].
+        """Return a grid's (rows, columns) positions, [class token + rows * columns, hidden_size].
 
-        Bicubic in fp32, the class token's row untouched; the identity at the native grid.
+        They are interpolated bicubically in fp32, but for the class token's row; the native grid's
+        are the weight itself.
         """
         if grid == (self.side, self.side):
             return self.weight
