@@ -3,17 +3,21 @@ refused.
 
 A leaf is a key of a composed config or a parameter of its constructors that a config may give. Its
 other values follow from its type; a leaf that acts only beside another one has that in BESIDE.
-Looked at are model, objective, optimizer and data; trainer, checkpoint, logger and the layout have
-tests of their own.
+A model, an objective or an optimizer shows it in three steps on synthetic batches, data in its
+batches, and everything else in what a short run of `nvmm.train` prints and leaves.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import functools
 import hashlib
+import io
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.kernels.library import Kernels
 from nvmm.proof.equivalence import build_trainer, shrink
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+from tests.ranks import run_ranks
 
 SYSTEMS = (
     "language/tiny",
@@ -67,6 +72,17 @@ VALUES: dict[str, list[Any]] = {
     "build.form": [{"_target_": "nvmm.data.samples.forms.Document"}],
     "build.min_tiles": [6],
     "data.sequence_length": [24],
+    "checkpoint.save_interval": [2],
+    "checkpoint.keep_last": [1],
+    "trainer.max_minutes": [1e-6],
+    "trainer.profile": [[1, 2]],
+    "trainer.validation_interval": [2],
+    "tokenizer.extra_tokens": [["<extra>"]],
+    "tokenizer.image_token": ["<|im_end|>"],
+    "tokenizer.end_of_turn": ["<|endoftext|>"],
+    "lora.targets": [["decoder.*linear_fc1"]],
+    "lora.train": [["output_layer.*"]],
+    "fp8.format": ["e4m3"],
 }
 """End of a key -> values to try, where its type does not say enough."""
 BESIDE: dict[str, dict[str, Any]] = {
@@ -79,6 +95,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "connector.activation_func": {"model.connector.hidden_size": 32},
     "cross_attention.offset": {"model.cross_attention.interval": 2},
     "data.window": {"data.pack": True},
+    "precision.grad_reduce_in_fp32": {"precision.dtype": "bf16"},
 }
 """End of a key -> what it needs to act, where the config has that key's parent."""
 UNSEEN: dict[str, str] = {
@@ -97,6 +114,15 @@ UNSEEN: dict[str, str] = {
     "storage": "is how remote shards are read: tests/data/shards/test_storage.py",
     "build.attended": "must fit the model: tests/data/samples/test_attended.py",
     "template.generation_prompt": "is of prompts alone: tests/data/samples/test_chat.py",
+    "parallel.overlap_grad_reduce": "gives the same sums sooner: tests/proof/test_equivalence.py",
+    "parallel.overlap_param_gather": "gives the same weights sooner: the same test",
+    "parallel.encoder": "lays out the same encoder over ranks: the same test",
+    "parallel.recompute_granularity": "gives the same gradients in less memory: the same test",
+    "parallel.variable_seq_lengths": "is what pipeline stages send: tests/parallel/test_setup.py",
+    "parallel.timeout_minutes": "acts when a rank hangs: tests/parallel/test_setup.py",
+    "checkpoint.async_save": "writes the same files: tests/checkpoint/test_checkpoint.py",
+    "logger.wandb_project": "is the service's: tests/training/test_logger.py",
+    "trainer.on_nonfinite": "acts on a loss that is not finite: tests/training/test_trainer.py",
     "moments_dtype": "changes what a step stores, which the next ones read",
 }
 """End of a key -> why one rank's steps on synthetic batches may not show it."""
@@ -333,3 +359,68 @@ def test_every_key_of_the_data_acts(name: str, tmp_path: Path) -> None:
             if verdict(near, key, values, lambda c: batches_of(c, tokenizer)) == "dead":
                 dead.append(key)
     assert not dead, f"{name}: these keys change nothing: {dead}"
+
+
+# -- what is left of a run ------------------------------------------------------------------------
+
+NUMBERS = ("step", "loss", "grad_norm", "num_tokens", "num_samples", "skipped_steps", "datasets")
+ROOMS = ("kernels", "tokenizer", "parallel", "precision", "lora", "checkpoint", "trainer", "logger")
+
+
+def run(rank: int, world_size: int, init: str, config: dict[str, Any], folder: Path) -> str:
+    """Train; digest what that prints and leaves, but for times, paths and the config itself."""
+    from nvmm import train
+    from nvmm.config.compose import Job
+
+    shutil.rmtree(folder, ignore_errors=True)
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+        train.train(Job(config | {"run": config["run"] | {"dir": str(folder)}}, []))
+    records = [
+        {key: record.get(key) for key in NUMBERS}
+        for name in ("metrics.jsonl", "validation.jsonl")
+        if (folder / name).exists()
+        for record in map(json.loads, (folder / name).read_text().splitlines())
+    ]
+    states = [json.loads(file.read_text()) for file in sorted(folder.rglob("state.json"))]
+    files = [
+        (str(file.relative_to(folder)), file.stat().st_size if file.suffix == ".distcp" else 0)
+        for file in sorted(folder.rglob("*"))
+        if "events.out" not in file.name
+    ]
+    words = [word for word in printed.getvalue().split() if not re.search(r"[\d/]", word)]
+    tokenizers = [state["state"]["tokenizer_digest"] for state in states]
+    return digest_of([records, files, words, tokenizers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("precision=fp8", "+lora=default")], ids=["plain", "fp8"])
+def test_every_key_of_a_run_acts(options: tuple[str, ...], tmp_path: Path) -> None:
+    folder = shards(tmp_path / "data")
+    overrides = [
+        *("experiment=language/tiny", "parallel=single", f"tokenizer.path={folder}/tokenizer"),
+        *(f"data.train.shards={folder}/text/train-*.tar", "trainer.max_steps=4", *options),
+        *("trainer.global_batch_size=2", "trainer.micro_batch_size=2", "optim.warmup_steps=1"),
+        *(
+            "checkpoint.save_interval=1",
+            "trainer.validation_interval=1",
+            *(["lora.targets=[decoder.*linear_*]"] * bool(options)),
+        ),
+    ]
+    config = to_plain(composed("train", overrides))
+    validation = {"shards": [f"{folder}/text/validation-*.tar"]}
+    config["data"]["validation"] = copy.deepcopy(config["data"]["train"]) | validation
+    dead, silent = [], []
+    observe = functools.lru_cache(maxsize=4)(
+        lambda text: run_ranks(run, 1, ast.literal_eval(text), tmp_path / "run")[0]
+    )
+    for key, value, annotation in (leaf for room in ROOMS for leaf in leaves(config[room], room)):
+        values = others(key, value, annotation)
+        if is_unseen(key):
+            continue
+        if not values:
+            silent.append(key)
+        elif verdict(beside(config, key), key, values, lambda c: observe(repr(c))) == "dead":
+            dead.append(key)
+    assert not dead, f"these keys change nothing: {dead}"
+    assert not silent, f"no other value is known of {silent}; add them to VALUES"
