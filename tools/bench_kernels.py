@@ -88,7 +88,7 @@ def rotations(rows: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def places(rows: int, device: torch.device) -> Tensor:
-    """Return a mask of every second row."""
+    """Return the numbers of every second row."""
     return torch.arange(0, rows, 2, device=device)
 
 

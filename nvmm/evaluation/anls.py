@@ -18,8 +18,12 @@ def anls(threshold: float = 0.5, *, prediction: str, answers: Sequence[str]) -> 
     """
     if not answers:
         return 0.0
-    guess = _tidy(prediction)
-    best = max(_similarity(guess, _tidy(answer)) for answer in answers)
+    guess, *truths = (" ".join(text.lower().split()) for text in (prediction, *answers))
+    best = 0.0
+    for truth in truths:
+        longest = max(len(guess), len(truth))
+        similarity = 1.0 - levenshtein(guess, truth) / longest if longest else 1.0
+        best = max(best, similarity)
     return best if best >= threshold else 0.0
 
 
@@ -34,12 +38,3 @@ def levenshtein(a: str, b: str) -> int:
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (char != other)))
         above = row
     return above[-1]
-
-
-def _similarity(a: str, b: str) -> float:
-    longest = max(len(a), len(b))
-    return 1.0 - levenshtein(a, b) / longest if longest else 1.0
-
-
-def _tidy(text: str) -> str:
-    return " ".join(text.lower().split())

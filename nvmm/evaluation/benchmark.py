@@ -222,7 +222,8 @@ class Questions(Benchmark):
         # A conversation asks with its last user turn; other records with a field of this name.
         turns = record.get("conversations", record.get("messages"))
         if isinstance(turns, list):
-            asked = [turn for turn in turns if _role(turn) in ("human", "user")]
+            objects = [turn for turn in turns if isinstance(turn, dict)]
+            asked = [t for t in objects if t.get("from", t.get("role")) in ("human", "user")]
             if not asked:
                 raise ValueError(f"{source}: the conversation has no user turn")
             text = "value" if "value" in asked[-1] else "content"
@@ -276,7 +277,3 @@ def table(summary: Mapping[str, Any], name: str) -> str:
 def _mean(predictions: Sequence[Prediction]) -> dict[str, Any]:
     total = sum(prediction.score for prediction in predictions)
     return {"score": total / max(1, len(predictions)), "num_samples": len(predictions)}
-
-
-def _role(turn: Any) -> Any:
-    return turn.get("from", turn.get("role")) if isinstance(turn, dict) else None

@@ -17,14 +17,17 @@ def relaxed_accuracy(tolerance: float = 0.05, *, prediction: str, answers: Seque
     Two numbers agree when |prediction - answer| <= tolerance * |answer|. An answer of 0, or a side
     that is no number, is compared as text, ignoring case and outer white space.
     """
-    return float(any(_agree(prediction.strip(), a.strip(), tolerance) for a in answers))
-
-
-def _agree(prediction: str, answer: str, tolerance: float) -> bool:
-    guess, truth = _number(prediction), _number(answer)
-    if guess is not None and truth:
-        return abs(guess - truth) <= tolerance * abs(truth)
-    return prediction.lower() == answer.lower()
+    prediction = prediction.strip()
+    guess = _number(prediction)
+    for answer in (text.strip() for text in answers):
+        truth = _number(answer)
+        if guess is not None and truth:
+            agree = abs(guess - truth) <= tolerance * abs(truth)
+        else:
+            agree = prediction.lower() == answer.lower()
+        if agree:
+            return 1.0
+    return 0.0
 
 
 def _number(text: str) -> float | None:

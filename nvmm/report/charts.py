@@ -46,12 +46,15 @@ def line_chart(
     """Return an `<svg>` of the series, or "" where none has a point to draw.
 
     Args:
-        label: what y is, with its unit.
+        label: name of y, with its unit.
         log: logarithmic y; values of 0 and below are left out.
         from_zero: the y axis starts at 0.
     """
-    shown = [(each, _drawable(each.points, log)) for each in series]
-    shown = [(each, points) for each, points in shown if points]
+    shown = []
+    for each in series:
+        points = [(x, y) for x, y in each.points if y is not None and math.isfinite(y)]
+        if drawable := [(x, y) for x, y in points if y > 0 or not log]:
+            shown.append((each, drawable))
     if not shown:
         return ""
     xs = [x for _, points in shown for x, _ in points]
@@ -177,10 +180,6 @@ class _Axis:
 
     def ticks(self) -> list[float]:
         return (log_ticks if self.log else linear_ticks)(self.low, self.high)
-
-
-def _drawable(points: Sequence[tuple[float, float | None]], log: bool) -> list[Point]:
-    return [(x, y) for x, y in points if y is not None and math.isfinite(y) and (y > 0 or not log)]
 
 
 def _limits(ys: Sequence[float], log: bool, from_zero: bool) -> tuple[float, float]:

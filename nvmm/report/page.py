@@ -59,7 +59,10 @@ def write_report(run_dir: str | Path) -> Path:
     summary = _json(run_dir / "summary.json")
     config = _yaml(run_dir / "config.yaml") or {}
     steps = _lines(run_dir / "metrics.jsonl")
-    evaluations = _evaluations(run_dir)
+    newest: dict[str, Path] = {}
+    for path in sorted(run_dir.glob("evaluation/*/*/predictions.jsonl")):
+        newest[path.parent.parent.name] = path
+    evaluations = {f"{name}, {path.parent.name}": _lines(path) for name, path in newest.items()}
     earlier = stages(run_dir, summary, config)
     about = config.get("run") or {}
     name = str(about.get("name") or run_dir.name)
@@ -132,14 +135,6 @@ def _stat(summary: Mapping[str, Any], key: str) -> str | None:
     if value is None:
         return None
     return format_duration(value) if key == "train_seconds" else format_number(value)
-
-
-def _evaluations(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the newest predictions of each benchmark by "benchmark, checkpoint"."""
-    newest: dict[str, Path] = {}
-    for path in sorted(run_dir.glob("evaluation/*/*/predictions.jsonl")):
-        newest[path.parent.parent.name] = path
-    return {f"{name}, {path.parent.name}": _lines(path) for name, path in newest.items()}
 
 
 def _accuracy(

@@ -121,7 +121,7 @@ UNSEEN: dict[str, str] = {
     "parallel.variable_seq_lengths": "is what pipeline stages send: tests/parallel/test_setup.py",
     "parallel.timeout_minutes": "acts when a rank hangs: tests/parallel/test_setup.py",
     "checkpoint.async_save": "writes the same files: tests/checkpoint/test_checkpoint.py",
-    "logger.wandb_project": "is the service's: tests/training/test_logger.py",
+    "logger.wandb_project": "is the service's: tests/training/test_metrics.py",
     "trainer.on_nonfinite": "acts on a loss that is not finite: tests/training/test_trainer.py",
     "moments_dtype": "changes what a step stores, which the next ones read",
 }

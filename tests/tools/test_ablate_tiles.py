@@ -84,7 +84,7 @@ def test_report_has_our_numbers_beside_the_papers() -> None:
 
     found = {"none": [seed(0.5), seed(0.6)], "1d": [seed(0.6), seed(0.8)]}
     text = ablate_tiles.report(found)
-    assert "| none | 2     | 0.550 ± 0.071 |" in text
+    assert "| none    | 2     | 0.550 ± 0.071 |" in text
     assert "1d - none: 0.150 ± 0.071 (standard error of the questions 0.015)" in text
     assert text.index("NVLM-D 34B") < text.index("806") < text.index("NVLM-X 34B")
     assert "2d_grid" not in text

@@ -37,4 +37,4 @@ def test_report_compares_with_float32_of_the_same_seed(tmp_path: Path) -> None:
     scores |= {"exact_match": 0.5, "cpu_seconds": 100.0}
     plain = [scores | {"loss": 0.5}, scores | {"loss": 0.4}]
     table = compare_fp8.report({"fp32": plain, "mxfp8": [s | {"loss": 0.5} for s in plain]})
-    assert "| mxfp8 | 0.5000 ± 0.0000 | 12.50 ± 17.68 |" in table
+    assert "| mxfp8   | 0.5000 ± 0.0000 | 12.50 ± 17.68 |" in table

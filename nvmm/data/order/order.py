@@ -251,9 +251,11 @@ class Order:
         """
         facts = np.zeros((len(samples), 2), dtype=np.int64)
         ordinals, _, numbers = sample_ids.split(samples)
-        for name in self._gone(ordinals) if lengths is not None else ():
+        gone = set(np.unique(ordinals).tolist()) - set(self.ordinals.values())
+        names = [entry["name"] for entry in self._description if entry["dataset"] in gone]
+        if lengths is not None and names:
             raise ValueError(
-                f"data.blend: {name} is gone, but samples of it are packed in the open window;"
+                f"data.blend: {names[0]} is gone, but samples of it are packed in the open window;"
                 " set its epochs to 0 instead, and nothing more is taken from it"
             )
         for name, component in self.components.items():
@@ -273,11 +275,6 @@ class Order:
             facts[in_dataset] = column[numbers[in_dataset]]
         return facts
 
-    def _gone(self, ordinals: NDArray[np.int64]) -> list[str]:
-        """Return names of the blend's datasets with some of these numbers that cannot be read."""
-        present = set(np.unique(ordinals).tolist()) - set(self.ordinals.values())
-        return [entry["name"] for entry in self._description if entry["dataset"] in present]
-
     # -- positions of earlier runs ----------------------------------------------------------
 
     def _describe(self, source: Source) -> dict[str, Any]:
@@ -296,7 +293,11 @@ class Order:
         """Go to a saved position, under settings and a blend that may have changed since."""
         # 1. The saved blend's datasets keep their numbers and must have their samples still.
         before = {entry["name"]: entry for entry in saved["blend"]}
-        self._number(before)
+        # New datasets get the next numbers, so that no sample id gets another meaning.
+        numbers = {name: int(entry["dataset"]) for name, entry in before.items()}
+        for name in self.components:
+            numbers.setdefault(name, max(numbers.values()) + 1)
+        self.ordinals = {name: numbers[name] for name in self.components}
         self.changes = []
         for name in before.keys() & self.components.keys():
             self._refuse_other_samples(name, before[name])
@@ -346,16 +347,6 @@ class Order:
         if self._next_sources is not None:
             left = sum(len(pack.samples) for pack in packs[self._window.used :])
             self.changes.append(f"this holds after the {left} samples left of the open window")
-
-    def _number(self, before: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep the numbers of datasets that a position knows; give new datasets the next ones."""
-        known = {name: int(entry["dataset"]) for name, entry in before.items()}
-        following = max(known.values()) + 1
-        for name in self.components:
-            if name not in known:
-                known[name] = following
-                following += 1
-        self.ordinals = {name: known[name] for name in self.components}
 
     def _refuse_other_samples(self, name: str, entry: Mapping[str, Any]) -> None:
         """Raise ValueError when a dataset's samples or their order differ from its saved entry."""

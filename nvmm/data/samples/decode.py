@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nvmm.data.samples.bad_sample import BadSample
@@ -128,12 +127,13 @@ def _ends_early(data: bytes) -> bool:
     return False
 
 
-def _image(data: bytes, source: str, limits: Limits) -> Image.Image:
-    return decode_image(data, source=source, max_pixels=limits.max_pixels)
-
-
 DECODERS: dict[str, Callable[[bytes, str, Limits], Any]] = {
-    **dict.fromkeys(IMAGES, _image),
+    **dict.fromkeys(
+        IMAGES,
+        lambda data, source, limits: decode_image(
+            data, source=source, max_pixels=limits.max_pixels
+        ),
+    ),
     **dict.fromkeys(("wav", "flac", "ogg"), decode_sound),
     "json": decode_json,
     **dict.fromkeys(("txt", "text", "caption"), decode_text),

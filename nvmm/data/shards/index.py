@@ -184,7 +184,7 @@ def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 
                     _build(path, shards, names, stamps, workers)
             return Index(path)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
                 raise
             reason = str(error)
     else:

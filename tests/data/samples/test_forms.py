@@ -222,8 +222,8 @@ def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
     ("fields", "message"),
     [
         (
-            {"image": ".jpg"},
-            r"build\.fields\.image is unknown; use one of record, image, caption",
+            {"photo": ".jpg"},
+            r"build\.fields\.photo is unknown; use one of record, image, caption",
         ),
         ({"caption": ".pyd"}, r"\.pyd: pickled members are not read"),
         ({"caption": ".mp4"}, r"\.mp4 has no decoder"),
