@@ -72,7 +72,10 @@ class Scaling:
                 linear.quantizer = Quantizer(
                     fp8,
                     linear.tp_group,
-                    _sharers(linear, block),
+                    # Context-parallel ranks hold other tokens of the tensors of a decoder's linear.
+                    linear.tp_group
+                    if block.config.context_parallel_size == 1
+                    else parallel_state.get_tensor_and_context_parallel_group(),
                     linear.weight.device,
                     has_gradient=id(block) not in frozen_blocks,
                 )
@@ -166,13 +169,6 @@ def _linears(model: Module) -> dict[str, tuple[Any, Any, int]]:
                 if name is not None and weight.dim() == 2:
                     by_name[name.removesuffix(".weight")] = (module, block, layer.layer_number - 1)
     return by_name
-
-
-def _sharers(linear: Any, block: Any) -> dist.ProcessGroup:
-    if block.config.context_parallel_size > 1:
-        group: dist.ProcessGroup = parallel_state.get_tensor_and_context_parallel_group()
-        return group
-    return linear.tp_group  # type: ignore[no-any-return]
 
 
 def _check_features(name: str, weight: Tensor, fp8: Fp8, gathered: bool) -> None:

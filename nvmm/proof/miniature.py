@@ -85,8 +85,13 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     num_layers, stages = _layers(parallel, full_layers, sizes, small)
     _shrink_model(shrunk["model"], num_layers, sizes[_TENSOR], small[_TENSOR])
     _shrink_optim(shrunk["optim"], num_layers)
-    if "lora" in shrunk:
-        _shrink_lora(shrunk["lora"], num_layers)
+    if (lora := shrunk.get("lora")) is not None:
+        # alpha / rank stays, so that the update has the same scale. Dropout's masks depend on the
+        # layout, so there is none.
+        scale = lora.get("alpha", 32.0) / lora.get("rank", 16)
+        lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
+        for key in ("targets", "train"):
+            lora[key] = [_within(pattern, num_layers) for pattern in lora.get(key) or []]
     parallel |= {"variable_seq_lengths": True, "timeout_minutes": 5.0} | stages
     if parallel.get("recompute_num_layers") is not None:
         parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
@@ -300,15 +305,6 @@ def _shrink_optim(optim: dict[str, Any], num_layers: int) -> None:
     for key in ("freeze", "no_decay"):
         if optim.get(key):
             optim[key] = [_within(pattern, num_layers) for pattern in optim[key]]
-
-
-def _shrink_lora(lora: dict[str, Any], num_layers: int) -> None:
-    # alpha / rank stays, so that the update has the same scale. Dropout's masks depend on the
-    # layout, so there is none.
-    scale = lora.get("alpha", 32.0) / lora.get("rank", 16)
-    lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
-    for key in ("targets", "train"):
-        lora[key] = [_within(pattern, num_layers) for pattern in lora.get(key) or []]
 
 
 def _shrink_fp8(

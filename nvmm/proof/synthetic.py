@@ -103,11 +103,16 @@ def synthetic_steps(
                 ]
             )
         groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
-        samples = _retrieval_samples if is_embedder else _single_samples
+        # A micro-batch is `merge` groups; an embedder's texts come in threes.
         steps.append(
             [
                 collate(
-                    samples(texts, 100 * step + 10 * number),
+                    _retrieval_samples(texts, 100 * step + 10 * number)
+                    if is_embedder
+                    else [
+                        Sample((text,), 100 * step + 10 * number + i)
+                        for i, text in enumerate(texts)
+                    ],
                     pad_id=0,
                     pad_multiple=multiple,
                     segment_multiple=segment,
@@ -117,10 +122,6 @@ def synthetic_steps(
             ]
         )
     return steps
-
-
-def _single_samples(texts: list[Text], first_id: int) -> list[Sample]:
-    return [Sample((text,), first_id + number) for number, text in enumerate(texts)]
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:

@@ -121,11 +121,8 @@ def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{path} has no args of Megatron-LM, which describe the model")
-    return {key: value for key, value in vars(args).items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    plain = (type(None), bool, int, float, str)
+    return {key: value for key, value in vars(args).items() if isinstance(value, plain)}
 
 
 def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
