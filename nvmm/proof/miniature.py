@@ -25,7 +25,7 @@ _KINDS = {
 _TENSOR, _PIPELINE, _CONTEXT, _DATA = _KINDS
 _VIRTUAL = "virtual_pipeline_model_parallel_size"
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-_KEPT = ("model", "lora", "objective", "optim", "backend", "seed")
+_KEYS = ("model", "lora", "objective", "optim", "backend", "seed")
 _VOCAB = {"vocab_size": 509, "padded_vocab_size": 512}
 
 
@@ -76,8 +76,8 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     sizes = _sizes(parallel, world_size)
     full = _name(sizes, parallel)
     small = {kind: _reduced(kind, sizes) for kind in sizes}
-    kept = [key for key in _KEPT if config.get(key) is not None]
-    shrunk = copy.deepcopy({key: config[key] for key in kept})
+    keys = [key for key in _KEYS if config.get(key) is not None]
+    shrunk = copy.deepcopy({key: config[key] for key in keys})
     if "cross_attention" in shrunk["model"]:
         shrunk["attended"] = _attended(config)
     language = shrunk["model"].get("language", shrunk["model"])
@@ -97,9 +97,9 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
         parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
     layouts = [_layout(parallel, chosen) for chosen in _selections(small)]
     if (config.get("precision") or {}).get("fp8") is not None:
-        kept.append("precision")
+        keys.append("precision")
         _shrink_fp8(shrunk, config["precision"], layouts, num_layers)
-    before = {key: config[key] for key in kept}
+    before = {key: config[key] for key in keys}
     changes = [
         f"{key}: {'default' if old is None else old} -> {new}"
         for key, old, new in differences(before, shrunk, in_lists=True)
