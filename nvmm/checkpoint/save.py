@@ -99,7 +99,8 @@ class Checkpoint:
         final = self.directory / f"step_{step:08d}"
         temporary = self.directory / f"{TEMPORARY}{final.name}"
         if dist.get_rank() == 0:
-            self._remove_leftovers()
+            for path in self.directory.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(path)
             temporary.mkdir(parents=True)
         dist.barrier()
         # 2. The JSON, and the tensors of this rank with their places in the whole ones.
@@ -187,10 +188,6 @@ class Checkpoint:
         doomed = path.with_name(f"{TEMPORARY}removed_{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-    def _remove_leftovers(self) -> None:
-        for path in self.directory.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(path)
 
 
 class _Results:

@@ -41,7 +41,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     path: Path
     offset: int
 
@@ -55,7 +55,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         self.spec: dict[str, Tensor] = {}
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         for path, names in _files(folder):
             header, start = read_header(path)
             if names is not None and (absent := sorted(names - header.keys())):
@@ -66,15 +66,15 @@ class SafetensorsSource:
                 if name in self.spec:
                     raise ValueError(f"{path}: {name} is in another file too")
                 self.spec[name] = torch.empty(shape, dtype=dtype, device="meta")
-                self._places[name] = _Place(path, start + first)
+                self._locations[name] = _Location(path, start + first)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield the tensor, read from its file some rows at a time."""
-        spec, place = self.spec[name], self._places[name]
+        spec, location = self.spec[name], self._locations[name]
         rows = spec.shape[0] if spec.dim() else 1
         step = max(1, _PIECE * rows // max(spec.nbytes, 1))
-        with place.path.open("rb", buffering=0) as stream:
-            stream.seek(place.offset)
+        with location.path.open("rb", buffering=0) as stream:
+            stream.seek(location.offset)
             for first in range(0, max(rows, 1), step):
                 shape = [min(step, rows - first), *spec.shape[1:]] if spec.dim() else []
                 out = torch.empty(shape, dtype=spec.dtype)
@@ -82,7 +82,7 @@ class SafetensorsSource:
                 while view:
                     count = stream.readinto(view)  # type: ignore[attr-defined]
                     if not count:
-                        raise ValueError(f"{place.path} ends within {name}")
+                        raise ValueError(f"{location.path} ends within {name}")
                     view = view[count:]
                 yield out
 

@@ -74,9 +74,9 @@ class _JointNorm(torch.autograd.Function):
         *_, sums, backward = operations(*inputs)
         parts = [part for row in rows for part in sums(*row, first, real)]
         if group is not None:
-            whole = torch.cat(parts)
-            dist.all_reduce(whole, group=group)
-            parts = list(whole.split([part.numel() for part in parts]))
+            flat = torch.cat(parts)
+            dist.all_reduce(flat, group=group)
+            parts = list(flat.split([part.numel() for part in parts]))
         dots, dweights = parts[::2], parts[1::2]
         dtensors = [
             backward(*row, dot / dweight.numel(), first, real)

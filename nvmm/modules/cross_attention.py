@@ -254,7 +254,9 @@ class GatedCrossAttention(MegatronModule):
         # 3. Attention over the spans and its projection [s, b, h], [s / tp, b, h] with SP.
         attended, _ = self.linear_proj(self._attend(query, *keys, attention_mask))
         # 4. The gated residual, only in rows that see something: a bias must not reach the others.
-        mask = self._own(seen).to(attended)
+        if self.config.sequence_parallel:
+            seen = seen.chunk(self.tp_group.size())[self.tp_group.rank()]
+        mask = seen.to(attended)
         hidden = self._add(hidden_states, attended, self.gate, mask)
         if self.ffn is None:
             return hidden
@@ -266,7 +268,9 @@ class GatedCrossAttention(MegatronModule):
         """Attend over spans; with selective recompute backward does it again."""
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = functools.partial(span_attention, spans=spans, dropout=dropout)
-        with self._dropout_generator(dropout):
+        # Ranks hold different heads and need different masks, as in CoreAttention.
+        fork = dropout > 0 and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
             if self.training and self.config.recompute_granularity == "selective":
                 out: Tensor = tensor_parallel.checkpoint(attend, False, query, key, value)
                 return out
@@ -314,18 +318,6 @@ class GatedCrossAttention(MegatronModule):
             return hidden
         trained = [p.sum() for p in self.parameters() if p.requires_grad]
         return hidden + 0 * torch.stack(trained).sum() if trained else hidden
-
-    def _own(self, positions: Tensor) -> Tensor:
-        """Return this rank's part of [s, b] under sequence parallelism, else all."""
-        if not self.config.sequence_parallel:
-            return positions
-        return positions.chunk(self.tp_group.size())[self.tp_group.rank()]
-
-    def _dropout_generator(self, dropout: float) -> contextlib.AbstractContextManager[None]:
-        """Give ranks, which hold different heads, different masks, as CoreAttention does."""
-        if dropout > 0 and not self.config.sequence_parallel:
-            return tensor_parallel.get_cuda_rng_tracker().fork()
-        return contextlib.nullcontext()
 
 
 def heads_per_rank(norm: Any) -> Any:

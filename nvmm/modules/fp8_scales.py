@@ -72,7 +72,10 @@ class Scaling:
                 linear.quantizer = Quantizer(
                     fp8,
                     linear.tp_group,
-                    _sharers(linear, block),
+                    # Context-parallel ranks hold other tokens of the tensors of a decoder's linear.
+                    linear.tp_group
+                    if block.config.context_parallel_size == 1
+                    else parallel_state.get_tensor_and_context_parallel_group(),
                     linear.weight.device,
                     has_gradient=id(block) not in frozen_blocks,
                 )
@@ -168,13 +171,6 @@ def _linears(model: Module) -> dict[str, tuple[Any, Any, int]]:
     return by_name
 
 
-def _sharers(linear: Any, block: Any) -> dist.ProcessGroup:
-    if block.config.context_parallel_size > 1:
-        group: dist.ProcessGroup = parallel_state.get_tensor_and_context_parallel_group()
-        return group
-    return linear.tp_group  # type: ignore[no-any-return]
-
-
 def _check_features(name: str, weight: Tensor, fp8: Fp8, gathered: bool) -> None:
     """Refuse features that FP8's blocks do not divide.
 
@@ -243,17 +239,17 @@ class _EngineScales:
         """Return the state as `Quantizer.state` does."""
         return {
             tensor: torch.cat([meta.scale[column, None], meta.amax_history[:, column]])
-            for tensor, (meta, column) in self._places().items()
+            for tensor, (meta, column) in self._columns().items()
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Load a state as `Quantizer.load` does."""
         for tensor, values in state.items():
-            meta, column = self._places()[tensor]
+            meta, column = self._columns()[tensor]
             meta.scale[column] = values[0]
             meta.amax_history[:, column] = values[1:].to(meta.amax_history.device)
 
-    def _places(self) -> dict[str, tuple[Any, int]]:
+    def _columns(self) -> dict[str, tuple[Any, int]]:
         if "scaling_fwd" not in self.module.fp8_meta:
             from megatron.core.fp8_utils import get_fp8_recipe
 
@@ -261,5 +257,5 @@ class _EngineScales:
             self.module.fp8_meta["recipe"] = get_fp8_recipe(self.config)
             self.module.init_fp8_meta_tensors(self.module.fp8_meta["recipe"])
         forward, backward = (self.module.fp8_meta[f"scaling_{way}"] for way in ("fwd", "bwd"))
-        places = ((forward, INPUT), (forward, WEIGHT), (backward, 0))
-        return dict(zip(TENSORS, places, strict=True))
+        columns = ((forward, INPUT), (forward, WEIGHT), (backward, 0))
+        return dict(zip(TENSORS, columns, strict=True))

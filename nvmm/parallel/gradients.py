@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import Module
 
 from nvmm.parallel.parameters import sharded_parameters
@@ -41,6 +41,11 @@ def sum_replicated_gradients(models: Sequence[Any]) -> None:
         gradient.copy_(part)
 
 
+def _mark(marked: set[int], ids: list[int], *arguments: object) -> None:
+    """Add ids to a set, as a hook of a module or parameter whose arguments do not matter."""
+    marked.update(ids)
+
+
 class GradientCheck:
     """A context manager over one step that finds used trainable parameters without a gradient.
 
@@ -59,20 +64,13 @@ class GradientCheck:
             for module in chunk.modules():
                 ids = [id(p) for p in module.parameters(recurse=False) if p.requires_grad]
                 if ids:
-                    self.handles.append(module.register_forward_pre_hook(self._use(ids)))
+                    use = functools.partial(_mark, self.used, ids)
+                    self.handles.append(module.register_forward_pre_hook(use))
             for parameter in chunk.parameters():
                 if parameter.requires_grad:
-                    self.handles.append(parameter.register_hook(self._reach(id(parameter))))
+                    reach = functools.partial(_mark, self.reached, [id(parameter)])
+                    self.handles.append(parameter.register_hook(reach))
         return self
-
-    def _use(self, ids: list[int]) -> Any:
-        return lambda module, inputs: self.used.update(ids)
-
-    def _reach(self, identity: int) -> Any:
-        def hook(gradient: Tensor) -> None:
-            self.reached.add(identity)
-
-        return hook
 
     def __exit__(self, *exception: object) -> None:
         for handle in self.handles:

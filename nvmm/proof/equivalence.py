@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.parallel import context_parallel
-from nvmm.parallel.setup import Parallel, Precision
+from nvmm.parallel.setup import Parallel
 from nvmm.proof.miniature import ONE_RANK, Layout, shrink
 from nvmm.proof.ranks import run_ranks
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
@@ -252,7 +252,9 @@ def build_trainer(
         lora=instantiate(config.get("lora")),
         data=data,
         parallel=Parallel(**config.get("parallel", {})),
-        precision=_precision(config),
+        precision=instantiate(
+            {"_target_": "nvmm.parallel.setup.Precision", **config.get("precision", {})}
+        ),
         checkpoint=Checkpoint(save_interval=None, directory=run_dir / "checkpoints"),
         logger=Logger(run_dir=run_dir, config=config, run_name="equivalence", enabled=log),
         run_dir=run_dir,
@@ -260,14 +262,6 @@ def build_trainer(
         backend=config["backend"],
         seed=config["seed"],
     )
-
-
-def _precision(config: dict[str, Any]) -> Precision:
-    from nvmm.config.compose import instantiate
-
-    options = {"_target_": "nvmm.parallel.setup.Precision", **config.get("precision", {})}
-    precision: Precision = instantiate(options)
-    return precision
 
 
 def _run_rank(

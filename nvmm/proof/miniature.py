@@ -25,7 +25,7 @@ _KINDS = {
 _TENSOR, _PIPELINE, _CONTEXT, _DATA = _KINDS
 _VIRTUAL = "virtual_pipeline_model_parallel_size"
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-_KEPT = ("model", "lora", "objective", "optim", "backend", "seed")
+_KEYS = ("model", "lora", "objective", "optim", "backend", "seed")
 _VOCAB = {"vocab_size": 509, "padded_vocab_size": 512}
 
 
@@ -76,8 +76,8 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     sizes = _sizes(parallel, world_size)
     full = _name(sizes, parallel)
     small = {kind: _reduced(kind, sizes) for kind in sizes}
-    kept = [key for key in _KEPT if config.get(key) is not None]
-    shrunk = copy.deepcopy({key: config[key] for key in kept})
+    keys = [key for key in _KEYS if config.get(key) is not None]
+    shrunk = copy.deepcopy({key: config[key] for key in keys})
     if "cross_attention" in shrunk["model"]:
         shrunk["attended"] = _attended(config)
     language = shrunk["model"].get("language", shrunk["model"])
@@ -85,16 +85,21 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     num_layers, stages = _layers(parallel, full_layers, sizes, small)
     _shrink_model(shrunk["model"], num_layers, sizes[_TENSOR], small[_TENSOR])
     _shrink_optim(shrunk["optim"], num_layers)
-    if "lora" in shrunk:
-        _shrink_lora(shrunk["lora"], num_layers)
+    if (lora := shrunk.get("lora")) is not None:
+        # alpha / rank stays, so that the update has the same scale. Dropout's masks depend on the
+        # layout, so there is none.
+        scale = lora.get("alpha", 32.0) / lora.get("rank", 16)
+        lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
+        for key in ("targets", "train"):
+            lora[key] = [_within(pattern, num_layers) for pattern in lora.get(key) or []]
     parallel |= {"variable_seq_lengths": True, "timeout_minutes": 5.0} | stages
     if parallel.get("recompute_num_layers") is not None:
         parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
     layouts = [_layout(parallel, chosen) for chosen in _selections(small)]
     if (config.get("precision") or {}).get("fp8") is not None:
-        kept.append("precision")
+        keys.append("precision")
         _shrink_fp8(shrunk, config["precision"], layouts, num_layers)
-    before = {key: config[key] for key in kept}
+    before = {key: config[key] for key in keys}
     changes = [
         f"{key}: {'default' if old is None else old} -> {new}"
         for key, old, new in differences(before, shrunk, in_lists=True)
@@ -300,15 +305,6 @@ def _shrink_optim(optim: dict[str, Any], num_layers: int) -> None:
     for key in ("freeze", "no_decay"):
         if optim.get(key):
             optim[key] = [_within(pattern, num_layers) for pattern in optim[key]]
-
-
-def _shrink_lora(lora: dict[str, Any], num_layers: int) -> None:
-    # alpha / rank stays, so that the update has the same scale. Dropout's masks depend on the
-    # layout, so there is none.
-    scale = lora.get("alpha", 32.0) / lora.get("rank", 16)
-    lora |= {"rank": 3, "alpha": 3 * scale, "dropout": 0.0}
-    for key in ("targets", "train"):
-        lora[key] = [_within(pattern, num_layers) for pattern in lora.get(key) or []]
 
 
 def _shrink_fp8(

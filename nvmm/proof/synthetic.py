@@ -78,11 +78,13 @@ def synthetic_steps(
 
     For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
     """
+    # 1. Padding as the layout needs it; the texts below do not depend on it.
     parallel = Parallel(**config.get("parallel", {}))
     multiple = math.lcm(4, parallel.sequence_multiple, config.get("row_multiple", 1))
     segment = parallel.segment_multiple if packed else 1
     is_embedder = "pooling" in config["model"]
     has_images = "vision" in config["model"]
+    # 2. Texts of each micro-batch, from one generator: their order fixes their values.
     generator = torch.Generator().manual_seed(11)
     steps = []
     for step in range(num_steps):
@@ -103,11 +105,16 @@ def synthetic_steps(
                 ]
             )
         groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
-        samples = _retrieval_samples if is_embedder else _single_samples
+        # 3. Every `merge` groups become one micro-batch; an embedder's texts come in threes.
         steps.append(
             [
                 collate(
-                    samples(texts, 100 * step + 10 * number),
+                    _retrieval_samples(texts, 100 * step + 10 * number)
+                    if is_embedder
+                    else [
+                        Sample((text,), 100 * step + 10 * number + i)
+                        for i, text in enumerate(texts)
+                    ],
                     pad_id=0,
                     pad_multiple=multiple,
                     segment_multiple=segment,
@@ -117,10 +124,6 @@ def synthetic_steps(
             ]
         )
     return steps
-
-
-def _single_samples(texts: list[Text], first_id: int) -> list[Sample]:
-    return [Sample((text,), first_id + number) for number, text in enumerate(texts)]
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
@@ -156,6 +159,7 @@ def _text(
 
     num_unsupervised: tokens at the beginning that are no targets; placeholders never are.
     """
+    # 1. The number of tiles, and of those in the sequence.
     count, size, per_tile = 0, 0, 0
     if model is not None:
         size = model["vision"]["image_size"]
@@ -163,6 +167,7 @@ def _text(
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]
+    # 2. Words, with a run of placeholders for each of them, one word apart.
     length = int(torch.randint(9, 14, (), generator=generator)) + placed * (per_tile + 1)
     tokens = torch.randint(0, PLACEHOLDER, (length,), generator=generator)
     starts = 2 + torch.arange(placed) * (per_tile + 1)
@@ -170,6 +175,7 @@ def _text(
         tokens[start : start + per_tile] = PLACEHOLDER
     weights = (tokens != PLACEHOLDER).float()
     weights[:num_unsupervised] = 0
+    # 3. Pixels, and the media of either placement.
     shape = (count, 3, size, size)
     tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     media = {}

@@ -207,11 +207,10 @@ class Optimizer:
         self.adam: FusedAdam = self.distributed.optimizer
         self.adam.initialize_state()
         for group in mcore.param_groups:
-            group["weight_decay"] = self._group(group).weight_decay * group["wd_mult"]
+            # lr_mult tells a parameter's group, see `_overrides`.
+            weight_decay = groups[int(group["lr_mult"]) - 1].weight_decay
+            group["weight_decay"] = weight_decay * group["wd_mult"]
         self.set_step(0)
-
-    def _group(self, group: dict[str, Any]) -> Group:
-        return self.groups[int(group["lr_mult"]) - 1]
 
     def set_step(self, step: int) -> float:
         """Set every group's learning rate for 0-based `step`; return the default group's."""

@@ -38,11 +38,11 @@ class Reference:
         self.chunks = chunks
         self.scaling = scaling
         self.source: BaseCheckpoint | None = None
+        trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+        # A device reads host memory fastest where it is pinned.
         self._copies: list[tuple[Parameter, Tensor]] = [
-            (parameter, _host_copy(parameter.data))
-            for chunk in chunks
-            for parameter in chunk.parameters()
-            if parameter.requires_grad
+            (p, torch.empty_like(p.data, device="cpu", pin_memory=p.is_cuda).copy_(p.data))
+            for p in trained
         ]
 
     def take(self, source: BaseCheckpoint | None) -> None:
@@ -102,8 +102,3 @@ class Reference:
             parameter.data.copy_(copy)
             copy.copy_(current)
         self.scaling.forget_weights()
-
-
-def _host_copy(x: Tensor) -> Tensor:
-    """Return a copy in host memory, which a device reads fastest where it is pinned."""
-    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)

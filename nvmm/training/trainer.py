@@ -173,7 +173,8 @@ class Trainer:
                     "checkpoint_stall_seconds": stalled,
                 }
                 # Log before the save: a checkpoint's steps are in the log, whatever kills the run.
-                self._log_step(step, seconds, result)
+                if step % self.log_interval == 0 or step == self.max_steps:
+                    self.logger.step(self.accounting.record(step, seconds, result), self.max_steps)
                 stalled = self._save_if_due(step)
                 if self.validation_interval and step % self.validation_interval == 0:
                     self.validate(step)
@@ -466,12 +467,6 @@ class Trainer:
             self._say(f"stopped at step {step} of {self.max_steps}; go on: {self._command()}")
 
     # -- reporting --------------------------------------------------------------------------
-
-    def _log_step(self, step: int, seconds: dict[str, float], result: StepResult) -> None:
-        """Write one object of metrics.jsonl."""
-        if step % self.log_interval and step != self.max_steps:
-            return
-        self.logger.step(self.accounting.record(step, seconds, result), self.max_steps)
 
     def _summary(self, first: int, step: int) -> dict[str, Any]:
         seconds = time.monotonic() - self.started

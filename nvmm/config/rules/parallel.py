@@ -43,6 +43,7 @@ def _uneven_heads(key: str, heads: int, tensor: int) -> Problem:
 
 
 def _pipeline_layers(view: View) -> Iterator[Problem]:
+    # 1. Virtual stages, and ends with a count of their own, need a pipeline.
     pipeline = view.size("pipeline")
     virtual = view.integer("parallel.virtual_pipeline_model_parallel_size")
     if virtual is not None and pipeline == 1:
@@ -69,6 +70,7 @@ def _pipeline_layers(view: View) -> Iterator[Problem]:
             yield Problem(name, count, f"must be divisible by the {chunks} virtual stages")
     if layers is None or pipeline == 1:
         return
+    # 2. The stages in the middle share what the ends leave, evenly over their chunks.
     middle, stages = layers - sum(stage_layers.values()), pipeline - len(stage_layers)
     if middle < 0 or bool(middle) != bool(stages):
         yield Problem(key, layers, f"leaves {middle} layers for the {stages} stages in the middle")
@@ -152,6 +154,7 @@ def _batches(view: View) -> Iterator[Problem]:
     pipeline = view.size("pipeline")
     context = view.integer("parallel.context_parallel_size", 1) or 1
     model = view.size("tensor") * pipeline * max(1, context)
+    # 1. Without a world size, as in a check on one machine, one data-parallel rank is assumed.
     data_parallel = 1
     if view.world_size is not None:
         if view.world_size % model:
@@ -166,6 +169,7 @@ def _batches(view: View) -> Iterator[Problem]:
         data_parallel = view.world_size // model
     if not global_batch or not micro or global_batch < 1 or micro < 1:
         return
+    # 2. Every rank gets as many micro-batches, with virtual stages a multiple of the stages.
     if global_batch % (micro * data_parallel):
         ranks = f" x {data_parallel} data-parallel ranks" if view.world_size is not None else ""
         yield Problem(

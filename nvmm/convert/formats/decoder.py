@@ -141,6 +141,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
     qkv_kinds = ["weight", "bias"] if config["add_qkv_bias"] else ["weight"]
     kinds = ["weight", "bias"] if config["add_bias_linear"] else ["weight"]
+    # 1. The embedding, then the norms, under mcore's names of norms fused with the next linear.
     rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
     for kind in norm_kinds:
         rows += [
@@ -153,6 +154,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
                 (f"{theirs}post_attention_layernorm.{kind}",),
             ),
         ]
+    # 2. The linears of attention and MLP, with the biases that the family has.
     for kind in qkv_kinds:
         names = tuple(f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
         rows.append(Row(f"{layer}self_attention.linear_qkv.{kind}", names, qkv))
@@ -166,6 +168,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             else Row(f"{layer}mlp.linear_fc1.{kind}", (up,), Rename()),
             Row(f"{layer}mlp.linear_fc2.{kind}", (f"{theirs}mlp.down_proj.{kind}",)),
         ]
+    # 3. The end: a tied output layer is only a copy of the embedding, which may be there.
     rows += [Row(f"decoder.final_layernorm.{kind}", (f"model.norm.{kind}",)) for kind in norm_kinds]
     if model["share_embeddings_and_output_weights"]:
         rows.append(Row(None, ("lm_head.weight",), Tied("model.embed_tokens.weight")))

@@ -97,6 +97,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     dummies = hf.get(NUM_DUMMY_HEADS, 0)
     layer, theirs = "decoder.layers.*.", "encoder.layers.*."
     width = config["hidden_size"]
+    # 1. The embeddings and LayerScale.
     rows = [
         Row("class_token", ("embeddings.class_embedding",)),
         Row("conv1.weight", ("embeddings.patch_embedding.weight",)),
@@ -109,12 +110,14 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         Row(f"{layer}ls1", (f"{theirs}ls1",)),
         Row(f"{layer}ls2", (f"{theirs}ls2",)),
     ]
+    # 2. The norms, under the names that mcore's have where they are fused with the next linear.
     norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
     for kind in norm_kinds:
         rows += [
             Row(f"{layer}self_attention.linear_qkv.layer_norm_{kind}", (f"{theirs}norm1.{kind}",)),
             Row(f"{layer}mlp.linear_fc1.layer_norm_{kind}", (f"{theirs}norm2.{kind}",)),
         ]
+    # 3. Attention, without the zero heads that NVLM-D's folder has behind the real ones.
     for kind in ["weight", "bias"] if config["add_qkv_bias"] else ["weight"]:
         rows.append(
             Row(
@@ -140,6 +143,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         ),
         Row(f"{layer}self_attention.linear_proj.bias", (f"{theirs}attn.proj.bias",), Rename()),
     ]
+    # 4. The MLP.
     for kind in ("weight", "bias"):
         rows += [
             Row(f"{layer}mlp.linear_fc1.{kind}", (f"{theirs}mlp.fc1.{kind}",)),

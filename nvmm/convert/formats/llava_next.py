@@ -1,8 +1,8 @@
 """LLaVA-NeXT (LLaVA 1.6) as Transformers has it: CLIP, a two-layer projector, Llama or Mistral.
 
 Read only. Our graph takes the features that LLaVA takes (CLIP's layer before the last, without the
-class token), but lays pictures out as tiles in a row. `image_newline`, which LLaVA puts between the
-rows of a picture that it unpads, the last CLIP layer and CLIP's last norm have no place in it.
+class token), but lays images out as tiles in a row. `image_newline`, which LLaVA puts between the
+rows of an image that it unpads, the last CLIP layer and CLIP's last norm have no place in it.
 """
 
 from __future__ import annotations

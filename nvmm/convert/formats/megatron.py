@@ -121,21 +121,20 @@ def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     args = content.get("args")
     if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{path} has no args of Megatron-LM, which describe the model")
-    return {key: value for key, value in vars(args).items() if _is_plain(value)}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    plain = (type(None), bool, int, float, str)
+    return {key: value for key, value in vars(args).items() if isinstance(value, plain)}
 
 
 def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
     """Turn Megatron-LM's arguments into our model config; ValueError for what we do not have."""
+    # 1. Options that change the graph, with the values that we have.
     only(args, "position_embedding_type", "rope")
     only(args, "rotary_interleaved", False, None)
     only(args, "qk_layernorm", False, None)
     only(args, "num_experts", None)
     only(args, "multi_latent_attention", False, None)
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
+    # 2. Flags of which each switches something on, as Megatron-LM's command line has them.
     grouped = bool(args.get("group_query_attention"))
     gated, squared = bool(args.get("swiglu")), bool(args.get("squared_relu"))
     activation = SILU if gated else SQUARED_RELU if squared else GELU

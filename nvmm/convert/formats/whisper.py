@@ -81,6 +81,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     layer, theirs = "decoder.layers.*.", f"{prefix}layers.*."
     attention = f"{layer}self_attention."
     inputs = {"conv1": model["num_mel_bins"], "conv2": width}
+    # 1. Positions and attention, whose k has no bias.
     rows = [
         Row("position_embeddings.weight", (f"{prefix}embed_positions.weight",)),
         Row(
@@ -94,12 +95,14 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             KeylessBias(heads, head_dim),
         ),
     ]
+    # 2. The convolutions: ours have the three taps of a channel side by side.
     for name, size in inputs.items():
         kernel = Reshape((width, size * 3), (width, size, 3))
         rows += [
             Row(f"{name}.weight", (f"{prefix}{name}.weight",), kernel),
             Row(f"{name}.bias", (f"{prefix}{name}.bias",)),
         ]
+    # 3. Everything that has a weight and a bias.
     for kind in _KINDS:
         norm = f"{attention}linear_qkv.layer_norm_{kind}"
         rows += [

@@ -225,12 +225,12 @@ def _real_heads(
     """Cut a padded weight into its parameters: one part per real head along `axis`."""
 
     def part(key: str, data: Tensor, head: int, replica_id: Any) -> ShardedTensor:
-        place = (axis + len(sharded_offsets), head, heads.total)
+        head_offset = (axis + len(sharded_offsets), head, heads.total)
         return ShardedTensor.from_rank_offsets(
             key,
             data,
             *sharded_offsets,
-            place,
+            head_offset,
             replica_id=replica_id,
             prepend_axis_num=len(sharded_offsets),
         )
