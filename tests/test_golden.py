@@ -23,7 +23,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("system", ["nvlm_d", "nvlm_x", "nvlm_h"])
+@pytest.mark.parametrize(
+    "system",
+    ["nvlm_d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nvlm_x", "nvlm_h"))],
+)
 def test_golden_losses_of_the_quickstart(
     system: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

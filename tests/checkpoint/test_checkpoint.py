@@ -51,9 +51,12 @@ BF16_MOMENTS = {"moments_dtype": "bf16"}
         (2, TP2 | {"sequence_parallel": True}, "bf16", {}, {}),
         (2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, {}),
         (2, VPP2, "fp32", {"async_save": True}, {}),
-        (2, {}, "bf16", {}, BF16_MOMENTS),
+        pytest.param(2, {}, "bf16", {}, BF16_MOMENTS, marks=pytest.mark.slow),
         (2, PP2, "fp32", {}, BF16_MOMENTS),
-        (2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, BF16_MOMENTS),
+        pytest.param(
+            *(2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, BF16_MOMENTS),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_resuming_is_bit_equal(tmp_path, world_size, layout, dtype, arguments, optim):
@@ -131,7 +134,12 @@ def optimizer_state(rank, world_size, init_method, directory):
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"), [("bf16", "bf16"), ("fp32", "bf16"), ("bf16", "fp32")]
+    ("saved", "loaded"),
+    [
+        pytest.param("bf16", "bf16", marks=pytest.mark.slow),
+        ("fp32", "bf16"),
+        pytest.param("bf16", "fp32", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("kind", "world_size", "layout"),

@@ -337,7 +337,7 @@ def batches_of(config: dict[str, Any], tokenizer: Tokenizer) -> str:
         steps = data.batches(
             split=split, global_batch_size=16, micro_batch_size=1 if data.pack else 2
         )
-        seen += [batch for _, step in zip(range(6), steps, strict=False) for batch in step]
+        seen += [batch for _, step in zip(range(3), steps, strict=False) for batch in step]
     return digest_of(seen)
 
 
@@ -363,7 +363,16 @@ def test_every_key_of_the_data_acts(name: str, tmp_path: Path) -> None:
 
 # -- what is left of a run ------------------------------------------------------------------------
 
-NUMBERS = ("step", "loss", "grad_norm", "num_tokens", "num_samples", "skipped_steps", "datasets")
+NUMBERS = (
+    "step",
+    "loss",
+    "validation_loss",
+    "grad_norm",
+    "num_tokens",
+    "num_samples",
+    "skipped_steps",
+    "datasets",
+)
 ROOMS = ("kernels", "tokenizer", "parallel", "precision", "lora", "checkpoint", "trainer", "logger")
 
 
@@ -394,7 +403,7 @@ def run(rank: int, world_size: int, init: str, config: dict[str, Any], folder: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("precision=fp8", "+lora=default")], ids=["plain", "fp8"])
+@pytest.mark.parametrize("options", [(), ("precision=fp8", "lora=default")], ids=["plain", "fp8"])
 def test_every_key_of_a_run_acts(options: tuple[str, ...], tmp_path: Path) -> None:
     folder = shards(tmp_path / "data")
     overrides = [
@@ -408,8 +417,7 @@ def test_every_key_of_a_run_acts(options: tuple[str, ...], tmp_path: Path) -> No
         ),
     ]
     config = to_plain(composed("train", overrides))
-    validation = {"shards": [f"{folder}/text/validation-*.tar"]}
-    config["data"]["validation"] = copy.deepcopy(config["data"]["train"]) | validation
+    config["data"]["validation"] = copy.deepcopy(config["data"]["train"])
     dead, silent = [], []
     observe = functools.lru_cache(maxsize=4)(
         lambda text: run_ranks(run, 1, ast.literal_eval(text), tmp_path / "run")[0]

@@ -114,7 +114,7 @@ def imported_logits(
     return outputs
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", ["pp2", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_imports_load_at_other_layouts(layout: str, tmp_path: Path) -> None:
     expected, imports = [], []
     for name in FAMILIES:

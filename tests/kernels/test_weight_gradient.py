@@ -49,7 +49,9 @@ assert layers.{NAME} is sys.modules["{NAME}"]
 """
 
 
-@pytest.mark.parametrize("order", [_BEFORE, _AFTER], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "order", [_BEFORE, pytest.param(_AFTER, marks=pytest.mark.slow)], ids=["before", "after"]
+)
 def test_mcore_finds_it_whether_imported_before_or_after(order: str) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", order + _CHECK], check=True)
 

@@ -295,6 +295,7 @@ def test_five_and_five_steps_are_bit_equal_to_ten(
     assert plain and _losses(tmp_path / "plain")[1] != _losses(tmp_path / "whole")[1]
 
 
+@pytest.mark.slow
 def test_scales_reshard(tmp_path: Path) -> None:
     """One rank, then TP 2, PP 2 and DP 2: the losses of one rank, in double precision."""
     options = fp8_options() | {"optim": {"clip_grad": 0.0}}

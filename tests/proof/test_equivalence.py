@@ -119,13 +119,13 @@ ROWS = [
     *itertools.product(["nvlm_d_frozen_vision"], ["tp2", "tp2_sp", "pp2_vp2", "dp2"]),
     *itertools.product(["nvlm_d_frozen_vision_packed"], ["pp2", "cp2", "cp2_tp2", "tp2_pp2"]),
     *itertools.product(["nvlm_d"], ["pp2_uneven", "dp2_overlap", "recompute", "selective"]),
-    *itertools.product(["nvlm_d"], ["tp2_recompute", "cp2_overlap", "sharded", "sharded_pp2"]),
+    *itertools.product(["nvlm_d"], ["cp2_overlap", "sharded_pp2"]),
     ("nvlm_d_frozen_vision", "sharded_sp"),
-    *itertools.product(["nvlm_d_connector"], ["tp2_sp", "pp2_vp2", "dp2_overlap"]),
-    *itertools.product(["language_tied"], ["tp2", "pp2_vp2"]),
+    *itertools.product(["nvlm_d_connector"], ["pp2_vp2"]),
+    *itertools.product(["language_tied"], ["pp2_vp2"]),
     ("nvlm_d_frozen_patches", "tp2_recompute"),
-    *itertools.product(["nvlm_d_lora"], ["tp2_sp", "pp2", "sharded"]),
-    *itertools.product(["nvlm_x"], ["tp2_sp", "pp2_vp2", "dp2_overlap"]),
+    *itertools.product(["nvlm_d_lora"], ["tp2_sp", "pp2"]),
+    *itertools.product(["nvlm_x"], ["tp2_sp", "pp2_vp2"]),
     ("nvlm_h", "pp4"),
     ("nvlm_x_frozen_language", "pp2"),
     ("nvlm_h_packed", "cp2_tp2_sp"),
@@ -139,7 +139,7 @@ SLOW_ROWS = [
     for row in dict.fromkeys(
         [
             *itertools.product([*SYSTEMS, "nvlm_d_connector"], COMMON),
-            *itertools.product(["language_tied"], ["pp2", "dp2_overlap"]),
+            *itertools.product(["language_tied"], ["tp2", "pp2", "dp2_overlap"]),
             *itertools.product(["nvlm_d", "nvlm_d_frozen_vision"], ["sharded", "sharded_sp"]),
             ("nvlm_d_frozen_patches", "recompute"),
             *itertools.product(
@@ -150,7 +150,7 @@ SLOW_ROWS = [
             ),
             *itertools.product(["nvlm_d_connector"], ["cp2", "cp2_dp2", "cp2_tp2_sp"]),
             *itertools.product(["nvlm_d_lora"], ["pp2_vp2", "tp2_pp2", "cp2_tp2_sp", "sharded_sp"]),
-            *itertools.product(["nvlm_d_lora"], ["dp2_overlap", "tp2_recompute"]),
+            *itertools.product(["nvlm_d_lora"], ["dp2_overlap", "tp2_recompute", "sharded"]),
             *itertools.product(
                 [
                     f"nvlm_{kind}{rest}"

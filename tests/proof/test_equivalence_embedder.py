@@ -57,11 +57,11 @@ ROWS = [
     ("latent", "tp2"),
     ("latent", "pp2"),
     ("latent", "dp4"),
-    ("latent", "tp2_sp"),
     ("self", "tp2_sp"),
     ("eos_causal", "pp2_dp2"),
 ]
 SLOW = [
+    ("latent", "tp2_sp"),
     ("latent", "tp2_dp2"),
     ("latent", "pp2_dp2"),
     ("latent", "pp2_vp2"),

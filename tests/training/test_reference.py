@@ -330,7 +330,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("start", "world_size", "layout"),
-    [("seed", 1, {}), ("weights", 1, {}), ("weights", 2, OVERLAP), ("lora", 1, {})],
+    [
+        pytest.param("seed", 1, {}, marks=pytest.mark.slow),
+        pytest.param("weights", 1, {}, marks=pytest.mark.slow),
+        ("weights", 2, OVERLAP),
+        ("lora", 1, {}),
+    ],
     ids=["seed", "weights", "overlap", "lora"],
 )
 def test_five_and_five_steps_are_bit_equal_to_ten(
