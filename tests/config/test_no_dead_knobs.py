@@ -83,6 +83,7 @@ VALUES: dict[str, list[Any]] = {
     "lora.targets": [["decoder.*linear_fc1"]],
     "lora.train": [["output_layer.*"]],
     "fp8.format": ["e4m3"],
+    "precision.fp8": [{"_target_": "nvmm.parallel.fp8_recipe.Fp8"}],
 }
 """End of a key -> values to try, where its type does not say enough."""
 BESIDE: dict[str, dict[str, Any]] = {
