@@ -72,7 +72,11 @@ def test_no_tabs_or_trailing_spaces(path: Path) -> None:
         assert line == line.rstrip() and "\t" not in line, f"{path}:{number}"
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    # The 34B ones differ from the 72B ones in sizes, which shrinking takes away.
+    [pytest.param(e, marks=pytest.mark.slow if "34b" in e else ()) for e in EXPERIMENTS],
+)
 def test_experiment_trains_a_step_when_shrunk(experiment: str) -> None:
     config = shrink(to_plain(composed(experiment)[0]))
     result = run(config, ONE_RANK, num_steps=1)

@@ -47,12 +47,12 @@ BF16_MOMENTS = {"moments_dtype": "bf16"}
 @pytest.mark.parametrize(
     ("world_size", "layout", "dtype", "arguments", "optim"),
     [
-        (1, {}, "fp32", {}, {}),
+        pytest.param(1, {}, "fp32", {}, {}, marks=pytest.mark.slow),
         (2, TP2 | {"sequence_parallel": True}, "bf16", {}, {}),
         (2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, {}),
         (2, VPP2, "fp32", {"async_save": True}, {}),
         pytest.param(2, {}, "bf16", {}, BF16_MOMENTS, marks=pytest.mark.slow),
-        (2, PP2, "fp32", {}, BF16_MOMENTS),
+        pytest.param(2, PP2, "fp32", {}, BF16_MOMENTS, marks=pytest.mark.slow),
         pytest.param(
             *(2, {}, "bf16", {"optimizer": "dp_reshardable", "async_save": True}, BF16_MOMENTS),
             marks=pytest.mark.slow,

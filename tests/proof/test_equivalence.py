@@ -119,7 +119,7 @@ ROWS = [
     *itertools.product(["nvlm_d_frozen_vision"], ["tp2", "tp2_sp", "pp2_vp2", "dp2"]),
     *itertools.product(["nvlm_d_frozen_vision_packed"], ["pp2", "cp2", "cp2_tp2", "tp2_pp2"]),
     *itertools.product(["nvlm_d"], ["pp2_uneven", "dp2_overlap", "recompute", "selective"]),
-    *itertools.product(["nvlm_d"], ["cp2_overlap", "sharded_pp2"]),
+    *itertools.product(["nvlm_d"], ["sharded_pp2"]),
     ("nvlm_d_frozen_vision", "sharded_sp"),
     *itertools.product(["nvlm_d_connector"], ["pp2_vp2"]),
     *itertools.product(["language_tied"], ["pp2_vp2"]),
@@ -127,9 +127,8 @@ ROWS = [
     *itertools.product(["nvlm_d_lora"], ["tp2_sp", "pp2"]),
     *itertools.product(["nvlm_x"], ["tp2_sp", "pp2_vp2"]),
     ("nvlm_h", "pp4"),
-    ("nvlm_x_frozen_language", "pp2"),
     ("nvlm_h_packed", "cp2_tp2_sp"),
-    ("xattn_dense", "tp2_sp_pp2"),
+    ("xattn_dense", "tp2_sp"),
 ]
 MATRIX = ["tp2", "tp2_sp", "pp2", "pp2_vp2", "cp2", "cp2_tp2", "dp2", "tp2_pp2"]
 CONTEXT = ["cp2_tp2_sp", "cp2_dp2", "cp2_pp2", "cp2_overlap", "cp2_recompute"]
@@ -163,7 +162,7 @@ SLOW_ROWS = [
                 ["nvlm_x_frozen_language", "nvlm_h_frozen_language"], [*COMMON, "cp2_tp2_sp"]
             ),
             *itertools.product(["nvlm_x", "nvlm_h"], ["sharded", "sharded_sp", "sharded_pp2"]),
-            *itertools.product(["xattn_dense"], [*COMMON, "cp2_tp2_sp"]),
+            *itertools.product(["xattn_dense"], [*COMMON, "cp2_tp2_sp", "tp2_sp_pp2"]),
         ]
     )
     if row not in ROWS

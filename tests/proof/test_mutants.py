@@ -553,7 +553,19 @@ def named(name: str, failures: list[str]) -> bool:
     return any(failure.startswith(name) for failure in failures)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.fault.__name__)
+# Each has a sibling that takes the same road and stays quick.
+SLOW = (
+    *(forget_head_norms, move_segment_borders, forget_sharded_gates, deal_in_order),
+    *(keep_partial_adapter_gradients, forget_sequence_parallel_adapters, keep_own_key_gradients),
+    *(default_interleaved_communication, mark_encoder_as_split, average_encoder_over_all_ranks),
+)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, marks=pytest.mark.slow if m.fault in SLOW else ()) for m in MUTANTS],
+    ids=lambda mutant: mutant.fault.__name__,
+)
 def test_mutant_is_caught(mutant: Mutant, reference: References) -> None:
     expected = reference(mutant)
     weights = expected.weights

@@ -334,7 +334,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param("seed", 1, {}, marks=pytest.mark.slow),
         pytest.param("weights", 1, {}, marks=pytest.mark.slow),
         ("weights", 2, OVERLAP),
-        ("lora", 1, {}),
+        pytest.param("lora", 1, {}, marks=pytest.mark.slow),
     ],
     ids=["seed", "weights", "overlap", "lora"],
 )

@@ -93,6 +93,7 @@ def shards(tmp_path: Path) -> Callable[[str], None]:
     return write
 
 
+@pytest.mark.slow
 def test_every_format_trains_a_step(tmp_path: Path, shards: Callable[[str], None]) -> None:
     theirs = {path.stem for path in (config_dir() / "data").glob("*.yaml")}
     assert {name for name in theirs if not name.startswith("quickstart")} == set(RECORDS)
