@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvmm.checkpoint.load import load_weights
+from nvmm.config.check import to_plain
+from nvmm.config.compose import composed
+from nvmm.config.signatures import default_of
 from nvmm.convert import exporting, importing, models
+from nvmm.convert.formats.whisper import to_model
 from nvmm.convert.sources import read
 from nvmm.convert.table import ToTheirs
 from nvmm.parallel.setup import Parallel, Precision
@@ -167,3 +171,25 @@ def test_a_composite_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"vision_feature_layer=\[-2, -5\] is not supported"):
         importing.derive({"": models.open_folder(tmp_path / "theirs")})
+
+
+def test_the_audio_config_is_whisper_large_v2() -> None:
+    """Our config of it is what its published config.json becomes (d_model 1280, 32 layers)."""
+    audio = "+audio@model.encoders.audio.encoder=whisper_large_v2"
+    needed = ["tokenizer.path=given", "data.train.shards=given", "init_from=null"]
+    config = to_plain(composed("train", ["experiment=nvlm_d/sft_7b", audio, *needed]))
+    published = {
+        "activation_function": "gelu",
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "num_mel_bins": 80,
+        "max_source_positions": 1500,
+        "init_std": 0.02,
+    }
+    ours = config["model"]["encoders"]["audio"]["encoder"]
+    given = to_model(published)
+    assert ours["transformer"] == given["transformer"]
+    for name in ("num_mel_bins", "max_source_positions"):
+        assert ours.get(name, default_of(ours["_target_"], name)) == given[name]
