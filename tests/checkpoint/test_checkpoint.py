@@ -85,6 +85,7 @@ def advance(rank, world_size, init_method, layout, directory, first, last, argum
     return norms, run.rates(), run.optimizer.num_steps
 
 
+@pytest.mark.slow
 def test_resuming_at_other_layouts(tmp_path):
     """One rank -> TP2 -> PP2 -> PP2 x VPP2 -> DP2 equals one rank; both learning rates survive."""
     expected, rates, _ = run_ranks(advance, 1, {}, tmp_path / "whole", 0, 10)[0]

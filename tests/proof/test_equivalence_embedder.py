@@ -162,7 +162,9 @@ def compare_passes_without_replay() -> None:
     compare_passes()
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "dp2"])
+@pytest.mark.parametrize(
+    "layout", ["tp2_sp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "dp2"))]
+)
 def test_both_passes_of_gradcache_drop_the_same(layout: str) -> None:
     config = tiny.contrastive(DROPOUT, {}) | {
         "lora": tiny.lora(["decoder.*linear_*"], train=["pooling.*"], dropout=0.2)

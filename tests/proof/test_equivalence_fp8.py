@@ -78,11 +78,11 @@ def go(kind: str, recipe: str, layout: Layout, **options: Any) -> Result:
 
 ROWS = [
     *(("language", "delayed", layout) for layout in ("tp2", "tp2_sp", "pp2", "dp2", "recompute")),
-    *(("language", recipe, "tp2_sp") for recipe in ("current", "mxfp8")),
+    ("language", "mxfp8", "tp2_sp"),
     ("frozen_vision", "delayed", "tp2_sharded"),
 ]
 SLOW = [
-    ("language", "blockwise", "tp2_sp"),
+    *(("language", recipe, "tp2_sp") for recipe in ("current", "blockwise")),
     *(
         ("language", recipe, layout)
         for recipe in ("current", "blockwise", "mxfp8")
