@@ -342,7 +342,9 @@ def batches_of(config: dict[str, Any], tokenizer: Tokenizer) -> str:
     return digest_of(seen)
 
 
-@pytest.mark.parametrize("name", ("nvlm_d/quickstart", "nv_embed/tiny"))
+@pytest.mark.parametrize(
+    "name", (pytest.param("nvlm_d/quickstart", marks=pytest.mark.slow), "nv_embed/tiny")
+)
 def test_every_key_of_the_data_acts(name: str, tmp_path: Path) -> None:
     folder = shards(tmp_path)
     config = copy.deepcopy({"data": experiment(name)["data"]})

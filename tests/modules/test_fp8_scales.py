@@ -281,7 +281,10 @@ def fp8_options(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, {}), *(pytest.param(2, layout, marks=pytest.mark.slow) for layout in ({}, TP2_SP))],
+    [
+        pytest.param(n, layout, marks=pytest.mark.slow)
+        for n, layout in ((1, {}), (2, {}), (2, TP2_SP))
+    ],
 )
 def test_five_and_five_steps_are_bit_equal_to_ten(
     tmp_path: Path, world_size: int, layout: dict[str, Any]
