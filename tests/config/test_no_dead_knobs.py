@@ -82,6 +82,7 @@ VALUES: dict[str, list[Any]] = {
     "tokenizer.end_of_turn": ["<|endoftext|>"],
     "lora.targets": [["decoder.*linear_fc1"]],
     "lora.train": [["output_layer.*"]],
+    "fp8.exclude": [["*linear_fc1*"]],
     "fp8.format": ["e4m3"],
     "precision.fp8": [{"_target_": "nvmm.parallel.fp8_recipe.Fp8"}],
 }
