@@ -144,7 +144,7 @@ class Accounting:
         self.data.check_bad(datasets)
 
     def sample_ids(self, batches: list[Batch]) -> list[int]:
-        """Return the sample ids of this step on all ranks, those of holes negative; collective."""
+        """Return the step's sample ids on all ranks, negative for empty slots; collective."""
         local: list[int] = []
         if _speaks_for_replica():
             local = [i for batch in batches for i in batch.sample_ids.tolist()]

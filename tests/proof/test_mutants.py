@@ -553,7 +553,7 @@ def named(name: str, failures: list[str]) -> bool:
     return any(failure.startswith(name) for failure in failures)
 
 
-# Each has a sibling that takes the same road and stays quick.
+# `make test-slow` plants these; `make test` plants the others.
 SLOW = (
     *(forget_head_norms, move_segment_borders, forget_sharded_gates, deal_in_order),
     *(keep_partial_adapter_gradients, forget_sequence_parallel_adapters, keep_own_key_gradients),
