@@ -253,7 +253,7 @@ def _lines(
         if number < MAX_IMAGES:
             members = dataset.members(prediction.sample_id)
             media = model.builder.prompt(members).text.media
-            line |= image_fields(members, media)
+            line |= image_fields(model.builder.record(members), media)
         yield line
 
 

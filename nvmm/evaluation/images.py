@@ -14,18 +14,18 @@ from nvmm.batch import ATTENDED, MediaKind, TextMedia
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nvmm.data.samples.record import Record
+
 MAX_IMAGES = 12
 """The number of a benchmark's samples whose images are kept for the report to draw."""
 _IMAGE_SIZE, _TILE_SIZE = 640, 112
 
 
-def image_fields(
-    members: Mapping[str, Any], media: Mapping[MediaKind, TextMedia]
-) -> dict[str, Any]:
+def image_fields(record: Record, media: Mapping[MediaKind, TextMedia]) -> dict[str, Any]:
     """Return the fields of a line of `predictions.jsonl` from which its first image is drawn.
 
     Args:
-        members: the shard's sample (extension -> bytes).
+        record: the shard's sample, as its builder reads it.
         media: the media that a sample builder has made of it.
 
     Returns: {image: base64 PNG of the image, tiles: [base64 PNG of each tile, the grid
@@ -34,20 +34,13 @@ def image_fields(
     """
     from PIL.Image import fromarray
 
-    from nvmm.data.samples.decode import IMAGES
-    from nvmm.data.samples.images import choose_grid, decode_image
+    from nvmm.data.samples.images import choose_grid
 
-    # 1. Find the first image: the member "png" alone, or the lowest of "0.png", "1.png", ...
+    # 1. Take the first image.
     kinds = [kind for kind in media if kind.modality == "image"]
-    numbers = {}
-    for name in members:
-        number, _, extension = name.rpartition(".")
-        if extension in IMAGES and (not number or number.isdecimal()):
-            numbers[name] = int(number or 0)
-    if not numbers or not kinds:
+    image = record.first_image() if kinds else None
+    if image is None:
         return {}
-    first = min(numbers, key=numbers.__getitem__)
-    image = decode_image(members[first], source=first)
     # 2. Take its tiles. They may be in the sequence or outside of it; a thumbnail comes last.
     kinds.sort(key=lambda kind: kind.placement != ATTENDED)
     items, tiles, values = (

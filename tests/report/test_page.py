@@ -12,7 +12,9 @@ import yaml
 from PIL import Image
 
 from nvmm.batch import IMAGE, TextMedia
+from nvmm.data.samples.decode import Limits
 from nvmm.data.samples.images import tile_image
+from nvmm.data.samples.record import Record
 from nvmm.evaluation.images import image_fields
 from nvmm.report.page import stages, write_report
 
@@ -202,7 +204,7 @@ def test_image_fields_are_drawn_as_the_model_saw_them(tmp_path):
         tokens_per_item=4,
     )
     members = {"json": b"", "__key__": "a.b", "1.jpg": b"", "0.png": buffer.getvalue()}
-    fields = image_fields(members, {IMAGE: media})
+    fields = image_fields(Record(members, {}, Limits()), {IMAGE: media})
     assert fields["grid"] == [3, 1] and len(fields["tiles"]) == 4
     shown = Image.open(io.BytesIO(base64.b64decode(fields["image"])))
     assert shown.size == (640, 213) and shown.getpixel((5, 5)) == (255, 0, 0)
@@ -211,7 +213,7 @@ def test_image_fields_are_drawn_as_the_model_saw_them(tmp_path):
     run = make_run(tmp_path / "run")
     add_predictions(run, [prediction(**fields)])
     assert len(read(run).named("img")) == 5
-    assert image_fields({"json": b""}, {IMAGE: media}) == {}
+    assert image_fields(Record({"json": b""}, {}, Limits()), {IMAGE: media}) == {}
 
 
 def test_what_a_model_says_cannot_become_markup(tmp_path):

@@ -98,6 +98,11 @@ class Record:
         """Return the images, upright, 8 bits, in RGB or L, in their order."""
         return [self._decoded(name) for name in self._image_names()]
 
+    def first_image(self) -> Image.Image | None:
+        """Return the first of `images()` alone, None where the sample has none."""
+        names = self._image_names()
+        return self._decoded(names[0]) if names else None
+
     def sizes(self) -> list[Size]:
         """Return the sizes of `images()`, from the images' headers."""
         sizes = []
