@@ -30,7 +30,7 @@ kernels: $(KERNELS) ## compile csrc/; without a compiler eager PyTorch runs
 $(KERNELS): $(STAMP) $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/python csrc/build.py --to $@
 
-quickstart: venv kernels ## build a dataset, train, evaluate, generate and report on a CPU (11 minutes)
+quickstart: venv kernels ## build a dataset, train, evaluate, generate and report on a CPU (some 14 minutes)
 	PATH="$(abspath $(BIN)):$$PATH" launchers/quickstart.sh
 
 check: venv ## format, lint, types, spelling
