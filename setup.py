@@ -44,10 +44,12 @@ setup(
         "remote": ["aiohttp", "s3fs"],  # shards in S3 and behind HTTP; gcsfs, adlfs ... likewise
         "audio": ["soundfile"],
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf
+        "jobs": ["faiss-cpu", "pyarrow"],
         "bench": ["megatron-energon", "scikit-image"],
         "dev": ["codespell", "mypy", "pytest", "ruff"],
         "test": [
             "aiohttp",
+            "faiss-cpu",
             "datasets",  # writes what `tools/shard.py hf` reads
             "flask",
             "flask-cors",

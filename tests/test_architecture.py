@@ -12,7 +12,7 @@ FILES = {
     for p in ROOT.rglob("*.py")
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-DOORS = {"train", "evaluate", "generate"}
+DOORS = {"train", "evaluate", "generate", "job"}
 """Commands: they may import every room, and nobody imports them."""
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
@@ -43,6 +43,9 @@ ALLOWED: dict[str, set[str]] = {
         "training",
     },
     "evaluation": {"batch", "data", "inference", "io"},
+    "jobs": {
+        *("batch", "checkpoint", "config.choices", "config.nested", "data", "inference", "io"),
+    },
     "report": {"batch", "config.nested", "data"},
     "studies": {"io", "training.summary"},
 }

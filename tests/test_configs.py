@@ -150,7 +150,7 @@ def test_a_part_is_no_model() -> None:
             assert "vocab_size" in config.model.get("language", config.model), name
 
 
-@pytest.mark.parametrize("entry", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("entry", ["train", "evaluate", "generate", "job"])
 def test_no_group_takes_the_name_of_a_key(entry: str) -> None:
     """`key=value` would choose from the group. compose.argument rewrites the two that do."""
     config = YAMLS[f"{entry}.yaml"]

@@ -8,6 +8,8 @@ python tools/retrieval_data.py classes --from FILE.jsonl --to SHARDS --instructi
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nvmm.data.prepare import retrieval_sets
@@ -30,7 +32,13 @@ def _records(options: argparse.Namespace) -> Any:
     if options.command == "beir":
         mined = None
         if options.negatives:
-            lines = read_lines(options.negatives)
+            lines: Iterable[dict[str, Any]]
+            if Path(options.negatives).is_dir():
+                from nvmm.jobs.parts import Parts  # it needs the extra jobs
+
+                lines = Parts(Path(options.negatives)).read().to_pylist()
+            else:
+                lines = read_lines(options.negatives)
             mined = {str(line["query_id"]): list(map(str, line["ids"])) for line in lines}
         return retrieval_sets.beir(options.source, options.split, mined)
     rows = list(read_lines(options.source))
@@ -63,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--samples-per-shard", type=int, default=10_000)
         if name == "beir":
             command.add_argument("--split", default="train")
-            command.add_argument("--negatives", help='.jsonl of {"query_id": .., "ids": [..]}')
+            command.add_argument(
+                "--negatives", help='output of job=mine, or .jsonl of {"query_id": .., "ids": [..]}'
+            )
         if name == "classes":
             command.add_argument("--instruction", required=True)
             command.add_argument("--num-negatives", type=int, default=7)

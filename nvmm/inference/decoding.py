@@ -160,6 +160,55 @@ def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float
     return [(float(total), int(count)) for total, count in table.tolist()]
 
 
+def score_continuations(
+    model: Sequence[Module],
+    prompts: Sequence[Sample],
+    continuations: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+) -> Tensor:
+    """Return fp64 [prompts, continuations]: log-probability of each continuation after each prompt.
+
+    The prompts run once; the continuations are fed one token at a time behind their keys and values
+    in the cache. It is collective over a model-parallel group, which gets the result.
+
+    continuations: token ids, at least one each, the same for all prompts.
+    """
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    _check_layout(model)
+    device = next(model[0].parameters()).device
+    batch, spans = left_padded(prompts, pad_id)
+    batch = batch.to(device)
+    spans = None if spans is None else spans.to(device)
+    rows, width = batch.tokens.shape
+    context = StaticInferenceContext(rows, width + max(map(len, continuations)))
+
+    def forward(step: Batch, keys: Tensor | None) -> Tensor | None:
+        """Return the log-probabilities of the next token [b, vocab], on the last stage."""
+        options = {"key_spans": keys, "inference_context": context, "last_only": True}
+        outputs = _forward(model, [step], "logits", **options)
+        return torch.log_softmax(outputs[0].double(), -1) if outputs else None
+
+    table = torch.zeros(rows, len(continuations), dtype=torch.float64, device=device)
+    after_prompt = forward(batch, spans)
+    context.enable_decode_mode()
+    for column, continuation in enumerate(continuations):
+        # Later keys are overwritten: each continuation begins behind the prompt.
+        context.sequence_len_offset = width
+        step, keys, logs = batch, spans, after_prompt
+        for number, token in enumerate(continuation):
+            if logs is not None:
+                table[:, column] += logs[:, token]
+            if number + 1 < len(continuation):
+                chosen = torch.full((rows,), token, device=device)
+                step, keys = _advance(step, keys, chosen, keep=False)
+                logs = forward(step, keys)
+                context.sequence_len_offset += 1
+    _broadcast_from_last_stage(table)
+    return table.cpu()
+
+
 def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
     """Return fp32 [texts, h], the vectors of an embedder for the texts of all batches.
 

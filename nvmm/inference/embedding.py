@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,15 +36,20 @@ class TextEncoder:
 
         size = parallel_state.get_data_parallel_world_size()
         numbers = share(len(texts), parallel_state.get_data_parallel_rank(), size)
-        samples = [self.builder.text(texts[number], instruction) for number in numbers]
+        local = self.local([texts[number] for number in numbers], instruction)
+        return torch.stack(gather(list(local), len(texts)))
+
+    def local(self, texts: Sequence[str], instruction: str | None = None) -> Tensor:
+        """Return unit vectors as above, of texts that this model-parallel group alone encodes."""
+        samples = [self.builder.text(text, instruction) for text in texts]
         # Texts of like length share a batch.
         order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
-        local: list[Tensor] = [torch.empty(0)] * len(samples)
+        config: Any = self.model[0].config
+        result = torch.empty(len(samples), config.hidden_size)
         device = next(self.model[0].parameters()).device
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
             vectors = embed(self.model, [batch.to(device)]).cpu()
-            for i, vector in zip(chosen, vectors, strict=True):
-                local[i] = vector
-        return torch.stack(gather(local, len(texts)))
+            result[chosen] = vectors
+        return result

@@ -28,10 +28,10 @@ _PARALLEL = "nvmm.parallel.setup.Parallel"
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint ready to answer: `generate`, `score` and `embed`.
+    """A checkpoint ready to answer: `generate`, `score`, `score_continuations` and `embed`.
 
     Every rank of the world calls them alike. Samples are shared by the data-parallel ranks: the
-    caller does so (`nvmm.inference.decoding.share`) for `generate` and `score`, `embed` by itself.
+    caller does so (`nvmm.inference.decoding.share`) for all but `embed`.
 
     path: the checkpoint's folder. model: this rank's one chunk, in eval mode. builder: the sample
     builder that trained it.
@@ -84,6 +84,14 @@ class Restored:
             batch = collate(samples[start : start + batch_size], pad_id=pad_id)
             rows += score(self.model, [batch])
         return rows
+
+    def score_continuations(
+        self, prompts: Sequence[Sample], continuations: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Return log-probabilities, fp64 [prompts, continuations], of token ids after prompts."""
+        from nvmm.inference.decoding import score_continuations
+
+        return score_continuations(self.model, prompts, continuations, pad_id=self.tokenizer.pad_id)
 
     def embed(
         self, texts: Sequence[str], instruction: str | None = None, batch_size: int = 32

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
-from nvmm.inference.decoding import choose, gather, generate, left_padded, score, share
+from nvmm.data.collate import collate
+from nvmm.inference.decoding import (
+    choose,
+    gather,
+    generate,
+    left_padded,
+    score,
+    score_continuations,
+    share,
+)
 from tests.ranks import run_ranks
 
 VOCAB = 61
@@ -110,7 +120,25 @@ def everything(rank: int, world: int, init: str, tp: int, pp: int) -> dict[str, 
         "sampled again": ask(PROMPTS[2:], temperature=1.5, top_p=0.9, seed=5),
         "other seed": ask(PROMPTS, temperature=1.5, top_p=0.9, seed=6),
         "scores": score(model, texts()),
+        "continuations": score_continuations(model, PROMPTS, CONTINUATIONS, pad_id=PAD).tolist(),
+        "behind the prompt": score(
+            model,
+            [
+                collate([followed(p, c) for c in CONTINUATIONS for p in PROMPTS], pad_id=PAD),
+            ],
+        ),
     }
+
+
+CONTINUATIONS = ([5], [7, 30, 2], [7, 31], [40, 1, 1, 9])
+
+
+def followed(sample: Sample, continuation: list[int]) -> Sample:
+    """The prompt with a continuation behind it, which alone is supervised."""
+    [text] = sample.texts
+    tokens = torch.cat([text.tokens, torch.tensor(continuation)])
+    weights = (torch.arange(len(tokens)) >= len(text.tokens)).float()
+    return replace(sample, texts=(Text(tokens, weights),))
 
 
 @functools.cache
@@ -123,6 +151,17 @@ def test_the_cache_does_not_change_greedy_tokens() -> None:
     assert [len(answer) for answer in found["greedy"]] == [NEW] * 4
     assert len({token for answer in found["greedy"] for token in answer}) > 5
     assert found["greedy"] == found["uncached"]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_continuations_share_the_cache_of_their_prompt(tp: int, pp: int) -> None:
+    results = layout(tp, pp)
+    count = len(PROMPTS)
+    whole = [total for total, _ in layout(1, 1)[0]["behind the prompt"]]
+    expected = torch.tensor(whole, dtype=torch.float64).view(-1, count).t()
+    for rank in results:
+        scores = torch.tensor(rank["continuations"], dtype=torch.float64)
+        torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
 
 
 def test_a_ragged_batch_equals_one_by_one() -> None:
@@ -154,7 +193,7 @@ def test_layouts_equal_one_rank(tp: int, pp: int) -> None:
         assert [total for total, _ in scores] == pytest.approx(
             [total for total, _ in expected["scores"]], rel=1e-5
         )
-        for name in set(expected) - {"scores"}:
+        for name in set(expected) - {"scores", "continuations", "behind the prompt"}:
             assert found[name] == expected[name], name
 
 

@@ -23,6 +23,20 @@ def read_corpus(folder: str | Path) -> dict[str, str]:
     }
 
 
+def read_modalities(folder: str | Path) -> dict[str, str]:
+    """Read the field `modality` of corpus.jsonl ("text", "image", "image,text"): id -> modality.
+
+    Raises ValueError naming a document that has none.
+    """
+    path = Path(folder) / "corpus.jsonl"
+    modalities = {}
+    for line in read_lines(path):
+        if not isinstance(line.get("modality"), str):
+            raise ValueError(f"{path}: document {line['_id']} has no field modality")
+        modalities[str(line["_id"])] = line["modality"]
+    return modalities
+
+
 def read_queries(folder: str | Path) -> dict[str, str]:
     """Read BEIR's queries.jsonl: query id -> text."""
     return {

@@ -1,0 +1,58 @@
+"""Make new data with or without a checkpoint: `python -m nvmm.job job=NAME output=DIR`.
+
+It runs alone or under torchrun, at any tensor and pipeline parallel size; the data-parallel ranks
+share the parts. The same command goes on with a job that was stopped, at any number of ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from nvmm.config import compose
+from nvmm.config.compose import instantiate, refusals
+from nvmm.parallel import environment
+
+
+def main() -> None:
+    """Compose, check, run. Exits with compose.BAD_CONFIG when the config is refused."""
+    sys.argv[1:] = [compose.argument(text) for text in sys.argv[1:]]
+    composed = compose.load("job")
+    if composed is None:
+        return
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(run)(composed)
+
+
+def run(composed: compose.Job) -> dict[str, Any]:
+    """Make the job's rows on all ranks; return the summary that is printed."""
+    try:
+        from nvmm.jobs.job import run
+    except ImportError as error:
+        compose.refuse("job", [f"{error}: jobs need pip install 'nvmm[jobs]'"])
+    from nvmm.inference.restore import restore_from
+    from nvmm.parallel import setup
+
+    compose.log_to_stderr()
+    config = composed.config
+    with refusals("job"):
+        job = instantiate(config["job"])
+        if config["checkpoint"]["path"] is None:
+            setup.prepare_backend()
+            instantiate(config["parallel"]).initialize(seed=config["seed"])
+            model = None
+        else:
+            model = restore_from(config, config["build"])
+        settings = {name: config[name] for name in ("job", "precision", "backend", "kernels")}
+        summary = run(job, settings, model, config["output"])
+    if environment.rank() == 0:
+        print(f"{summary['folder']}: {summary['rows']} rows, {summary['written']} of them new")
+        if summary["bad"]:
+            print(f"{summary['bad']} rows have an error; the first: {summary['first_error']}")
+    setup.shutdown()
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""The samples of shards as a job's items: `generate` and `score` read them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nvmm.batch import Sample
+from nvmm.data.shards.dataset import Dataset
+from nvmm.inference.restore import Restored
+from nvmm.jobs.job import digest
+
+
+def open_shards(shards: str | Sequence[str], model: Restored) -> tuple[Dataset, str]:
+    """Return the samples of shards, and a digest of them: their keys and sizes, shard by shard."""
+    dataset = Dataset(shards, model.builder)
+    columns = dataset.index.columns
+    keys = [dataset.index.key(number) for number in range(len(dataset))]
+    sizes = (columns["stop"] - columns["start"]).tolist()
+    return dataset, digest(keys, sizes)
+
+
+def build(
+    dataset: Dataset, numbers: Sequence[int], make: Callable[[dict[str, Any]], Sample]
+) -> tuple[dict[int, Sample], dict[int, str]]:
+    """Return (number -> sample, number -> what is wrong with it) of these items."""
+    samples: dict[int, Sample] = {}
+    errors: dict[int, str] = {}
+    for number in numbers:
+        try:
+            sample = make(dataset.members(number))
+        except ValueError as error:  # BadSample too
+            errors[number] = str(error)
+        else:
+            samples[number] = dataclasses.replace(sample, sample_id=number)
+    return samples, errors
+
+
+def batches(samples: dict[int, Sample], size: int) -> list[list[int]]:
+    """Return the numbers of the samples in batches; samples of like length share one."""
+    order = sorted(samples, key=lambda number: (samples[number].num_tokens, number))
+    return [order[start : start + size] for start in range(0, len(order), size)]

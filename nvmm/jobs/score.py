@@ -1,0 +1,95 @@
+"""Log-probabilities: of the answers in shards, or of given continuations of their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from nvmm.batch import Sample
+from nvmm.inference.restore import Restored
+from nvmm.jobs.job import Job, Work
+from nvmm.jobs.prompts import batches, build, open_shards
+
+
+@dataclass(frozen=True)
+class Score(Job):
+    """Score every sample of shards by a checkpoint.
+
+    Without `continuations`, a row has `key`, `log_probability` (the sum over the tokens that
+    training would supervise), `tokens` (their number) and `error`. With them, it has `key`,
+    `log_probabilities` (a list, one a continuation), `probability` (of the first one among them:
+    P(True) of `[True, False]`) and `error`.
+
+    Args:
+        shards: file patterns of tar shards, in the form that the checkpoint's builder reads.
+        continuations: texts that may follow a prompt. The prompt runs once for all of them,
+            through the KV cache.
+        batch_size: samples of a forward pass.
+        part_size: samples of a part file.
+    """
+
+    shards: str | Sequence[str]
+    continuations: Sequence[str] | None = None
+    batch_size: int = 8
+    part_size: int = 1024
+    name: str = "score"
+
+    def prepare(self, model: Restored | None) -> Work:
+        """Open the shards with the checkpoint's builder.
+
+        Raises ValueError for a continuation without tokens, and for two of the same tokens.
+        """
+        model = self.require(model)
+        dataset, inputs = open_shards(self.shards, model)
+        if self.continuations is None:
+            make = model.builder.__call__
+        else:
+            make = model.builder.prompt
+            tokens = [model.tokenizer.encode(text) for text in self.continuations]
+            if not all(tokens) or len({tuple(ids) for ids in tokens}) < len(tokens) or not tokens:
+                raise ValueError(
+                    f"job.continuations={list(self.continuations)} must be different texts of at"
+                    f" least one token each; they are {tokens}"
+                )
+
+        def scored(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+            if self.continuations is None:
+                return [
+                    {"log_probability": total, "tokens": count}
+                    for total, count in model.score(samples, batch_size=len(samples))
+                ]
+            table = model.score_continuations(samples, tokens)
+            first = table.softmax(1)[:, 0]
+            return [
+                {"log_probabilities": values, "probability": probability}
+                for values, probability in zip(table.tolist(), first.tolist(), strict=True)
+            ]
+
+        def rows(numbers: range) -> pa.Table:
+            samples, errors = build(dataset, numbers, make)
+            scores: dict[int, dict[str, Any]] = {}
+            for chosen in batches(samples, self.batch_size):
+                results = scored([samples[number] for number in chosen])
+                scores |= dict(zip(chosen, results, strict=True))
+            return pa.Table.from_pylist(
+                [
+                    {"key": dataset.index.key(number), "error": errors.get(number)}
+                    | scores.get(number, {})
+                    for number in numbers
+                ],
+                self.schema,
+            )
+
+        return Work(len(dataset), inputs, rows)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of a row."""
+        if self.continuations is None:
+            columns = {"log_probability": pa.float64(), "tokens": pa.int32()}
+        else:
+            columns = {"log_probabilities": pa.list_(pa.float64()), "probability": pa.float64()}
+        return pa.schema({"key": pa.string(), **columns, "error": pa.string()})
