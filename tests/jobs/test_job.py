@@ -191,6 +191,7 @@ def test_a_stopped_encoding_goes_on_and_is_mined(
     torch.testing.assert_close(torch.tensor(documents[:3]).float(), vectors[1], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command(checkpoint: Path, shards: str, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-W", "ignore", "-m", "nvmm.job", "job=generate"),
