@@ -232,8 +232,7 @@ class CrossAttendingModel(MultimodalModel):
         # 2. The pairs of queries and keys that see each other, from the spans.
         heads, groups, width = self.cross_attention.sizes(self.config)
         spans = query_spans(attended, batch, self.cross_attention.text_sees).long()
-        lengths = segment_lengths(batch)
-        flops["language"] = self.language.count_flops(lengths, language) + cross_attention_flops(
+        flops["language"] = self.language.count_flops(batch, language) + cross_attention_flops(
             num_blocks=sum(map(self.cross_attention.is_at, range(self.config.num_layers))),
             hidden_size=self.config.hidden_size,
             num_attention_heads=heads,
@@ -241,7 +240,7 @@ class CrossAttendingModel(MultimodalModel):
             kv_channels=width,
             ffn_hidden_size=self.cross_attention.ffn_hidden_size,
             gated_linear_unit=self.config.gated_linear_unit,
-            num_queries=sum(lengths),
+            num_queries=sum(segment_lengths(batch)),
             num_keys=attended.num_keys,
             num_pairs=int((spans[..., 1] - spans[..., 0]).sum()),
             training=cross,

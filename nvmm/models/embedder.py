@@ -14,7 +14,13 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.models.language import LanguageModel, packed_seq_params
-from nvmm.modules.flops import language_flops, latent_attention_flops, segment_lengths, sizes
+from nvmm.modules.flops import (
+    Training,
+    language_flops,
+    latent_attention_flops,
+    segment_lengths,
+    sizes,
+)
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.pooling import LatentAttention
 from nvmm.parallel.setup import Chunk
@@ -92,17 +98,16 @@ class EmbeddingModel(LanguageModel):
         pooled = self.pooling(hidden, batch, spans, packed_seq_params(batch))
         return F.normalize(pooled.float(), dim=-1)
 
-    def flops(self, batch: Batch) -> dict[str, float]:
-        """Count model FLOPs of a micro-batch's forward and backward, latent attention as language.
+    def count_flops(self, batch: Batch, training: Training) -> float:
+        """Count model FLOPs of a micro-batch's forward and backward, latent attention among them.
 
-        They are the whole model's, whatever the layout. A self-attention pooling's layer is not
-        counted.
+        They are the whole model's, whatever the layout and `training`: the pooling is always
+        trained, and stands on the last stage alone. A self-attention pooling's layer is not counted.
         """
         flops = language_flops(
             **sizes(self.config),
             vocab_size=0,
             segment_lengths=segment_lengths(batch),
-            # The pooling is always trained, and stands on the last stage alone.
             training="passed" if only_adapters_train(self.decoder) else "trained",
             causal_attention_factor=0.5 if self.is_causal else 1.0,
         )
@@ -111,7 +116,7 @@ class EmbeddingModel(LanguageModel):
             if "pool_from" in batch.extras:
                 pooled -= int(batch.extras["pool_from"].sum())
             flops += latent_attention_flops(**self.latent_sizes, num_tokens=pooled)  # type: ignore[arg-type]
-        return {"language": flops}
+        return flops
 
     def sharded_state_dict(
         self,

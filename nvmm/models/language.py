@@ -172,14 +172,14 @@ class LanguageModel(GPTModel):
     def flops(self, batch: Batch) -> dict[str, float]:
         """Count model FLOPs of a micro-batch's forward and backward, {"language": ...}."""
         training = training_of(self, behind=False)
-        return {"language": self.count_flops(segment_lengths(batch), training)}
+        return {"language": self.count_flops(batch, training)}
 
-    def count_flops(self, lengths: list[int], training: Training) -> float:
-        """Count matrix-multiply FLOPs over sequences of these lengths."""
+    def count_flops(self, batch: Batch, training: Training) -> float:
+        """Count matrix-multiply FLOPs over the batch's sequences."""
         return language_flops(
             **sizes(self.config),
             vocab_size=self.unpadded_vocab_size,
-            segment_lengths=lengths,
+            segment_lengths=segment_lengths(batch),
             training=training,
         )
 

@@ -1,4 +1,4 @@
-"""Encoders, connectors and a language model, with media merged into its input: NVLM-D."""
+"""Encoders, connectors and a language model, with media merged into its input: NVLM-D, MM-Embed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import Tensor
 from nvmm.batch import Batch, Media, MediaKind
 from nvmm.models.language import LanguageModel
 from nvmm.modules.encoders.base import Encoder
-from nvmm.modules.flops import segment_lengths, training_of
+from nvmm.modules.flops import training_of
 from nvmm.modules.merge import merge
 from nvmm.parallel.setup import Chunk
 
 
 class MultimodalModel(MegatronModule):
     """Decoder-only multimodal model (NVLM section 3.2.1).
+
+    With an `EmbeddingModel` as its language model it is a multimodal embedder (MM-Embed,
+    arXiv:2411.02571).
 
     Every modality has an encoder and a connector, which are part of the first pipeline stage's
     first chunk. The image's are called `vision` and `connector`, another modality's as it itself
@@ -37,8 +40,6 @@ class MultimodalModel(MegatronModule):
         reads: the kinds of media that it takes; others are refused.
         encoders: modality -> (encoder, connector); empty on later stages and chunks.
     """
-
-    extras: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -81,6 +82,11 @@ class MultimodalModel(MegatronModule):
         self.overlap_grad_reduce = chunk.parallel.overlap_grad_reduce
 
     @property
+    def extras(self) -> frozenset[str]:
+        """The extras that the language model reads."""
+        return self.language.extras
+
+    @property
     def reads(self) -> frozenset[MediaKind]:
         """Every modality that has an encoder, in the sequence."""
         return frozenset(MediaKind(modality) for modality in self.modalities)
@@ -104,7 +110,7 @@ class MultimodalModel(MegatronModule):
         """
         flops, reached = self._media_flops(batch)
         training = training_of(self.language, behind=reached)
-        flops["language"] = self.language.count_flops(segment_lengths(batch), training)
+        flops["language"] = self.language.count_flops(batch, training)
         return flops
 
     def _media_flops(self, batch: Batch) -> tuple[dict[str, float], bool]:

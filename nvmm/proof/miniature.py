@@ -208,8 +208,8 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     language |= _VOCAB | {"max_sequence_length": 256}
     heads, groups = _heads(language["transformer"], full, small)
     _shrink_transformer(language["transformer"], num_layers, heads, groups)
-    if "pooling" in model:
-        _shrink_pooling(model["pooling"], max(4, small))
+    if "pooling" in language:
+        _shrink_pooling(language["pooling"], max(4, small))
     if "vision" not in model:
         return
     vision, connector = model["vision"], model["connector"]
@@ -329,8 +329,8 @@ def _shrink_fp8(
             for key in ("kv_channels", "hidden_size"):
                 part["transformer"][key] *= 4
             part["transformer"]["ffn_hidden_size"] = 256
-    if "ffn_hidden_size" in model.get("pooling", {}):
-        model["pooling"]["ffn_hidden_size"] = 256
+    if "ffn_hidden_size" in language.get("pooling", {}):
+        language["pooling"]["ffn_hidden_size"] = 256
     rows = 1
     for layout in layouts:
         tensor, context = layout.parallel[_TENSOR], layout.parallel[_CONTEXT]

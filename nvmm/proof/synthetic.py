@@ -82,7 +82,7 @@ def synthetic_steps(
     parallel = Parallel(**config.get("parallel", {}))
     multiple = math.lcm(4, parallel.sequence_multiple, config.get("row_multiple", 1))
     segment = parallel.segment_multiple if packed else 1
-    is_embedder = "pooling" in config["model"]
+    is_embedder = "pooling" in config["model"].get("language", config["model"])
     has_images = "vision" in config["model"]
     # 2. Texts of each micro-batch, from one generator: their order fixes their values.
     generator = torch.Generator().manual_seed(11)
@@ -97,7 +97,7 @@ def synthetic_steps(
                     _text(
                         generator,
                         model,
-                        least_tiles=1 - i * (index % 2 == 0),
+                        least_tiles=max(0, 1 - i * (index % 2 == 0)),
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
                     )

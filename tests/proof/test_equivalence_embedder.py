@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "self": tiny.contrastive(tiny.embedder("SelfAttention"), {}),
     "eos_causal": tiny.contrastive(tiny.embedder("EOS", causal=True), {}),
     "mean": tiny.contrastive(tiny.embedder("Mean"), {}),
+    "images": tiny.contrastive(tiny.multimodal(language=tiny.embedder()), {}),
 }
 References = Callable[[str], Result]
 STEPS = 3
@@ -59,6 +60,7 @@ ROWS = [
     ("latent", "dp4"),
     ("self", "tp2_sp"),
     ("eos_causal", "pp2_dp2"),
+    ("images", "tp2_dp2"),
 ]
 SLOW = [
     ("latent", "tp2_sp"),
@@ -71,6 +73,7 @@ SLOW = [
     ("eos_causal", "tp2"),
     ("mean", "dp4"),
     ("mean", "tp2_sp"),
+    *(("images", layout) for layout in ("one", "dp4", "tp2_sp", "pp2", "pp2_vp2", "pp2_dp2")),
 ]
 
 

@@ -27,7 +27,7 @@ def _attention_heads(view: View) -> Iterator[Problem]:
 
 
 def _pooling_heads(view: View) -> Iterator[Problem]:
-    key, tensor = "model.pooling.num_heads", view.size("tensor")
+    key, tensor = f"{view.language}.pooling.num_heads", view.size("tensor")
     heads = view.integer(key)
     if heads and heads % tensor:
         yield _uneven_heads(key, heads, tensor)
