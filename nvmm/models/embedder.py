@@ -102,7 +102,8 @@ class EmbeddingModel(LanguageModel):
         """Count model FLOPs of a micro-batch's forward and backward, latent attention among them.
 
         They are the whole model's, whatever the layout and `training`: the pooling is always
-        trained, and stands on the last stage alone. A self-attention pooling's layer is not counted.
+        trained, and stands on the last stage alone. A self-attention pooling's layer is not
+        counted.
         """
         flops = language_flops(
             **sizes(self.config),

@@ -37,9 +37,12 @@ class MultimodalModel(MegatronModule):
         chunk: which part of the model this rank builds.
 
     Attributes:
+        extras: the language model's.
         reads: the kinds of media that it takes; others are refused.
         encoders: modality -> (encoder, connector); empty on later stages and chunks.
     """
+
+    extras: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class MultimodalModel(MegatronModule):
         language_model = language(chunk=chunk)
         super().__init__(config=language_model.config)
         self.language = language_model
+        self.extras = language_model.extras
         partials = {m: (p["encoder"], p["connector"]) for m, p in (encoders or {}).items()}
         if vision is not None and connector is not None:
             partials = {"image": (vision, connector)} | partials
@@ -80,11 +84,6 @@ class MultimodalModel(MegatronModule):
             language_model.share_embeddings_and_output_weights
         )
         self.overlap_grad_reduce = chunk.parallel.overlap_grad_reduce
-
-    @property
-    def extras(self) -> frozenset[str]:
-        """The extras that the language model reads."""
-        return self.language.extras
 
     @property
     def reads(self) -> frozenset[MediaKind]:

@@ -97,7 +97,9 @@ def validation(view: View) -> Iterator[Problem]:
 def extras(view: View) -> Iterator[Problem]:
     """The data give what the objective needs, and nothing that nobody reads."""
     objective, model = (str(view.get(f"{part}._target_")) for part in ("objective", "model"))
-    needed, read = class_attribute(objective, "extras"), class_attribute(model, "extras")
+    # A model with encoders reads the extras of its language model.
+    reader = str(view.get(f"{view.language or 'model'}._target_"))
+    needed, read = class_attribute(objective, "extras"), class_attribute(reader, "extras")
     entries = view.get("data.blend")
     builders = [f"data.{split}.build" for split in ("train", "validation")]
     targets = {key: view.get(f"{key}._target_") for key in builders}

@@ -27,10 +27,11 @@ def _attention_heads(view: View) -> Iterator[Problem]:
 
 
 def _pooling_heads(view: View) -> Iterator[Problem]:
-    key, tensor = f"{view.language}.pooling.num_heads", view.size("tensor")
-    heads = view.integer(key)
-    if heads and heads % tensor:
-        yield _uneven_heads(key, heads, tensor)
+    tensor = view.size("tensor")
+    for key in ("model.pooling.num_heads", "model.language.pooling.num_heads"):
+        heads = view.integer(key)
+        if heads and heads % tensor:
+            yield _uneven_heads(key, heads, tensor)
 
 
 def _uneven_heads(key: str, heads: int, tensor: int) -> Problem:

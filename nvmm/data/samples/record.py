@@ -98,6 +98,18 @@ class Record:
         """Return the images, upright, 8 bits, in RGB or L, in their order."""
         return [self._decoded(name) for name in self._image_names()]
 
+    def picture(self, name: str, member: Any) -> tuple[Image.Image, bytes]:
+        """Return the image of a member that the record names, and its bytes.
+
+        name: the field that names it, for messages.
+        """
+        if not isinstance(member, str) or member not in self._members:
+            raise self.bad(f"the picture {member!r} of {name} is no member of the sample")
+        value = self._decoded(member)
+        if not isinstance(value, Image.Image):
+            raise self.bad(f"the picture {member!r} of {name} is no picture")
+        return value, self._members[member]
+
     def first_image(self) -> Image.Image | None:
         """Return the first of `images()` alone, None where the sample has none."""
         names = self._image_names()

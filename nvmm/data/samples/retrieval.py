@@ -7,7 +7,10 @@ The member `json` holds
   documents too, as NV-Embed does for similarity tasks), `in_batch_negatives` (else the builder's),
   `positive_id` and `negative_ids` (else a document is known by its text), `positive_ids` (every
   document that answers the query, so that none is its negative), `scores` (another model's for
-  positive and negatives).
+  positive and negatives);
+- of a builder with `tokens_per_tile`, `query_image`, `positive_image` and `negative_images` (a list
+  as long as `negatives`): names of members, such as `query.jpg`, or null. A query or document with
+  a picture may have an empty text, or null.
 
 Ids are compared over all datasets of a blend: let each of them begin with its set's name, as
 `retrieval_sets.beir` does.
@@ -18,14 +21,18 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
-from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample, Text
+from nvmm.batch import IMAGE, NEGATIVE, POSITIVE, QUERY, MediaKind, Sample, Text, TextMedia
 from nvmm.config.choices import require
+from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
+from nvmm.data.samples.decode import IMAGES
+from nvmm.data.samples.images import Tiles, tile_image
 from nvmm.data.samples.record import Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
 
@@ -35,12 +42,32 @@ TEMPLATE = "Instruct: {instruction}\nQuery: "
 FIELDS = (
     *("query", "positive", "negatives", "instruction", "symmetric", "in_batch_negatives"),
     *("positive_id", "negative_ids", "positive_ids", "scores"),
+    *("query_image", "positive_image", "negative_images"),
 )
 Masking = Literal["sentence_transformers", "nv_embed", "mm_embed", "none"]
 
 
+@dataclass(frozen=True)
+class Content:
+    """A query or document: a text, a picture, or both.
+
+    key: stands for the picture's bytes, so that two contents of one picture are known as one.
+    """
+
+    text: str
+    image: Image.Image | None = None
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        """A text that only this content has."""
+        return f"{self.text}\0{self.key}" if self.key else self.text
+
+
 class RetrievalBuilder(Builder):
-    """A builder of samples of 2 + num_negatives texts, each [BOS] instruction text EOS.
+    """A builder of samples of 2 + num_negatives texts, each [BOS] instruction [picture] text EOS.
+
+    A picture's places come before the text and a line break (MM-Embed), after the instruction.
 
     num_negatives: hard negatives of a sample; a record with more gives some of them, drawn by its
         key, one with fewer gives those.
@@ -52,13 +79,21 @@ class RetrievalBuilder(Builder):
         "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
         "mm_embed": BOS, the instruction's line and one token more;
         "none": none, every token is pooled. All of a text without an instruction is pooled.
+    tokens_per_tile: places of a tile of a picture; None: the samples have no pictures.
+    tile_size, max_tiles, use_thumbnail: as InstructBuilder's. 1 tile: a plain resize to a square.
     fields: our names of fields -> the data set's.
-    sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS.
+    sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS, and never
+        a part of a picture.
     """
 
     extras = frozenset(
         {"role", "document_id", "text_hash", "answers", "in_batch", "teacher", "pool_from"}
     )
+
+    tokens_per_tile: int | None = None
+    tile_size: int
+    max_tiles: int
+    use_thumbnail: bool
 
     def __init__(
         self,
@@ -67,6 +102,10 @@ class RetrievalBuilder(Builder):
         instruction: str | None = None,
         masking: Masking = "sentence_transformers",
         num_answers: int = 16,
+        tokens_per_tile: int | None = None,
+        tile_size: int = 336,
+        max_tiles: int = 1,
+        use_thumbnail: bool = True,
         fields: Fields | None = None,
         *,
         tokenizer: Tokenizer,
@@ -77,6 +116,11 @@ class RetrievalBuilder(Builder):
             raise ValueError(
                 f"num_negatives={num_negatives} must be at least 0, num_answers={num_answers} 1"
             )
+        if tokens_per_tile is not None and min(tokens_per_tile, tile_size, max_tiles) < 1:
+            raise ValueError(
+                f"tokens_per_tile={tokens_per_tile}, tile_size={tile_size}, max_tiles={max_tiles}:"
+                " all must be at least 1"
+            )
         super().__init__(fields, tokenizer=tokenizer, sequence_length=sequence_length)
         check_fields(self.fields, FIELDS)
         self.num_negatives = num_negatives
@@ -84,6 +128,17 @@ class RetrievalBuilder(Builder):
         self.in_batch_negatives = in_batch_negatives
         self.instruction = instruction
         self.masking = masking
+        if tokens_per_tile is not None:
+            # Attributes that are always there would change the digest of token counts.
+            self.tokens_per_tile = tokens_per_tile
+            self.tile_size = tile_size
+            self.max_tiles = max_tiles
+            self.use_thumbnail = use_thumbnail
+
+    @property
+    def media(self) -> frozenset[MediaKind]:
+        """Images in the sequence, where `tokens_per_tile` is given."""
+        return frozenset() if self.tokens_per_tile is None else frozenset({IMAGE})
 
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """Return one training sample: a query, its positive and hard negatives.
@@ -93,12 +148,21 @@ class RetrievalBuilder(Builder):
         """
         # 1. Read query, documents, and what may come with each document.
         record = self.record(members)
-        query = record.text("query")
         if record.get("negatives") is None:
             raise record.missing("negatives")
         negatives = _list(record, "negatives")
-        negatives = [record.checked_text("a negative", text) for text in negatives]
-        documents = [record.text("positive"), *negatives]
+        images = _list(record, "negative_images") or [None] * len(negatives)
+        if len(images) != len(negatives):
+            raise record.bad(f"{len(negatives)} negatives, {len(images)} negative_images")
+        query = self._content(record, "query", record.get("query"), record.get("query_image"))
+        documents = [
+            self._content(record, "positive", record.get("positive"), record.get("positive_image")),
+            *(
+                self._content(record, "a negative", text, image)
+                for text, image in zip(negatives, images, strict=True)
+            ),
+        ]
+        self._refuse_unnamed(record, members)
         names = _list(record, "negative_ids") or [None] * len(documents[1:])
         ids = [record.get("positive_id"), *names]
         scores = _list(record, "scores") or [float("nan")] * len(documents)
@@ -118,28 +182,32 @@ class RetrievalBuilder(Builder):
         in_batch = self.in_batch_negatives if in_batch is None else bool(in_batch)
         # 3. List the answers of the query, so that none is its negative in another sample. A
         # document without an id is known by its text.
-        known = [text if name is None else name for name, text in zip(ids, documents, strict=True)]
+        known = [
+            doc.name if name is None else name for name, doc in zip(ids, documents, strict=True)
+        ]
         others = [name for name in _list(record, "positive_ids") if name != known[0]]
         others = others[: self.num_answers]
         answers = torch.full((1 + len(chosen), self.num_answers), _hash(str(known[0])))
         answers[0, : len(others)] = torch.tensor([_hash(str(name)) for name in others])
         # 4. Put query and documents together, in the order that the objective expects.
         roles = [QUERY, POSITIVE] + [NEGATIVE] * (len(chosen) - 1)
-        texts = [query, *(documents[i] for i in chosen)]
-        names = [query, *(known[i] for i in chosen)]
+        contents = [query, *(documents[i] for i in chosen)]
+        names = [query.name, *(known[i] for i in chosen)]
         teacher = [float("nan"), *(float(scores[i]) for i in chosen)]
         return Sample(
             tuple(
                 self._text(
-                    *self.encode(text, document_instruction if number else instruction),
+                    content,
+                    document_instruction if number else instruction,
+                    record.source,
                     role=torch.tensor(roles[number]),
                     document_id=torch.tensor(_hash(str(names[number]))),
-                    text_hash=torch.tensor(_hash(text)),
+                    text_hash=torch.tensor(_hash(content.name)),
                     answers=answers[number],
                     in_batch=torch.tensor(in_batch),
                     teacher=torch.tensor(teacher[number]),
                 )
-                for number, text in enumerate(texts)
+                for number, content in enumerate(contents)
             ),
             source=record.source,
         )
@@ -147,30 +215,36 @@ class RetrievalBuilder(Builder):
     def prompt(self, members: Mapping[str, Any]) -> Sample:
         """Return the sample's query alone."""
         record = self.record(members)
-        return self.text(record.text("query"), self._instruction(record))
+        query = self._content(record, "query", record.get("query"), record.get("query_image"))
+        text = self._text(query, self._instruction(record), record.source)
+        return Sample((text,), source=record.source)
 
-    def text(self, text: str, instruction: str | None = None) -> Sample:
-        """Return one text to embed, behind an instruction if there is one."""
-        return Sample((self._text(*self.encode(text, instruction)),))
+    def text(self, content: str | Content, instruction: str | None = None) -> Sample:
+        """Return one text, picture or both to embed, behind an instruction if there is one."""
+        content = Content(content) if isinstance(content, str) else content
+        return Sample((self._text(content, instruction, "a text to embed"),))
 
     def blank(self, sample_id: int) -> Sample:
         """Return the sample that stands for a missing one; its negative id keeps it out of the
         loss."""
-        text = self._text(
-            [self.tokenizer.eos_id],
-            0,
-            role=torch.tensor(QUERY),
-            document_id=torch.tensor(0),
-            text_hash=torch.tensor(0),
-            answers=torch.zeros(self.num_answers, dtype=torch.long),
-            in_batch=torch.tensor(False),
-            teacher=torch.tensor(float("nan")),
+        text = Text(
+            torch.tensor([self.tokenizer.eos_id]),
+            torch.zeros(1),
+            extras={
+                "pool_from": torch.tensor(0),
+                "role": torch.tensor(QUERY),
+                "document_id": torch.tensor(0),
+                "text_hash": torch.tensor(0),
+                "answers": torch.zeros(self.num_answers, dtype=torch.long),
+                "in_batch": torch.tensor(False),
+                "teacher": torch.tensor(float("nan")),
+            },
         )
-        return Sample((replace(text, weights=torch.zeros(1)),), sample_id, "blank")
+        return Sample((text,), sample_id, "blank")
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
-        """Return the tokens of all texts, and no tiles."""
-        return self(members).num_tokens, 0
+        """Return tokens and tiles of all texts."""
+        return super().measure(members)
 
     def _instruction(self, record: Record) -> str | None:
         """Return the record's instruction, else the builder's."""
@@ -181,17 +255,87 @@ class RetrievalBuilder(Builder):
             raise record.bad(f"instruction must be text, got {instruction!r}")
         return instruction
 
-    def _text(self, ids: list[int], pool_from: int, **extras: torch.Tensor) -> Text:
-        tokens = torch.tensor(ids)
-        extras["pool_from"] = torch.tensor(pool_from)
-        return Text(tokens, torch.ones(len(tokens)), extras=extras)
+    def _content(self, record: Record, name: str, text: Any, member: Any) -> Content:
+        """Return a text and its picture, either of which may be missing."""
+        if member is None:
+            if text is None:
+                raise record.missing(name)
+            return Content(record.checked_text(name, text))
+        if self.tokens_per_tile is None:
+            raise record.bad(f"{name} has a picture; data.train.build.tokens_per_tile is not given")
+        if not isinstance(text, str | None):
+            raise record.bad(f"{name} must be text, got {text!r}")
+        image, data = record.picture(name, member)
+        return Content(text or "", image, hashlib.blake2b(data, digest_size=16).hexdigest())
 
-    def encode(self, text: str, instruction: str | None) -> tuple[list[int], int]:
+    def _refuse_unnamed(self, record: Record, members: Mapping[str, Any]) -> None:
+        """Raise BadSample for a picture that the record names nowhere."""
+        names = {record.get("query_image"), record.get("positive_image")}
+        names |= set(_list(record, "negative_images"))
+        pictures = {name for name in members if name.rpartition(".")[2] in IMAGES}
+        if unnamed := sorted(pictures - names):
+            raise record.bad(f"no field names the picture {unnamed[0]}")
+
+    def _text(
+        self, content: Content, instruction: str | None, source: str, **extras: torch.Tensor
+    ) -> Text:
+        """Return a text with its picture. Raises BadSample where the picture does not fit."""
+        tiles = None if content.image is None else self._tiles(content.image)
+        count = 0 if tiles is None else len(tiles.tiles)
+        ids, pool_from = self.encode(content.text, instruction, count, source)
+        media = {}
+        if tiles is not None and self.tokens_per_tile is not None:
+            first = ids.index(self.tokenizer.image_id)
+            media[IMAGE] = TextMedia(
+                values=tiles.values,
+                positions=first + self.tokens_per_tile * torch.arange(count),
+                items=torch.zeros(count, dtype=torch.int64),
+                tiles=tiles.tiles,
+                placeholder_id=self.tokenizer.image_id,
+                tokens_per_item=self.tokens_per_tile,
+            )
+        extras["pool_from"] = torch.tensor(pool_from)
+        return Text(torch.tensor(ids), torch.ones(len(ids)), media, extras)
+
+    def _tiles(self, image: Image.Image) -> Tiles:
+        return tile_image(
+            image,
+            max_tiles=self.max_tiles,
+            tile_size=self.tile_size,
+            use_thumbnail=self.use_thumbnail,
+        )
+
+    def encode(
+        self, text: str, instruction: str | None, num_tiles: int = 0, source: str = ""
+    ) -> tuple[list[int], int]:
         """Return token ids with EOS, and BOS where the tokenizer has one; and the position of the
-        first pooled token."""
+        first pooled token.
+
+        num_tiles: tiles of a picture, whose places stand before the text.
+
+        Raises BadSample where the places of a picture do not fit into the sequence length, and
+        where the text has the placeholder itself.
+        """
         prefix = TEMPLATE.format(instruction=instruction) if instruction else ""
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        ids = [*begin, *self.tokenizer.encode(prefix + text)][: self.sequence_length - 1]
+        places = num_tiles * (self.tokens_per_tile or 0)
+        if places:
+            before = [*begin, *self.tokenizer.encode(prefix)]
+            rest = self.tokenizer.encode(f"\n{text}")
+            if len(before) + places > self.sequence_length - 1:
+                raise BadSample(
+                    source,
+                    f"a picture of {places} tokens behind {len(before)} and before EOS does not fit"
+                    f" into data.sequence_length={self.sequence_length}",
+                )
+            if self.tokenizer.image_id in (*before, *rest):
+                raise BadSample(
+                    source, f"the text has the placeholder {self.tokenizer.image_token}"
+                )
+            ids = [*before, *[self.tokenizer.image_id] * places, *rest]
+        else:
+            ids = [*begin, *self.tokenizer.encode(prefix + text)]
+        ids = ids[: self.sequence_length - 1]
         ids.append(self.tokenizer.eos_id)
         start = 0
         if instruction and self.masking != "none":

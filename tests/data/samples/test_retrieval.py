@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from PIL import Image
 
-from nvmm.batch import NEGATIVE, POSITIVE, QUERY, Sample
+from nvmm.batch import IMAGE, NEGATIVE, POSITIVE, QUERY, Sample
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare import retrieval_sets
+from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.samples.retrieval import Masking, RetrievalBuilder
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
@@ -226,3 +229,99 @@ def test_texts_of_two_classes_are_no_negatives_and_many_texts_take_no_longer_eac
             label = by_query[record["query"]]
             assert (record["positive"], label) in classes
             assert all((text, label) not in classes for text in record["negatives"])
+
+
+def picture(colour: int, width: int = 20) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, 30), (colour, 10, 10)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def with_pictures(tokenizer: Tokenizer) -> RetrievalBuilder:
+    words = Tokenizer(
+        tokenizer.path, image_token="<image>", end_of_turn="</s>", extra_tokens=["<image>"]
+    )
+    return builder(words, tokens_per_tile=4, tile_size=8, masking="mm_embed", num_negatives=1)
+
+
+MIXED = {
+    "query": "bird",
+    "query_image": "query.png",
+    "positive": None,
+    "positive_image": "positive.png",
+    "negatives": ["a"],
+    "instruction": "find it",
+}
+
+
+def mixed(key: str = "0", colour: int = 1, **changes: Any) -> dict[str, Any]:
+    pictures = {"query.png": picture(colour), "positive.png": picture(2)}
+    return {**member(key, **(MIXED | changes)), **pictures}
+
+
+def test_a_picture_stands_after_the_instruction_and_before_the_text(
+    with_pictures: RetrievalBuilder,
+) -> None:
+    words = with_pictures.tokenizer
+    sample = with_pictures(mixed())
+    check_sample(sample)
+    query, positive, negative = sample.texts
+    prefix = words.encode("Instruct: find it\nQuery: ")
+    places = [words.image_id] * 4
+    behind = words.encode("\nbird")
+    assert query.tokens.tolist() == [words.bos_id, *prefix, *places, *behind, words.eos_id]
+    assert query.media[IMAGE].positions.tolist() == [1 + len(prefix)]
+    assert query.media[IMAGE].values.shape == (1, 3, 8, 8)
+    assert int(query.extras["pool_from"]) == 1 + len(words.encode("Instruct: find it")) + 1
+    assert positive.tokens.tolist() == [words.bos_id, *places, *words.encode("\n"), words.eos_id]
+    assert int(positive.media[IMAGE].values[0, 0, 0, 0]) == 2
+    assert not negative.media
+    assert with_pictures.media == {IMAGE} and with_pictures.measure(mixed())[1] == 2
+    batch = collate([sample, with_pictures(member(**RECORD))], pad_id=0)
+    assert batch.media[IMAGE].texts.tolist() == [0, 1]
+    prompt = with_pictures.prompt(mixed())
+    assert torch.equal(prompt.texts[0].tokens, query.tokens) and IMAGE in prompt.texts[0].media
+
+
+def test_one_picture_is_one_document(with_pictures: RetrievalBuilder) -> None:
+    first, other = extras(with_pictures(mixed())), extras(with_pictures(mixed("1", 3)))
+    assert first["document_id"][1] == other["document_id"][1], "the same picture"
+    assert first["text_hash"][0] != other["text_hash"][0], "one text, two pictures"
+    assert len(set(first["document_id"].tolist())) == 3
+
+
+def test_a_picture_is_never_cut(with_pictures: RetrievalBuilder) -> None:
+    prefix = len(with_pictures.tokenizer.encode("Instruct: find it\nQuery: "))
+    short = builder(
+        with_pictures.tokenizer,
+        tokens_per_tile=4,
+        tile_size=8,
+        num_negatives=1,
+        sequence_length=prefix + 6,
+    )
+    query = short(mixed(query="bird sings " * 20)).texts[0]
+    assert len(query.tokens) == prefix + 6
+    assert query.tokens[-5:].tolist() == [short.tokenizer.image_id] * 4 + [short.tokenizer.eos_id]
+    shorter = builder(
+        with_pictures.tokenizer, tokens_per_tile=4, tile_size=8, sequence_length=prefix + 5
+    )
+    with pytest.raises(BadSample, match=r"a\.tar:0: a picture of 4 tokens .* does not fit"):
+        shorter(mixed())
+
+
+def test_pictures_that_a_record_cannot_have(
+    with_pictures: RetrievalBuilder, tokenizer: Tokenizer
+) -> None:
+    def refused(match: str, build: RetrievalBuilder = with_pictures, **changes: Any) -> None:
+        with pytest.raises(BadSample, match=match):
+            build(mixed(**changes))
+
+    refused("the picture 'gone.png' of query is no member", query_image="gone.png")
+    refused("the picture 3 of query is no member", query_image=3)
+    refused("the picture 'json' of query is no picture", query_image="json")
+    refused("no field names the picture query.png", query_image=None)
+    refused("1 negatives, 2 negative_images", negative_images=[None, None])
+    refused("query has a picture; data.train.build.tokens_per_tile", builder(tokenizer))
+    refused("the text has the placeholder <image>", query="a <image> bird")
+    refused("no positive", positive_image=None)
