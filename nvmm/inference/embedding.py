@@ -1,23 +1,36 @@
-"""Texts become vectors with an embedder, at any tensor, pipeline and data parallel size."""
+"""Texts and pictures become vectors with an embedder, at any parallel size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from nvmm.batch import Sample
 from nvmm.data.collate import collate
-from nvmm.data.samples.retrieval import RetrievalBuilder
+from nvmm.data.samples.images import decode_image
+from nvmm.data.samples.retrieval import Content, RetrievalBuilder
 from nvmm.inference.decoding import embed, gather, share
+
+_BATCHES = 32
+"""So many batches' texts are sorted by length, and their pictures are in memory together."""
+
+
+class TextAndImage(NamedTuple):
+    """What to embed: a text, which may be empty, and the file of a picture."""
+
+    text: str
+    image: Path | None = None
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """An embedder ready to encode texts.
+    """An embedder ready to encode texts, and pictures where its builder has `tokens_per_tile`.
 
     model: this rank's one chunk, in eval mode. builder: the `RetrievalBuilder` that trained it.
     batch_size: texts of a forward pass.
@@ -27,29 +40,49 @@ class TextEncoder:
     builder: RetrievalBuilder
     batch_size: int = 32
 
-    def __call__(self, texts: Sequence[str], instruction: str | None = None) -> Tensor:
-        """Return unit vectors, fp32 [texts, h] on the CPU, the same on every rank; collective.
+    def __call__(
+        self, items: Sequence[str | TextAndImage], instruction: str | None = None
+    ) -> Tensor:
+        """Return unit vectors, fp32 [items, h] on the CPU, the same on every rank; collective.
 
-        instruction: the task's instruction, put before every text; None for documents.
+        instruction: the task's instruction, put before every item; None for documents.
+
+        Raises ValueError naming a picture that cannot be read.
         """
         from megatron.core import parallel_state
 
         size = parallel_state.get_data_parallel_world_size()
-        numbers = share(len(texts), parallel_state.get_data_parallel_rank(), size)
-        local = self.local([texts[number] for number in numbers], instruction)
-        return torch.stack(gather(list(local), len(texts)))
+        numbers = share(len(items), parallel_state.get_data_parallel_rank(), size)
+        local = self.local([items[number] for number in numbers], instruction)
+        return torch.stack(gather(list(local), len(items)))
 
-    def local(self, texts: Sequence[str], instruction: str | None = None) -> Tensor:
-        """Return unit vectors as above, of texts that this model-parallel group alone encodes."""
-        samples = [self.builder.text(text, instruction) for text in texts]
-        # Texts of like length share a batch.
-        order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
+    def local(self, items: Sequence[str | TextAndImage], instruction: str | None = None) -> Tensor:
+        """Return unit vectors as above, of items that this model-parallel group alone encodes."""
         config: Any = self.model[0].config
-        result = torch.empty(len(samples), config.hidden_size)
+        result = torch.empty(len(items), config.hidden_size)
         device = next(self.model[0].parameters()).device
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
-            vectors = embed(self.model, [batch.to(device)]).cpu()
-            result[chosen] = vectors
+        window = self.batch_size * _BATCHES
+        for first in range(0, len(items), window):
+            samples = [self._sample(item, instruction) for item in items[first : first + window]]
+            # Texts of like length share a batch.
+            order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
+            for start in range(0, len(order), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
+                vectors = embed(self.model, [batch.to(device)]).cpu()
+                result[[first + i for i in chosen]] = vectors
         return result
+
+    def _sample(self, item: str | TextAndImage, instruction: str | None) -> Sample:
+        if isinstance(item, str) or item.image is None:
+            text = item if isinstance(item, str) else item.text
+            return self.builder.text(text, instruction)
+        if self.builder.tokens_per_tile is None:
+            raise ValueError(f"{item.image}: the checkpoint embeds texts alone, no pictures")
+        try:
+            data = item.image.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{item.image} cannot be read ({error.strerror})") from error
+        limit = self.builder.limits.max_pixels
+        image = decode_image(data, source=str(item.image), max_pixels=limit)
+        return self.builder.text(Content(item.text, image), instruction)

@@ -1,0 +1,144 @@
+"""M-BEIR's metrics against their definitions, and a checkpoint that embeds texts and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from nvmm.data.samples.tokenizer import train_byte_level_bpe
+from nvmm.evaluation.mbeir import UniversalRetrieval, evaluate, judged
+from tests import tiny
+from tests.ranks import run_ranks
+
+
+def test_metrics_equal_their_definitions_on_random_runs() -> None:
+    torch.manual_seed(0)
+    queries, documents = torch.randn(300, 6), torch.randn(40, 6)
+    ids = [f"d{n}" for n in range(40)]
+    modalities = ["text" if n % 3 else "image" for n in range(40)]
+    relevant = [{f"d{n % 40}": 1, f"d{(7 * n) % 40}": 1} for n in range(300)]
+    targets = ["image" if n % 2 else "text" for n in range(300)]
+    scores = evaluate(queries, documents, relevant, ids, modalities, targets, [1, 5, 10])
+    hits = dict.fromkeys((1, 5, 10), 0)
+    right = dict.fromkeys((1, 5), 0.0)
+    for number in range(300):
+        order = sorted(range(40), key=lambda d: -float(queries[number] @ documents[d]))
+        for k in hits:
+            hits[k] += any(ids[d] in relevant[number] for d in order[:k])
+        for k in right:
+            right[k] += sum(modalities[d] == targets[number] for d in order[:k]) / k
+    assert scores == pytest.approx(
+        {f"hit_rate_at_{k}": hits[k] / 300 for k in hits}
+        | {f"modality_accuracy_at_{k}": right[k] / 300 for k in right}
+    )
+
+
+def test_oven_and_infoseek_keep_their_own_candidates() -> None:
+    qrels = {"5:1": {"5:2": 1, "6:2": 1}, "6:1": {"5:9": 1}, "2:1": {"3:1": 1}}
+    assert judged(qrels) == {"5:1": {"5:2": 1}, "2:1": {"3:1": 1}}
+
+
+def save(rank: int, world: int, init: str, folder: Path) -> None:
+    """Write a checkpoint of MM-Embed's graph with random weights."""
+    from hydra.utils import instantiate
+
+    from nvmm.checkpoint.save import Checkpoint
+    from nvmm.data.samples.tokenizer import Tokenizer
+    from nvmm.parallel.parameters import build_chunks
+    from nvmm.parallel.setup import Parallel, Precision
+    from tests.test_evaluate import NoOptimizer
+
+    words = train_byte_level_bpe(
+        folder / "tokenizer",
+        ["Instruct: Find it.\nQuery: A red square."] * 9,
+        vocab_size=300,
+        special_tokens=["<image>", "<s>", "</s>", "<pad>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+    tokenizer = {"path": str(words), "image_token": "<image>", "end_of_turn": "</s>"}
+    model = tiny.multimodal(language=tiny.embedder("Mean"))
+    config = {
+        "model": model,
+        "tokenizer": {"_target_": "nvmm.data.samples.tokenizer.Tokenizer", **tokenizer},
+        "precision": {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp32"},
+        "backend": "native",
+        "data": {
+            "sequence_length": 64,
+            "train": {
+                "build": {
+                    "_target_": "nvmm.data.samples.retrieval.RetrievalBuilder",
+                    "_partial_": True,
+                    "num_negatives": 0,
+                    "in_batch_negatives": True,
+                    "masking": "mm_embed",
+                    "tokens_per_tile": 4,
+                    "tile_size": 16,
+                }
+            },
+        },
+    }
+    parallel = Parallel()
+    parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
+    chunks = build_chunks(instantiate(model, _convert_="all"), parallel, Precision(), seed=5)
+    state = {"config": config, "tokenizer_digest": Tokenizer(**tokenizer).digest}
+    Checkpoint(directory=folder / "run" / "checkpoints").save(3, chunks, NoOptimizer(), state)
+
+
+def score(
+    rank: int, world: int, init: str, folder: Path, parallel: dict[str, int], batch_size: int
+) -> Any:
+    import torch.distributed as dist
+
+    from nvmm.evaluation.benchmark import Settings
+    from nvmm.inference.restore import restore
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
+    model = restore(folder / "run", parallel=parallel)
+    files = {name: str(folder / f"{name}") for name in ("pool", "queries", "qrels", "instructions")}
+    benchmark = UniversalRetrieval(**files, folder=str(folder))
+    return benchmark.run(model, Settings(batch_size=batch_size)).summary
+
+
+@pytest.mark.slow
+def test_a_checkpoint_ranks_texts_and_pictures_at_any_layout(tmp_path: Path) -> None:
+    run_ranks(save, 1, tmp_path)
+    pool, queries, qrels = [], [], []
+    for number in range(9):
+        stream = io.BytesIO()
+        Image.new("RGB", (20, 20), (25 * number, 10, 200)).save(stream, "PNG")
+        (tmp_path / f"{number}.png").write_bytes(stream.getvalue())
+        kind = ("text", "image", "image,text")[number % 3]
+        text = "red " * number + "square" if kind != "image" else None
+        image = f"{number}.png" if kind != "text" else None
+        pool.append({"did": f"1:{number}", "txt": text, "img_path": image, "modality": kind})
+        queries.append(
+            {
+                "qid": f"1:{number}",
+                "query_txt": text,
+                "query_img_path": image,
+                "query_modality": kind,
+            }
+        )
+        qrels.append(f"1:{number} 0 1:{number} 1 0")
+    for name, lines in (("pool", pool), ("queries", queries)):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "qrels").write_text("\n".join(qrels))
+    kinds = ("text", "image", "image,text")
+    rows = ["dataset_id\tquery_modality\tcand_modality\tprompt_1"]
+    rows += [f"1\t{kind}\t{kind}\tFind it." for kind in kinds]
+    (tmp_path / "instructions").write_text("\n".join(rows))
+    whole = run_ranks(score, 1, tmp_path, {}, 2)[0]
+    assert whole["queries"] == 9 and whole["hit_rate_at_10"] == 1.0
+    assert 0 < whole["hit_rate_at_1"] <= whole["hit_rate_at_5"] <= 1
+    for layout in ({"tensor_model_parallel_size": 2}, {}):
+        assert run_ranks(score, 2, tmp_path, layout, 3) == [pytest.approx(whole)] * 2
