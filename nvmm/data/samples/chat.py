@@ -158,10 +158,14 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; role is system, user or assistant, or the only turn's DOCUMENT."""
+    """One message; role is system, user or assistant, or the only turn's DOCUMENT.
+
+    trained: whether the loss is on an assistant's turn.
+    """
 
     role: str
     text: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -266,6 +270,8 @@ def render(
 ) -> Rendered:
     """Render turns as tokens and weights; weight 1 on assistant text and its end token, else 0.
 
+    Turns that are not `trained` have weight 0. A document's prompt ends where its text does.
+
     A document's text and its end-of-text token have weight 1.
 
     `<image>` in a turn is replaced by the next image's block. Tiles that `attended` names have no
@@ -299,6 +305,9 @@ def render(
         # 1. A document has no roles: all of it is trained, and its end-of-text token.
         if turn.role == DOCUMENT:
             text_with_images(turn.text, lambda text: out.target(tokenizer.encode(text)))
+            if generation_prompt:  # The document goes on.
+                out.flush()
+                return out.out
             out.target([tokenizer.eos_id])
             continue
         affixes = template.roles.get(turn.role)
@@ -315,6 +324,11 @@ def render(
         # 3. The assistant's text and end token are trained; a template may add the suffix.
         if IMAGE_MARKER in turn.text:
             raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
+        if not turn.trained:
+            out.flush()
+            out.ids([*tokenizer.encode(turn.text), end_id], 0.0)
+            out.text(suffix)
+            continue
         out.target([*tokenizer.encode(turn.text), end_id])
         if template.supervise_suffix:
             out.target(tokenizer.encode(suffix))

@@ -96,7 +96,7 @@ def test_a_changed_shard_is_indexed_anew(tmp_path: Path) -> None:
     first = open_index(shards)
     built = (first.path / "index.json").stat().st_mtime_ns
     assert (open_index(shards).path / "index.json").stat().st_mtime_ns == built
-    shards_of(tmp_path, [*MIXED[:1], *MIXED[2:]])
+    shards = shards_of(tmp_path, [*MIXED[:1], *MIXED[2:]])
     assert [open_index(shards[:2]).key(n) for n in range(4)] == ["a", "dir/c", "d", "e"]
     status = os.stat(shards[0])
     os.utime(shards[0], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
