@@ -228,8 +228,10 @@ class Data:
             log.info(f"data: {name}: {line}")
             if images and not has_pictures:
                 log.warning(f"data: {name} has no picture, and the model reads pictures")
+        if not {"train", "validation"} <= self._described or "validation" not in datasets:
+            return
         trained = {shard for component in self.components for shard in component.dataset.shards}
-        if "validation" in datasets and (both := trained & {*datasets["validation"].shards}):
+        if both := trained & {*datasets["validation"].shards}:
             log.warning(
                 f"data: validation reads {len(both)} shards that are trained on: {min(both)}"
             )

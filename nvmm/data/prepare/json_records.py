@@ -66,7 +66,7 @@ def samples(
                     taken.add(key, path.suffix[1:].lower(), path.read_bytes())
         except FileNotFoundError as error:
             if on_missing is None:
-                raise ValueError(f"{error} (--on-missing skip leaves such records out)") from error
+                raise ValueError(f"{error}\n--on-missing skip leaves such records out") from error
             on_missing(str(error))
             continue
         rest = {key: taken.taken(key, value) for key, value in record.items() if key not in roots}
@@ -101,7 +101,7 @@ def _file(root: Path, name: str, where: str) -> Path:
         except ValueError as error:
             why = f" ({error})"
         raise ValueError(f"{where} must be one of {', '.join(kinds)}{why}")
-    path = root / name
+    path = root / os.path.normpath(name)
     if not path.is_file():
         raise FileNotFoundError(f"{where} is not a file in {root.resolve()}")
     return path

@@ -54,7 +54,8 @@ def folder_rows(
             )
         if config is not None or split not in (None, folder.name, state.get("_split")):
             named = f"--config {config}" if config is not None else f"--split {split}"
-            raise ValueError(f"{folder}: {named} is not there; it holds {state.get('_split')}")
+            holds = state.get("_split") or "one split without a name"
+            raise ValueError(f"{folder}: {named} is not there; it holds {holds}")
         yield from _arrow_rows(_within(folder, entry["filename"]) for entry in state["_data_files"])
         return
     yield from parquet_rows(_parquet_files(folder, split, config))

@@ -31,19 +31,14 @@ def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], S
     options: those of `add_options`. make: returns the samples; it gets a function for records that
     are left out, which is told why.
     """
-    # What is there may be all that a user has of an earlier conversion.
-    old = existing_shards(options.to, options.name)
-    if old and not options.replace:
-        sys.exit(
-            f"{options.to} has {len(old)} shards {old[0].name} ... {old[-1].name}; replace them"
-            " all by --replace, or give another --name or --to"
-        )
     counts = {"samples": 0, "with pictures": 0, "pictures": 0}
     left_out: list[str] = []
     progress = tqdm(unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10)
 
     def counted() -> Iterator[Mapping[str, bytes | str]]:
         for sample in make(left_out.append):
+            if not counts["samples"]:
+                _refuse_existing(options)
             pictures = sum(member.rpartition(".")[2] in IMAGES for member in sample)
             counts["samples"] += 1
             counts["with pictures"] += pictures > 0
@@ -70,3 +65,13 @@ def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], S
             print(f"  {line}")
         if len(left_out) > _EXAMPLES:
             print(f"  and {len(left_out) - _EXAMPLES} more")
+
+
+def _refuse_existing(options: argparse.Namespace) -> None:
+    """Raise ValueError for shards that are there: they may be all that is left of earlier data."""
+    old = existing_shards(options.to, options.name)
+    if old and not options.replace:
+        raise ValueError(
+            f"{options.to} has {len(old)} shards {old[0].name} ... {old[-1].name}; replace them"
+            " all by --replace, or give another --name or --to"
+        )

@@ -92,11 +92,9 @@ class Builder(ABC):
 
     def named(self) -> set[str]:
         """Return the members that `fields` names, and that of the record."""
-        fields = {"record": ".json", **self.fields}
-        places = (
-            place if isinstance(place, list | tuple) else [place] for place in fields.values()
-        )
-        return {place[1:] for group in places for place in group if place.startswith(".")}
+        places = {"record": ".json", **self.fields}.values()
+        groups = [[place] if isinstance(place, str) else place for place in places]
+        return {place[1:] for group in groups for place in group if place.startswith(".")}
 
     @abstractmethod
     def __call__(self, members: Mapping[str, Any]) -> Sample:

@@ -215,7 +215,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     exif = Image.Exif()
     # The pixels are sound whatever stands in the metadata.
     with suppress(Exception):
-        exif.load(image.info.get("exif"))
+        exif.load(image.info["exif"])
         return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
     return None
 

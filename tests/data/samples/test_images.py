@@ -267,11 +267,11 @@ def test_tiffs_that_would_look_otherwise_are_refused() -> None:
     turned = encoded(Image.new("RGB", (6, 4)), "TIFF", exif=exif)
     assert decode_image(turned, source="s:k").size == read_size(turned, source="s:k") == (4, 6)
     pages = encoded(grey, "TIFF", save_all=True, append_images=[grey])
-    with pytest.raises(ValueError, match="s:k: .*TIFF of 2 pages"):
+    with pytest.raises(ValueError, match=r"s:k: .*TIFF of 2 pages"):
         decode_image(pages, source="s:k")
     entry = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
     inverted = encoded(grey, "TIFF").replace(entry, struct.pack("<HHIHH", 262, 3, 1, 0, 0))
-    with pytest.raises(ValueError, match="s:k: .*inverted: True"):
+    with pytest.raises(ValueError, match=r"s:k: .*inverted: True"):
         decode_image(inverted, source="s:k")
 
 
@@ -321,5 +321,5 @@ def test_a_transparent_colour_of_16_bits_shows_white() -> None:
 
 def test_whatever_a_picture_does_names_the_sample() -> None:
     palette = encoded(Image.new("P", (4, 4)), "PNG").replace(b"PLTE", b"PLTe")
-    with pytest.raises(ValueError, match="^s:k: cannot decode image"):
+    with pytest.raises(ValueError, match=r"^s:k: cannot decode image"):
         decode_image(palette, source="s:k")
