@@ -199,13 +199,15 @@ def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             _check_tiff(image)
         yield image
-    except (BadSample, MemoryError):
+    except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(source, str(error)) from error
-    except Exception as error:  # Pillow raises what it likes for a damaged picture.
+    except (
+        Exception
+    ) as error:  # Pillow raises SyntaxError, KeyError, AssertionError, struct.error ...
         # Pillow's own message for this names an address in memory.
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        why: object = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         reason = f"cannot decode image ({why}); allowed are {', '.join(FORMATS)}"
         raise BadSample(source, reason) from error
 

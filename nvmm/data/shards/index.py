@@ -18,6 +18,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import mmap
@@ -30,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.decode import IMAGES
 from nvmm.data.shards import storage
 from nvmm.data.shards.tar import list_members, split_name
@@ -59,7 +60,6 @@ _COLUMNS = {
 _TEXT = ("json", "txt")
 _MOST_KINDS = 200
 """The members of rarer kinds are counted together."""
-_APART = "its members are apart, so that its shard is left out; sort the tar (tar --sort=name)"
 _NUMBER = re.compile(r"^\d+(?=\.)")
 _HEADER = 1 << 16
 """The first bytes of an image, which nearly always hold its size."""
@@ -83,7 +83,7 @@ class Index:
 
     @property
     def damage(self) -> list[str]:
-        """A message for each shard that could not be read to its end."""
+        """A message for each shard that could not be read whole."""
         return list(self.facts["damage"])
 
     @property
@@ -256,9 +256,9 @@ def _is_current(path: Path, stamps: list[list[int] | None]) -> bool:
     """Return whether there is an index of this version, and of the shards as they are now."""
     try:
         facts = json.loads((path / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none there, or a damaged one
         return False
-    return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
 
 
 def _build(
@@ -312,7 +312,9 @@ def _build(
         # 4. Token counts of an older version hold where its samples are these.
         old = path / "index.json"
         same = ("shards", "stamps", "samples_per_shard")
-        before = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+        before: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before = json.loads(old.read_text(encoding="utf-8"))
         if all(before.get(name) == facts[name] for name in same) and all(
             (path / name).read_bytes() == (folder / name).read_bytes() for name in ("start", "stop")
         ):
@@ -331,45 +333,31 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], Counter[str], str | None]
     images: list[int] = []
     sizes: list[tuple[int, int]] = []
     kinds: Counter[str] = Counter()
-    # Key -> its members; samples of the same members share one set.
-    members_of: dict[str, frozenset[str]] = {}
-    shared: dict[frozenset[str], frozenset[str]] = {}
-    current: set[str] = set()
     with _bytes(shard) as data:
         members, problem = list_members(data, shard)
-        last_key = None
-        for member in members:
-            name = split_name(member.name)
-            kinds[_NUMBER.sub("0", name[1]) if name else "?"] += 1
-            if name is None:
+        # 1. Members that follow one another under one key are a sample, which reaches from the
+        # first header to the end of the last member.
+        named = [(*name, member) for member in members if (name := split_name(member.name))]
+        kinds.update(_NUMBER.sub("0", extension) for _, extension, _ in named)
+        if len(members) > len(named):
+            kinds["?"] = len(members) - len(named)
+        groups = [(key, list(group)) for key, group in itertools.groupby(named, itemgetter(0))]
+        apart = _apart([(key, [extension for _, extension, _ in group]) for key, group in groups])
+        for key, group in groups:
+            if key in apart:
                 continue
-            # 1. A new key opens a sample, which reaches to the end of its last member.
-            if name[0] != last_key:
-                if last_key is not None:
-                    closed = frozenset(current)
-                    members_of[last_key] = shared.setdefault(closed, closed)
-                last_key, current = name[0], set()
-                # Two samples of one key have the same members, the parts of one sample others.
-                if last_key in members_of and name[1] not in members_of[last_key]:
-                    problem = BadSample(f"{shard}:{last_key}", _APART)
-                    break
-                starts.append(member.start)
-                stops.append(member.stop)
-                keys.append(last_key.encode())
-                texts.append(0)
-                images.append(len(sizes))
-            current.add(name[1])
-            stops[-1] = member.stop
+            starts.append(group[0][2].start)
+            stops.append(group[-1][2].stop)
+            keys.append(key.encode())
             # 2. Its text and image sizes are kept for estimates and for planning tiles.
-            extension = name[1].rpartition(".")[2]
-            if extension in _TEXT:
-                texts[-1] += member.size
-            elif extension in IMAGES:
-                sizes.append(_image_size(data, member.offset, member.size))
-                images[-1] = len(sizes)
-    if problem is not None and problem.reason == _APART:
-        # No sample of this shard can be trusted to be whole.
-        starts, stops, texts, keys, images, sizes = [], [], [], [], [], []
+            texts.append(0)
+            for _, extension, member in group:
+                kind = extension.rpartition(".")[2]
+                if kind in _TEXT:
+                    texts[-1] += member.size
+                elif kind in IMAGES:
+                    sizes.append(_image_size(data, member.offset, member.size))
+            images.append(len(sizes))
     columns: dict[str, NDArray[Any]] = {
         "start": np.array(starts, dtype=np.int64),
         "stop": np.array(stops, dtype=np.int64),
@@ -379,7 +367,28 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], Counter[str], str | None]
         "image": np.array(images, dtype=np.int64),
         "sizes": np.array(sizes, dtype=np.int64).ravel(),
     }
-    return columns, kinds, str(problem) if problem else None
+    columns["text"] = columns["text"].clip(max=np.iinfo(np.int32).max)
+    problems = [str(problem)] if problem else []
+    if apart:
+        problems.append(
+            f"{shard}:{min(apart)}: the members of {len(apart)} samples do not follow one another,"
+            " and a sample is read in one piece; sort the shard by name"
+        )
+    return columns, kinds, "; ".join(problems) or None
+
+
+def _apart(groups: Sequence[tuple[str, list[str]]]) -> set[str]:
+    """Return the keys whose members lie in several places.
+
+    groups: key and extensions of neighbours. A key that comes again with the same extensions is
+    another sample of its name, as webdataset has it.
+    """
+    seen: dict[str, list[str]] = {}
+    return {
+        key
+        for key, extensions in groups
+        if seen.setdefault(key, sorted(extensions)) != sorted(extensions)
+    }
 
 
 @contextlib.contextmanager
