@@ -30,6 +30,11 @@ def test_it_writes_once(
         run(monkeypatch, *command)
     run(monkeypatch, *command[:-1], 9, "--replace")
     assert len(Dataset(f"{tmp_path}/to/train-*.tar", build=dict)) == 6
+    (tmp_path / "to" / "tr-x.tar").write_bytes(b"")
+    for name in ("train-more", "tr"):
+        with pytest.raises(SystemExit, match=r"NAME-\*\.tar would match both"):
+            run(monkeypatch, *command, "--name", name)
+    run(monkeypatch, *command, "--name", "test")
 
 
 @pytest.mark.parametrize(

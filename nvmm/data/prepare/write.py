@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -68,10 +69,19 @@ def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], S
 
 
 def _refuse_existing(options: argparse.Namespace) -> None:
-    """Raise ValueError for shards that are there: they may be all that is left of earlier data."""
-    old = existing_shards(options.to, options.name)
+    """Raise ValueError for shards that are there, which may be all that is left of earlier data,
+    and for those of another name that a pattern NAME-*.tar would match too.
+    """
+    name, old = options.name, existing_shards(options.to, options.name)
     if old and not options.replace:
         raise ValueError(
             f"{options.to} has {len(old)} shards {old[0].name} ... {old[-1].name}; replace them"
             " all by --replace, or give another --name or --to"
         )
+    for path in sorted(set(Path(options.to).glob("*-*.tar")) - set(old)):
+        other = path.stem.rpartition("-")[0]
+        if path.name.startswith(f"{name}-") or name.startswith(f"{other}-"):
+            raise ValueError(
+                f"--name {name}: {options.to} has {path.name}, and a pattern NAME-*.tar would match"
+                " both; give another --name or --to"
+            )

@@ -255,8 +255,7 @@ def write_shards(
     of this name that are there already are replaced, when all new ones are complete; a call that
     fails changes nothing.
 
-    Raises ValueError for a name with folders, for samples_per_shard below 1, and where the pattern
-    `name-*.tar` would match other files than these, or another set's pattern would match them.
+    Raises ValueError for a name with folders, and for samples_per_shard below 1.
     """
     from webdataset.writer import TarWriter
 
@@ -266,7 +265,6 @@ def write_shards(
         raise ValueError(f"name={name} must be a file name, without folders")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_name(folder, name)
     stream = iter(samples)
     pending = next(stream, None)
     count = 0
@@ -299,17 +297,3 @@ def existing_shards(folder: str | Path, name: str) -> list[Path]:
     folder = Path(folder)
     entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in entries if pattern.fullmatch(path.name))
-
-
-def _check_name(folder: Path, name: str) -> None:
-    """Raise ValueError where shards of this name and others would be taken for each other."""
-    own = set(existing_shards(folder, name))
-    for path in sorted(folder.glob("*-*.tar")):
-        other = re.sub(r"-\d{5,}\.tar", "", path.name)
-        if path in own:
-            continue
-        if path.name.startswith(f"{name}-") or name.startswith(f"{other}-"):
-            raise ValueError(
-                f"name={name}: {folder} has {path.name}, and a pattern NAME-*.tar would match both;"
-                " choose another name or folder"
-            )

@@ -1,7 +1,7 @@
 """Tar shards of webdataset: the members that a tar holds, and those that are one sample.
 
-Nothing is extracted to disk. Folders and devices are passed over; a link is a member without content,
-which makes its sample bad.
+Nothing is extracted to disk. Folders and devices are passed over; a link is a member without
+content, which makes its sample bad.
 """
 
 from __future__ import annotations
