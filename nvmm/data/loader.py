@@ -223,7 +223,12 @@ class Data:
 
     def _describe(self, datasets: Mapping[str, Dataset], images: bool) -> None:
         """Log what the data sets have, from their indices."""
+        seen: dict[str, str] = {}
         for name, dataset in datasets.items():
+            both = [shard for shard in dataset.shards if shard in seen]
+            seen |= dict.fromkeys(dataset.shards, name)
+            if both:
+                log.warning(f"data: {name} has {len(both)} shards that others have too: {both[0]}")
             line, has_pictures = dataset.contents()
             log.info(f"data: {name}: {line}")
             if images and not has_pictures:
@@ -231,9 +236,9 @@ class Data:
         if not {"train", "validation"} <= self._described or "validation" not in datasets:
             return
         trained = {shard for component in self.components for shard in component.dataset.shards}
-        if both := trained & {*datasets["validation"].shards}:
+        if known := trained & {*datasets["validation"].shards}:
             log.warning(
-                f"data: validation reads {len(both)} shards that are trained on: {min(both)}"
+                f"data: validation reads {len(known)} shards that are trained on: {min(known)}"
             )
 
     def _iterate(

@@ -240,6 +240,7 @@ def test_the_start_says_what_the_data_have(
     folder = Path(make_shards(5)).parent
     write_shards(folder, "text", [vqa() | {"__key__": f"{i}"} for i in range(3)])
     blend = [{"name": name, "shards": f"{folder}/{name}-*.tar"} for name in ("train", "text")]
+    blend.append({"name": "more", "shards": f"{folder}/text-00000.tar"})
     validation = Dataset(f"{folder}/train-*.tar", build)
     data = Data(64, 0, Dataset(None, build), validation, blend, tokenizer=tiny)
     caplog.set_level("INFO", "nvmm")
@@ -249,6 +250,9 @@ def test_the_start_says_what_the_data_have(
         "data: train: 5 samples, 4 with pictures (4 pictures)",
         "data: text: 3 samples, 0 with pictures (0 pictures)",
         "data: text has no picture, and the model reads pictures",
+        f"data: more has 1 shards that others have too: {folder}/text-00000.tar",
+        "data: more: 3 samples, 0 with pictures (0 pictures)",
+        "data: more has no picture, and the model reads pictures",
         "data: validation: 5 samples, 4 with pictures (4 pictures)",
         "data: validation reads 2 shards that are trained on: " + f"{folder}/train-00000.tar",
     ]

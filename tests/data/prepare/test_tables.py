@@ -225,32 +225,3 @@ def test_columns_that_are_not_read(tmp_path: Path) -> None:
         list(samples([{"x": b""}]))
     with pytest.raises(ValueError, match=r"two files are called a1\.flac"):
         list(samples([{"a": [sound("FLAC")] * 2, "a1": sound("FLAC")}]))
-
-
-def test_missing_pictures_and_earlier_shards(tmp_path: Path) -> None:
-    """One call after another: stop, skip, refuse what is there, replace it."""
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(PNG)
-    records = [{"id": n, "image": "gone.png" if n in (3, 5) else "a.png"} for n in range(7)]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*records, {"id": 7}]))
-    command = ["llava", "--json", tmp_path / "r.jsonl", "--images", tmp_path / "images"]
-    command += ["--to", tmp_path / "to", "--samples-per-shard", 2]
-    stopped = run(*command)
-    assert stopped.returncode == 1
-    assert "record 3 (id 3): image gone.png is not a file" in stopped.stderr
-    assert "--on-missing skip" in stopped.stderr
-    assert list((tmp_path / "to").iterdir()) == []
-    done = run(*command, "--on-missing", "skip")
-    assert done.returncode == 0, done.stderr
-    assert "6 samples in 3 shards" in done.stdout
-    assert "5 with pictures (5 pictures), 1 without" in done.stdout
-    assert "2 of 8 records left out:\n  record 3 (id 3): image gone.png" in done.stdout
-    again = run(*command, "--on-missing", "skip")
-    assert again.returncode == 1
-    assert (
-        "3 shards train-00000.tar ... train-00002.tar; replace them all by --replace"
-        in again.stderr
-    )
-    larger = run(*command, "--on-missing", "skip", "--samples-per-shard", 9, "--replace")
-    assert "6 samples in 1 shards" in larger.stdout
-    assert [path.name for path in (tmp_path / "to").iterdir()] == ["train-00000.tar"]
