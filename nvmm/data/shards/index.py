@@ -371,8 +371,8 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], Counter[str], str | None]
     problems = [str(problem)] if problem else []
     if apart:
         problems.append(
-            f"{shard}:{min(apart)}: the members of {len(apart)} samples do not follow one another,"
-            " and a sample is read in one piece; sort the shard by name"
+            f"{shard}:{min(apart)}: the members of {len(apart)} samples lie apart, and"
+            " a sample is read in one piece; sort the shard by name"
         )
     return columns, kinds, "; ".join(problems) or None
 
