@@ -267,7 +267,7 @@ def test_a_dialect_of_ones_own_is_data(qwen: Tokenizer) -> None:
     assert qwen.decode(whole.tokens, skip_special_tokens=False) == (
         "[user]Who?<|endoftext|> / [bot] I.<|endoftext|>"
     )
-    assert supervised(qwen, whole) == "I.<|endoftext|>"
+    assert supervised(qwen, whole) == " I.<|endoftext|>", "Qwen has a token for ' I'"
     prompt = draw(qwen, plain[:1], template=template, generation_prompt=True)
     assert qwen.decode(prompt.tokens, skip_special_tokens=False) == (
         "[user]Who?<|endoftext|> / [bot] ->"
