@@ -12,6 +12,7 @@ from nvmm.evaluation.benchmark import Benchmark, Encode, Result, Settings, refus
 from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
 
 if TYPE_CHECKING:
+    from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
 
@@ -36,7 +37,7 @@ class Retrieval(Benchmark):
     name: str = "beir"
     builder: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, model: Restored, settings: Settings) -> Result:
+    def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Embed corpus and queries, and score the rankings; ranks share the texts."""
         refuse_settings(settings, keep=("batch_size", "seed"))
         from nvmm.data.prepare import retrieval_sets

@@ -57,8 +57,17 @@ class Restored:
         seed: int = 1234,
         use_cache: bool = True,
     ) -> list[str]:
-        """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s."""
+        """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s.
+
+        Raises ValueError for an embedder, which has no words to answer with.
+        """
+        from nvmm.data.samples.retrieval import RetrievalBuilder
         from nvmm.inference.decoding import generate
+
+        if isinstance(self.builder, RetrievalBuilder):
+            raise ValueError(f"{self.path} is an embedder and answers nothing; try benchmark=beir")
+        if not prompts:
+            return []
 
         outputs = generate(
             self.model,

@@ -126,9 +126,18 @@ class InstructBuilder(Builder):
         """
         return self._build(members, prompt=False)
 
-    def prompt(self, members: Mapping[str, Any]) -> Sample:
-        """Return the sample up to where its last assistant turn begins, without supervision."""
-        return self._build(members, prompt=True)
+    def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
+        """Return the sample up to where its last assistant turn begins, without supervision.
+
+        suffix: text behind the last turn of a user; BadSample where that is not the last one.
+        """
+        return self._build(members, prompt=True, suffix=suffix)
+
+    def question(self, members: Mapping[str, Any]) -> str:
+        """Return the text of the last turn of a user, or the document, without image markers."""
+        turns = self._example(members, Record.sizes)[1].turns
+        asked = [turn.text for turn in turns if turn.role in ("user", DOCUMENT)]
+        return asked[-1].replace(IMAGE_MARKER, "").strip() if asked else ""
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """Return the accepted answers to `prompt(members)`; empty where the sample has none."""
@@ -150,12 +159,16 @@ class InstructBuilder(Builder):
             example = self._cut(example, record.source)
         return record.source, example
 
-    def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
+    def _build(self, members: Mapping[str, Any], *, prompt: bool, suffix: str = "") -> Sample:
         # 1. Read turns and images; a prompt ends before the last answer.
         source, example = self._example(members, Record.images)
         turns = example.turns
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
+        if suffix:
+            if not turns or turns[-1].role != "user":
+                raise BadSample(source, f"no user's turn to put {suffix!r} behind")
+            turns = [*turns[:-1], replace(turns[-1], text=turns[-1].text + suffix)]
         # 2. Render the turns with as many tiles an image as fit.
         rendered, limit = self._fit(turns, example.images, source, prompt)
         if not prompt and not any(rendered.weights):
