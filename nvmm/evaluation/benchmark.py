@@ -29,6 +29,14 @@ Encode = Callable[[Sequence[str], str | None], Tensor]
 """A function from (texts, instruction or None) to unit vectors [texts, h]."""
 
 
+def finite(vectors: Tensor, what: str) -> Tensor:
+    """Return vectors [n, h]; raise ValueError where one has a value that is not finite."""
+    broken = int((~torch.isfinite(vectors)).any(1).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(vectors)} vectors of {what} are not finite")
+    return vectors
+
+
 class Metric(Protocol):
     """A score of one prediction against the accepted answers, in [0, 1]."""
 
@@ -225,6 +233,12 @@ class Questions(Benchmark):
         self._check(predictions, skipped, total, settings, finished=True)
         summary = summarize(predictions) | _counted(skipped)
         kinds = {kind: group["score"] for kind, group in summary["kinds"].items()}
+        unheard = [kind for kind in self.metric_by_kind if kind not in kinds]
+        if first and settings.num_samples is None and unheard:
+            log.warning(
+                f"no question is of the kind {', '.join(unheard)} of benchmark.metric_by_kind: are"
+                f" kinds in the field benchmark.kind={self.kind}? There are {', '.join(kinds)}"
+            )
         scores = {f"{self.name}_{self.metric_name}": {"overall": summary["score"], **kinds}}
         return Result(
             summary,

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from nvmm.config.nested import differences
-from nvmm.io.files import write
+from nvmm.io.files import lock, write
 
 IDENTITY, PREDICTIONS, SKIPPED = "evaluation.json", "predictions.jsonl", "skipped.jsonl"
 IMAGES, METRICS = "images.jsonl", "metrics.json"
@@ -45,17 +46,26 @@ class Journal:
         for name in ("state.json", "weights.json"):
             file = checkpoint / name
             digest.update(file.read_bytes() if file.is_file() else b"")
+        self._lock = ExitStack()
         self._identity = {"config": facts, "checkpoint": digest.hexdigest()}
 
     def start(self, data: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Begin, or go on; return the lines that are there: (predictions, skipped).
 
-        Called on one rank.
+        Called on one rank. The folder is locked until `finish`, or the end of this object.
 
         data: what tells these questions from others, as JSON.
 
-        Raises ValueError for a folder that holds another evaluation, or damaged lines.
+        Raises ValueError for a folder that holds another evaluation, damaged lines, or lines that
+        another process is writing.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.enter_context(lock(self.folder / ".lock", wait=False, required=False))
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another evaluation is writing to {self.folder}; name another with output=DIR"
+            ) from error
         identity = json.loads(json.dumps({**self._identity, "data": data}))
         if not (self.folder / IDENTITY).exists():
             held = [name for name in (PREDICTIONS, METRICS) if (self.folder / name).exists()]
@@ -64,7 +74,6 @@ class Journal:
                     f"{self.folder} has {held[0]} of an evaluation that does not say what its"
                     f" answers depend on (no {IDENTITY}); {_ELSEWHERE}"
                 )
-            self.folder.mkdir(parents=True, exist_ok=True)
             write(self.folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
             return [], []
         try:
@@ -98,6 +107,7 @@ class Journal:
         if lines:
             write(self.folder / IMAGES, "".join(lines))
         write(self.folder / METRICS, json.dumps(summary, indent=2) + "\n")
+        self._lock.close()
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of a file; cut off a last one that was not written whole."""
@@ -107,12 +117,17 @@ class Journal:
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines: list[dict[str, Any]] = []
+        seen: set[int] = set()
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 lines.append(json.loads(line))
-                int(lines[-1]["sample_id"])
+                if lines[-1]["sample_id"] in seen:
+                    raise ValueError("a second answer")
+                seen.add(lines[-1]["sample_id"])
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{file}: line {number} is damaged; {_ELSEWHERE}") from error
+                raise ValueError(
+                    f"{file}: line {number} is damaged ({error}); {_ELSEWHERE}"
+                ) from error
         if len(whole) < len(content):
             os.truncate(file, len(whole))
         return lines

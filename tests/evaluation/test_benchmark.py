@@ -196,6 +196,15 @@ def test_a_journal_goes_on_behind_its_last_whole_line(tmp_path: Path) -> None:
     assert not (folder / "metrics.json").exists(), "it does not tell of the new line"
 
 
+def test_one_evaluation_writes_to_a_folder_at_a_time(tmp_path: Path) -> None:
+    first, second = (Journal(tmp_path / "out", {}, tmp_path) for _ in range(2))
+    first.start([])
+    with pytest.raises(ValueError, match="another evaluation is writing to"):
+        second.start([])
+    first.finish({}, iter(()))
+    assert second.start([]) == ([], [])
+
+
 def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     config = {"benchmark": {"name": "b", "suffix": ""}, "max_new_tokens": 5}
     folder, checkpoint = tmp_path / "out", tmp_path / "checkpoint"
@@ -214,6 +223,9 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="with checkpoint="):
         Journal(folder, config, checkpoint).start(["a.tar", 3])
     (checkpoint / "state.json").write_text("{}")
+    (folder / "predictions.jsonl").write_text('{"sample_id": 0}\n{"sample_id": 0}\n')
+    with pytest.raises(ValueError, match=r"predictions\.jsonl: line 2 is damaged \(a second ans"):
+        Journal(folder, config, checkpoint).start(["a.tar", 3])
     (folder / "predictions.jsonl").write_text('{"sample_id": 0}\n{"sample_id"\n')
     with pytest.raises(ValueError, match=r"predictions\.jsonl: line 2 is damaged"):
         Journal(folder, config, checkpoint).start(["a.tar", 3])

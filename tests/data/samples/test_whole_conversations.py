@@ -214,14 +214,16 @@ def test_a_real_byte_level_vocabulary(qwen: Tokenizer, tmp_path: Path) -> None:
     check(folder)
 
 
-@pytest.mark.parametrize("version", ["tokenizer.model.v1"])
-def test_a_real_sentencepiece_vocabulary(tmp_path: Path, version: str) -> None:
+def test_real_sentencepiece_vocabularies(tmp_path: Path) -> None:
+    """Those of Mistral that the package mistral-common ships, where it is installed."""
     pytest.importorskip("mistral_common")
     pytest.importorskip("sentencepiece")
-    folder = tmp_path / "mistral"
-    folder.mkdir()
-    data = files("mistral_common").joinpath("data", version).read_bytes()
-    (folder / "tokenizer.model").write_bytes(data)
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    check(folder, image_token="<image_pad>", end_of_turn="</s>", extra_tokens=["<image_pad>"])
+    models = [x for x in files("mistral_common").joinpath("data").iterdir() if ".model." in x.name]
+    assert models
+    for model in models:
+        folder = tmp_path / model.name
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(model.read_bytes())
+        config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        check(folder, image_token="<pad>", end_of_turn="</s>", extra_tokens=["<pad>"])
