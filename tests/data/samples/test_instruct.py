@@ -92,14 +92,6 @@ def test_an_answer_ends_with_the_template_s_token_a_turn_or_the_text(tiny: Token
     assert build.stop_ids == list(dict.fromkeys(ends))
 
 
-def test_token_counts_of_joined_turns_have_a_digest_of_their_own(tiny: Tokenizer) -> None:
-    """Those of turns that are tokens of their own, as ChatML's, are still those of before."""
-    build = builder(tiny)
-    assert "joined" not in vars(build)
-    spaced = dialect(roles={"user": {"prefix": "USER: "}, "assistant": {"prefix": " BOT: "}})
-    assert "joined" in vars(builder(tiny, template=spaced))
-
-
 def test_most_frequent_answer_is_trained_and_all_are_references(tiny: Tokenizer) -> None:
     members = vqa(answer=["3", "4", "4"])
     build = builder(tiny)
