@@ -11,31 +11,25 @@ import argparse
 from typing import Any
 
 from nvmm.data.prepare import retrieval_sets
-from nvmm.data.prepare.records import read_lines
-from nvmm.data.shards.dataset import write_shards
+from nvmm.data.prepare.retrieval_sets import fields_of
+from nvmm.data.prepare.write import add_options, write
 
 
 def main() -> None:
     options = _parser().parse_args()
-    paths = write_shards(
-        options.to,
-        options.name,
-        retrieval_sets.members(_records(options)),
-        samples_per_shard=options.samples_per_shard,
-    )
-    print(f"{len(paths)} shards: {options.to}/{options.name}-*.tar")
+    write(options, lambda _: retrieval_sets.members(_records(options)))
 
 
 def _records(options: argparse.Namespace) -> Any:
     if options.command == "beir":
         mined = None
         if options.negatives:
-            lines = read_lines(options.negatives)
+            lines = fields_of(options.negatives, "query_id", "ids")
             mined = {str(line["query_id"]): list(map(str, line["ids"])) for line in lines}
         return retrieval_sets.beir(options.source, options.split, mined)
-    rows = list(read_lines(options.source))
     if options.command == "triplets":
-        return retrieval_sets.triplets(rows)
+        return retrieval_sets.triplets(fields_of(options.source))
+    rows = list(fields_of(options.source, "text", "label"))
     return retrieval_sets.classes(
         [row["text"] for row in rows],
         [row["label"] for row in rows],
@@ -58,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in texts.items():
         command = commands.add_parser(name, help=text)
         command.add_argument("--from", dest="source", required=True, help="folder or file")
-        command.add_argument("--to", required=True, help="folder to write")
-        command.add_argument("--name", default="train", help="shards are NAME-00000.tar, ...")
-        command.add_argument("--samples-per-shard", type=int, default=10_000)
+        add_options(command, samples_per_shard=10_000)
         if name == "beir":
             command.add_argument("--split", default="train")
             command.add_argument("--negatives", help='.jsonl of {"query_id": .., "ids": [..]}')

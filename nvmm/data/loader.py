@@ -93,6 +93,7 @@ class Data:
         self._numbered = dict(enumerate(self.datasets))
         self._position: dict[str, Any] | None = None
         self._reported: set[tuple[int, int]] = set()
+        self._described: set[str] = set()
 
     @cached_property
     def components(self) -> list[Component]:
@@ -168,6 +169,7 @@ class Data:
         position: Mapping[str, Any] | None = None,
         pad_multiple: int = 1,
         segment_multiple: int = 1,
+        images: bool = False,
     ) -> Iterator[list[Batch]]:
         """Yield for each step, from `start`, the micro-batches of data-parallel rank `rank` of
         `size`.
@@ -175,6 +177,9 @@ class Data:
         A global batch is assigned to ranks by cost, the same number of micro-batches to every rank,
         at every step. Training never ends; validation is one pass in the dataset's order, whose
         last global batch is filled up with blank samples of id -1.
+
+        The log says what each data set has, and warns of one without images where `images`, as
+        the model reads them.
 
         Raises ValueError for a batch size that does not divide.
         """
@@ -198,6 +203,10 @@ class Data:
         damage = [line for item in numbered.values() for line in item.index.damage]
         for line in [*getattr(order, "changes", ()), *damage] if rank == 0 else ():
             log.info(f"data: {line}")
+        if rank == 0 and split not in self._described:
+            self._described.add(split)
+            named = {self._numbered[number]: item for number, item in numbered.items()}
+            self._describe(named if split == "train" else {split: dataset}, images)
         global_batches = GlobalBatches(
             datasets=numbered,
             order=order,
@@ -211,6 +220,21 @@ class Data:
             planned=self.pack and split == "train",
         )
         return self._iterate(global_batches, StepNumbers(start, stop))
+
+    def _describe(self, datasets: Mapping[str, Dataset], images: bool) -> None:
+        """Log what the data sets have, from their indices."""
+        for name, dataset in datasets.items():
+            line, has_pictures = dataset.contents()
+            log.info(f"data: {name}: {line}")
+            if images and not has_pictures:
+                log.warning(f"data: {name} has no picture, and the model reads pictures")
+        if not {"train", "validation"} <= self._described or "validation" not in datasets:
+            return
+        trained = {shard for component in self.components for shard in component.dataset.shards}
+        if both := trained & {*datasets["validation"].shards}:
+            log.warning(
+                f"data: validation reads {len(both)} shards that are trained on: {min(both)}"
+            )
 
     def _iterate(
         self, global_batches: GlobalBatches, numbers: StepNumbers

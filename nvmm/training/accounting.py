@@ -53,8 +53,12 @@ class TrainingData(Protocol):
         position: Mapping[str, Any] | None,
         pad_multiple: int,
         segment_multiple: int,
+        images: bool,
     ) -> Iterator[list[Batch]]:
-        """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`."""
+        """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`.
+
+        images: the model reads images, so that data without any are worth a warning.
+        """
         ...
 
     def num_batches(self, split: str, global_batch_size: int) -> int:

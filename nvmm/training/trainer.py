@@ -337,6 +337,7 @@ class Trainer:
                 position=self.position if split == "train" else None,
                 pad_multiple=self.precision.sequence_multiple(self.parallel),
                 segment_multiple=self.parallel.segment_multiple,
+                images=any(kind.modality == "image" for kind in self.chunks[0].reads),
             )
         while True:
             read, error = None, None

@@ -231,3 +231,28 @@ def test_too_many_bad_samples_stop_the_run(make_data: MakeData) -> None:
     )
     with pytest.raises(ValueError, match=message):
         data.check_bad({"a": {"samples": 90, "bad": 10}, "b": {"samples": 0, "bad": 1}})
+
+
+def test_the_start_says_what_the_data_have(
+    make_shards: Callable[..., str], tiny: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    folder = Path(make_shards(5)).parent
+    write_shards(folder, "text", [vqa() | {"__key__": f"{i}"} for i in range(3)])
+    blend = [{"name": name, "shards": f"{folder}/{name}-*.tar"} for name in ("train", "text")]
+    validation = Dataset(f"{folder}/train-*.tar", build)
+    data = Data(64, 0, Dataset(None, build), validation, blend, tokenizer=tiny)
+    caplog.set_level("INFO", "nvmm")
+    for split in ("train", "train", "validation", "validation"):
+        steps(data, 1, split, images=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "data: train: 5 samples, 4 with pictures (4 pictures)",
+        "data: text: 3 samples, 0 with pictures (0 pictures)",
+        "data: text has no picture, and the model reads pictures",
+        "data: validation: 5 samples, 4 with pictures (4 pictures)",
+        "data: validation reads 2 shards that are trained on: " + f"{folder}/train-00000.tar",
+    ]
+    caplog.clear()
+    data = Data(64, 0, Dataset(f"{folder}/text-*.tar", build), tokenizer=tiny)
+    steps(data, 1)
+    assert [record.levelname for record in caplog.records] == ["INFO"], "a language model"

@@ -15,6 +15,15 @@ from nvmm.data.prepare.records import read_lines, to_sample
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
+def fields_of(path: str | Path, *names: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a .jsonl file; raise ValueError for one without the fields `names`."""
+    for number, record in enumerate(read_lines(path), 1):
+        lacking = [name for name in names if record.get(name) is None]
+        if lacking:
+            raise ValueError(f"{path}: record {number} has no {', '.join(lacking)}")
+        yield record
+
+
 def read_corpus(folder: str | Path) -> dict[str, str]:
     """Read BEIR's corpus.jsonl: document id -> title and text, as BEIR and mteb join them.
 

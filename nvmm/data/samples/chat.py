@@ -168,10 +168,14 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; role is system, user or assistant, or the only turn's DOCUMENT."""
+    """One message; role is system, user or assistant, or the only turn's DOCUMENT.
+
+    trained: whether the loss is on an assistant's turn.
+    """
 
     role: str
     text: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -284,6 +288,8 @@ def render(
 ) -> Rendered:
     """Render turns as tokens and weights; weight 1 on assistant text and its end token, else 0.
 
+    Turns that are not `trained` have weight 0. A document's prompt ends where its text does.
+
     A document's text and its end-of-text token have weight 1.
 
     `<image>` in a turn is replaced by the next image's block. Tiles that `attended` names have no
@@ -345,8 +351,8 @@ def render(
             raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
         prefix, space = _without_joined_space(prefix, tokenizer)
         out.text(prefix)
-        out.text(space + turn.text + end, 1.0)
-        out.text(suffix, float(template.supervise_suffix))
+        out.text(space + turn.text + end, float(turn.trained))
+        out.text(suffix, float(template.supervise_suffix and turn.trained))
     if generation_prompt:
         prompt = template.generation_prompt.replace("{end}", end)
         out.text(_without_joined_space(prompt, tokenizer)[0])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class RetrievalBuilder(Builder):
         "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
         "mm_embed": BOS, the instruction's line and one token more;
         "none": none, every token is pooled. All of a text without an instruction is pooled.
-    fields: our names of fields -> the data set's.
+    fields, unread: see `Builder`.
     sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS.
     """
 
@@ -68,6 +68,7 @@ class RetrievalBuilder(Builder):
         masking: Masking = "sentence_transformers",
         num_answers: int = 16,
         fields: Fields | None = None,
+        unread: Sequence[str] = (),
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -77,8 +78,10 @@ class RetrievalBuilder(Builder):
             raise ValueError(
                 f"num_negatives={num_negatives} must be at least 0, num_answers={num_answers} 1"
             )
-        super().__init__(fields, tokenizer=tokenizer, sequence_length=sequence_length)
-        check_fields(self.fields, FIELDS)
+        super().__init__(
+            fields, unread=unread, tokenizer=tokenizer, sequence_length=sequence_length
+        )
+        check_fields(self.fields, FIELDS, unread)
         self.num_negatives = num_negatives
         self.num_answers = num_answers
         self.in_batch_negatives = in_batch_negatives
@@ -154,6 +157,10 @@ class RetrievalBuilder(Builder):
     def text(self, text: str, instruction: str | None = None) -> Sample:
         """Return one text to embed, behind an instruction if there is one."""
         return Sample((self._text(*self.encode(text, instruction)),))
+
+    def reads(self, member: str) -> bool:
+        """Return whether it is the record's member, or one that `fields` names."""
+        return super().reads(member) and member in self.named()
 
     def blank(self, sample_id: int) -> Sample:
         """Return the sample that stands for a missing one; its negative id keeps it out of the

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from nvmm.batch import Sample
 from nvmm.data.order.permutation import LocalPermutation, Permutation
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
+from nvmm.data.samples.decode import IMAGES
+from nvmm.data.samples.record import is_listed
 from nvmm.data.shards.index import Index, open_index
 from nvmm.data.shards.storage import Storage, expand, local_path, read
 from nvmm.data.shards.tar import parse
@@ -82,14 +85,49 @@ class Dataset:
     def shards(self) -> list[str]:
         """The shards, in order."""
         urls: list[str] = []
+        seen: dict[Any, tuple[str, str]] = {}
         for pattern in self.patterns:
             matches = expand(pattern, self.storage)
             if not matches:
                 raise ValueError(f"shards: pattern {pattern} matches no file")
+            for url in matches:
+                path = local_path(url)
+                status = os.stat(path) if path else None
+                file = (status.st_dev, status.st_ino) if status else url
+                if file in seen:
+                    first, other = seen[file]
+                    raise ValueError(
+                        f"shards: {url} of {pattern} is {first} of {other}: its samples would"
+                        " count twice (data.blend has weights and repeat)"
+                    )
+                seen[file] = url, pattern
             urls += matches
         if not urls:
             raise ValueError("shards=null names no file; give at least one pattern")
         return urls
+
+    def contents(self) -> tuple[str, bool]:
+        """Return a line on the samples' pictures and unread members, from the index alone, and
+        whether any picture is read.
+        """
+        kinds, build = self.index.kinds, self.build
+        images = {kind: n for kind, n in kinds.items() if kind.rpartition(".")[2] in IMAGES}
+        read = {kind: n for kind, n in images.items() if build.reads(kind)}
+        # A sample has each kind once, but for numbered ones. Where only some of the images are
+        # read, the most frequent of these kinds is in all samples that have any.
+        num_with = self.index.num_with_images if read == images else max(read.values(), default=0)
+        line = f"{len(self)} samples, {num_with} with pictures ({sum(read.values())} pictures)"
+        unread = {kind: n for kind, n in kinds.items() if not build.reads(kind)}
+        for title, listed in (("not read by build.unread", True), ("NOT READ", False)):
+            chosen = [
+                f".{kind} {n}"
+                for kind, n in unread.items()
+                if is_listed(kind, build.unread) == listed
+            ]
+            if chosen:
+                bad = "" if listed else ": samples that have one are bad"
+                line += f"; {title}: {', '.join(chosen)}{bad}"
+        return line, bool(read)
 
     @cached_property
     def index(self) -> Index:
@@ -224,14 +262,15 @@ def write_shards(
     samples: Iterable[Mapping[str, bytes | str]],
     *,
     samples_per_shard: int = 1000,
-    first_shard: int = 0,
 ) -> list[Path]:
     """Write samples (`__key__`, then extension -> bytes) to `folder/name-00000.tar`, ...
 
-    Return the paths. The same samples give the same bytes: modification times are fixed. Existing
-    files of these names are replaced, each only when it is complete.
+    Return the paths. The same samples give the same bytes: modification times are fixed. All shards
+    of this name that are there already are replaced, when all new ones are complete; a call that
+    fails changes nothing.
 
-    Raises ValueError for a name with folders, and for samples_per_shard below 1.
+    Raises ValueError for a name with folders, for samples_per_shard below 1, and where the pattern
+    `name-*.tar` would match other files than these, or another set's pattern would match them.
     """
     from webdataset.writer import TarWriter
 
@@ -241,20 +280,50 @@ def write_shards(
         raise ValueError(f"name={name} must be a file name, without folders")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
+    _check_name(folder, name)
     stream = iter(samples)
     pending = next(stream, None)
-    while pending is not None:
-        path = folder / f"{name}-{first_shard + len(paths):05d}.tar"
-        with (
-            publish(path) as temporary,
-            open(temporary, "wb") as file,
-            TarWriter(file, encoder=False, mtime=0) as tar,
-        ):
-            for _ in range(samples_per_shard):
-                tar.write(dict(pending))
-                pending = next(stream, None)
-                if pending is None:
-                    break
-        paths.append(path)
-    return paths
+    count = 0
+    # 1. Write all of them apart; only whole sets come under their names.
+    with publish(folder / f".{name}.new") as new:
+        new.mkdir()
+        while pending is not None:
+            with (
+                open(new / f"{name}-{count:05d}.tar", "wb") as file,
+                TarWriter(file, encoder=False, mtime=0) as tar,
+            ):
+                for _ in range(samples_per_shard):
+                    tar.write(dict(pending))
+                    pending = next(stream, None)
+                    if pending is None:
+                        break
+            count += 1
+    # 2. Replace the old set.
+    for path in existing_shards(folder, name):
+        path.unlink()
+    complete = folder / f".{name}.new"
+    paths = [path.replace(folder / path.name) for path in sorted(complete.iterdir())]
+    complete.rmdir()
+    return sorted(paths)
+
+
+def existing_shards(folder: str | Path, name: str) -> list[Path]:
+    """Return the shards in `folder` that `write_shards` has written under `name`."""
+    pattern = re.compile(rf"{re.escape(name)}-\d{{5,}}\.tar")
+    folder = Path(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in entries if pattern.fullmatch(path.name))
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Raise ValueError where shards of this name and others would be taken for each other."""
+    own = set(existing_shards(folder, name))
+    for path in sorted(folder.glob("*-*.tar")):
+        other = re.sub(r"-\d{5,}\.tar", "", path.name)
+        if path in own:
+            continue
+        if path.name.startswith(f"{name}-") or name.startswith(f"{other}-"):
+            raise ValueError(
+                f"name={name}: {folder} has {path.name}, and a pattern NAME-*.tar would match both;"
+                " choose another name or folder"
+            )

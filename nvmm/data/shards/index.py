@@ -3,7 +3,8 @@
 A folder of plain little-endian columns, which are memory-mapped: opening it costs the same for a
 thousand samples and for ten million.
 
-    index.json    version, shards with their sizes and times, number of samples, damage found
+    index.json    version, shards with their sizes and times, numbers of samples and of members of
+                  each kind, damage found
     shard start stop    of each sample: its shard, and its bytes in it
     key keys            end of its key in the blob of keys
     text                bytes of its text members
@@ -21,7 +22,10 @@ import json
 import logging
 import mmap
 import os
+import re
+import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
@@ -33,13 +37,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.decode import IMAGES
 from nvmm.data.shards import storage
 from nvmm.data.shards.tar import list_members, split_name
 from nvmm.io.files import lock, publish
 from nvmm.io.progress import watch
 
 log = logging.getLogger("nvmm")
-_VERSION = 1
+_VERSION = 2
 _COLUMNS = {
     "shard": "<i4",
     "start": "<i8",
@@ -51,7 +57,10 @@ _COLUMNS = {
     "sizes": "<i4",
 }
 _TEXT = ("json", "txt")
-_IMAGES = ("png", "jpg", "jpeg", "webp")
+_MOST_KINDS = 200
+"""The members of rarer kinds are counted together."""
+_APART = "its members are apart, so that its shard is left out; sort the tar (tar --sort=name)"
+_NUMBER = re.compile(r"^\d+(?=\.)")
 _HEADER = 1 << 16
 """The first bytes of an image, which nearly always hold its size."""
 _FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096
@@ -76,6 +85,20 @@ class Index:
     def damage(self) -> list[str]:
         """A message for each shard that could not be read to its end."""
         return list(self.facts["damage"])
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of members of each kind: `json`, `jpg`, `0.jpg` for all numbered ones.
+
+        Files of the shards that belong to no sample are kind `?`, and those of the rarest kinds
+        `...`.
+        """
+        return dict(self.facts["kinds"])
+
+    @property
+    def num_with_images(self) -> int:
+        """The number of samples that have a member of an image."""
+        return int(np.count_nonzero(np.diff(self.columns["image"], prepend=0)))
 
     @cached_property
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -248,6 +271,7 @@ def _build(
     """Write the index of `shards` to `path`, complete or not at all."""
     counts: list[int] = []
     damage: list[str] = []
+    kinds: Counter[str] = Counter()
     # 1. Shards are scanned apart, by processes where there is much to read.
     bytes_known = sum(stamp[0] for stamp in stamps if stamp)
     few = len(shards) == 1 or (None not in stamps and bytes_known < _FEW_BYTES)
@@ -259,7 +283,7 @@ def _build(
         ends = {"key": 0, "image": 0}
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(folder / name, "wb")) for name in _COLUMNS}
-            for number, (columns, problem) in enumerate(
+            for number, (columns, shard_kinds, problem) in enumerate(
                 watch(scans, len(shards), f"indexing {len(shards)} shards")
             ):
                 counts.append(len(columns["start"]))
@@ -271,6 +295,9 @@ def _build(
                 for name, dtype in _COLUMNS.items():
                     files[name].write(columns[name].astype(dtype).tobytes())
                 damage += [problem] if problem else []
+                kinds += shard_kinds
+                rare = [kind for kind, _ in kinds.most_common()[_MOST_KINDS:]]
+                kinds["..."] += sum(kinds.pop(kind) for kind in rare)
         # 3. The stamps say later whether the shards are still those that were scanned.
         facts = {
             "version": _VERSION,
@@ -278,42 +305,71 @@ def _build(
             "stamps": stamps,
             "num_samples": sum(counts),
             "samples_per_shard": counts,
+            "kinds": dict(sorted((+kinds).items())),
             "damage": damage,
         }
         (folder / "index.json").write_text(json.dumps(facts), encoding="utf-8")
+        # 4. Token counts of an older version hold where its samples are these.
+        old = path / "index.json"
+        same = ("shards", "stamps", "samples_per_shard")
+        before = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
+        if all(before.get(name) == facts[name] for name in same) and all(
+            (path / name).read_bytes() == (folder / name).read_bytes() for name in ("start", "stop")
+        ):
+            for counted in path.glob("lengths-*"):
+                shutil.copy(counted, folder / counted.name)
 
 
-def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
-    """Return the columns of one shard, where ends count from its start, and its damage or None."""
+def scan(shard: str) -> tuple[dict[str, NDArray[Any]], Counter[str], str | None]:
+    """Return the columns of one shard, where ends count from its start, the number of its members
+    of each kind, and its damage or None.
+    """
     starts: list[int] = []
     stops: list[int] = []
     texts: list[int] = []
     keys: list[bytes] = []
     images: list[int] = []
     sizes: list[tuple[int, int]] = []
+    kinds: Counter[str] = Counter()
+    # Key -> its members; samples of the same members share one set.
+    members_of: dict[str, frozenset[str]] = {}
+    shared: dict[frozenset[str], frozenset[str]] = {}
+    current: set[str] = set()
     with _bytes(shard) as data:
         members, problem = list_members(data, shard)
         last_key = None
         for member in members:
             name = split_name(member.name)
+            kinds[_NUMBER.sub("0", name[1]) if name else "?"] += 1
             if name is None:
                 continue
             # 1. A new key opens a sample, which reaches to the end of its last member.
             if name[0] != last_key:
-                last_key = name[0]
+                if last_key is not None:
+                    closed = frozenset(current)
+                    members_of[last_key] = shared.setdefault(closed, closed)
+                last_key, current = name[0], set()
+                # Two samples of one key have the same members, the parts of one sample others.
+                if last_key in members_of and name[1] not in members_of[last_key]:
+                    problem = BadSample(f"{shard}:{last_key}", _APART)
+                    break
                 starts.append(member.start)
                 stops.append(member.stop)
                 keys.append(last_key.encode())
                 texts.append(0)
                 images.append(len(sizes))
+            current.add(name[1])
             stops[-1] = member.stop
             # 2. Its text and image sizes are kept for estimates and for planning tiles.
             extension = name[1].rpartition(".")[2]
             if extension in _TEXT:
                 texts[-1] += member.size
-            elif extension in _IMAGES:
+            elif extension in IMAGES:
                 sizes.append(_image_size(data, member.offset, member.size))
                 images[-1] = len(sizes)
+    if problem is not None and problem.reason == _APART:
+        # No sample of this shard can be trusted to be whole.
+        starts, stops, texts, keys, images, sizes = [], [], [], [], [], []
     columns: dict[str, NDArray[Any]] = {
         "start": np.array(starts, dtype=np.int64),
         "stop": np.array(stops, dtype=np.int64),
@@ -323,7 +379,7 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
         "image": np.array(images, dtype=np.int64),
         "sizes": np.array(sizes, dtype=np.int64).ravel(),
     }
-    return columns, str(problem) if problem else None
+    return columns, kinds, str(problem) if problem else None
 
 
 @contextlib.contextmanager

@@ -74,8 +74,10 @@ def expand(pattern: str, options: Storage = DEFAULT) -> list[str]:
     for name in braceexpand(pattern):
         local = local_path(name)
         if local is not None:
-            exists = os.path.exists(local)
-            names.update(glob.glob(local) if glob.has_magic(local) else [local] * exists)
+            if os.path.exists(local):  # A file that is named in full may have brackets.
+                names.add(local)
+            else:
+                names.update(glob.glob(local))
         elif any(mark in name for mark in "*["):
             protocol = name.partition("://")[0]
             paths = _retry(partial(_call, name, "glob", options), name, options)

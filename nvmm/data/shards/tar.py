@@ -1,6 +1,7 @@
 """Tar shards of webdataset: the members that a tar holds, and those that are one sample.
 
-Nothing is extracted to disk, and only regular files count: links and devices are passed over.
+Nothing is extracted to disk. Folders, devices and files whose names begin with a dot (as a Mac
+adds) are no members. A link is a member without content, which makes its sample bad.
 """
 
 from __future__ import annotations
@@ -20,19 +21,25 @@ _BLOCK = 512
 def split_name(name: str) -> tuple[str, str] | None:
     """Split a member's name into key and extension as webdataset does, at the first dot.
 
-    Return None where the file name has none.
+    Return None where the file name has none, or begins with it.
     """
     match = _NAME.match(name)
+    if match and match.group(1).endswith("/"):
+        return None
     return (match.group(1), match.group(2).lower()) if match else None
 
 
 class Member(NamedTuple):
-    """A regular file of a tar: in bytes, the start of its first header, and its data's place."""
+    """A file of a tar: in bytes, the start of its first header, and its data's place.
+
+    target: the name that a link leads to, empty for a regular file.
+    """
 
     name: str
     start: int
     offset: int
     size: int
+    target: str = ""
 
     @property
     def stop(self) -> int:
@@ -41,7 +48,7 @@ class Member(NamedTuple):
 
 
 def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], BadSample | None]:
-    """Return the complete regular files of a tar, in order, and its damage, or None.
+    """Return the complete files and links of a tar, in order, and its damage, or None.
 
     A file that is no tar, compressed, truncated or has a damaged header gives the members before
     the damage; the problem names the key near it.
@@ -59,11 +66,16 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
             for header in tar:
                 # tarfile would keep every header.
                 tar.members.clear()  # type: ignore[attr-defined]
-                key = (split_name(header.name) or (header.name,))[0]
-                if header.isreg() and header.offset_data + header.size <= len(data):
-                    members.append(
-                        Member(header.name, header.offset, header.offset_data, header.size)
-                    )
+                # Bytes of a name that are not UTF-8 are written as \\xe9.
+                name = header.name.encode(errors="surrogateescape").decode(
+                    errors="backslashreplace"
+                )
+                key = (split_name(name) or (name,))[0]
+                place = header.offset, header.offset_data
+                if header.issym() or header.islnk():
+                    members.append(Member(name, *place, 0, header.linkname or "?"))
+                elif header.isreg() and header.offset_data + header.size <= len(data):
+                    members.append(Member(name, *place, header.size))
             end = tar.offset
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         reason = f"truncated or damaged here, or no uncompressed tar ({error})"
@@ -119,7 +131,7 @@ def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
 def parse(data: bytes, shard: str) -> dict[str, Any]:
     """Return the members in one sample's bytes: extension -> bytes, `__url__` and `__key__`.
 
-    Raises BadSample for damage, two members of one kind, and more than one sample.
+    Raises BadSample for damage, a link, two members of one kind, and more than one sample.
     """
     listed, problem = list_members(data, shard)
     if problem is not None:
@@ -132,6 +144,12 @@ def parse(data: bytes, shard: str) -> dict[str, Any]:
         key, extension = name
         if members.setdefault("__key__", key) != key:
             raise BadSample(f"{shard}:{key}", "the file changed after it was indexed")
+        if member.target:
+            raise BadSample(
+                f"{shard}:{key}",
+                f"member {extension} is a link to {member.target}, which is not followed; pack the"
+                " files themselves (tar --dereference --hard-dereference)",
+            )
         if extension in members:
             raise BadSample(f"{shard}:{key}", f"two members {extension}")
         members[extension] = data[member.offset : member.offset + member.size]

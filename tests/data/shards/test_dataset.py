@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.shards.dataset import Dataset, write_shards
 from nvmm.data.shards.tar import split_name
 from tests.data.samples.test_instruct import builder
@@ -82,14 +83,15 @@ def test_long_names_other_files_and_unusual_headers(tmp_path: Path, kind: int) -
     ]
 
 
-def test_links_are_not_followed(tmp_path: Path) -> None:
+def test_links_are_neither_followed_nor_lost(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         link = tarfile.TarInfo("a.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
         tar.addfile(tarfile.TarInfo("a.json"))
-    assert raw(str(path)).members(0) == {"__url__": str(path), "__key__": "a", "json": b""}
+    with pytest.raises(BadSample, match=r"a\.tar:a: member txt is a link to /etc/passwd"):
+        raw(str(path)).members(0)
 
 
 def test_patterns_are_sorted_and_must_match(tmp_path: Path) -> None:
@@ -165,3 +167,69 @@ def test_written_shards_are_reproducible(tmp_path: Path) -> None:
         b"4",
     ]
     assert write_shards(tmp_path, "none", []) == []
+
+
+def test_patterns_that_count_a_sample_twice_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("0.json", b"{}")])
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a.tar")
+    (tmp_path / "hard.tar").hardlink_to(tmp_path / "a.tar")
+    for other in ("a.tar", "*a.tar", "../" + tmp_path.name + "/a.tar", "link.tar", "hard.tar"):
+        dataset = Dataset([f"{tmp_path}/a*.tar", f"{tmp_path}/{other}"], build=dict)
+        with pytest.raises(ValueError, match=r"\.tar of .* its samples would count twice"):
+            _ = dataset.shards
+    with pytest.raises(ValueError, match="count twice"):
+        _ = raw(f"{tmp_path}/*.tar").shards
+
+
+def test_names_as_other_systems_write_them(tmp_path: Path) -> None:
+    folder = tmp_path / "set [v1]"
+    folder.mkdir()
+    write_tar(folder / "a-0.tar", [("0.json", b"{}")])
+    with tarfile.open(
+        folder / "b-0.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as tar:
+        tar.addfile(tarfile.TarInfo("\xe9t\xe9.json"))
+        for name in ("d/._1.json", "d/.hidden.png", "d/1.json", "README"):
+            tar.addfile(tarfile.TarInfo(name))
+    dataset = Dataset([str(folder / "a-0.tar"), str(folder / "b-0.tar")], build=dict)
+    keys = [dataset.members(number)["__key__"] for number in range(3)]
+    assert keys == ["0", "\\xe9t\\xe9", "d/1"]
+    assert len(dataset) == 3
+    assert dataset.index.kinds == {"json": 3, "?": 3}
+
+
+def test_members_that_are_apart_are_said_so(tmp_path: Path) -> None:
+    apart = [("0.png", b""), ("1.png", b""), ("0.json", b"{}"), ("1.json", b"{}")]
+    write_tar(tmp_path / "a.tar", apart)
+    write_tar(tmp_path / "b.tar", [("0.json", b"{}"), ("1.json", b"{}"), ("0.json", b"{}")])
+    with pytest.raises(ValueError, match=r"a\.tar:0: its members are apart.* sort the tar"):
+        len(raw(str(tmp_path / "a.tar")))
+    both = raw(str(tmp_path / "*.tar"))
+    both.skip_damage = True
+    assert len(both) == 3, "samples of one key are no parts of one"
+    assert len(both.index.damage) == 1
+
+
+def test_a_second_call_replaces_the_first(tmp_path: Path) -> None:
+    def write(count: int, per_shard: int, name: str = "train") -> int:
+        samples = [{"__key__": f"{i}", "json": b"{}"} for i in range(count)]
+        write_shards(tmp_path, name, samples, samples_per_shard=per_shard)
+        return len(raw(str(tmp_path / f"{name}-*.tar")))
+
+    assert [write(6, 2), write(6, 3), write(1, 9), write(4, 2)] == [6, 6, 1, 4]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.tar")}
+
+    def failing() -> Any:
+        yield {"__key__": "0", "json": b"{}"}
+        yield {"__key__": "1", "json": b"{}"}
+        raise ValueError("record 2")
+
+    with pytest.raises(ValueError, match="record 2"):
+        write_shards(tmp_path, "train", failing(), samples_per_shard=1)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert left == before, "a call that fails changes nothing, and leaves nothing"
+    for name in ("train-more", "tr"):
+        (tmp_path / "tr-x.tar").write_bytes(b"") if name == "tr" else None
+        with pytest.raises(ValueError, match=r"NAME-\*\.tar would match both"):
+            write(1, 1, name)
+    assert write(2, 1, "validation") == 2
