@@ -170,4 +170,20 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
         yield Problem(where, None, "must be given: other datasets of this list have a weight")
 
 
-RULES = (vision, attended, validation, extras, blend)
+def asking(view: View) -> Iterator[Problem]:
+    """Options of evaluation and generation."""
+    for key in ("batch_size", "num_samples", "max_new_tokens", "benchmark.max_new_tokens"):
+        value = view.integer(key)
+        if value is not None and value < 1:
+            yield Problem(key, value, "must be at least 1")
+    fraction, temperature = view.number("max_bad_fraction"), view.number("temperature")
+    if fraction is not None and not 0 <= fraction <= 1:
+        yield Problem("max_bad_fraction", fraction, "must be in [0, 1]")
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        yield Problem("temperature", temperature, "must be 0 (greedy) or more")
+    top_p = view.number("top_p")
+    if top_p is not None and not 0 < top_p <= 1:
+        yield Problem("top_p", top_p, "must be above 0 and at most 1")
+
+
+RULES = (vision, attended, validation, extras, blend, asking)

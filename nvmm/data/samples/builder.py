@@ -100,13 +100,19 @@ class Builder(ABC):
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """Return one training example. Raises BadSample naming shard and key when there is none."""
 
-    def prompt(self, members: Mapping[str, Any]) -> Sample:
+    def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
         """Return the sample up to where an answer begins, or the question that members with
         `__plain__` are (see `record`).
+
+        suffix: text behind the question; a builder that cannot put it there raises ValueError.
 
         Raises ValueError where the builder makes no prompts.
         """
         raise ValueError(f"{type(self).__name__} makes no prompts: there is nothing to answer")
+
+    def question(self, members: Mapping[str, Any]) -> str:
+        """Return the text that `prompt(members)` asks with, for a person to read."""
+        return ""
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """Return the accepted answers to `prompt(members)`; empty where there are none."""

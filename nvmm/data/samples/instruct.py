@@ -112,6 +112,10 @@ class InstructBuilder(Builder):
         self.attended = attended
         self.form = form or Chat()
         check_fields(self.fields, self.form.names, unread)
+        if template.joins(tokenizer):
+            # Token counts that were kept when turns were tokenised apart are of other ids. It is
+            # part of their digest only where it is set.
+            self.joined = True
 
     def reads(self, member: str) -> bool:
         """Return whether it is the record's, one that `fields` names, or else a picture."""
@@ -141,13 +145,21 @@ class InstructBuilder(Builder):
         """
         return self._build(members, prompt=False)
 
-    def prompt(self, members: Mapping[str, Any]) -> Sample:
+    def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
         """Return the sample up to where its last assistant turn begins, without supervision.
 
         A question (members with `__plain__`) is a user's turn, or the beginning of a document,
         whatever the form of training reads.
+
+        suffix: text behind the last turn of a user; BadSample where that is not the last one.
         """
-        return self._build(members, prompt=True)
+        return self._build(members, prompt=True, suffix=suffix)
+
+    def question(self, members: Mapping[str, Any]) -> str:
+        """Return the text of the last turn of a user, or the document, without image markers."""
+        turns = self._example(members, Record.sizes)[1].turns
+        asked = [turn.text for turn in turns if turn.role in ("user", DOCUMENT)]
+        return asked[-1].replace(IMAGE_MARKER, "").strip() if asked else ""
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """Return the accepted answers to `prompt(members)`; empty where the sample has none."""
@@ -175,12 +187,17 @@ class InstructBuilder(Builder):
             example = self._cut(example, record.source)
         return record.source, example
 
-    def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
+    def _build(self, members: Mapping[str, Any], *, prompt: bool, suffix: str = "") -> Sample:
         source, example = self._example(members, Record.images)
+        turns = example.turns
         # A prompt ends before the last answer.
-        if prompt and example.turns[-1].role == "assistant":
-            example = replace(example, turns=example.turns[:-1])
-        return self._sample(example, source, prompt)
+        if prompt and turns[-1].role == "assistant":
+            turns = turns[:-1]
+        if suffix:
+            if not turns or turns[-1].role != "user":
+                raise BadSample(source, f"no user's turn to put {suffix!r} behind")
+            turns = [*turns[:-1], replace(turns[-1], text=turns[-1].text + suffix)]
+        return self._sample(replace(example, turns=turns), source, prompt)
 
     def _sample(self, example: Example, source: str, prompt: bool) -> Sample:
         """Return the sample of an example whose images are decoded."""

@@ -147,8 +147,10 @@ class RetrievalBuilder(Builder):
             source=record.source,
         )
 
-    def prompt(self, members: Mapping[str, Any]) -> Sample:
-        """Return the sample's query alone."""
+    def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
+        """Return the sample's query alone; raise ValueError for a suffix."""
+        if suffix:
+            raise ValueError(f"a query to embed takes no suffix, got {suffix!r}")
         record = self.record(members)
         return self.text(record.text("query"), self._instruction(record))
 

@@ -142,6 +142,20 @@ class Dataset:
             raise ValueError(f"shards: no sample in {', '.join(self.patterns)}")
         return index
 
+    @property
+    def fingerprint(self) -> list[Any]:
+        """What tells these samples from others, as JSON: shards and their number of samples.
+
+        A shard is its name, and for a local one size and time.
+        """
+        facts: list[Any] = []
+        for url in self.shards:
+            path = local_path(url)
+            status = os.stat(path) if path else None
+            size = [status.st_size, status.st_mtime_ns] if status else []
+            facts.append([url.rpartition("/")[2], *size])
+        return [*facts, len(self)]
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lengths"}
 
