@@ -150,6 +150,13 @@ class ChatTemplate:
         if self.bos and tokenizer.bos_id is None:
             raise ValueError(f"template.bos=true needs a BOS token, and {tokenizer.path} has none")
 
+    def joins(self, tokenizer: Tokenizer) -> bool:
+        """Return whether a word has other ids in a conversation than a text that begins with it."""
+        apart = tokenizer.encode("a")
+        prefix = self.separator + self.roles["assistant"].prefix
+        behind = tokenizer.encode_pieces(["a"], continued=True)[0]
+        return behind != apart or tokenizer.joined_space(prefix) > 0
+
     def end_token(self, tokenizer: Tokenizer) -> tuple[str, int]:
         """Return the token that ends an answer, as text and id."""
         if self.end is None:

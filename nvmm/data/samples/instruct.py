@@ -104,6 +104,10 @@ class InstructBuilder(Builder):
         self.attended = attended
         self.form = form or Chat()
         check_fields(self.fields, self.form.names)
+        if template.joins(tokenizer):
+            # Token counts that were kept when turns were tokenised apart are of other ids. It is
+            # part of their digest only where it is set.
+            self.joined = True
 
     @property
     def media(self) -> frozenset[MediaKind]:

@@ -22,6 +22,7 @@ from tokenizers import (
 from tokenizers import Tokenizer as Backend
 
 from nvmm.data.samples.chat import ChatTemplate, ImageTags, Rendered, Turn, render
+from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]
@@ -204,6 +205,29 @@ def check(folder: Path, **options: Any) -> None:
 def test_ids_are_those_of_the_whole_conversation(tmp_path: Path, kind: str) -> None:
     make, name = KINDS[kind]
     check(save(tmp_path / "tokenizer", make(), name))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialect", "joined"),
+    [
+        ("bytes", "chatml", False),
+        ("bytes", "vicuna", True),
+        ("bpe, metaspace first", "chatml", True),
+        ("bpe, prepended by a normaliser", "chatml", False),
+        ("wordpiece", "vicuna", False),
+    ],
+)
+def test_token_counts_of_joined_turns_have_a_digest_of_their_own(
+    tmp_path: Path, kind: str, dialect: str, joined: bool
+) -> None:
+    """Where turns are tokens of their own, the counts of before are still right."""
+    make, name = KINDS[kind]
+    tokenizer = Tokenizer(str(save(tmp_path / "tokenizer", make(), name)))
+    template = ChatTemplate(**DIALECTS[dialect])
+    build = InstructBuilder(
+        template, ImageTags(), 1, tile_size=16, tokenizer=tokenizer, sequence_length=64
+    )
+    assert ("joined" in vars(build)) == joined
 
 
 @pytest.mark.slow
