@@ -195,7 +195,7 @@ def restore(
 
     # 3. Make the tokenizer, which must be that of training, and the sample builder.
     words = instantiate(sections["tokenizer"])
-    if words.digest != state["tokenizer_digest"]:
+    if not words.is_of(state["tokenizer_digest"]):
         raise ValueError(
             f"tokenizer.path={words.path} is not the tokenizer that {path} was trained with"
             f" (digest {words.digest[:12]}, not {state['tokenizer_digest'][:12]});"

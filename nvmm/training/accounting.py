@@ -15,16 +15,20 @@ from nvmm.parallel.broadcast import is_reader
 from nvmm.training.metrics import memory_peak_bytes
 
 
-class _Digested(Protocol):
+class Digested(Protocol):
+    """A tokenizer, as far as a checkpoint knows it."""
+
     @property
     def digest(self) -> str: ...
+
+    def is_of(self, digest: str) -> bool: ...
 
 
 class TrainingData(Protocol):
     """The interface of a run's data: `nvmm.data.loader.Data`, or synthetic batches."""
 
     @property
-    def tokenizer(self) -> _Digested:
+    def tokenizer(self) -> Digested:
         """The tokenizer, whose digest a resume compares."""
         ...
 

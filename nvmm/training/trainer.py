@@ -378,7 +378,7 @@ class Trainer:
             self.optimizer,
             self.scaling,
             config=self.config,
-            tokenizer_digest=self.data.tokenizer.digest,
+            tokenizer=self.data.tokenizer,
             resume=self.resume,
             init_from=self.init_from,
             adapts=self.lora is not None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+log = logging.getLogger(__name__)
 _CACHED_LENGTH = 256
 _CACHE_SIZE = 65_536
 _WORDS = ("A", "a", "I", "1")
@@ -44,12 +46,12 @@ class Tokenizer:
             raise ValueError(f"tokenizer.path={path} is not a folder with a Hugging Face tokenizer")
         self.path = str(path)
         self._backend, names = _load(folder)
+        self._extra_tokens = tuple(extra_tokens)
         self._backend.no_padding()
         self._backend.no_truncation()
         # It adds tokens, which no one asks for, and may take white space out of the offsets.
         self._backend.post_processor = None
-        missing = [token for token in extra_tokens if self._backend.token_to_id(token) is None]
-        self._backend.add_special_tokens([AddedToken(t, normalized=False) for t in missing])
+        _add_missing(self._backend, extra_tokens)
 
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -153,22 +155,53 @@ class Tokenizer:
 
         These decide the ids; the digest does not depend on the folder's path.
         """
-        state: dict[str, Any] = json.loads(self._backend.to_str())
-        model = state["model"]
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
-        content = {
-            "type": model.get("type"),
-            "vocab": model.get("vocab"),
-            "merges": merges,
-            "added_tokens": state.get("added_tokens"),
-            "normalizer": state.get("normalizer"),
-            "pre_tokenizer": state.get("pre_tokenizer"),
-        }
-        text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        return _digest(self._backend)
+
+    def is_of(self, digest: str) -> bool:
+        """Return whether a run that saved `digest` had this tokenizer.
+
+        It had, too, when that is the digest of tokenizer.json alone, which is how nvmm once read
+        every folder, with the same tokens. The log says then that the splitter is another.
+        """
+        if digest == self.digest:
+            return True
+        alone = _read_file(Path(self.path).expanduser())
+        if alone is None:
+            return False
+        _add_missing(alone, self._extra_tokens)
+        if _digest(alone) != digest or alone.get_vocab(True) != self._backend.get_vocab(True):
+            return False
+        log.warning(
+            f"tokenizer.path={self.path} is read as Transformers reads it; this run began with"
+            " tokenizer.json alone, whose splitter differs, so that some ids may too"
+        )
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
+
+
+def _add_missing(backend: Backend, tokens: Iterable[str]) -> None:
+    """Add those special tokens that the tokenizer does not have."""
+    missing = [token for token in tokens if backend.token_to_id(token) is None]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
+
+
+def _digest(backend: Backend) -> str:
+    """Return the sha256 of what decides the ids."""
+    state: dict[str, Any] = json.loads(backend.to_str())
+    model = state["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+    content = {
+        "type": model.get("type"),
+        "vocab": model.get("vocab"),
+        "merges": merges,
+        "added_tokens": state.get("added_tokens"),
+        "normalizer": state.get("normalizer"),
+        "pre_tokenizer": state.get("pre_tokenizer"),
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 _NAMED = ("bos_token", "eos_token", "pad_token")

@@ -187,6 +187,21 @@ def test_a_folder_read_by_transformers_keeps_the_digest_of_its_file(
     assert read.eos_id == tiny.eos_id and read.encode(" 12 é\n") == alone.encode(" 12 é\n")
 
 
+def test_a_run_of_before_has_the_digest_of_tokenizer_json_alone(
+    tiny: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny.path, tmp_path / "copy"))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    read = Tokenizer(str(folder), extra_tokens=["<new>"])
+    before = Tokenizer(tiny.path, extra_tokens=["<new>"]).digest
+    assert read.digest != before and read.is_of(read.digest) and not caplog.text
+    assert read.is_of(before) and "whose splitter differs" in caplog.text
+    assert not read.is_of(tiny.digest), "it had no token <new>"
+    # Tokens that were dropped then have no rows in that run's model.
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    assert not Tokenizer(str(folder), extra_tokens=["<new>"]).is_of(before)
+
+
 def test_folders_that_no_template_works_with_are_refused(tiny: Tokenizer, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny.path, tmp_path / "copy"))
     for config, message in (
