@@ -349,7 +349,7 @@ def _known(journal: Journal, dataset: Any) -> tuple[list[Prediction], list[Skipp
         try:
             lines, left_out = journal.start(dataset.fingerprint)
             found = [([Prediction(**line) for line in lines], [Skipped(**x) for x in left_out])]
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             found = [str(error)]
     # A refusal must reach every rank, or the others would wait for ever.
     torch.distributed.broadcast_object_list(found, src=0)
