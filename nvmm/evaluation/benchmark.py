@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
 
 log = logging.getLogger(__name__)
+_FAULTS = (
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    RecursionError,
+)
+"""What odd bytes may make a builder raise. A read that may work later (OSError) is not here."""
 _NAMED = 20
 """The number of questions without a score that metrics.json names; skipped.jsonl has all."""
 
@@ -283,8 +288,11 @@ class Questions(Benchmark):
                 members = dataset.members(number)
                 source = f"{members['__url__']}:{members['__key__']}"
                 example = self.ask(members, model.builder)
-            except ValueError as error:
-                lines[number] = Skipped(number, source, True, str(error))
+            except _FAULTS as error:
+                reason = str(error)
+                if not isinstance(error, ValueError):
+                    reason = f"{source}: {type(error).__name__}: {error}"
+                lines[number] = Skipped(number, source, True, reason)
                 continue
             if example.answers:
                 prompt = replace(example.prompt, sample_id=number)

@@ -4,6 +4,7 @@ import io
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,25 @@ def test_kinds_and_names_of_fields(tokenizer: Tokenizer) -> None:
     both = Questions("b", "*", exact_match, question="q", builder=given).changes
     assert both == {"fields": {"question": "q", "image": ".jpg"}, "max_tiles": 2}
     assert Questions("b", "*", exact_match, builder=given).changes == given
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), TypeError("x"), RecursionError("x"), ZeroDivisionError("x")]
+)
+def test_whatever_a_record_does_is_a_bad_question(error: Exception) -> None:
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    model: Any = SimpleNamespace(
+        builder=SimpleNamespace(record=fail), generate=lambda prompts, *_, **__: prompts
+    )
+    dataset = SimpleNamespace(members=lambda number: {"__url__": "a.tar", "__key__": str(number)})
+    [line] = Questions("b", "*", exact_match)._answer(model, dataset, [3], Settings())
+    reason = f"a.tar:3: {type(error).__name__}: {error}"
+    assert line == Skipped(3, "a.tar:3", True, reason)
+    error = OSError("lost connection")
+    with pytest.raises(OSError, match="lost connection"):
+        Questions("b", "*", exact_match)._answer(model, dataset, [3], Settings())
 
 
 def test_no_accepted_answer_has_no_score() -> None:
