@@ -92,7 +92,7 @@ class Data:
         self.datasets = ["train"] if blend is None else mixture.names(blend)
         self._numbered = dict(enumerate(self.datasets))
         self._position: dict[str, Any] | None = None
-        self._reported: set[tuple[int, int]] = set()
+        self._reported: dict[tuple[int, int], str] = {}
 
     @cached_property
     def components(self) -> list[Component]:
@@ -251,7 +251,7 @@ class Data:
             raise ValueError(f"{problem} (data.on_error=stop)")
         ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         if (ordinal, number) not in self._reported:
-            self._reported.add((ordinal, number))
+            self._reported[ordinal, number] = problem
             log.warning(f"bad sample, left out: {problem}")
 
     def counter_names(self, modalities: Collection[str]) -> list[str]:
@@ -294,8 +294,11 @@ class Data:
                 f"{name}: {counts['bad']:.0f} of {counts['bad'] + counts['samples']:.0f}"
                 for name, counts in totals.items()
             )
+            last = "".join(
+                f"; the last is {problem}" for problem in [*self._reported.values()][-1:]
+            )
             raise ValueError(
                 f"{bad:.0f} of {seen:.0f} samples are bad, more than"
                 f" data.max_bad_fraction={self.max_bad_fraction} ({listed}); the log has each"
-                " one's shard, key and reason"
+                f" one's shard, key and reason{last}"
             )

@@ -14,8 +14,6 @@ on its device.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,9 +194,11 @@ def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(source, str(error)) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except (
+        Exception
+    ) as error:  # Pillow raises SyntaxError, KeyError, AssertionError, struct.error ...
         # Pillow's own message for this names an address in memory.
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        why: object = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         reason = f"cannot decode image ({why}); allowed are {', '.join(FORMATS)}"
         raise BadSample(source, reason) from error
 

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import mmap
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ _COLUMNS = {
 }
 _TEXT = ("json", "txt")
 _IMAGES = ("png", "jpg", "jpeg", "webp")
+_FORMATS = ("PNG", "JPEG", "WEBP")
 _HEADER = 1 << 16
 """The first bytes of an image, which nearly always hold its size."""
 _FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096
@@ -74,7 +77,7 @@ class Index:
 
     @property
     def damage(self) -> list[str]:
-        """A message for each shard that could not be read to its end."""
+        """A message for each shard that could not be read whole."""
         return list(self.facts["damage"])
 
     @cached_property
@@ -130,7 +133,7 @@ class Index:
         """Return `lengths(digest)`, made with `measure` (number -> tokens, tiles) if missing.
 
         A sample for which `measure` raises ValueError gets -1, -1. Raises ValueError when the
-        counts cannot be written.
+        counts cannot be written, and when every sample is bad.
         """
         known = self.lengths(digest)
         if known is not None:
@@ -143,19 +146,39 @@ class Index:
         # Another process may have counted while this one waited. Without locks both count alike.
         with lock(self.path / "lock", required=False):
             if self.lengths(digest) is None:
-                self._count(f"lengths-{digest}", partial(_measured, measure), workers)
+                self._count(f"lengths-{digest}", measure, workers)
         return _open(self.path / f"lengths-{digest}", "<i4").reshape(-1, 2)
 
-    def _count(
-        self, name: str, measured: Callable[[tuple[int, int]], NDArray[np.int32]], workers: int
-    ) -> None:
-        """Write the column `name` of all samples, span by span."""
+    def _count(self, name: str, measure: Callable[[int], tuple[int, int]], workers: int) -> None:
+        """Write the column `name` of all samples, span by span; warn of those that are bad."""
+        measured = partial(_measured, measure)
         step = max(1, min(1000, len(self) // max(1, 4 * workers)))
         spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
         results = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
+        num_bad, first = 0, 0
         with publish(self.path / name, shared=True) as temporary, open(temporary, "wb") as file:
-            for rows in watch(results, len(spans), f"counting tokens ({len(self)} samples)"):
+            for (start, _), rows in zip(
+                spans,
+                watch(results, len(spans), f"counting tokens ({len(self)} samples)"),
+                strict=True,
+            ):
+                bad = np.flatnonzero(rows[:, 0] < 0)
+                if bad.size and not num_bad:
+                    first = start + int(bad[0])
+                num_bad += bad.size
                 file.write(rows.tobytes())
+            if num_bad:
+                # The fault may lie in the builder: say the first. Counts of bad samples alone would
+                # outlive its repair.
+                try:
+                    measure(first)
+                    reason = "it can now"
+                except ValueError as error:
+                    reason = str(error)
+                message = f"{num_bad} of {len(self)} samples cannot be built, the first: {reason}"
+                if num_bad == len(self):
+                    raise ValueError(message)
+                log.warning(f"data: {message}")
 
 
 def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 0) -> Index:
@@ -233,9 +256,9 @@ def _is_current(path: Path, stamps: list[list[int] | None]) -> bool:
     """Return whether there is an index of this version, and of the shards as they are now."""
     try:
         facts = json.loads((path / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none there, or a damaged one
         return False
-    return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
 
 
 def _build(
@@ -293,27 +316,26 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
     sizes: list[tuple[int, int]] = []
     with _bytes(shard) as data:
         members, problem = list_members(data, shard)
-        last_key = None
-        for member in members:
-            name = split_name(member.name)
-            if name is None:
+        # 1. Members that follow one another under one key are a sample, which reaches from the
+        # first header to the end of the last member.
+        named = [(*name, member) for member in members if (name := split_name(member.name))]
+        groups = [(key, list(group)) for key, group in itertools.groupby(named, itemgetter(0))]
+        apart = _apart([(key, [extension for _, extension, _ in group]) for key, group in groups])
+        for key, group in groups:
+            if key in apart:
                 continue
-            # 1. A new key opens a sample, which reaches to the end of its last member.
-            if name[0] != last_key:
-                last_key = name[0]
-                starts.append(member.start)
-                stops.append(member.stop)
-                keys.append(last_key.encode())
-                texts.append(0)
-                images.append(len(sizes))
-            stops[-1] = member.stop
+            starts.append(group[0][2].start)
+            stops.append(group[-1][2].stop)
+            keys.append(key.encode())
             # 2. Its text and image sizes are kept for estimates and for planning tiles.
-            extension = name[1].rpartition(".")[2]
-            if extension in _TEXT:
-                texts[-1] += member.size
-            elif extension in _IMAGES:
-                sizes.append(_image_size(data, member.offset, member.size))
-                images[-1] = len(sizes)
+            texts.append(0)
+            for _, extension, member in group:
+                kind = extension.rpartition(".")[2]
+                if kind in _TEXT:
+                    texts[-1] += member.size
+                elif kind in _IMAGES:
+                    sizes.append(_image_size(data, member.offset, member.size))
+            images.append(len(sizes))
     columns: dict[str, NDArray[Any]] = {
         "start": np.array(starts, dtype=np.int64),
         "stop": np.array(stops, dtype=np.int64),
@@ -323,7 +345,28 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
         "image": np.array(images, dtype=np.int64),
         "sizes": np.array(sizes, dtype=np.int64).ravel(),
     }
-    return columns, str(problem) if problem else None
+    columns["text"] = columns["text"].clip(max=np.iinfo(np.int32).max)
+    problems = [str(problem)] if problem else []
+    if apart:
+        problems.append(
+            f"{shard}:{min(apart)}: the members of {len(apart)} samples do not follow one another,"
+            " and a sample is read in one piece; sort the shard by name"
+        )
+    return columns, "; ".join(problems) or None
+
+
+def _apart(groups: Sequence[tuple[str, list[str]]]) -> set[str]:
+    """Return the keys whose members lie in several places.
+
+    groups: key and extensions of neighbours. A key that comes again with the same extensions is
+    another sample of its name, as webdataset has it.
+    """
+    seen: dict[str, list[str]] = {}
+    return {
+        key
+        for key, extensions in groups
+        if seen.setdefault(key, sorted(extensions)) != sorted(extensions)
+    }
 
 
 @contextlib.contextmanager
@@ -343,7 +386,7 @@ def _image_size(data: bytes | mmap.mmap, start: int, size: int) -> tuple[int, in
     """Return (width, height) of an image; (0, 0) where its bytes do not say."""
     for length in (min(size, _HEADER), size):
         with contextlib.suppress(Exception):  # Decoding the image will say what is wrong.
-            return Image.open(io.BytesIO(data[start : start + length])).size
+            return Image.open(io.BytesIO(data[start : start + length]), formats=_FORMATS).size
     return 0, 0
 
 

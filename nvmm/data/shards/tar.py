@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 
 from nvmm.data.samples.bad_sample import BadSample
 
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 _BLOCK = 512
 
 
 def split_name(name: str) -> tuple[str, str] | None:
     """Split a member's name into key and extension as webdataset does, at the first dot.
 
-    Return None where the file name has none.
+    Return None where the file name has none or begins with it, as the `._` files of a Mac do, which
+    webdataset takes for samples when they lie in a folder.
     """
-    match = _NAME.match(name)
+    match = _NAME.fullmatch(name)
     return (match.group(1), match.group(2).lower()) if match else None
 
 
@@ -44,7 +45,8 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
     """Return the complete regular files of a tar, in order, and its damage, or None.
 
     A file that is no tar, compressed, truncated or has a damaged header gives the members before
-    the damage; the problem names the key near it.
+    the damage; the problem names the key near it. Bytes of a name that are no UTF-8 are escaped
+    (`M\\xfcller`).
     """
     if not data:
         return [], BadSample(shard, "empty file, no tar shard")
@@ -52,20 +54,29 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
     if plain is not None:
         return plain, None
     members: list[Member] = []
-    key, end, problem = "?", 0, None
+    key, end = "?", 0
+    problem: BadSample | None = None
     try:
         file = io.BytesIO(data) if isinstance(data, bytes) else data
-        with tarfile.open(fileobj=file, mode="r:") as tar:  # type: ignore[arg-type]
+        with tarfile.open(  # type: ignore[call-overload]
+            fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace"
+        ) as tar:
             for header in tar:
                 # tarfile would keep every header.
                 tar.members.clear()  # type: ignore[attr-defined]
                 key = (split_name(header.name) or (header.name,))[0]
-                if header.isreg() and header.offset_data + header.size <= len(data):
+                # A size below 0 would lead back to headers that were read, without an end.
+                if header.size < 0 or tar.offset <= header.offset:
+                    raise tarfile.ReadError(f"size {header.size}")
+                if header.issparse():
+                    reason = f"{header.name} is a sparse file; write the shard without --sparse"
+                    problem = problem or BadSample(f"{shard}:{key}", reason)
+                elif header.isreg() and header.offset_data + header.size <= len(data):
                     members.append(
                         Member(header.name, header.offset, header.offset_data, header.size)
                     )
             end = tar.offset
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # tarfile's own, and what odd headers lead it to
         reason = f"truncated or damaged here, or no uncompressed tar ({error})"
         return members, BadSample(f"{shard}:{key}", reason)
     # tarfile takes a damaged header for the end of the archive, so the end must be empty blocks.
@@ -92,13 +103,17 @@ def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
         try:
             size = int(header[124:136].strip(b" \0"), 8)
             checksum = int(header[148:156].strip(b" \0"), 8)
-            name = header[:100].rstrip(b"\0").decode("ascii")
-            prefix = header[345:500].rstrip(b"\0").decode("ascii")
+            name = header[:100].partition(b"\0")[0].decode("ascii")
+            prefix = header[345:500].partition(b"\0")[0].decode("ascii")
         except ValueError:
             return None
-        # 2. Leave damage to tarfile too: a wrong checksum, or data that end early.
+        # 2. Leave damage to tarfile too: a wrong checksum or size, or data that end early.
         body = at + _BLOCK
-        if sum(header) - sum(header[148:156]) + 8 * 32 != checksum or body + size > len(data):
+        if (
+            size < 0
+            or sum(header) - sum(header[148:156]) + 8 * 32 != checksum
+            or body + size > len(data)
+        ):
             return None
         at = body + -(-size // _BLOCK) * _BLOCK
         if header[156] in b"x":
