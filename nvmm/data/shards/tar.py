@@ -71,10 +71,11 @@ def list_members(data: bytes | mmap.mmap, shard: str) -> tuple[list[Member], Bad
                 if header.issparse():
                     reason = f"{header.name} is a sparse file; write the shard without --sparse"
                     problem = problem or BadSample(f"{shard}:{key}", reason)
-                elif header.isreg() and header.offset_data + header.size <= len(data):
-                    members.append(
-                        Member(header.name, header.offset, header.offset_data, header.size)
-                    )
+                elif header.isreg():
+                    place = header.offset, header.offset_data, header.size
+                    member = Member(header.name, *place)
+                    if member.stop <= len(data):
+                        members.append(member)
             end = tar.offset
     except Exception as error:  # tarfile's own, and what odd headers lead it to
         reason = f"truncated or damaged here, or no uncompressed tar ({error})"
@@ -109,13 +110,9 @@ def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
             return None
         # 2. Leave damage to tarfile too: a wrong checksum or size, or data that end early.
         body = at + _BLOCK
-        if (
-            size < 0
-            or sum(header) - sum(header[148:156]) + 8 * 32 != checksum
-            or body + size > len(data)
-        ):
-            return None
         at = body + -(-size // _BLOCK) * _BLOCK
+        if size < 0 or sum(header) - sum(header[148:156]) + 8 * 32 != checksum or at > len(data):
+            return None
         if header[156] in b"x":
             # 3. webdataset writes such a header before every member, for fractions of mtime. It
             # is skipped unless it changes the name or the size.
@@ -128,7 +125,8 @@ def _list_plain(data: bytes | mmap.mmap) -> list[Member] | None:
             name = f"{prefix}/{name}"
         members.append(Member(name, start, body, size))
         start = at
-    return members
+    # An extended header without its file is where a tar was cut off.
+    return members if start == at else None
 
 
 def parse(data: bytes, shard: str) -> dict[str, Any]:
