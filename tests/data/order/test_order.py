@@ -177,6 +177,43 @@ def test_packing_may_change_at_any_step(legs: list[tuple[str, int, int]]) -> Non
     assert Counter(kept) == Counter(blend_order(THREE, len(kept))), "nothing lost"
 
 
+def test_a_window_may_be_cut_three_times() -> None:
+    """Rows of 40, of 80, of 40 again, single samples: each cut is planned again as it was."""
+    seen: list[int] = []
+    position, step = None, 0
+    for setting, steps in ((PACKED, 3), (LONGER, 2), (PACKED, 2), (PLAIN, 5), (LONGER, 2)):
+        one = order(THREE, setting, 1, position)
+        seen += samples(one, range(step, step + steps))
+        step += steps
+        position = one.position(step)
+        assert position["first"] == 0, "all of it in one window"
+        # A resume without a change reads what the run would have read.
+        again = order(THREE, setting, 1, position)
+        assert samples(again, range(step, step + 3)) == samples(one, range(step, step + 3))
+    assert len(position["cuts"]) == 5
+    one = order(THREE, PLAIN, 1, position)
+    seen += samples(one, range(step, step + 64 - len(seen)))
+    assert Counter(seen) == Counter(blend_order(THREE, 64))
+
+
+@pytest.mark.parametrize("then", [PACKED, LONGER, PLAIN], ids=["same", "longer", "plain"])
+def test_samples_that_changed_since_they_were_counted_are_refused(
+    then: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of the open window cannot be made again: its samples would be lost or repeated."""
+    one = order(THREE, PACKED, 1)
+    position = one.position(3)
+    old = {**position, "cuts": [{**position["cuts"][0]}]}
+    assert len(json.dumps(order(THREE).position(3))) < len(json.dumps(position)) < 900
+    expected = samples(one, range(3, 40))
+    assert samples(order(THREE, PACKED, 1, position), range(3, 40)) == expected
+    monkeypatch.setitem(LENGTHS, "short", 15)
+    with pytest.raises(ValueError, match=r"other numbers of tokens .* \(one of a, b, c\)"):
+        order(THREE, then, 1, position)
+    del old["cuts"][0]["counts"]  # as runs of before saved it
+    order(THREE, then, 1, old)
+
+
 def test_a_dataset_joins_with_the_next_window() -> None:
     first = order(THREE, PACKED, size=5)
     seen = samples(first, range(7))
