@@ -30,6 +30,8 @@ SPLITS = ("train", "validation")
 COUNTERS = ("samples", "tokens", "bad")
 _FEW = 1000
 """A rate of bad samples is taken over this many at least; of fewer it would say little."""
+_ALL_BAD = 10
+"""More samples than these are no accident where not one of them was good."""
 
 
 class Data:
@@ -289,7 +291,8 @@ class Data:
         """
         bad = sum(counts["bad"] for counts in totals.values())
         seen = bad + sum(counts["samples"] for counts in totals.values())
-        if bad > self.max_bad_fraction * max(seen, _FEW):
+        all_bad = bad == seen > _ALL_BAD and self.max_bad_fraction < 1
+        if all_bad or bad > self.max_bad_fraction * max(seen, _FEW):
             listed = ", ".join(
                 f"{name}: {counts['bad']:.0f} of {counts['bad'] + counts['samples']:.0f}"
                 for name, counts in totals.items()

@@ -251,6 +251,15 @@ def test_batch_size_and_packing_may_change(tmp_path: Path, tiny: Tokenizer) -> N
     assert_consumed_whole_windows(folder, tiny.path)
 
 
+def test_a_run_of_bad_samples_alone_stops_and_says_why(tmp_path: Path, tiny: Tokenizer) -> None:
+    write_shards(tmp_path, "a", [{"__key__": f"{n:02d}", "json": b'{"messages": [{}]}'}
+                                 for n in range(30)])  # fmt: skip
+    entries = [{"name": "a", "shards": f"{tmp_path}/a-*.tar"}]
+    folder = prepare(tmp_path, "bad", entries)
+    with pytest.raises(RuntimeError, match=r"12 of 12 samples .* the last is .*:\d\d: role None"):
+        run_ranks(fit, 1, folder, tiny.path, 9, 0, False, None)
+
+
 def die_with_loaders(rank: int, world_size: int, init: str, folder: Path, tokenizer: str) -> None:
     data = make_data(folder, tokenizer, 2, pack=False)
     batches = data.batches(split="train", global_batch_size=4, micro_batch_size=1)

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,14 @@ def test_packing_may_change_at_any_step(legs: list[tuple[str, int, int]]) -> Non
 
 
 def test_a_window_may_be_cut_three_times() -> None:
-    """Rows of 40, of 80, of 40 again, single samples: each cut is planned again as it was."""
+    """Rows of 40, of 80, of 40 again, single samples: each cut is planned again as it was.
+
+    The window has many groups of rows, which a plan shuffles by its seed.
+    """
     seen: list[int] = []
     position, step = None, 0
-    for setting, steps in ((PACKED, 3), (LONGER, 2), (PACKED, 2), (PLAIN, 5), (LONGER, 2)):
+    packed, longer, plain = (replace(setting, window=512) for setting in (PACKED, LONGER, PLAIN))
+    for setting, steps in ((packed, 9), (longer, 7), (packed, 12), (plain, 5), (longer, 4)):
         one = order(THREE, setting, 1, position)
         seen += samples(one, range(step, step + steps))
         step += steps
@@ -191,9 +196,9 @@ def test_a_window_may_be_cut_three_times() -> None:
         again = order(THREE, setting, 1, position)
         assert samples(again, range(step, step + 3)) == samples(one, range(step, step + 3))
     assert len(position["cuts"]) == 5
-    one = order(THREE, PLAIN, 1, position)
-    seen += samples(one, range(step, step + 64 - len(seen)))
-    assert Counter(seen) == Counter(blend_order(THREE, 64))
+    one = order(THREE, plain, 1, position)
+    seen += samples(one, range(step, step + 512 - len(seen)))
+    assert Counter(seen) == Counter(blend_order(THREE, 512))
 
 
 @pytest.mark.parametrize("then", [PACKED, LONGER, PLAIN], ids=["same", "longer", "plain"])
@@ -296,6 +301,13 @@ def test_a_blend_of_epochs_ends() -> None:
     assert len(set(stream)) == len(stream) == 70
     with pytest.raises(ValueError, match=r"end after \{'a': 60, 'b': 10\} samples: every dataset"):
         one.batch(7)
+    # A run may end with the blend, at a window's edge as well, and save that it has.
+    for count, size in ((30, 10), (32, 8)):
+        whole = [part("a", count, epochs=2)]
+        steps = 2 * count // size
+        walked = order(whole, Settings(16), size)
+        samples(walked, range(steps))
+        assert order(whole, Settings(16), size).position(steps) == walked.position(steps)
 
 
 def test_ids_are_one_number_for_dataset_epoch_and_number() -> None:
