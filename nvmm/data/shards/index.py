@@ -54,7 +54,6 @@ _COLUMNS = {
 }
 _TEXT = ("json", "txt")
 _IMAGES = ("png", "jpg", "jpeg", "webp")
-_FORMATS = ("PNG", "JPEG", "WEBP")
 _HEADER = 1 << 16
 """The first bytes of an image, which nearly always hold its size."""
 _FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096
@@ -349,8 +348,8 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
     problems = [str(problem)] if problem else []
     if apart:
         problems.append(
-            f"{shard}:{min(apart)}: the members of {len(apart)} samples do not follow one another,"
-            " and a sample is read in one piece; sort the shard by name"
+            f"{shard}:{min(apart)}: the members of {len(apart)} samples lie apart, and"
+            " a sample is read in one piece; sort the shard by name"
         )
     return columns, "; ".join(problems) or None
 
@@ -386,7 +385,7 @@ def _image_size(data: bytes | mmap.mmap, start: int, size: int) -> tuple[int, in
     """Return (width, height) of an image; (0, 0) where its bytes do not say."""
     for length in (min(size, _HEADER), size):
         with contextlib.suppress(Exception):  # Decoding the image will say what is wrong.
-            return Image.open(io.BytesIO(data[start : start + length]), formats=_FORMATS).size
+            return Image.open(io.BytesIO(data[start : start + length])).size
     return 0, 0
 
 

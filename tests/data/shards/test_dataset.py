@@ -121,7 +121,7 @@ def test_members_that_do_not_follow_one_another_are_no_samples(tmp_path: Path) -
     names = ["0.png", "1.png", "2.json", "0.json", "1.json", "3.json", "4.json", "3.json"]
     path = write_tar(tmp_path / "u.tar", [(name, b"") for name in names])
     dataset = raw(path)
-    with pytest.raises(ValueError, match=r"u\.tar:0: the members of 2 samples do not follow one"):
+    with pytest.raises(ValueError, match=r"u\.tar:0: the members of 2 samples lie apart"):
         len(dataset)
     dataset = Dataset(path, dict)
     dataset.skip_damage = True
