@@ -1,4 +1,4 @@
-"""Made-up records, pictures, sounds and tars: each is read, or refused by name.
+"""Made-up records, pictures, sounds, tars and tokenizer folders: read, or refused by name.
 
 The examples are the same in every run. A few of each are tried in `make test`, many in
 `make test-slow`.
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nvmm.batch import Sample
+from nvmm.data.prepare.digits import train_tokenizer
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.checks import check_sample
@@ -32,7 +33,8 @@ from nvmm.data.samples.retrieval import RetrievalBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards import tar
 from nvmm.data.shards.dataset import Dataset
-from tests.data.conftest import image_bytes
+from tests.config.test_fuzz import leaves, replaced
+from tests.data.conftest import image_bytes, template
 from tests.data.samples.test_instruct import builder
 
 SOURCE = "s.tar:k"
@@ -358,3 +360,45 @@ def test_tars(tmp_path: Path, form: int, examples: int, monkeypatch: pytest.Monk
             assert found["__key__"] == dataset.index.key(number)
             found["__key__"].encode()
         shutil.rmtree(tmp_path / "index" / str(count))
+
+
+# -- tokenizer folders ------------------------------------------------------------------------
+
+OTHERS = {
+    "bos_token": {"content": "<|im_start|>", "special": True},
+    "eos_token": "<|im_end|>",
+    "additional_special_tokens": ["<|im_start|>"],
+    "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}},
+    "chat_template": "{{ messages }}",
+}
+
+
+@amounts(4, 150)
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "tokenizer"])
+def test_tokenizer_folders(tmp_path: Path, name: str, examples: int) -> None:
+    """A folder is read, and makes ids of its vocabulary, or is refused by its path."""
+    folder = train_tokenizer(tmp_path / "folder")
+    path = folder / f"{name}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    content = content if name == "tokenizer" else content | OTHERS
+    # The vocabulary is thousands of places of one kind: it is drawn as a whole.
+    large = (("model", "vocab"), ("model", "merges"))
+    places = [p for p in leaves(content) if p[:2] not in large] + [
+        p for p in large if "model" in content
+    ]
+    text = json.dumps(content).encode()
+    odd = st.tuples(st.sampled_from(places), VALUES).map(
+        lambda drawn: json.dumps(replaced(content, *drawn)).encode()
+    )
+
+    @tried(examples, data=odd | mutated(text[:300]).map(lambda head: head + text[300:]))
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        try:
+            tokenizer = Tokenizer(str(folder))
+            template().check(tokenizer)
+        except ValueError as error:
+            assert str(folder) in str(error), error
+            str(error).encode()
+            return
+        assert all(0 <= i < tokenizer.vocab_size for i in tokenizer.encode("Read <|im_end|> 7"))
