@@ -30,6 +30,8 @@ SPLITS = ("train", "validation")
 COUNTERS = ("samples", "tokens", "bad")
 _FEW = 1000
 """A rate of bad samples is taken over this many at least; of fewer it would say little."""
+_ALL_BAD = 10
+"""More samples than these are no accident where not one of them was good."""
 
 
 class Data:
@@ -92,8 +94,8 @@ class Data:
         self.datasets = ["train"] if blend is None else mixture.names(blend)
         self._numbered = dict(enumerate(self.datasets))
         self._position: dict[str, Any] | None = None
-        self._reported: set[tuple[int, int]] = set()
         self._described: set[str] = set()
+        self._reported: dict[tuple[int, int], str] = {}
 
     @cached_property
     def components(self) -> list[Component]:
@@ -280,7 +282,7 @@ class Data:
             raise ValueError(f"{problem} (data.on_error=stop)")
         ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         if (ordinal, number) not in self._reported:
-            self._reported.add((ordinal, number))
+            self._reported[ordinal, number] = problem
             log.warning(f"bad sample, left out: {problem}")
 
     def counter_names(self, modalities: Collection[str]) -> list[str]:
@@ -318,13 +320,17 @@ class Data:
         """
         bad = sum(counts["bad"] for counts in totals.values())
         seen = bad + sum(counts["samples"] for counts in totals.values())
-        if bad > self.max_bad_fraction * max(seen, _FEW):
+        all_bad = bad == seen > _ALL_BAD and self.max_bad_fraction < 1
+        if all_bad or bad > self.max_bad_fraction * max(seen, _FEW):
             listed = ", ".join(
                 f"{name}: {counts['bad']:.0f} of {counts['bad'] + counts['samples']:.0f}"
                 for name, counts in totals.items()
             )
+            last = "".join(
+                f"; the last is {problem}" for problem in [*self._reported.values()][-1:]
+            )
             raise ValueError(
                 f"{bad:.0f} of {seen:.0f} samples are bad, more than"
                 f" data.max_bad_fraction={self.max_bad_fraction} ({listed}); the log has each"
-                " one's shard, key and reason"
+                f" one's shard, key and reason{last}"
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from nvmm.batch import MediaKind, Sample, Text
+from nvmm.data.samples.bad_sample import blamed
 from nvmm.data.samples.decode import Limits
 from nvmm.data.samples.record import PLAIN, Fields, Record, is_listed, is_picture
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -18,7 +20,9 @@ class Builder(ABC):
     """A builder makes samples from the members of a shard, which it reads through `record`.
 
     A builder's constructor takes `tokenizer` and `sequence_length` as keywords from the data. A
-    subclass must write `__call__` alone; the other methods have the defaults below.
+    subclass must write `__call__` alone; the other methods have the defaults below. Whatever a
+    subclass's methods raise about members becomes a BadSample that names shard and key
+    (`nvmm.data.samples.bad_sample.blamed`).
 
     extras: names of the `Text.extras` that its texts have.
     fields: our names of fields -> the data set's.
@@ -29,6 +33,12 @@ class Builder(ABC):
 
     extras: ClassVar[frozenset[str]] = frozenset()
     unread: Sequence[str] = ()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for name in ("__call__", "prompt", "question", "references", "measure"):
+            if name in vars(cls):
+                setattr(cls, name, _blaming(vars(cls)[name]))
 
     def __init__(
         self,
@@ -129,3 +139,14 @@ class Builder(ABC):
         return Sample(
             (Text(torch.tensor([self.tokenizer.pad_id]), torch.zeros(1)),), sample_id, "blank"
         )
+
+
+def _blaming(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a builder's method whose errors name the sample."""
+
+    @functools.wraps(method)
+    def blaming(self: Builder, members: Mapping[str, Any], *more: Any, **named: Any) -> Any:
+        with blamed(f"{members.get('__url__', '')}:{members.get('__key__', '')}"):
+            return method(self, members, *more, **named)
+
+    return blaming

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nvmm.batch import Sample
 from nvmm.data.order.permutation import LocalPermutation, Permutation
-from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.bad_sample import BadSample, blamed
 from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.decode import IMAGES
 from nvmm.data.samples.record import is_listed
@@ -181,12 +181,17 @@ class Dataset:
         return members
 
     def __getitem__(self, number: int) -> Sample:
-        sample: Sample = self.build(self.members(number))
-        return dataclasses.replace(sample, sample_id=number)
+        members = self.members(number)
+        with blamed(f"{members['__url__']}:{members['__key__']}"):
+            sample: Sample = dataclasses.replace(self.build(members), sample_id=number)
+        return sample
 
     def measure(self, number: int) -> tuple[int, int]:
         """Return tokens and tiles of a sample, from headers alone where its builder can."""
-        return self.build.measure(self.members(number))
+        members = self.members(number)
+        with blamed(f"{members['__url__']}:{members['__key__']}"):
+            tokens, tiles = self.build.measure(members)
+        return tokens, tiles
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:

@@ -153,7 +153,7 @@ class Index:
         """Return `lengths(digest)`, made with `measure` (number -> tokens, tiles) if missing.
 
         A sample for which `measure` raises ValueError gets -1, -1. Raises ValueError when the
-        counts cannot be written.
+        counts cannot be written, and when every sample is bad.
         """
         known = self.lengths(digest)
         if known is not None:
@@ -166,19 +166,39 @@ class Index:
         # Another process may have counted while this one waited. Without locks both count alike.
         with lock(self.path / "lock", required=False):
             if self.lengths(digest) is None:
-                self._count(f"lengths-{digest}", partial(_measured, measure), workers)
+                self._count(f"lengths-{digest}", measure, workers)
         return _open(self.path / f"lengths-{digest}", "<i4").reshape(-1, 2)
 
-    def _count(
-        self, name: str, measured: Callable[[tuple[int, int]], NDArray[np.int32]], workers: int
-    ) -> None:
-        """Write the column `name` of all samples, span by span."""
+    def _count(self, name: str, measure: Callable[[int], tuple[int, int]], workers: int) -> None:
+        """Write the column `name` of all samples, span by span; warn of those that are bad."""
+        measured = partial(_measured, measure)
         step = max(1, min(1000, len(self) // max(1, 4 * workers)))
         spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
         results = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
+        num_bad, first = 0, 0
         with publish(self.path / name, shared=True) as temporary, open(temporary, "wb") as file:
-            for rows in watch(results, len(spans), f"counting tokens ({len(self)} samples)"):
+            for (start, _), rows in zip(
+                spans,
+                watch(results, len(spans), f"counting tokens ({len(self)} samples)"),
+                strict=True,
+            ):
+                bad = np.flatnonzero(rows[:, 0] < 0)
+                if bad.size and not num_bad:
+                    first = start + int(bad[0])
+                num_bad += bad.size
                 file.write(rows.tobytes())
+            if num_bad:
+                # The fault may lie in the builder: say the first. Counts of bad samples alone would
+                # outlive its repair.
+                try:
+                    measure(first)
+                    reason = "it can now"
+                except ValueError as error:
+                    reason = str(error)
+                message = f"{num_bad} of {len(self)} samples cannot be built, the first: {reason}"
+                if num_bad == len(self):
+                    raise ValueError(message)
+                log.warning(f"data: {message}")
 
 
 def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 0) -> Index:

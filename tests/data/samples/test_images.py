@@ -45,6 +45,23 @@ def test_grid_scales_with_the_tile_size() -> None:
     assert choose_grid(46, 46, tile_size=32) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((10, 8), (1, 1)),  # 80 pixels: more than half of one tile's 64, not of four
+        ((15, 12), (2, 2)),  # 180: half of four tiles is 128, of six 192
+        ((20, 16), (3, 2)),  # 320
+        ((8, 5), (3, 2)),  # nearer to 3 : 2 than to 1 : 1, at any size
+        ((6, 5), (1, 1)),
+    ],
+)
+def test_of_grids_as_near_the_image_s_pixels_decide(
+    size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """5 : 4 lies as far from 1 : 1 as from 3 : 2."""
+    assert choose_grid(*size, tile_size=8) == grid
+
+
 def test_grid_respects_min_tiles() -> None:
     assert choose_grid(448, 448, min_tiles=2) == (2, 2)
     assert choose_grid(448, 448, max_tiles=1) == (1, 1)
@@ -75,6 +92,32 @@ def test_tiles_are_row_major_and_the_thumbnail_is_last() -> None:
     assert centres == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
     small = np.asarray(quadrants().resize((8, 8), Image.Resampling.BICUBIC), int)
     assert np.abs(cut.values[4].permute(1, 2, 0).numpy() - small).max() <= 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tiles_of_a_grid_that_is_not_square(turned: bool) -> None:
+    """Six squares of a colour each, in reading order; the thumbnail shows all of them."""
+    colours = np.arange(18).reshape(2, 3, 3) * 14
+    if turned:
+        colours = colours.transpose(1, 0, 2)
+    rows, cols = colours.shape[:2]
+    pixels = colours.repeat(24, 0).repeat(24, 1).astype(np.uint8)
+    cut = tile_image(Image.fromarray(pixels), tile_size=8)
+    assert cut.grid == (cols, rows) and cut.tiles.tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert cut.values[:6, :, 4, 4].tolist() == colours.reshape(6, 3).tolist()
+    small = np.asarray(Image.fromarray(pixels).resize((8, 8), Image.Resampling.BICUBIC), int)
+    assert np.abs(cut.values[6].permute(1, 2, 0).numpy() - small).max() <= 2
+
+
+def test_the_thumbnail_is_made_of_the_image_s_own_pixels() -> None:
+    """Not of the grid's, which were resized before: fine patterns would show twice blurred."""
+    image = Image.open(io.BytesIO(image_bytes(90, 40)))
+    cut = tile_image(image, tile_size=8)
+    assert cut.grid == (2, 1)
+    alone = tile_image(image, tile_size=8, max_tiles=1).values[0]
+    assert torch.equal(cut.values[-1], alone)
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), int)
+    assert np.abs(cut.values[-1].permute(1, 2, 0).numpy() - small).max() <= 2
 
 
 def test_one_tile_has_no_thumbnail() -> None:
@@ -231,8 +274,9 @@ def test_exif_orientations_become_upright(orientation: int, kind: str) -> None:
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored))
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
-    shown = decode_image(encoded(image, kind, exif=exif, **options), source="s:k")
-    assert shown.size == (32, 16)
+    data = encoded(image, kind, exif=exif, **options)
+    shown = decode_image(data, source="s:k")
+    assert shown.size == (32, 16) == read_size(data, source="s:k")
     corners = np.asarray(shown)[[2, 2, -3, -3], [2, -3, 2, -3]].astype(int)
     assert np.abs(corners - [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3]).max() < 30
 

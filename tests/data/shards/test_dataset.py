@@ -48,6 +48,94 @@ def test_names_split_as_webdataset_does(name: str, expected: tuple[str, str] | N
     assert base_plus_ext(name)[0] == (expected[0] if expected else None)
 
 
+@pytest.mark.parametrize("name", ["._000.json", "d/._000.json", "d/.hidden.json", "d/.b/.a.b"])
+def test_hidden_files_are_no_members(name: str) -> None:
+    """A Mac's `._` files lie between the members of samples: webdataset reads key `d/` there."""
+    assert split_name(name) is None
+
+
+def test_a_macs_hidden_files_leave_samples_whole(tmp_path: Path) -> None:
+    members = [("d/._0.json", b"\0"), ("d/0.json", b"1"), ("d/._0.txt", b"\0"), ("d/0.txt", b"2")]
+    dataset = raw(write_tar(tmp_path / "m.tar", members))
+    assert [dataset.members(n) for n in range(len(dataset))] == [
+        {"__url__": dataset.shards[0], "__key__": "d/0", "json": b"1", "txt": b"2"}
+    ]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path, form: int) -> None:
+    """The sample is read, and its key can be printed and written wherever keys are."""
+    for length in (1, 150):  # 150: a long name, in a header of its own
+        name = "d/" * 20 * (length > 1) + "\xe9" * length
+        path = tmp_path / f"{length}.tar"
+        if form == tarfile.USTAR_FORMAT and length > 1:
+            continue
+        write_tar(path, [(f"{name}.json", b"{}"), ("b.json", b"{}")], format=form,
+                  encoding="latin-1")  # fmt: skip
+        if form == tarfile.PAX_FORMAT:  # It writes UTF-8 by itself; GNU tar did not always.
+            data = path.read_bytes()
+            path.write_bytes(data.replace("\xe9".encode(), b"\xe9\xe9"))
+            length = 2 * length
+        dataset = raw(str(path))
+        key = "d/" * 20 * (length > 2) + "\\xe9" * length
+        assert [dataset.index.key(n) for n in range(2)] == [key, "b"]
+        assert dataset.members(0) == {"__url__": str(path), "__key__": key, "json": b"{}"}
+        key.encode()
+
+
+def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar header with a right checksum, whatever its fields say."""
+    fields = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size.ljust(12, b"\0")
+    fields += b"00000000000\0" + b" " * 8 + kind + bytes(100) + b"ustar\x0000" + bytes(247)
+    return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [b"-1000", b"-2000", b"\xff" * 12, b"\xff" * 11 + b"\0"],
+    ids=["-512", "-1024", "-1", "-256"],
+)
+def test_sizes_below_zero_end_a_shard(tmp_path: Path, size: bytes) -> None:
+    """Such a size leads back to headers that were read: without an end, where nobody looks."""
+    path = tmp_path / "s.tar"
+    good = header(b"a.json", b"00000000001") + b"1".ljust(512, b"\0")
+    path.write_bytes(good + header(b"b.json", size) + bytes(1024))
+    with pytest.raises(ValueError, match=r"s\.tar:b: truncated or damaged here"):
+        len(raw(str(path)))
+
+
+def test_sparse_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    good = header(b"b.json", b"00000000000")
+    path.write_bytes(header(b"a.json", b"00000000000", b"S") + good + bytes(1024))
+    with pytest.raises(
+        ValueError, match=r"s\.tar:a: a\.json is a sparse file; .* without --sparse"
+    ):
+        len(raw(str(path)))
+    dataset = Dataset(str(path), dict)
+    dataset.skip_damage = True
+    assert [dataset.index.key(n) for n in range(len(dataset))] == ["b"]
+
+
+def test_members_that_do_not_follow_one_another_are_no_samples(tmp_path: Path) -> None:
+    """Each part alone would train: a question without its picture."""
+    names = ["0.png", "1.png", "2.json", "0.json", "1.json", "3.json", "4.json", "3.json"]
+    path = write_tar(tmp_path / "u.tar", [(name, b"") for name in names])
+    dataset = raw(path)
+    with pytest.raises(ValueError, match=r"u\.tar:0: the members of 2 samples lie apart"):
+        len(dataset)
+    dataset = Dataset(path, dict)
+    dataset.skip_damage = True
+    assert [dataset.index.key(n) for n in range(len(dataset))] == ["2", "3", "4", "3"]
+    assert dataset.members(0)["json"] == b""
+
+
+def test_brackets_in_a_name_that_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "set [v1]"
+    folder.mkdir()
+    assert len(raw(write_tar(folder / "t-{0}.tar", [("0.json", b"{}")]))) == 1
+
+
 def test_reads_what_webdataset_reads(make_shards: Callable[..., str]) -> None:
     import webdataset
 

@@ -57,8 +57,9 @@ def test_members_neither_lead_out_nor_run(tmp_path: Path) -> None:
     assert not (tmp_path.parent / "evil.txt").exists()
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], colour: int = 0) -> bytes:
+    """A PNG of these chunks. colour: its header's type of colour; 0 is grey, 3 a palette."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
     parts = [b"\x89PNG\r\n\x1a\n"]
     for kind, body in (header, *chunks, (b"IEND", b"")):
         parts += [struct.pack(">I", len(body)), kind, body]

@@ -200,6 +200,33 @@ def test_other_builders_are_measured_by_building(tmp_path: Path, tiny: Tokenizer
     assert other.lengths.tolist() == expected and build.calls == 0
 
 
+def test_a_builder_s_fault_is_said_while_counting(
+    tmp_path: Path,
+    tiny: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Bad samples are named; counts of bad ones alone are not kept, or they outlive the repair."""
+    build = Plain(tokenizer=tiny, sequence_length=8)
+    dataset = Dataset(shards_of(tmp_path, MIXED), build)
+    with monkeypatch.context() as patch:
+        patch.setattr(Plain, "__call__", lambda self, members: self.missing)
+        with pytest.raises(ValueError, match=r"5 of 5 .*: .*:a: AttributeError: 'Plain' object"):
+            _ = dataset.lengths
+    assert dataset.index.lengths(builder_digest(build)) is None
+    assert (dataset.lengths[:, 0] >= 0).tolist() == [True, False, True, True, True]
+    assert "1 of 5 samples cannot be built, the first: " in caplog.text
+    assert ":b: ValueError: refused" in caplog.text
+
+
+def test_a_damaged_index_is_built_anew(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path, MIXED)
+    path = open_index(shards).path / "index.json"
+    for content in ("", "[]", "{}", path.read_text()[:-9]):
+        path.write_text(content)
+        assert open_index(shards).key(4) == "e"
+
+
 def test_a_digest_depends_on_what_counts(make_shards: Callable[..., str], tiny: Tokenizer) -> None:
     same = {builder_digest(builder(tiny)) for _ in range(2)}
     others = {
