@@ -6,7 +6,6 @@ was trained with. The data-parallel ranks share the questions.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +30,7 @@ def main() -> None:
 def evaluate(job: compose.Job) -> dict[str, Any]:
     """Run one benchmark on all ranks; return the summary that metrics.json holds."""
     from nvmm.evaluation.benchmark import Settings
+    from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import restore_from
     from nvmm.parallel import setup
     from nvmm.report.page import write_report
@@ -40,17 +40,17 @@ def evaluate(job: compose.Job) -> dict[str, Any]:
     config = job.config
     with refusals("evaluate"):
         benchmark = instantiate(config["benchmark"])
-        settings = Settings(**{field.name: config[field.name] for field in fields(Settings)})
-        restored = restore_from(config, benchmark.builder)
-        result = benchmark.run(restored, settings)
+        settings = Settings(
+            **{field.name: config[field.name] for field in fields(Settings) if field.name in config}
+        )
+        restored = restore_from(config, benchmark.changes)
+        folder = output_folder(config["output"], restored.path, benchmark.name)
+        journal = Journal(folder, config, restored.path)
+        result = benchmark.run(restored, settings, journal)
     summary = {"benchmark": benchmark.name, "checkpoint": str(restored.path), **result.summary}
     # Rank 0 writes the results, and adds them to the run that the checkpoint belongs to.
     if environment.rank() == 0:
-        folder = output_folder(config["output"], restored.path, benchmark.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "predictions.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in result.lines())
-        (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        journal.finish(summary, result.images())
         run_dir = restored.path.parent.parent
         if (run_dir / "summary.json").exists():
             update_summary(run_dir, **result.scores)

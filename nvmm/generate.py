@@ -51,7 +51,7 @@ def generate(job: compose.Job) -> str:
 
 
 def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes | str]:
-    """Return the prompt and its images as members of a shard's sample.
+    """Return the prompt and its images as members of a sample, under our own names of fields.
 
     Raises ValueError for an image that cannot be read.
     """
@@ -59,6 +59,7 @@ def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes 
     sample: dict[str, bytes | str] = {
         "__url__": "prompt",
         "__key__": "",
+        "__plain__": "",
         "json": json.dumps({"question": prompt}).encode(),
     }
     for number, path in enumerate(paths):

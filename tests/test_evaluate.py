@@ -240,6 +240,103 @@ def test_the_first_samples_alone(folder: Path, unanswered: list[dict[str, Any]])
         assert longer["prediction"].startswith(line["prediction"].rstrip("\ufffd"))
 
 
+def interrupted(rank: int, world_size: int, init_method: str, config: dict[str, Any]) -> None:
+    """An evaluation that dies after two batches, in the middle of writing a line."""
+    from nvmm.inference.restore import Restored
+
+    generate, calls = Restored.generate, []
+
+    def dying(*arguments: Any, **options: Any) -> list[str]:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return generate(*arguments, **options)
+
+    Restored.generate = dying  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(rank, world_size, init_method, config)
+    finally:
+        Restored.generate = generate  # type: ignore[method-assign]
+    folder = Path(config["output"])
+    assert not (folder / "metrics.json").exists()
+    with open(folder / "predictions.jsonl", "a") as file:
+        file.write('{"sample_id": 2, "sou')
+
+
+def test_an_evaluation_that_was_killed_goes_on(
+    folder: Path, unanswered: list[dict[str, Any]]
+) -> None:
+    """With two ranks behind one, and the score of an undisturbed one."""
+    shards = write_questions(folder, "killed", {3: unanswered[3]["prediction"]})
+    output = folder / "killed"
+    config = command(folder, shards, batch_size=1, output=str(output))
+    run_ranks(interrupted, 1, config)
+    assert [line["sample_id"] for line in read_written(output)] == [0, 1]
+    [refused] = run_ranks(launch, 1, config | {"max_new_tokens": 2})
+    assert refused[0] == compose.BAD_CONFIG and "max_new_tokens=None, not 2" in refused[1]
+    [refused, same] = run_ranks(launch, 2, config | {"max_new_tokens": 2})
+    assert refused[0] == same[0] == compose.BAD_CONFIG, "no rank waits for another"
+    summaries = run_ranks(launch, 2, config)
+    assert [line["prediction"] for line in read(output)] == [x["prediction"] for x in unanswered]
+    assert [line["score"] for line in read(output)] == [0.0, 0.0, 0.0, 1.0, 0.0]
+    for summary in summaries:
+        assert (summary["score"], summary["num_samples"]) == (1 / NUM_SAMPLES, NUM_SAMPLES)
+    before = (output / "predictions.jsonl").read_bytes()
+    assert run_ranks(launch, 1, config) == summaries[:1]
+    assert (output / "predictions.jsonl").read_bytes() == before
+    assert len((output / "images.jsonl").read_text().splitlines()) == 4
+
+
+def read_written(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines."""
+    text = (folder / "predictions.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n")].splitlines()]
+
+
+def test_bad_questions_and_those_without_a_truth_have_no_score(folder: Path) -> None:
+    from nvmm.data.shards.dataset import write_shards
+
+    def sample(key: int, image: bytes | None = None, **record: Any) -> dict[str, bytes | str]:
+        members: dict[str, bytes | str] = {"__key__": str(key), "json": json.dumps(record).encode()}
+        return members | ({} if image is None else {"png": image})
+
+    odd = [
+        sample(0, picture(16, 16), question="what", answers=["a"]),
+        sample(1, picture(16, 16)[:60], question="what", answers=["a"]),
+        sample(2, question="read " * 300, answers=["a"]),
+        sample(3, question="how many", answers=None),
+        sample(4, question="how many", answers=[None]),
+        sample(5, question="how many", answers=["a"]),
+        sample(6, question="read it"),
+    ]
+    shards = str(folder / "odd-*.tar")
+    write_shards(folder, "odd", odd)
+    strict, output = command(folder, shards, output=str(folder / "odd")), folder / "odd"
+    [(code, text)] = run_ranks(launch, 1, strict)
+    assert code == compose.BAD_CONFIG
+    assert "2 of 7 questions of benchmark.shards=" in text
+    assert "odd-00000.tar:1: member png: " in text
+    summaries = run_ranks(launch, 2, strict | {"max_bad_fraction": 0.5})
+    summary = summaries[0]
+    assert summaries[1] == summary
+    assert [line["sample_id"] for line in read(output)] == [0, 5]
+    assert (summary["num_samples"], summary["num_bad"], summary["num_without_answer"]) == (2, 3, 2)
+    assert summary["score"] == sum(line["score"] for line in read(output)) / 2
+    skipped = [json.loads(x) for x in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [line["sample_id"] for line in skipped] == [1, 2, 3, 4, 6]
+    assert [line["bad"] for line in skipped] == [True, True, False, True, False]
+    assert [line["reason"] for line in skipped] == summary["skipped"]
+    assert "needs" in summary["skipped"][1] and "no accepted answer" in summary["skipped"][2]
+    # None has a truth: there is no score to print.
+    write_shards(folder, "test", [sample(0, question="what"), sample(1, question="how many")])
+    config = command(folder, str(folder / "test-*.tar"), output=str(folder / "test"))
+    [(code, text)] = run_ranks(launch, 1, config)
+    assert code == compose.BAD_CONFIG
+    assert "has a score: 0 are bad, 2 have no accepted answer; the first: " in text
+    assert not (folder / "test" / "metrics.json").exists()
+
+
 def test_answers_in_fp8(folder: Path, unanswered: list[dict[str, Any]]) -> None:
     """Other words than in full precision; delayed scaling wants the scales it was trained with."""
 

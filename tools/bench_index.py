@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def write_synthetic(folder: Path, count: int) -> None:
     np.stack([tokens, tiles], axis=1).tofile(index.path / f"lengths-{builder_digest(Builder())}")
 
 
-def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
+def synthetic_scan(shard: str) -> tuple[dict[str, Any], Counter[str], None]:
     """Return the columns of a shard of PER_SHARD samples with one image each."""
     rng = np.random.default_rng(int(Path(shard).stem.rpartition("-")[2]))
     starts = np.arange(PER_SHARD) * 50_000
@@ -88,7 +89,7 @@ def synthetic_scan(shard: str) -> tuple[dict[str, Any], None]:
         "image": np.arange(1, PER_SHARD + 1),
         "sizes": rng.integers(200, 2000, 2 * PER_SHARD),
     }
-    return columns, None
+    return columns, Counter(json=len(columns["start"])), None
 
 
 class Builder:

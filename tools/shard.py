@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from tqdm import tqdm
-
 from nvmm.data.prepare import json_records, tables
-from nvmm.data.shards.dataset import write_shards
+from nvmm.data.prepare.write import add_options, write
 from nvmm.data.shards.storage import expand
 
 
@@ -28,7 +27,10 @@ def index_shards(options: argparse.Namespace) -> None:
 
     dataset = Dataset(options.shards, build=dict, index_dir=options.index_dir)
     dataset.skip_damage = True
-    print(f"{len(dataset)} samples in {len(dataset.shards)} shards: {dataset.index.path}")
+    index = dataset.index
+    print(f"{len(index)} samples in {len(dataset.shards)} shards: {index.path}")
+    kinds = ", ".join(f".{kind} {count}" for kind, count in index.kinds.items())
+    print(f"{index.num_with_images} with pictures; members: {kinds}")
     for line in dataset.index.damage:
         print(f"damaged: {line}")
 
@@ -54,6 +56,7 @@ def index_config(overrides: list[str]) -> None:
             f"{component.name}: {len(tokens)} samples, {bad} bad, {total} tokens, weight"
             f" {float(component.weight):.4g}: {component.dataset.index.path}"
         )
+        print(f"{component.name}: {component.dataset.contents()[0]}")
 
 
 def key_and_folder(text: str) -> tuple[str, str]:
@@ -87,11 +90,24 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="source", required=True, help="file pattern")
     command = commands.add_parser("hf", help="folder of Hugging Face datasets; needs pyarrow")
     command.add_argument("--from", dest="source", required=True, help="save_to_disk's, or Parquet")
-    command.add_argument("--split", help="of a DatasetDict, or the Parquet files' first word")
-    for command in commands.choices.values():
-        command.add_argument("--to", required=True, help="folder to write")
-        command.add_argument("--name", default="train", help="shards are NAME-00000.tar, ...")
-        command.add_argument("--samples-per-shard", type=int, default=1000)
+    command.add_argument("--split", help="needed where the folder has several")
+    command.add_argument("--config", help="folder of the Parquet files, where there are several")
+    for name, command in commands.choices.items():
+        add_options(command, samples_per_shard=1000)
+        command.add_argument(
+            "--unread",
+            action="append",
+            default=[],
+            metavar="KEY",
+            help="key or column whose files are left out; may be given several times",
+        )
+        if name in ("llava", "jsonl"):
+            command.add_argument(
+                "--on-missing",
+                choices=("stop", "skip"),
+                default="stop",
+                help="skip: leave out records whose files are missing, and list them in the end",
+            )
     command = commands.add_parser("index", help="index shards; with a config count tokens too")
     command.add_argument("shards", nargs="*", help="file patterns")
     command.add_argument("--index-dir", help="folder for it, where the shards' own cannot hold it")
@@ -101,44 +117,31 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def samples(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
+def samples(
+    options: argparse.Namespace, leave_out: Callable[[str], None]
+) -> Iterable[dict[str, Any]]:
     """Return the samples that a command line asks for."""
     if options.command in ("llava", "jsonl"):
-        files = {"image": options.images} if options.command == "llava" else dict(options.files)
-        return json_records.samples(json_records.read_records(options.json), files)
+        files = options.images if options.command == "llava" else dict(options.files)
+        return json_records.samples(
+            json_records.read_records(options.json),
+            files,
+            options.unread,
+            leave_out if options.on_missing == "skip" else None,
+        )
     if options.command == "hf":
-        return tables.samples(tables.folder_rows(options.source, options.split))
+        rows = tables.folder_rows(options.source, options.split, options.config)
+        return tables.samples(rows, options.unread)
     paths = expand(options.source)
     if not paths:
         raise ValueError(f"--from {options.source} matches no file")
-    return tables.samples(tables.parquet_rows(paths))
-
-
-def write(options: argparse.Namespace) -> None:
-    """Write the shards that a command line asks for."""
-    interval = 0.1 if sys.stderr.isatty() else 10
-    progress = tqdm(unit=" samples", mininterval=interval)
-
-    def counted() -> Iterable[dict[str, Any]]:
-        for sample in samples(options):
-            yield sample
-            progress.update()
-
-    try:
-        paths = write_shards(
-            options.to, options.name, counted(), samples_per_shard=options.samples_per_shard
-        )
-    except ValueError as error:
-        progress.close()
-        sys.exit(str(error))
-    progress.close()
-    print(f"{progress.n} samples in {len(paths)} shards: {options.to}/{options.name}-*.tar")
+    return tables.samples(tables.parquet_rows(paths), options.unread)
 
 
 def main() -> None:
     options = parser().parse_args()
     if options.command != "index":
-        return write(options)
+        return write(options, partial(samples, options))
     if bool(options.shards) == bool(options.config):
         sys.exit("index: give patterns, or --config and the overrides of a training run")
     if options.config:

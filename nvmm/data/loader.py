@@ -30,6 +30,8 @@ SPLITS = ("train", "validation")
 COUNTERS = ("samples", "tokens", "bad")
 _FEW = 1000
 """A rate of bad samples is taken over this many at least; of fewer it would say little."""
+_ALL_BAD = 10
+"""More samples than these are no accident where not one of them was good."""
 
 
 class Data:
@@ -92,7 +94,8 @@ class Data:
         self.datasets = ["train"] if blend is None else mixture.names(blend)
         self._numbered = dict(enumerate(self.datasets))
         self._position: dict[str, Any] | None = None
-        self._reported: set[tuple[int, int]] = set()
+        self._described: set[str] = set()
+        self._reported: dict[tuple[int, int], str] = {}
 
     @cached_property
     def components(self) -> list[Component]:
@@ -168,6 +171,7 @@ class Data:
         position: Mapping[str, Any] | None = None,
         pad_multiple: int = 1,
         segment_multiple: int = 1,
+        images: bool = False,
     ) -> Iterator[list[Batch]]:
         """Yield for each step, from `start`, the micro-batches of data-parallel rank `rank` of
         `size`.
@@ -175,6 +179,9 @@ class Data:
         A global batch is assigned to ranks by cost, the same number of micro-batches to every rank,
         at every step. Training never ends; validation is one pass in the dataset's order, whose
         last global batch is filled up with blank samples of id -1.
+
+        The log says what each data set has, and warns of one without images where `images`, as
+        the model reads them.
 
         Raises ValueError for a batch size that does not divide.
         """
@@ -198,6 +205,10 @@ class Data:
         damage = [line for item in numbered.values() for line in item.index.damage]
         for line in [*getattr(order, "changes", ()), *damage] if rank == 0 else ():
             log.info(f"data: {line}")
+        if rank == 0 and split not in self._described:
+            self._described.add(split)
+            named = {self._numbered[number]: item for number, item in numbered.items()}
+            self._describe(named if split == "train" else {split: dataset}, images)
         global_batches = GlobalBatches(
             datasets=numbered,
             order=order,
@@ -211,6 +222,26 @@ class Data:
             planned=self.pack and split == "train",
         )
         return self._iterate(global_batches, StepNumbers(start, stop))
+
+    def _describe(self, datasets: Mapping[str, Dataset], images: bool) -> None:
+        """Log what the data sets have, from their indices."""
+        seen: dict[str, str] = {}
+        for name, dataset in datasets.items():
+            both = [shard for shard in dataset.shards if shard in seen]
+            seen |= dict.fromkeys(dataset.shards, name)
+            if both:
+                log.warning(f"data: {name} has {len(both)} shards that others have too: {both[0]}")
+            line, has_pictures = dataset.contents()
+            log.info(f"data: {name}: {line}")
+            if images and not has_pictures:
+                log.warning(f"data: {name} has no picture, and the model reads pictures")
+        if not {"train", "validation"} <= self._described or "validation" not in datasets:
+            return
+        trained = {shard for component in self.components for shard in component.dataset.shards}
+        if known := trained & {*datasets["validation"].shards}:
+            log.warning(
+                f"data: validation reads {len(known)} shards that are trained on: {min(known)}"
+            )
 
     def _iterate(
         self, global_batches: GlobalBatches, numbers: StepNumbers
@@ -251,7 +282,7 @@ class Data:
             raise ValueError(f"{problem} (data.on_error=stop)")
         ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         if (ordinal, number) not in self._reported:
-            self._reported.add((ordinal, number))
+            self._reported[ordinal, number] = problem
             log.warning(f"bad sample, left out: {problem}")
 
     def counter_names(self, modalities: Collection[str]) -> list[str]:
@@ -289,13 +320,17 @@ class Data:
         """
         bad = sum(counts["bad"] for counts in totals.values())
         seen = bad + sum(counts["samples"] for counts in totals.values())
-        if bad > self.max_bad_fraction * max(seen, _FEW):
+        all_bad = bad == seen > _ALL_BAD and self.max_bad_fraction < 1
+        if all_bad or bad > self.max_bad_fraction * max(seen, _FEW):
             listed = ", ".join(
                 f"{name}: {counts['bad']:.0f} of {counts['bad'] + counts['samples']:.0f}"
                 for name, counts in totals.items()
             )
+            last = "".join(
+                f"; the last is {problem}" for problem in [*self._reported.values()][-1:]
+            )
             raise ValueError(
                 f"{bad:.0f} of {seen:.0f} samples are bad, more than"
                 f" data.max_bad_fraction={self.max_bad_fraction} ({listed}); the log has each"
-                " one's shard, key and reason"
+                f" one's shard, key and reason{last}"
             )

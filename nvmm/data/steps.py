@@ -15,7 +15,7 @@ from nvmm.batch import Batch, Sample
 from nvmm.data.collate import collate
 from nvmm.data.order import sample_ids
 from nvmm.data.order.packing import Pack, assign
-from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.bad_sample import BadSample, blamed
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.shards.dataset import Dataset
 
@@ -119,9 +119,16 @@ class GlobalBatches:
         ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         dataset = self.datasets[ordinal]
         sample = dataclasses.replace(dataset[number], sample_id=sample_id)
-        check_sample(sample)
+        with blamed(sample.source):
+            check_sample(sample)
         if self.planned:
             expected, tokens = int(dataset.lengths[number, 0]), sample.num_tokens
+            if expected < 0:
+                raise BadSample(
+                    sample.source,
+                    "could not be built when tokens were counted; to count them anew, delete"
+                    f" {dataset.index.path}",
+                )
             if tokens != expected or tokens > self.order.settings.capacity:
                 raise BadSample(
                     sample.source,

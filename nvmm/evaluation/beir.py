@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from nvmm.evaluation.benchmark import Benchmark, Encode, Result, Settings, refuse_settings
+from nvmm.evaluation.benchmark import (
+    Benchmark,
+    Encode,
+    Result,
+    Settings,
+    finite,
+    refuse_settings,
+)
 from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
 
 if TYPE_CHECKING:
+    from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
 
@@ -36,14 +44,17 @@ class Retrieval(Benchmark):
     name: str = "beir"
     builder: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, model: Restored, settings: Settings) -> Result:
+    def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Embed corpus and queries, and score the rankings; ranks share the texts."""
         refuse_settings(settings, keep=("batch_size", "seed"))
         from nvmm.data.prepare import retrieval_sets
 
-        queries = retrieval_sets.read_queries(self.folder)
-        qrels = retrieval_sets.read_qrels(self.folder, self.split)
-        corpus = retrieval_sets.read_corpus(self.folder)
+        try:
+            queries = retrieval_sets.read_queries(self.folder)
+            qrels = retrieval_sets.read_qrels(self.folder, self.split)
+            corpus = retrieval_sets.read_corpus(self.folder)
+        except OSError as error:
+            raise ValueError(f"benchmark.folder={self.folder} cannot be read ({error})") from error
         embed = model.encoder(settings.batch_size)
         options: dict[str, Any] = {
             "instruction": self.instruction or embed.builder.instruction,
@@ -81,7 +92,8 @@ def evaluate(
     ignore_identical_ids: leave the document with a query's id out of its ranking, as mteb does for
         sets whose queries are documents (ArguAna, Quora, ...).
 
-    Raises ValueError when the qrels name a query or document that is not there.
+    Raises ValueError when the qrels name a query or document that is not there, and for vectors
+    that are not finite: any ranking of them would be chance.
     """
     asked = [query for query in qrels if qrels[query]]
     unknown = [query for query in asked if query not in queries]
@@ -89,11 +101,12 @@ def evaluate(
     if unknown or not asked:
         raise ValueError(f"qrels name {len(unknown)} unknown ids ({unknown[:5]}) of {len(asked)}")
     ids = list(corpus)
-    documents = encode(list(corpus.values()), None)
+    documents = finite(encode(list(corpus.values()), None), "documents")
     totals = dict.fromkeys((f"{name}_at_{k}" for name in METRICS for k in cutoffs), 0.0)
     for start in range(0, len(asked), _QUERIES):
         some = asked[start : start + _QUERIES]
-        scores = encode([queries[query] for query in some], instruction) @ documents.t()
+        vectors = finite(encode([queries[query] for query in some], instruction), "queries")
+        scores = vectors @ documents.t()
         # One more than is scored, as the document with the query's own id may be left out.
         best = torch.topk(scores, min(max(cutoffs) + 1, len(ids)), dim=1).indices.tolist()
         for query, row in zip(some, best, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,15 +11,35 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from nvmm.config.nested import merged
 from nvmm.evaluation.images import MAX_IMAGES, image_fields
 from nvmm.io.progress import progress
 
 if TYPE_CHECKING:
+    from nvmm.batch import Sample
+    from nvmm.data.samples.builder import Builder
+    from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
+log = logging.getLogger(__name__)
+_FAULTS = (
+    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
+    RecursionError,
+)
+"""What odd bytes may make a builder raise. A read that may work later (OSError) is not here."""
+_NAMED = 20
+"""The number of questions without a score that metrics.json names; skipped.jsonl has all."""
 
 Encode = Callable[[Sequence[str], str | None], Tensor]
 """A function from (texts, instruction or None) to unit vectors [texts, h]."""
+
+
+def finite(vectors: Tensor, what: str) -> Tensor:
+    """Return vectors [n, h]; raise ValueError where one has a value that is not finite."""
+    broken = int((~torch.isfinite(vectors)).any(1).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(vectors)} vectors of {what} are not finite")
+    return vectors
 
 
 class Metric(Protocol):
@@ -32,12 +52,13 @@ class Metric(Protocol):
 class Example:
     """One question, ready for the model.
 
-    members: the shard's sample, with the member json in the form that the sample builder of
-        training reads. question: the question as in the data. kind: the group it is reported under.
+    prompt: the sample up to where the answer begins. question: its last turn, without images.
+    answers: the accepted ones, at least one. kind: the group it is reported under.
     """
 
-    members: dict[str, Any]
+    prompt: Sample
     question: str
+    answers: list[str]
     kind: str
 
 
@@ -55,12 +76,23 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A question that has no score. bad: it cannot be asked; else it has no accepted answer."""
+
+    sample_id: int
+    source: str
+    bad: bool
+    reason: str
+
+
+@dataclass(frozen=True)
 class Settings:
     """Options of running a benchmark; a benchmark refuses those that it has no use for.
 
     batch_size: samples of a forward pass. num_samples: ask so many, the first ones; None: all.
     max_new_tokens: replaces the benchmark's. temperature, top_p, use_cache, seed: options of
-    generation.
+    generation. max_bad_fraction: the evaluation is refused when more of its questions cannot be
+    asked; one may always be bad, unless this is 0.
     """
 
     batch_size: int = 8
@@ -70,6 +102,7 @@ class Settings:
     top_p: float = 1.0
     use_cache: bool = True
     seed: int = 1234
+    max_bad_fraction: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,13 +110,13 @@ class Result:
     """The result of a benchmark, the same on every rank.
 
     summary: content of metrics.json. scores: key of a run's summary.json -> value. text: the result
-    for a person to read. lines: returns the lines of predictions.jsonl; called on one rank.
+    for a person to read. images: returns the lines of images.jsonl; called on one rank.
     """
 
     summary: dict[str, Any]
     scores: dict[str, Any]
     text: str
-    lines: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
+    images: Callable[[], Iterator[dict[str, Any]]] = lambda: iter(())
 
 
 def refuse_settings(settings: Settings, keep: Sequence[str]) -> None:
@@ -104,24 +137,36 @@ class Benchmark(ABC):
     name: str
     builder: Mapping[str, Any]
 
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The parameters of the checkpoint's sample builder that are changed."""
+        return self.builder
+
     @abstractmethod
-    def run(self, model: Restored, settings: Settings) -> Result:
-        """Run on all ranks together; raise ValueError for settings that it has no use for."""
+    def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
+        """Run on all ranks together; raise ValueError for settings that it has no use for.
+
+        journal: keeps what is known so far, for an evaluation that is killed and goes on.
+        """
 
 
 @dataclass(frozen=True)
 class Questions(Benchmark):
-    """Questions in shards, each with accepted answers.
+    """Questions in shards, each with accepted answers, read as the checkpoint's training data are.
+
+    The form and the fields of the checkpoint's sample builder read questions and answers. A sample
+    that cannot be read or asked, and one without an accepted answer, has no score: it is counted
+    and named. Too many of the first kind end the evaluation, and so does a lack of scores.
 
     Args:
         name: name of the output directory.
-        shards: file patterns of tar shards whose member json is `{"question", "answers"}` or a
-            conversation that ends with the answer.
+        shards: file patterns of tar shards.
         metric: score of one answer; the benchmark's score is the mean over its questions.
         metric_by_kind: another metric for questions of some kinds.
         suffix: text put on a line of its own behind every question.
-        question, answers, kind: fields of the member json; a sample without `kind` is reported
-            under "all" alone.
+        question, answers: names of these fields in the records, where they have others than
+            training's (`builder.fields`).
+        kind: field of the record; a sample without it is reported under "all" alone.
         max_new_tokens: tokens of the longest answer.
         builder: parameters of the checkpoint's sample builder to change, e.g. `max_tiles: 12` or
             `template: {system: ...}`.
@@ -144,117 +189,214 @@ class Questions(Benchmark):
         metric: Any = self.metric
         return str(getattr(metric, "func", metric).__name__)
 
-    def run(self, model: Restored, settings: Settings) -> Result:
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The parameters of the checkpoint's sample builder that are changed."""
+        named = {"question": self.question, "answers": self.answers}
+        fields = {ours: theirs for ours, theirs in named.items() if theirs != ours}
+        return merged({"fields": fields}, self.builder) if fields else self.builder
+
+    def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Answer the questions and score the answers; ranks share the questions."""
         from megatron.core import parallel_state
 
         from nvmm.data.shards.dataset import Dataset
-        from nvmm.inference.decoding import gather, share
+        from nvmm.inference.decoding import share
 
         dataset = Dataset(self.shards, model.builder)
-        num_samples = len(dataset)
+        total = len(dataset)
         if settings.num_samples is not None:
-            num_samples = min(num_samples, settings.num_samples)
+            total = min(total, settings.num_samples)
+        # 1. Take the answers that an evaluation before this one has written.
+        predictions, skipped = _known(journal, dataset)
+        known = {*(line.sample_id for line in predictions), *(line.sample_id for line in skipped)}
+        predictions = [line for line in predictions if line.sample_id < total]
+        skipped = [line for line in skipped if line.sample_id < total]
+        numbers = [number for number in range(total) if number not in known]
+        # 2. Answer the others, a batch on every data-parallel rank, and write each step's lines.
         rank = parallel_state.get_data_parallel_rank()
-        local_numbers = share(num_samples, rank, parallel_state.get_data_parallel_world_size())
-        predictions: list[Prediction] = []
+        size = parallel_state.get_data_parallel_world_size()
         first = torch.distributed.get_rank() == 0
-        with progress(len(local_numbers), self.name, "question", disable=not first) as bar:
-            for start in range(0, len(local_numbers), settings.batch_size):
-                numbers = local_numbers[start : start + settings.batch_size]
-                predictions += self._answer(model, dataset, numbers, settings)
-                bar.update(len(numbers))
-        predictions = gather(predictions, num_samples)
-        summary = summarize(predictions)
+        step = settings.batch_size * size
+        self._check(predictions, skipped, total, settings, finished=False)
+        with progress(len(numbers), self.name, "question", disable=not first) as bar:
+            for start in range(0, len(numbers), step):
+                some = numbers[start : start + step]
+                local = [some[i] for i in share(len(some), rank, size)]
+                new = _gathered(self._answer(model, dataset, local, settings))
+                answered = [line for line in new if isinstance(line, Prediction)]
+                left_out = [line for line in new if isinstance(line, Skipped)]
+                if first:
+                    journal.append(list(map(asdict, answered)), list(map(asdict, left_out)))
+                    for line in left_out:
+                        log.warning(f"{line.reason} (question {line.sample_id} has no score)")
+                predictions += answered
+                skipped += left_out
+                self._check(predictions, skipped, total, settings, finished=False)
+                bar.update(len(some))
+        # 3. Score them, if there is something to score.
+        self._check(predictions, skipped, total, settings, finished=True)
+        summary = summarize(predictions) | _counted(skipped)
         kinds = {kind: group["score"] for kind, group in summary["kinds"].items()}
+        unheard = [kind for kind in self.metric_by_kind if kind not in kinds]
+        if first and settings.num_samples is None and unheard:
+            log.warning(
+                f"no question is of the kind {', '.join(unheard)} of benchmark.metric_by_kind: are"
+                f" kinds in the field benchmark.kind={self.kind}? There are {', '.join(kinds)}"
+            )
         scores = {f"{self.name}_{self.metric_name}": {"overall": summary["score"], **kinds}}
         return Result(
             summary,
             scores,
             table(summary, self.name),
-            lambda: _lines(model, dataset, predictions),
+            lambda: _images(model, dataset, predictions),
         )
+
+    def _check(
+        self,
+        predictions: Sequence[Prediction],
+        skipped: Sequence[Skipped],
+        total: int,
+        settings: Settings,
+        *,
+        finished: bool,
+    ) -> None:
+        """Raise ValueError where too many questions are bad, or in the end none has a score."""
+        bad = [line for line in skipped if line.bad]
+        limit = settings.max_bad_fraction
+        if len(bad) > (max(1.0, limit * total) if limit else 0):
+            raise ValueError(
+                f"{len(bad)} of {total} questions of benchmark.shards={self.shards} are bad, more"
+                f" than max_bad_fraction={limit}; the first: {bad[0].reason}"
+            )
+        if finished and not predictions:
+            first = f"; the first: {skipped[0].reason}" if skipped else ""
+            raise ValueError(
+                f"no question of benchmark.shards={self.shards} has a score: {len(bad)} are bad,"
+                f" {len(skipped) - len(bad)} have no accepted answer{first}"
+            )
 
     def _answer(
         self, model: Restored, dataset: Any, numbers: Sequence[int], settings: Settings
-    ) -> list[Prediction]:
+    ) -> list[Prediction | Skipped]:
         """Answer a batch of questions and score the answers."""
-        examples = [self.ask(dataset.members(number)) for number in numbers]
-        prompts = [
-            replace(model.builder.prompt(example.members), sample_id=number)
-            for example, number in zip(examples, numbers, strict=True)
-        ]
+        lines: dict[int, Prediction | Skipped] = {}
+        examples: dict[int, Example] = {}
+        for number in numbers:
+            source = f"question {number}"
+            try:
+                members = dataset.members(number)
+                source = f"{members['__url__']}:{members['__key__']}"
+                example = self.ask(members, model.builder)
+            except _FAULTS as error:
+                reason = str(error)
+                if not isinstance(error, ValueError):
+                    reason = f"{source}: {type(error).__name__}: {error}"
+                lines[number] = Skipped(number, source, True, reason)
+                continue
+            if example.answers:
+                prompt = replace(example.prompt, sample_id=number)
+                examples[number] = replace(example, prompt=prompt)
+            else:
+                reason = f"{source}: it has no accepted answer"
+                lines[number] = Skipped(number, source, False, reason)
+        limit = settings.max_new_tokens
         texts = model.generate(
-            prompts,
-            settings.max_new_tokens or self.max_new_tokens,
+            [example.prompt for example in examples.values()],
+            self.max_new_tokens if limit is None else limit,
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
             use_cache=settings.use_cache,
         )
-        predictions = []
-        for prompt, example, text in zip(prompts, examples, texts, strict=True):
-            answers = model.builder.references(example.members)
-            predictions.append(
-                Prediction(
-                    sample_id=prompt.sample_id,
-                    source=prompt.source,
-                    kind=example.kind,
-                    question=example.question,
-                    answers=answers,
-                    prediction=text,
-                    score=self.score(text, answers, example.kind),
-                )
+        for (number, example), text in zip(examples.items(), texts, strict=True):
+            lines[number] = Prediction(
+                sample_id=number,
+                source=example.prompt.source,
+                kind=example.kind,
+                question=example.question,
+                answers=example.answers,
+                prediction=text,
+                score=self.score(text, example.answers, example.kind),
             )
-        return predictions
+        return [lines[number] for number in numbers]
 
-    def ask(self, members: Mapping[str, Any]) -> Example:
-        """Return the question in one sample's members; raise ValueError where there is none."""
-        source = f"{members.get('__url__', '')}:{members.get('__key__', '')}"
-        try:
-            record = json.loads(members["json"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{source}: member json is missing or damaged ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{source}: member json must be an object")
-        kind = str(record.get(self.kind, "all"))
-        ending = f"\n{self.suffix}" if self.suffix else ""
-        # A conversation asks with its last user turn; other records with a field of this name.
-        turns = record.get("conversations", record.get("messages"))
-        if isinstance(turns, list):
-            objects = [turn for turn in turns if isinstance(turn, dict)]
-            asked = [t for t in objects if t.get("from", t.get("role")) in ("human", "user")]
-            if not asked:
-                raise ValueError(f"{source}: the conversation has no user turn")
-            text = "value" if "value" in asked[-1] else "content"
-            question = str(asked[-1].get(text))
-            asked[-1][text] = question + ending
-        else:
-            if self.question not in record:
-                raise ValueError(f"{source}: member json has no field {self.question}")
-            question = str(record[self.question])
-            answers = record.get(self.answers, record.get("answer", []))
-            answers = answers if isinstance(answers, list) else [answers]
-            record = {"question": question + ending, "answers": [str(a) for a in answers]}
-        return Example({**members, "json": json.dumps(record).encode()}, question, kind)
+    def ask(self, members: Mapping[str, Any], builder: Builder) -> Example:
+        """Return the question in one sample's members, as `builder` reads it.
+
+        Raises ValueError, naming the sample, where there is none.
+        """
+        record = builder.record(members)
+        kind = record.get(self.kind)
+        if not isinstance(kind, str | int | float | None):
+            raise record.bad(f"{self.kind} must be text, got {kind!r}")
+        return Example(
+            builder.prompt(members, suffix=f"\n{self.suffix}")
+            if self.suffix
+            else builder.prompt(members),
+            builder.question(members),
+            builder.references(members),
+            "all" if kind is None else str(kind),
+        )
 
     def score(self, prediction: str, answers: Sequence[str], kind: str) -> float:
-        """Return the score of one answer under the metric of its kind."""
+        """Return the score of one answer under the metric of its kind.
+
+        Raises ValueError without accepted answers: such a question has no score.
+        """
+        if not answers:
+            raise ValueError("a question without an accepted answer has no score")
         metric = self.metric_by_kind.get(kind, self.metric)
         return float(metric(prediction=prediction, answers=answers))
 
 
-def _lines(
+def _known(journal: Journal, dataset: Any) -> tuple[list[Prediction], list[Skipped]]:
+    """Return what the journal has already, the same on every rank."""
+    found: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            lines, left_out = journal.start(dataset.fingerprint)
+            found = [([Prediction(**line) for line in lines], [Skipped(**x) for x in left_out])]
+        except (ValueError, TypeError, OSError) as error:
+            found = [str(error)]
+    # A refusal must reach every rank, or the others would wait for ever.
+    torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    predictions, skipped = found[0]
+    return predictions, skipped
+
+
+def _gathered(local: Sequence[Prediction | Skipped]) -> list[Prediction | Skipped]:
+    """Return the lines of all data-parallel ranks, in the order of the questions."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    shares: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(shares, list(local), group=group)
+    return sorted((line for lines in shares for line in lines), key=lambda line: line.sample_id)
+
+
+def _images(
     model: Restored, dataset: Any, predictions: Sequence[Prediction]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the lines of predictions.jsonl; the first few have the images that the report draws."""
-    for number, prediction in enumerate(predictions):
-        line = asdict(prediction)
-        if number < MAX_IMAGES:
-            members = dataset.members(prediction.sample_id)
-            media = model.builder.prompt(members).text.media
-            line |= image_fields(model.builder.record(members), media)
-        yield line
+    """Yield the images of the first few predictions, for the report to draw."""
+    for prediction in predictions[:MAX_IMAGES]:
+        members = dataset.members(prediction.sample_id)
+        media = model.builder.prompt(members).text.media
+        drawn = image_fields(model.builder.record(members), media)
+        if drawn:
+            yield {"sample_id": prediction.sample_id, **drawn}
+
+
+def _counted(skipped: Sequence[Skipped]) -> dict[str, Any]:
+    """Return how many questions have no score, and why the first few have none."""
+    bad = sum(line.bad for line in skipped)
+    return {
+        "num_bad": bad,
+        "num_without_answer": len(skipped) - bad,
+        "skipped": [line.reason for line in skipped[:_NAMED]],
+    }
 
 
 def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -266,12 +408,16 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any], name: str) -> str:
-    """Return the summary as text: one line for each kind, then one for all."""
+    """Return the summary as text: one line for each kind, one for all, and what was left out."""
     rows = [*summary["kinds"].items(), (name, summary)]
     width = max(len(label) for label, _ in rows)
-    return "\n".join(
+    lines = [
         f"{label:<{width}}  {row['score']:8.4f}  {row['num_samples']:7d}" for label, row in rows
-    )
+    ]
+    bad, without = summary.get("num_bad", 0), summary.get("num_without_answer", 0)
+    if bad or without:
+        lines.append(f"left out: {bad} bad, {without} without an accepted answer (skipped.jsonl)")
+    return "\n".join(lines)
 
 
 def _mean(predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Images and tiles of a question, small enough for a line of predictions.jsonl."""
+"""Images and tiles of a question, small enough for a line of images.jsonl."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGE_SIZE, _TILE_SIZE = 640, 112
 
 
 def image_fields(record: Record, media: Mapping[MediaKind, TextMedia]) -> dict[str, Any]:
-    """Return the fields of a line of `predictions.jsonl` from which its first image is drawn.
+    """Return the fields of a line of `images.jsonl` from which its first image is drawn.
 
     Args:
         record: the shard's sample, as its builder reads it.

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from nvmm.data.prepare import mbeir
 from nvmm.data.prepare.mbeir import Item
-from nvmm.evaluation.benchmark import Benchmark, Result, Settings, refuse_settings
+from nvmm.evaluation.benchmark import Benchmark, Result, Settings, finite, refuse_settings
 from nvmm.evaluation.ranking import hit_rate
 from nvmm.inference.embedding import TextAndImage
 
 if TYPE_CHECKING:
+    from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
 _QUERIES = 256
@@ -50,17 +51,18 @@ class UniversalRetrieval(Benchmark):
     name: str = "mbeir"
     builder: Mapping[str, Any] = field(default_factory=dict)
 
-    def run(self, model: Restored, settings: Settings) -> Result:
+    def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Embed candidates and queries, and score the rankings; ranks share the items."""
         refuse_settings(settings, keep=("batch_size", "seed"))
         # 1. Read the set; a query's target is the modality of its relevant candidates.
-        pool = mbeir.read_pool(self.pool)
-        queries = mbeir.read_queries(self.queries)
-        relevant = {
-            query: documents
-            for query, documents in judged(mbeir.read_qrels(self.qrels)).items()
-            if query in queries
-        }
+        try:
+            pool = mbeir.read_pool(self.pool)
+            queries = mbeir.read_queries(self.queries)
+            qrels = mbeir.read_qrels(self.qrels)
+            prompts = mbeir.read_instructions(self.instructions)
+        except OSError as error:
+            raise ValueError(f"a file of benchmark.* cannot be read ({error})") from error
+        relevant = {query: docs for query, docs in judged(qrels).items() if query in queries}
         unknown = [doc for documents in relevant.values() for doc in documents if doc not in pool]
         if unknown or not relevant:
             raise ValueError(
@@ -68,10 +70,9 @@ class UniversalRetrieval(Benchmark):
                 f" candidates are not in {self.pool}: {unknown[:5]}"
             )
         target = {query: pool[next(iter(docs))].modality for query, docs in relevant.items()}
-        prompts = mbeir.read_instructions(self.instructions)
         # 2. Embed the pool, then the queries of each instruction together.
         embed = model.encoder(settings.batch_size)
-        documents = embed([self._content(item) for item in pool.values()])
+        documents = finite(embed([self._content(item) for item in pool.values()]), "documents")
         chosen = {
             query: mbeir.instruction(prompts, query, queries[query].modality, target[query], None)
             for query in relevant
@@ -80,7 +81,8 @@ class UniversalRetrieval(Benchmark):
         for prompt in dict.fromkeys(chosen.values()):
             names = [query for query in relevant if chosen[query] == prompt]
             contents = [self._content(queries[query]) for query in names]
-            vectors |= dict(zip(names, embed(contents, prompt), strict=True))
+            encoded = finite(embed(contents, prompt), "queries")
+            vectors |= dict(zip(names, encoded, strict=True))
         # 3. Rank and score.
         scores = evaluate(
             torch.stack([vectors[query] for query in relevant]),

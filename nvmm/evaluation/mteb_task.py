@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nvmm.evaluation.benchmark import Encode
+from nvmm.evaluation.benchmark import Encode, finite
 
 
 def evaluate(
@@ -58,7 +58,8 @@ def _encoder(encode: Encode) -> Any:
             texts = [text for batch in inputs for text in batch["text"]]
             prompt = (task_metadata.prompt or {}).get("query")
             query = prompt_type == PromptType.query
-            return encode(texts, prompt if query else None).numpy()
+            vectors = encode(texts, prompt if query else None)
+            return finite(vectors, "queries" if query else "documents").numpy()
 
     return Model()
 

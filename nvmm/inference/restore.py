@@ -57,8 +57,17 @@ class Restored:
         seed: int = 1234,
         use_cache: bool = True,
     ) -> list[str]:
-        """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s."""
+        """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s.
+
+        Raises ValueError for an embedder, which has no words to answer with.
+        """
+        from nvmm.data.samples.retrieval import RetrievalBuilder
         from nvmm.inference.decoding import generate
+
+        if isinstance(self.builder, RetrievalBuilder):
+            raise ValueError(f"{self.path} is an embedder and answers nothing; try benchmark=beir")
+        if not prompts:
+            return []
 
         outputs = generate(
             self.model,
@@ -194,7 +203,7 @@ def restore(
 
     # 3. Make the tokenizer, which must be that of training, and the sample builder.
     words = instantiate(sections["tokenizer"])
-    if words.digest != state["tokenizer_digest"]:
+    if not words.is_of(state["tokenizer_digest"]):
         raise ValueError(
             f"tokenizer.path={words.path} is not the tokenizer that {path} was trained with"
             f" (digest {words.digest[:12]}, not {state['tokenizer_digest'][:12]});"

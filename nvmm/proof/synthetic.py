@@ -23,6 +23,10 @@ class SyntheticTokenizer:
 
     digest: str = "synthetic"
 
+    def is_of(self, digest: str) -> bool:
+        """Return whether a run that saved `digest` had this tokenizer."""
+        return digest == self.digest
+
 
 class SyntheticData:
     """A few steps of synthetic micro-batches behind the loader's interface."""

@@ -7,8 +7,8 @@ The page needs no network, script or library. A section whose file is missing sa
 - `metrics.jsonl`, `validation.jsonl` (`nvmm.training.logger`), `config.yaml`, `overrides.yaml`.
 - `evaluation/<benchmark>/<checkpoint>/predictions.jsonl` (`nvmm.evaluate`; of each benchmark the
   newest checkpoint), one held-out sample a line: {sample_id, source, kind (of the question),
-  question, answers: [...], prediction, score (1 is right)}, and for the samples to be drawn also
-  the fields that `nvmm.evaluation.images` makes.
+  question, answers: [...], prediction, score (1 is right)}. `images.jsonl` beside it has, for the
+  samples to be drawn, sample_id and the fields that `nvmm.evaluation.images` makes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def write_report(run_dir: str | Path) -> Path:
     newest: dict[str, Path] = {}
     for path in sorted(run_dir.glob("evaluation/*/*/predictions.jsonl")):
         newest[path.parent.parent.name] = path
-    evaluations = {f"{name}, {path.parent.name}": _lines(path) for name, path in newest.items()}
+    evaluations = {
+        f"{name}, {path.parent.name}": _predictions(path) for name, path in newest.items()
+    }
     earlier = stages(run_dir, summary, config)
     about = config.get("run") or {}
     name = str(about.get("name") or run_dir.name)
@@ -93,6 +95,12 @@ def write_report(run_dir: str | Path) -> Path:
     )
     (run_dir / "report.html").write_text(page, encoding="utf-8")
     return run_dir / "report.html"
+
+
+def _predictions(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of predictions.jsonl with their images, those of images.jsonl beside it."""
+    drawn = {line["sample_id"]: line for line in _lines(path.with_name("images.jsonl"))}
+    return [{**line, **drawn.get(line.get("sample_id"), {})} for line in _lines(path)]
 
 
 def stages(run_dir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:

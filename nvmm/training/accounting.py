@@ -15,16 +15,20 @@ from nvmm.parallel.broadcast import is_reader
 from nvmm.training.metrics import memory_peak_bytes
 
 
-class _Digested(Protocol):
+class Digested(Protocol):
+    """A tokenizer, as far as a checkpoint knows it."""
+
     @property
     def digest(self) -> str: ...
+
+    def is_of(self, digest: str) -> bool: ...
 
 
 class TrainingData(Protocol):
     """The interface of a run's data: `nvmm.data.loader.Data`, or synthetic batches."""
 
     @property
-    def tokenizer(self) -> _Digested:
+    def tokenizer(self) -> Digested:
         """The tokenizer, whose digest a resume compares."""
         ...
 
@@ -49,8 +53,12 @@ class TrainingData(Protocol):
         position: Mapping[str, Any] | None,
         pad_multiple: int,
         segment_multiple: int,
+        images: bool,
     ) -> Iterator[list[Batch]]:
-        """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`."""
+        """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`.
+
+        images: the model reads images, so that data without any are worth a warning.
+        """
         ...
 
     def num_batches(self, split: str, global_batch_size: int) -> int:

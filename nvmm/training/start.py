@@ -15,6 +15,7 @@ from nvmm.checkpoint.files import find, latest, read_state, require_resumable
 from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.config.changes import Change, compare
 from nvmm.modules.fp8_scales import Scaling
+from nvmm.training.accounting import Digested
 from nvmm.training.optimizer import Optimizer
 from nvmm.training.reference import Reference
 
@@ -43,7 +44,7 @@ def start(
     scaling: Scaling,
     *,
     config: dict[str, Any],
-    tokenizer_digest: str,
+    tokenizer: Digested,
     resume: str,
     init_from: str | None,
     adapts: bool,
@@ -82,8 +83,8 @@ def start(
     require_resumable(path)
     state = read_state(path)
     refused, notable = compare(state["config"], config)
-    if state["tokenizer_digest"] != tokenizer_digest:
-        refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer_digest))
+    if not tokenizer.is_of(state["tokenizer_digest"]):
+        refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer.digest))
     if reference is not None:
         # A parameter that was trained and is frozen now has no copy of the value it started from.
         refused += [change for change in notable if change.key == "optim.freeze"]

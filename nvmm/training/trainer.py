@@ -337,6 +337,7 @@ class Trainer:
                 position=self.position if split == "train" else None,
                 pad_multiple=self.precision.sequence_multiple(self.parallel),
                 segment_multiple=self.parallel.segment_multiple,
+                images=any(kind.modality == "image" for kind in self.chunks[0].reads),
             )
         while True:
             read, error = None, None
@@ -378,7 +379,7 @@ class Trainer:
             self.optimizer,
             self.scaling,
             config=self.config,
-            tokenizer_digest=self.data.tokenizer.digest,
+            tokenizer=self.data.tokenizer,
             resume=self.resume,
             init_from=self.init_from,
             adapts=self.lora is not None,

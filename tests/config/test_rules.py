@@ -183,6 +183,12 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"data__train__build__tokens_per_tile": 64}, "data.train.build.tokens_per_tile=64", "256"),
     ({"data__train__build__min_tiles": 7}, "data.train.build.min_tiles=7", "max_tiles=6"),
     ({"data__max_bad_fraction": 1.5}, "data.max_bad_fraction=1.5", "[0, 1]"),
+    ({"max_bad_fraction": -0.1}, "max_bad_fraction=-0.1", "[0, 1]"),
+    ({"batch_size": 0}, "batch_size=0", "at least 1"),
+    ({"num_samples": 0}, "num_samples=0", "at least 1"),
+    ({"max_new_tokens": 0}, "max_new_tokens=0", "at least 1"),
+    ({"temperature": -1.0}, "temperature=-1.0", "0 (greedy) or more"),
+    ({"top_p": 0.0}, "top_p=0.0", "at most 1"),
     (
         {"data__validation": {"local_window": 8}},
         "data.validation.local_window=8",

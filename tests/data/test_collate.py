@@ -101,6 +101,18 @@ def test_media_point_at_their_placeholders(packed: bool) -> None:
     assert int((batch.tokens == PLACEHOLDER).sum()) == len(media.positions)
 
 
+def test_rows_longer_than_16_bits_count() -> None:
+    """Borders of segments, lengths and places of media beyond 32,767."""
+    one = sample([5] * 40_000, [1.0] * 40_000, tiles=1)
+    media = replace(one.text.media[IMAGE], positions=torch.tensor([39_990]))
+    one = replace(one, texts=(replace(one.text, media={IMAGE: media}),))
+    batch = collate([one, one], pad_id=0, packed=True)
+    assert batch.cu_seqlens.tolist() == [0, 40_000, 80_000]
+    assert batch.lengths.tolist() == [40_000, 40_000]
+    assert batch.media[IMAGE].positions.tolist() == [39_990, 79_990]
+    assert int(batch.position_ids.max()) == 39_999
+
+
 def test_text_only_batch_has_no_media() -> None:
     assert collate([SHORT], pad_id=1).media == {}
 

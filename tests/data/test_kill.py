@@ -129,6 +129,7 @@ def fit(
     workers: int,
     pack: bool,
     death: tuple[int, str, int, float] | None,
+    global_batch_size: int = GLOBAL_BATCH_SIZE,
 ) -> list[str]:
     config = tiny_config.config(tiny_config.language()) | {"parallel": {}}
     config["optim"] |= {"decay_steps": 100}
@@ -138,7 +139,7 @@ def fit(
     run_dir.mkdir(exist_ok=True)
     trainer = build_trainer(
         config, data, run_dir, log=rank == 0, max_steps=max_steps,
-        global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=1,
+        global_batch_size=global_batch_size, micro_batch_size=1,
     )  # fmt: skip
     trainer.checkpoint.save_interval = 2
     if death is not None and death[0] == rank:
@@ -231,6 +232,32 @@ def test_four_kills_change_nothing(tmp_path: Path, tiny: Tokenizer) -> None:
     assert sum(counts["samples"] + counts["bad"] for counts in datasets.values()) == 4 * steps
     bad = [-2 - i for record in expected for i in record["sample_ids"] if i < -1]
     assert {i % BAD for i in bad} == {3} and len(bad) == datasets["a"]["bad"] > 0
+
+
+def test_batch_size_and_packing_may_change(tmp_path: Path, tiny: Tokenizer) -> None:
+    """Through trainer and checkpoint: every part reads on where the one before it ended."""
+    folder = prepare(tmp_path, "changing", write(tmp_path / "shards"))
+    expected: list[list[int]] = []
+    position = None
+    for steps, pack, size in ((3, False, 4), (5, True, 2), (7, False, 3)):
+        run_ranks(fit, 1, folder, tiny.path, steps, 0, pack, None, size)
+        order = make_data(folder, tiny.path, 0, pack).order(size, position)
+        for step in range(len(expected), steps):
+            expected.append(sorted(i for p in order.batch(step) for i in p.samples))
+        position = order.position(steps)
+    found = [record["sample_ids"] for record in records(folder)]
+    assert [sorted(-2 - i if i < -1 else i for i in ids) for ids in found] == expected
+    assert len(expected[0]) == 4 and len(expected[3]) > 2, "rows of several samples"
+    assert_consumed_whole_windows(folder, tiny.path)
+
+
+def test_a_run_of_bad_samples_alone_stops_and_says_why(tmp_path: Path, tiny: Tokenizer) -> None:
+    write_shards(tmp_path, "a", [{"__key__": f"{n:02d}", "json": b'{"messages": [{}]}'}
+                                 for n in range(30)])  # fmt: skip
+    entries = [{"name": "a", "shards": f"{tmp_path}/a-*.tar"}]
+    folder = prepare(tmp_path, "bad", entries)
+    with pytest.raises(RuntimeError, match=r"12 of 12 samples .* the last is .*:\d\d: role None"):
+        run_ranks(fit, 1, folder, tiny.path, 9, 0, False, None)
 
 
 def die_with_loaders(rank: int, world_size: int, init: str, folder: Path, tokenizer: str) -> None:

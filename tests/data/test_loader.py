@@ -130,6 +130,11 @@ def test_validation_is_one_pass_in_order(make_data: MakeData) -> None:
     counted = sum(batch.num_tokens for step in found for batch in step)
     assert data.validation is not None
     assert counted == sum(int(data.validation[i].text.weights.sum()) for i in range(5))
+    # and is no sample of any dataset's counters
+    counts = data.count([batch for step in found for batch in step], ["image"])
+    tokens = sum(len(data.validation[i].text.tokens) for i in range(5))
+    expected = {"samples": 5, "tokens": tokens, "bad": 0, "image.items": 4}
+    assert counts == counts | {f"train/{name}": value for name, value in expected.items()}
     shared = [steps(data, 99, split="validation", rank=r, size=2) for r in (0, 1)]
     assert [len(rank) for rank in shared] == [2, 2]
     assert counted == sum(b.num_tokens for rank in shared for step in rank for b in step)
@@ -222,6 +227,31 @@ def test_bad_samples_leave_the_same_hole_on_every_layout(
             steps(make(on_error="stop"), 12, **options)
 
 
+class Shifted(InstructBuilder):
+    """Its samples have a token more than were counted, or cannot be counted at all."""
+
+    def measure(self, members: Any) -> tuple[int, int]:
+        tokens, tiles = super().measure(members)
+        if members["__key__"] == "0001":
+            raise KeyError("odd")
+        return tokens - (members["__key__"] == "0003"), tiles
+
+
+def test_samples_that_are_not_as_they_were_counted(
+    make_shards: Callable[..., str], tiny: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their places in packed rows would not fit: they are bad samples, and say why."""
+    train = Dataset(make_shards(6), partial(Shifted, dialect(), ImageTags(), 4, tile_size=32))
+    data = Data(64, 0, train, tokenizer=tiny, pack=True, window=6)
+    step = [batch for step in steps(data, 1, micro_batch_size=1) for batch in step]
+    found = [i for batch in step for i in batch.sample_ids.tolist()]
+    assert sorted(i for i in found if i < 0) == [-5, -3]
+    assert "0003: has 33 tokens; its index says 32" in caplog.text
+    assert "0001: could not be built when tokens were counted; to count them anew, delete " in (
+        caplog.text
+    )
+
+
 def test_too_many_bad_samples_stop_the_run(make_data: MakeData) -> None:
     data = make_data(max_bad_fraction=0.01)
     data.check_bad({"a": {"samples": 90, "bad": 9}, "b": {"samples": 0, "bad": 1}})
@@ -231,3 +261,41 @@ def test_too_many_bad_samples_stop_the_run(make_data: MakeData) -> None:
     )
     with pytest.raises(ValueError, match=message):
         data.check_bad({"a": {"samples": 90, "bad": 10}, "b": {"samples": 0, "bad": 1}})
+    lenient = make_data(max_bad_fraction=0.5)
+    lenient.check_bad({"a": {"samples": 0, "bad": 10}})
+    lenient.check_bad({"a": {"samples": 1, "bad": 20}})
+    with pytest.raises(ValueError, match="11 of 11 samples are bad"):
+        lenient.check_bad({"a": {"samples": 0, "bad": 6}, "b": {"samples": 0, "bad": 5}})
+    make_data(max_bad_fraction=1.0).check_bad({"a": {"samples": 0, "bad": 2000}})
+    data._report(3, "s.tar:k3: TypeError: odd")
+    with pytest.raises(ValueError, match=r"reason; the last is s\.tar:k3: TypeError: odd"):
+        data.check_bad({"a": {"samples": 0, "bad": 100}})
+
+
+def test_the_start_says_what_the_data_have(
+    make_shards: Callable[..., str], tiny: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = partial(InstructBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    folder = Path(make_shards(5)).parent
+    write_shards(folder, "text", [vqa() | {"__key__": f"{i}"} for i in range(3)])
+    blend = [{"name": name, "shards": f"{folder}/{name}-*.tar"} for name in ("train", "text")]
+    blend.append({"name": "more", "shards": f"{folder}/text-00000.tar"})
+    validation = Dataset(f"{folder}/train-*.tar", build)
+    data = Data(64, 0, Dataset(None, build), validation, blend, tokenizer=tiny)
+    caplog.set_level("INFO", "nvmm")
+    for split in ("train", "train", "validation", "validation"):
+        steps(data, 1, split, images=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        "data: train: 5 samples, 4 with pictures (4 pictures)",
+        "data: text: 3 samples, 0 with pictures (0 pictures)",
+        "data: text has no picture, and the model reads pictures",
+        f"data: more has 1 shards that others have too: {folder}/text-00000.tar",
+        "data: more: 3 samples, 0 with pictures (0 pictures)",
+        "data: more has no picture, and the model reads pictures",
+        "data: validation: 5 samples, 4 with pictures (4 pictures)",
+        "data: validation reads 2 shards that are trained on: " + f"{folder}/train-00000.tar",
+    ]
+    caplog.clear()
+    data = Data(64, 0, Dataset(f"{folder}/text-*.tar", build), tokenizer=tiny)
+    steps(data, 1)
+    assert [record.levelname for record in caplog.records] == ["INFO"], "a language model"

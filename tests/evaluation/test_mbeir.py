@@ -99,6 +99,7 @@ def score(
     import torch.distributed as dist
 
     from nvmm.evaluation.benchmark import Settings
+    from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import restore
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -106,7 +107,8 @@ def score(
     model = restore(folder / "run", parallel=parallel)
     files = {name: str(folder / f"{name}") for name in ("pool", "queries", "qrels", "instructions")}
     benchmark = UniversalRetrieval(**files, folder=str(folder))
-    return benchmark.run(model, Settings(batch_size=batch_size)).summary
+    journal = Journal(folder / "out", {}, model.path)
+    return benchmark.run(model, Settings(batch_size=batch_size), journal).summary
 
 
 @pytest.mark.slow

@@ -60,6 +60,16 @@ def test_the_runner_ranks_all_documents() -> None:
         beir.evaluate(encode, CORPUS, QUERIES, {"q0": {"lost": 1}})
 
 
+def test_vectors_that_are_not_finite_have_no_ranking() -> None:
+    def broken(texts: Sequence[str], instruction: str | None) -> Tensor:
+        vectors = encode(texts, instruction)
+        vectors[1, 3] = float("nan")
+        return vectors if instruction is None else encode(texts, None)
+
+    with pytest.raises(ValueError, match="1 of 12 vectors of documents are not finite"):
+        beir.evaluate(broken, CORPUS, QUERIES, QRELS, instruction="find")
+
+
 def test_a_query_that_is_a_document_does_not_find_itself() -> None:
     corpus = {"same": "ask for 1", "other": "document 1"}
     data = (corpus, {"same": "ask for 1"}, {"same": {"other": 1}})

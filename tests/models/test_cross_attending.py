@@ -129,6 +129,42 @@ def test_spans_count_the_tags_in_front_of_the_features() -> None:
     assert spans == [[0, 0]] * 4 + [[0, 11]] * (len(spans) - 4)  # 2 + 4, then 1 + 4 keys
 
 
+def test_borders_beyond_32767() -> None:
+    """Many tiles have more keys than 16 bits count."""
+    batch = collate([sample("x", [3, 2]), sample("x", [2], 1)], pad_id=0, packed=True)
+    media = dataclasses.replace(batch.media[ATTENDED_IMAGE], tokens_per_item=9001)
+    spans = query_spans(media, batch)[:, 0].tolist()
+    assert spans[12] == [0, 3 * 9001] and spans[22] == [0, 5 * 9001]
+    assert spans[27] == [5 * 9001, 6 * 9001] and spans[-1] == [5 * 9001, 7 * 9001]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_may_end_with_its_tags(kind: str) -> None:
+    """What is generated behind them sees the image, in the longer row and in the padded one."""
+    samples = []
+    for number, images in enumerate(([2], [3, 2])):
+        whole = sample(kind, images, number)
+        end = int(whole.text.media[ATTENDED_IMAGE].ends.max())
+        text = dataclasses.replace(
+            whole.text,
+            tokens=whole.text.tokens[:end],
+            weights=whole.text.weights[:end],
+            media={ATTENDED_IMAGE: whole.text.media[ATTENDED_IMAGE]},
+        )
+        samples.append(dataclasses.replace(whole, texts=(text,)))
+    batch = collate(samples, pad_id=0, padding="left")
+    media, width = batch.media[ATTENDED_IMAGE], batch.tokens.shape[1]
+    spans = query_spans(media, batch, num_following=3)
+    assert spans.shape == (width + 3, 2, 2)
+    per_tile = PER_TILE + 2 * (kind == "h")
+    first, second = (2, 5) if kind == "x" else (1, 3)
+    for row, (low, high) in enumerate(((0, first), (first, first + second))):
+        behind = spans[width:, row].tolist()
+        assert behind == [[low * per_tile, high * per_tile]] * 3
+        if kind == "x":  # the last tag itself sees its own tile alone
+            assert spans[width - 1, row].tolist() == [(high - 1) * per_tile, high * per_tile]
+
+
 def test_tiles_out_of_order_are_refused() -> None:
     batch = collate([sample("x", [1, 1])], pad_id=0)
     media = dataclasses.replace(batch.media[ATTENDED_IMAGE], items=torch.tensor([1, 0]))
@@ -338,6 +374,27 @@ def test_cached_generation_equals_the_whole_sequence_every_time(kind: str) -> No
     assert run_ranks(_answers, 1, kind, True, 1, 1)[0] == expected
     for answers in run_ranks(_answers, 4, kind, True, 2, 2):
         assert answers == expected
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_logits_equal_the_whole_sequence_s(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy tokens may stay the same where keys and values do not."""
+    model = model_of(tiny.cross_attending())
+    prompts = [sample(kind, images, number) for number, images in enumerate([[3, 1], [], [2]])]
+    seen: list[Tensor] = []
+
+    def chosen(logits: Tensor, *rest: Any) -> Tensor:
+        seen.append(logits)
+        return logits.argmax(-1)
+
+    monkeypatch.setattr("nvmm.inference.decoding.choose", chosen)
+    for use_cache in (True, False):
+        generate([model], prompts, max_new_tokens=4, stop_ids=[], pad_id=0, use_cache=use_cache)
+    cached, whole = torch.stack(seen[:4]), torch.stack(seen[4:])
+    torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("world")

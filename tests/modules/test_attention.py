@@ -201,6 +201,19 @@ def test_context_parallel_ranks_equal_one(mask: AttnMaskType, bounds: list[int] 
         torch.testing.assert_close(first + second, x.grad, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [512, 600, 1025])
+def test_a_long_part_attends_block_by_block(queries: int) -> None:
+    """Queries at the end of a longer row, whose last block is whole, or not, or a single query."""
+    keys = queries + 200
+    q, k, v = (x.permute(1, 2, 0, 3) for x in qkv(queries, keys, rows=1))
+    out = attention()._attend_suffix(q, k, v, True)[0]
+    k, v = (x[0].repeat_interleave(2, 0) for x in (k, v))
+    scores = q[0] @ k.transpose(1, 2) / 8**0.5
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    expected = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_attention_bias_is_refused() -> None:
     with pytest.raises(ValueError, match="attention_bias"):
         attention()(*qkv(2, 2), None, attention_bias=torch.zeros(1))

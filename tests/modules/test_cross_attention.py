@@ -258,8 +258,13 @@ def test_without_media_the_block_is_idle_but_its_parameters_have_a_gradient(worl
         assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
 
 
-def test_spans_of_long_rows_are_read_block_by_block() -> None:
-    """More queries than a block holds, in rows whose media lie far apart."""
+@pytest.mark.parametrize("part", ["apart", "late", "ends"])
+def test_spans_of_long_rows_are_read_block_by_block(part: str) -> None:
+    """More queries than a block holds.
+
+    apart: the rows' media lie far from one another. late: whole blocks see the same, and a second
+    image comes after the first block. ends: queries of a block differ in one end of what they see.
+    """
     generator = torch.Generator().manual_seed(1)
     s, n = 1100, 90
     query = torch.randn(s, 2, 4, 8, generator=generator)
@@ -268,6 +273,13 @@ def test_spans_of_long_rows_are_read_block_by_block() -> None:
     spans[100:700, 0] = torch.tensor([0, 30])
     spans[700:, 0] = torch.tensor([10, 50])
     spans[1030:, 1] = torch.tensor([50, 90])
+    if part == "late":
+        spans[:512], spans[512:1024] = 0, torch.tensor([20, 60])
+        spans[1024:, 0], spans[1024:, 1] = torch.tensor([40, 80]), torch.tensor([0, 70])
+    if part == "ends":
+        spans[:512], spans[512:700] = torch.tensor([20, 60]), torch.tensor([20, 30])
+        spans[700:1024], spans[1024:1090] = torch.tensor([20, 60]), torch.tensor([30, 60])
+        spans[1090:] = torch.tensor([50, 60])
     out = span_attention(query, key, value, spans)
     index = torch.arange(n)
     seen = (index >= spans[..., :1]) & (index < spans[..., 1:])
@@ -275,7 +287,8 @@ def test_spans_of_long_rows_are_read_block_by_block() -> None:
     scores = scores.masked_fill(~seen[:, :, None], float("-inf")).softmax(-1).nan_to_num()
     expected = torch.einsum("sbhn,nhd->sbhd", scores, value.repeat_interleave(2, 1)).flatten(2)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    assert not out[:100].any() and not out[:1030, 1].any()
+    if part == "apart":
+        assert not out[:100].any() and not out[:1030, 1].any()
 
 
 def test_flamingo_s_block_is_a_configuration(world: None) -> None:

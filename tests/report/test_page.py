@@ -211,8 +211,13 @@ def test_image_fields_are_drawn_as_the_model_saw_them(tmp_path):
     tile = Image.open(io.BytesIO(base64.b64decode(fields["tiles"][2])))
     assert tile.size == (28, 28) and tile.getpixel((5, 5)) == (255, 0, 0)
     run = make_run(tmp_path / "run")
-    add_predictions(run, [prediction(**fields)])
+    add_predictions(run, [prediction(), prediction(sample_id=4)])
+    folder = run / "evaluation" / "heldout" / "step_00000020"
+    (folder / "images.jsonl").write_text(json.dumps({"sample_id": 3, **fields}) + "\n")
     assert len(read(run).named("img")) == 5
+    # An evaluation of earlier has the images in predictions.jsonl.
+    add_predictions(run, [prediction(**fields)], benchmark="older")
+    assert len(read(run).named("img")) == 10
     assert image_fields(Record({"json": b""}, {}, Limits()), {IMAGE: media}) == {}
 
 

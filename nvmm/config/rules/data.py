@@ -54,7 +54,7 @@ def vision(view: View) -> Iterator[Problem]:
         thumbnail = most > 1 and view.get(f"{build}.use_thumbnail") is not False
         tiles = most + thumbnail
         attended = view.get(f"{build}.attended")
-        placed = {"all": 0, "regular": 1}.get(attended, tiles)
+        placed = 0 if attended == "all" else 1 if attended == "regular" else tiles
         tagged = view.get(f"{build}.tags.variant") != "none"
         # A tag has at least one token, and one target must follow the image.
         needed = placed * per_tile + (placed or tiles) * tagged + 1
@@ -172,4 +172,20 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
         yield Problem(where, None, "must be given: other datasets of this list have a weight")
 
 
-RULES = (vision, attended, validation, extras, blend)
+def asking(view: View) -> Iterator[Problem]:
+    """Options of evaluation and generation."""
+    for key in ("batch_size", "num_samples", "max_new_tokens", "benchmark.max_new_tokens"):
+        value = view.integer(key)
+        if value is not None and value < 1:
+            yield Problem(key, value, "must be at least 1")
+    fraction, temperature = view.number("max_bad_fraction"), view.number("temperature")
+    if fraction is not None and not 0 <= fraction <= 1:
+        yield Problem("max_bad_fraction", fraction, "must be in [0, 1]")
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        yield Problem("temperature", temperature, "must be 0 (greedy) or more")
+    top_p = view.number("top_p")
+    if top_p is not None and not 0 < top_p <= 1:
+        yield Problem("top_p", top_p, "must be above 0 and at most 1")
+
+
+RULES = (vision, attended, validation, extras, blend, asking)

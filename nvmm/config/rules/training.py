@@ -42,8 +42,8 @@ def _seed(view: View) -> Iterator[Problem]:
 
 def _schedule(view: View) -> Iterator[Problem]:
     groups = view.get("optim.groups")
-    prefixes = ["optim"]
-    flat = {"optim": view.get("optim") or {}}
+    prefixes, optim = ["optim"], view.get("optim")
+    flat = {"optim": optim if isinstance(optim, Mapping) else {}}
     for index, group in enumerate(groups if isinstance(groups, list) else []):
         if isinstance(group, Mapping):
             prefixes.append(f"optim.groups[{index}]")

@@ -13,6 +13,7 @@ such cuts. A blend that changed takes over with the next window.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -48,9 +49,9 @@ class Settings:
 class _Window:
     """The open window: its slots [first, first + size), and the plan of what is left of them.
 
-    cuts: [{settings, without, packs}] of earlier settings. without: numbers of datasets of its
-    blend that cannot be read any more. packs: the plan of the rest. used: how many of these packs
-    are consumed.
+    cuts: [{settings, without, packs, counts}] of earlier settings. without: numbers of datasets of
+    its blend that cannot be read any more. packs: the plan of the rest. counts: what the plan was
+    made of, see `Order._plan`. used: how many of these packs are consumed.
     """
 
     first: int
@@ -58,6 +59,7 @@ class _Window:
     cuts: list[dict[str, Any]]
     without: list[int]
     packs: list[Pack]
+    counts: int | None
     used: int = 0
 
 
@@ -123,6 +125,7 @@ class Order:
             "settings": dataclasses.asdict(self.settings),
             "without": window.without,
             "packs": window.used,
+            **({} if window.counts is None else {"counts": window.counts}),
         }
         return {
             "step": k,
@@ -193,7 +196,7 @@ class Order:
                 f"data.blend has come to its end after {taken} samples: every dataset has had its"
                 " epochs; raise them, or lower trainer.max_steps"
             )
-        return _Window(first, len(samples), [], [], self._plan(samples, self.settings, first))
+        return _Window(first, len(samples), [], [], *self._plan(samples, self.settings, first))
 
     # -- slots, packs -----------------------------------------------------------------------
 
@@ -217,14 +220,19 @@ class Order:
             samples[slots] = sample_ids.join(self._description[index]["dataset"], epochs, numbers)
         return samples
 
-    def _plan(self, samples: NDArray[np.int64], settings: Settings, seed: int) -> list[Pack]:
-        """Return the packs of these samples, in order, as sample ids."""
+    def _plan(
+        self, samples: NDArray[np.int64], settings: Settings, seed: int
+    ) -> tuple[list[Pack], int | None]:
+        """Return the packs of these samples, in order, as sample ids; and a sum of their counts.
+
+        The sum is None without packing, where the order does not depend on counts.
+        """
         if settings.capacity is None:
             costs = self._facts(samples, None)[:, 0]
             return [
                 Pack((sample,), 0, cost)
                 for sample, cost in zip(samples.tolist(), costs.tolist(), strict=True)
-            ]
+            ], None
         facts = self._facts(samples, settings.lengths)
         # A sample that cannot be built is an empty slot of one token, on every layout.
         room = settings.capacity // settings.segment_multiple * settings.segment_multiple
@@ -240,7 +248,7 @@ class Order:
         return [
             dataclasses.replace(pack, samples=tuple(samples[list(pack.samples)].tolist()))
             for pack in packs
-        ]
+        ], zlib.crc32(facts.astype("<i8").tobytes())
 
     def _facts(
         self, samples: NDArray[np.int64], lengths: Mapping[str, str] | None
@@ -336,13 +344,16 @@ class Order:
         rest = self._slots(first, window_size)
         for number, cut in enumerate(earlier):
             readable = _leave_out(rest, cut["without"])
-            planned = self._plan(readable, Settings(**cut["settings"]), first + number)
+            planned, counts = self._plan(readable, Settings(**cut["settings"]), first + number)
+            self._refuse_other_counts(cut, counts)
             consumed = [sample for pack in planned[: cut["packs"]] for sample in pack.samples]
             rest = rest[~np.isin(rest, consumed)]
 
         # 5. The rest of the window is planned with the settings of now; a changed blend follows it.
-        packs = self._plan(_leave_out(rest, without), self.settings, first + len(earlier))
-        self._window = _Window(first, size, list(earlier), without, packs, last["packs"])
+        readable = _leave_out(rest, without)
+        packs, counts = self._plan(readable, self.settings, first + len(earlier))
+        self._refuse_other_counts(last, counts)
+        self._window = _Window(first, size, list(earlier), without, packs, counts, last["packs"])
         self._next_sources = self._changed_blend(before, first + size)
         if self._next_sources is not None:
             left = sum(len(pack.samples) for pack in packs[self._window.used :])
@@ -357,6 +368,16 @@ class Order:
                     f" position was saved with {key}={entry[key]}; give it another name to take"
                     " it in as a new dataset"
                 )
+
+    def _refuse_other_counts(self, cut: Mapping[str, Any], counts: int | None) -> None:
+        """Raise ValueError when a cut was planned from other token counts: of other samples."""
+        if cut.get("counts", counts) != counts:
+            raise ValueError(
+                "cannot continue the data order: samples of the open window have other numbers of"
+                f" tokens than when the position was saved (one of {', '.join(self.components)}):"
+                " their shards were written anew; restore them, or give the dataset another name"
+                " to take it in as a new one"
+            )
 
     def _changed_blend(
         self, before: Mapping[str, Mapping[str, Any]], slots: int

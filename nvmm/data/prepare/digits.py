@@ -315,8 +315,6 @@ def build(
     stamp.unlink(missing_ok=True)
     splits = load_splits()
     for part, split, amount in _parts(amounts):
-        for old in (folder / part).glob(f"{split}-*.tar"):
-            old.unlink()
         stream = _samples(part, split, amount, splits[split], amounts.seed, form)
         stream = watch(stream, amount, f"{part}/{split}")
         write_shards(folder / part, split, stream, samples_per_shard=SAMPLES_PER_SHARD)

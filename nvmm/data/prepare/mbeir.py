@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.prepare.records import read_lines, to_sample
+from nvmm.data.prepare.records import to_sample
+from nvmm.data.prepare.retrieval_sets import fields_of
 
 MODALITIES = ("text", "image", "image,text")
 
@@ -55,7 +56,7 @@ def read_pool(path: str | Path) -> dict[str, Item]:
     """
     return {
         line["did"]: _item(path, line["did"], line, ("txt", "img_path", "modality"))
-        for line in _lines(path, "did")
+        for line in fields_of(path, "did")
     }
 
 
@@ -66,7 +67,7 @@ def read_queries(path: str | Path) -> dict[str, Query]:
     Raises ValueError as `read_pool`.
     """
     queries = {}
-    for line in _lines(path, "qid"):
+    for line in fields_of(path, "qid"):
         names = ("query_txt", "query_img_path", "query_modality")
         item = _item(path, line["qid"], line, names)
         lists = (tuple(line.get(f"{kind}_cand_list") or ()) for kind in ("pos", "neg"))
@@ -179,13 +180,6 @@ def samples(
         sample = to_sample(f"{number:08d}", record)
         sample |= {members[label]: data for label, (_, _, data) in pictures.items()}
         yield sample
-
-
-def _lines(path: str | Path, key: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not isinstance(line.get(key), str):
-            raise ValueError(f"{path}: record {number} has no {key}")
-        yield line
 
 
 def _item(

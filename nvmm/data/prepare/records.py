@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.samples.decode import IMAGES
+from nvmm.data.samples.decode import DECODERS, IMAGES
+
+_MAGIC = {
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpg",
+    b"GIF8": "gif",
+    b"II*\0": "tiff",
+    b"MM\0*": "tiff",
+    b"fLaC": "flac",
+    b"OggS": "ogg",
+    b"RIFF????WEBP": "webp",
+    b"RIFF????WAVE": "wav",
+}
+_BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,|iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s-]+")
+_FILE_NAME = re.compile(
+    r"\S+\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|heic|heif|avif|svg|wav|flac|ogg|mp3|m4a|mp4|mov|avi"
+    r"|mkv|webm|npy|npz|pt|pth)",
+    re.IGNORECASE,
+)
+_MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+_TEXT_KEYS = (
+    *("id", "question", "answer", "answers", "choices", "hint", "caption", "text", "texts"),
+    *("text_list", "words", "conversations", "messages"),
+)
+_NAME_KEYS = ("url", "path", "file", "file_name", "name", *_MEDIA_KEYS)
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a .jsonl file; empty lines are passed over.
+    """Yield the objects of a .jsonl file; empty lines and a byte order mark are passed over.
 
     Raises ValueError naming file and line for anything else.
     """
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: no JSON ({error})") from error
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: no JSON in UTF-8 ({error})") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number}: must be an object")
             yield record
@@ -47,7 +77,124 @@ def to_sample(
         if extension in IMAGES:
             images.append((extension, content))
         else:
+            if f"{name}.{extension}" in sample:
+                raise ValueError(f"sample {key}: two files are called {name}.{extension}")
             sample[f"{name}.{extension}"] = content
     for number, (extension, content) in enumerate(images):
         sample[extension if len(images) == 1 else f"{number}.{extension}"] = content
     return sample
+
+
+class _Taken(str):
+    """The text that stands in a record for a file that was taken out of it."""
+
+
+class Files:
+    """The files of one record, in their order: those that it names, and those inside of it.
+
+    where: the record, for messages.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.contents: list[tuple[str, str, bytes]] = []
+        self._counts: Counter[str] = Counter()
+
+    def add(self, key: str, extension: str, content: bytes) -> str:
+        """Keep a file of a key, and return the text that stands for it in the record."""
+        name = key.replace(".", "_").lower()
+        place = self._counts[name]
+        self._counts[name] += 1
+        self.contents.append((f"{name}{place or ''}", extension, content))
+        if extension not in IMAGES:
+            return _Taken(f"{name}{place or ''}.{extension}")
+        return _Taken(f"image {sum(kind in IMAGES for _, kind, _ in self.contents) - 1}")
+
+    def taken(self, key: str, value: Any) -> Any:
+        """Return a value of the record with a text for each file in it, which is kept.
+
+        A file is bytes, `datasets`' {bytes, path}, or the base64 text of a picture.
+
+        Raises ValueError for bytes of no known format, and for a file that is not embedded.
+        """
+        if isinstance(value, bytes):
+            return self.add(key, self._kind(key, value), value)
+        if isinstance(value, str):
+            content = _decoded(value) if _BASE64.fullmatch(value) and len(value) > 64 else None
+            return value if content is None else self.add(key, self._kind(key, content), content)
+        if isinstance(value, list | tuple):
+            return [self.taken(key, item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if not value.keys() >= {"bytes", "path"}:
+            return {name: self.taken(key, item) for name, item in value.items()}
+        content, path = value["bytes"], value["path"]
+        if content is None and path is not None:
+            raise ValueError(
+                f"{self.where}, column {key}: {path} is not embedded; save the data set with the"
+                " files in it"
+            )
+        text = None if content is None else self.taken(key, content)
+        rest = {name: item for name, item in value.items() if name not in ("bytes", "path")}
+        return {**rest, "file": text} if rest else text
+
+    def _kind(self, key: str, data: bytes) -> str:
+        """Return the extension of a file, told from its first bytes."""
+        for magic, extension in _MAGIC.items():
+            same = (a == b or b == ord("?") for a, b in zip(data, magic, strict=False))
+            if len(data) >= len(magic) and all(same):
+                return extension
+        if data[:2] == b"BM" and int.from_bytes(data[2:6], "little") == len(data):
+            return "bmp"
+        known = ", ".join(sorted({*_MAGIC.values(), "bmp"} & DECODERS.keys()))
+        raise ValueError(
+            f"{self.where}, column {key}: {len(data)} bytes of no known format; known are {known}."
+            f" Leave the column out by --unread {key}"
+        )
+
+
+def _decoded(text: str) -> bytes | None:
+    """Return the content of base64 text, None where it is none after all."""
+    try:
+        payload = text.partition(",")[2] if text.startswith("data:") else text
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except binascii.Error:
+        return None
+
+
+def check_media(record: Mapping[str, Any], read: Collection[str], where: str) -> None:
+    """Raise ValueError, beginning with `where`, for a key that names files which nobody reads.
+
+    read: the keys whose files are read, or that are to be left out.
+    """
+    names = {str(item) for key in read for item in _listed(record.get(key))}
+    for key, value in record.items():
+        unread = [] if key in read else [name for name in _named(key, value) if name not in names]
+        if unread:
+            raise ValueError(
+                f"{where}: {key} names files that are not read ({unread[0][:80]}); say where they"
+                f" are (jsonl --files {key}=FOLDER), or leave them out by --unread {key}"
+            )
+
+
+def _named(key: str, value: Any, top: bool = True, media: bool = False) -> Iterator[str]:
+    """Yield the names of files in a value of a record, or anywhere inside of it.
+
+    top: whether it is the record's own. media: whether it is inside a value of media.
+    """
+    media = media or key in _MEDIA_KEYS or (key == "image_url" and not top)
+    if isinstance(value, list):
+        for item in value:
+            yield from _named(key, item, top, media)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if not media or name in _NAME_KEYS:
+                yield from _named(name, item, False, media)
+    elif isinstance(value, str) and value and not isinstance(value, _Taken):
+        is_name = bool(_FILE_NAME.fullmatch(value)) and "://" not in value
+        if media or (top and key not in _TEXT_KEYS and is_name):
+            yield value
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -15,12 +15,21 @@ from nvmm.data.prepare.records import read_lines, to_sample
 _NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
+def fields_of(path: str | Path, *names: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a .jsonl file; raise ValueError for one without the fields `names`."""
+    for number, record in enumerate(read_lines(path), 1):
+        lacking = [name for name in names if record.get(name) is None]
+        if lacking:
+            raise ValueError(f"{path}: record {number} has no {', '.join(lacking)}")
+        yield record
+
+
 def read_corpus(folder: str | Path) -> dict[str, str]:
-    """Read BEIR's corpus.jsonl: document id -> title and text, as BEIR and mteb join them."""
-    return {
-        str(line["_id"]): f"{line.get('title', '')} {line['text']}".strip()
-        for line in read_lines(Path(folder) / "corpus.jsonl")
-    }
+    """Read BEIR's corpus.jsonl: document id -> title and text, as BEIR and mteb join them.
+
+    Raises ValueError for a document without an id or text, or with an id of another.
+    """
+    return _texts(Path(folder) / "corpus.jsonl", titled=True)
 
 
 def read_modalities(folder: str | Path) -> dict[str, str]:
@@ -38,10 +47,23 @@ def read_modalities(folder: str | Path) -> dict[str, str]:
 
 
 def read_queries(folder: str | Path) -> dict[str, str]:
-    """Read BEIR's queries.jsonl: query id -> text."""
-    return {
-        str(line["_id"]): str(line["text"]) for line in read_lines(Path(folder) / "queries.jsonl")
-    }
+    """Read BEIR's queries.jsonl: query id -> text; raise ValueError as `read_corpus` does."""
+    return _texts(Path(folder) / "queries.jsonl", titled=False)
+
+
+def _texts(path: Path, *, titled: bool) -> dict[str, str]:
+    """Return id -> text of a file of BEIR's, behind its title if it may have one."""
+    texts: dict[str, str] = {}
+    for number, line in enumerate(read_lines(path), 1):
+        name, text = line.get("_id"), line.get("text")
+        title = (line.get("title") or "") if titled else ""
+        known = isinstance(name, str | int) and not isinstance(name, bool)
+        if not known or not isinstance(text, str) or not isinstance(title, str):
+            raise ValueError(f"{path}: record {number} needs an _id and a text, has {line}")
+        if str(name) in texts:
+            raise ValueError(f"{path}: record {number} has the _id {name} of another")
+        texts[str(name)] = f"{title} {text}".strip() if titled else text
+    return texts
 
 
 def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:

@@ -1,30 +1,23 @@
 """Parquet files and Hugging Face `datasets` folders become samples for `write_shards`.
 
-Columns of files (bytes, or datasets' Image and Audio) become members, all others the json.
+Files (bytes, or datasets' Image and Audio) become members wherever they stand in a row, all others
+the json.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime
 import decimal
+import glob
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.prepare.records import to_sample
-from nvmm.data.samples.decode import DECODERS
+from nvmm.data.prepare.records import Files, check_media, to_sample
 
 _BATCH = 64
-_MAGIC = {
-    b"\x89PNG": "png",
-    b"\xff\xd8\xff": "jpg",
-    b"fLaC": "flac",
-    b"OggS": "ogg",
-    b"RIFF????WEBP": "webp",
-    b"RIFF????WAVE": "wav",
-}
 
 
 def parquet_rows(paths: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
@@ -37,12 +30,15 @@ def parquet_rows(paths: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
 
 
-def folder_rows(folder: str | Path, split: str | None = None) -> Iterator[dict[str, Any]]:
+def folder_rows(
+    folder: str | Path, split: str | None = None, config: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield rows of a folder of `datasets` (`save_to_disk`), or of Parquet files in a folder.
 
-    split: split of a DatasetDict; Parquet files of a split begin with its name, as on the hub.
+    split: split of a DatasetDict, or of Parquet files that lie as on the hub. config: their folder.
 
-    Raises ValueError when the folder has splits and none is named, or lacks the one named.
+    Raises ValueError when the folder has several splits or configs and none is named, or lacks the
+    one named.
     """
     folder = Path(folder)
     if (folder / "dataset_dict.json").is_file():
@@ -56,15 +52,56 @@ def folder_rows(folder: str | Path, split: str | None = None) -> Iterator[dict[s
             raise ValueError(
                 f"{folder} holds a selection; call flatten_indices() before save_to_disk"
             )
+        if config is not None or split not in (None, folder.name, state.get("_split")):
+            named = f"--config {config}" if config is not None else f"--split {split}"
+            holds = state.get("_split") or "one split without a name"
+            raise ValueError(f"{folder}: {named} is not there; it holds {holds}")
         yield from _arrow_rows(_within(folder, entry["filename"]) for entry in state["_data_files"])
         return
-    paths = sorted(folder.rglob("*.parquet"))
-    if split is not None:
-        paths = [path for path in paths if path.name.startswith(split)]
-    if not paths:
-        named = "" if split is None else f" of split {split}"
-        raise ValueError(f"{folder}: neither state.json (save_to_disk) nor Parquet files{named}")
-    yield from parquet_rows(paths)
+    yield from parquet_rows(_parquet_files(folder, split, config))
+
+
+def _parquet_files(folder: Path, split: str | None, config: str | None) -> list[Path]:
+    """Return the Parquet files of one split of one config, in order."""
+    names = sorted(glob.glob("**/*.parquet", root_dir=folder, recursive=True))
+    if not names:
+        raise ValueError(f"{folder}: neither state.json (save_to_disk) nor Parquet files")
+    places = {name: _place(Path(name)) for name in names}
+    # 1. A config is a folder.
+    configs = sorted({place[0] for place in places.values()})
+    if config is None and len(configs) > 1:
+        raise ValueError(
+            f"{folder} has configs {', '.join(name or '(none)' for name in configs)}; name one by"
+            " --config, or files by parquet --from PATTERN"
+        )
+    if config is not None and config not in configs:
+        raise ValueError(f"{folder}: --config {config} is none of {', '.join(configs)}")
+    chosen = [name for name in names if config in (None, places[name][0])]
+    # 2. A split is the first part of its files' names, or their folder.
+    splits = sorted({places[name][1] for name in chosen})
+    if split is None and len(splits) > 1:
+        raise ValueError(
+            f"{folder} has splits {', '.join(splits)}; name one by --split, or files by parquet"
+            " --from PATTERN"
+        )
+    if split is not None and split not in splits:
+        raise ValueError(
+            f"{folder}: nor Parquet files of split {split}; it has {', '.join(splits)}"
+        )
+    return [folder / name for name in chosen if split in (None, places[name][1])]
+
+
+def _place(path: Path) -> tuple[str, str]:
+    """Return config and split of a Parquet file of the hub.
+
+    train-00000-of-00002, CONFIG/train-00000-of-00002, data/train-00000-of-00002, train,
+    CONFIG/train/0000 and CONFIG/train/part-00000-... are of split train.
+    """
+    folders = [name for name in path.parts[:-1] if name != "data"]
+    if re.fullmatch(r"(part-)?\d+([-_.].*)?", path.stem):
+        return "/".join(folders[:-1]), folders[-1] if folders else ""
+    parts = re.fullmatch(r"(.+?)-\d+(-of-\d+(-\w+)?)?", path.stem)
+    return "/".join(folders), parts[1] if parts else path.stem
 
 
 def _within(folder: Path, name: str) -> Path:
@@ -86,56 +123,44 @@ def _arrow_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
                     yield from batch.slice(start, _BATCH).to_pylist()
 
 
-def samples(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, bytes | str]]:
+def samples(
+    rows: Iterable[Mapping[str, Any]], unread: Collection[str] = ()
+) -> Iterator[dict[str, bytes | str]]:
     """Yield one sample a row: its files, and the json of everything else.
 
     A row's only image is the member jpg (or png, ...), several are 0.jpg, 1.jpg ... in the order
-    of columns; other files are `column.extension`.
+    of columns; other files are `column.extension`. A column of nothing but files leaves the json;
+    a file among other things leaves a text there.
 
-    Raises ValueError for a file that was not embedded or is of no known format.
+    unread: columns that are left out.
+
+    Raises ValueError for a file that was not embedded or is of no known format, for a column that
+    names files, and for an unread column that no row has.
     """
+    lacking = set(unread)
     for number, row in enumerate(rows):
+        lacking -= row.keys()
+        if lacking:
+            raise ValueError(f"--unread {min(lacking)} is none of the columns {', '.join(row)}")
+        taken = Files(f"row {number}")
         record: dict[str, Any] = {}
-        contents = []
         for column, value in row.items():
-            values = value if isinstance(value, list) else [value]
-            if not values or not all(map(_is_file, values)):
-                record[column] = value
+            if column in unread:
                 continue
-            name = column.replace(".", "_").lower()
-            for place, item in enumerate(values):
-                content, extension = _file(item, f"row {number}, column {column}")
-                contents.append((f"{name}{place or ''}", extension, content))
-        yield to_sample(f"{number:09d}", record, contents, default=_plain)
-
-
-def _is_file(value: Any) -> bool:
-    """Return whether a value is bytes, or a file as `datasets` stores it."""
-    return isinstance(value, bytes) or (
-        isinstance(value, dict) and value.keys() == {"bytes", "path"} and any(value.values())
-    )
-
-
-def _file(value: Any, where: str) -> tuple[bytes, str]:
-    """Return content and extension of a file, told from its first bytes."""
-    data = value["bytes"] if isinstance(value, dict) else value
-    if data is None:
-        raise ValueError(
-            f"{where}: {value['path']} is not embedded; save the data set with the files in it"
-        )
-    for magic, extension in _MAGIC.items():
-        if all(a == b or b == ord("?") for a, b in zip(data, magic, strict=False)):
-            return data, extension
-    known = ", ".join(sorted(set(_MAGIC.values()) & DECODERS.keys()))
-    raise ValueError(f"{where}: {len(data)} bytes of no known format; known are {known}")
+            before = len(taken.contents)
+            rest = taken.taken(column, value)
+            items = rest if isinstance(rest, list) else [rest]
+            only_files = len(taken.contents) - before == len(items)
+            if not items or not only_files or not all(isinstance(item, str) for item in items):
+                record[column] = rest
+        check_media(record, (), f"row {number}")
+        yield to_sample(f"{number:09d}", record, taken.contents, default=_plain)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON knows for one that it does not; raise TypeError where none fits."""
+    """Return a value that JSON knows for one that it does not; raise ValueError where none fits."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode("ascii")
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    raise ValueError(f"{type(value).__name__} cannot be written as JSON")

@@ -138,14 +138,24 @@ class ChatTemplate:
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError for a tokenizer that lacks a token that the template needs."""
-        for token in (*self.special_tokens, *([] if self.end is None else [self.end])):
-            if tokenizer.token_id(token) is None:
+        end = tokenizer.end_of_turn if self.end is None else self.end
+        for token in (*self.special_tokens, end, tokenizer.image_token):
+            known = tokenizer.token_id(token)
+            if known is None or tokenizer.encode(token) != [known]:
                 raise ValueError(
-                    f"template: {token} is not a token of {tokenizer.path}; name one that is, or"
+                    f"template: {token} is not a token of {tokenizer.path}"
+                    f"{'' if known is None else ' that is found in text'}; name one that is, or"
                     " list it in tokenizer.extra_tokens"
                 )
         if self.bos and tokenizer.bos_id is None:
             raise ValueError(f"template.bos=true needs a BOS token, and {tokenizer.path} has none")
+
+    def joins(self, tokenizer: Tokenizer) -> bool:
+        """Return whether a word has other ids in a conversation than a text that begins with it."""
+        apart = tokenizer.encode("a")
+        prefix = self.separator + self.roles["assistant"].prefix
+        behind = tokenizer.encode_pieces(["a"], continued=True)[0]
+        return behind != apart or tokenizer.joined_space(prefix) > 0
 
     def end_token(self, tokenizer: Tokenizer) -> tuple[str, int]:
         """Return the token that ends an answer, as text and id."""
@@ -158,10 +168,14 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; role is system, user or assistant, or the only turn's DOCUMENT."""
+    """One message; role is system, user or assistant, or the only turn's DOCUMENT.
+
+    trained: whether the loss is on an assistant's turn.
+    """
 
     role: str
     text: str
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,28 +223,37 @@ class Rendered:
 
 
 class _Writer:
-    """A writer collects text until a boundary forces tokenisation, so that pieces become one."""
+    """A writer collects text until a boundary forces tokenisation.
+
+    Neighbouring pieces become tokens as one text, so that ids are those of the whole conversation.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.out = Rendered()
-        self.pending = ""
+        self.pending: list[tuple[str, float]] = []
 
-    def text(self, text: str) -> None:
-        self.pending += text
+    def text(self, text: str, weight: float = 0.0) -> None:
+        if text:
+            self.pending.append((text, weight))
 
     def flush(self) -> None:
         if self.pending:
-            self.ids(self.tokenizer.encode(self.pending), 0.0)
-            self.pending = ""
+            texts, weights = zip(*self.pending, strict=True)
+            ids, places = self.tokenizer.encode_pieces(texts, continued=bool(self.out.tokens))
+            self.out.tokens.extend(ids)
+            self.out.weights.extend(weights[place] for place in places)
+            self.pending = []
 
     def ids(self, ids: Sequence[int], weight: float) -> None:
         self.out.tokens.extend(ids)
         self.out.weights.extend([weight] * len(ids))
 
-    def target(self, ids: Sequence[int]) -> None:
+    def alone(self, text: str, weight: float) -> None:
+        """Write a text that is tokenised apart from its neighbours."""
         self.flush()
-        self.ids(ids, 1.0)
+        self.text(text, weight)
+        self.flush()
 
     def tile(self, tag: str, num_tokens: int, alone: bool) -> None:
         if alone:
@@ -245,9 +268,8 @@ class _Writer:
         self.flush()
         start = len(self.out.tokens)
         if in_text:
-            self.text(tag)
-            self.flush()
-        ids = [] if in_text or not tag else self.tokenizer.encode(tag)
+            self.alone(tag, 0.0)
+        ids = [] if in_text or not tag else self.tokenizer.encode_pieces([tag], continued=True)[0]
         self.out.attended.append(AttendedTile(start, len(self.out.tokens), ids))
 
 
@@ -266,11 +288,18 @@ def render(
 ) -> Rendered:
     """Render turns as tokens and weights; weight 1 on assistant text and its end token, else 0.
 
+    Turns that are not `trained` have weight 0. A document's prompt ends where its text does.
+
     A document's text and its end-of-text token have weight 1.
 
     `<image>` in a turn is replaced by the next image's block. Tiles that `attended` names have no
     placeholders: with "all" the block is tags alone, with "regular" the thumbnail's. With
-    `generation_prompt` the sequence ends where the next assistant turn's text begins.
+    `generation_prompt` the sequence ends where the next assistant turn's text begins, or where the
+    document goes on.
+
+    Without images the ids are those of the tokenizer for the whole text, as Transformers'
+    `apply_chat_template` makes them. A token of both a prefix and an answer has weight 1, and a
+    prompt ends before white space that would be of such a token.
 
     Raises BadSample naming `source` when markers and images differ in number, a marker stands in an
     assistant turn, or the template lacks a role.
@@ -282,7 +311,7 @@ def render(
     has_system = any(turn.role in ("system", DOCUMENT) for turn in turns)
     if template.system is not None and not has_system:
         turns = [Turn("system", template.system), *turns]
-    end, end_id = template.end_token(tokenizer)
+    end, _ = template.end_token(tokenizer)
     out = _Writer(tokenizer)
     remaining = iter(images)
 
@@ -298,32 +327,46 @@ def render(
     for index, turn in enumerate(turns):
         # 1. A document has no roles: all of it is trained, and its end-of-text token.
         if turn.role == DOCUMENT:
-            text_with_images(turn.text, lambda text: out.target(tokenizer.encode(text)))
-            out.target([tokenizer.eos_id])
+            text_with_images(turn.text, lambda text: out.alone(text, 1.0))
+            if generation_prompt:
+                return out.out
+            out.flush()
+            out.ids([tokenizer.eos_id], 1.0)
             continue
         affixes = template.roles.get(turn.role)
         if affixes is None:
             roles = ", ".join(template.roles)
             raise BadSample(source, f"a turn of {turn.role}, and template.roles has {roles}")
         prefix, suffix = (text.replace("{end}", end) for text in (affixes.prefix, affixes.suffix))
-        out.text((template.separator if index else "") + prefix)
+        prefix = (template.separator if index else "") + prefix
         # 2. System and user are text between affixes, and none of it is trained.
         if turn.role != "assistant":
+            out.text(prefix)
             text_with_images(turn.text, out.text)
             out.text(suffix)
             continue
-        # 3. The assistant's text and end token are trained; a template may add the suffix.
+        # 3. The assistant's text and end token are trained, and the space in front of it where
+        # that is of the answer's first token; a template may add the suffix.
         if IMAGE_MARKER in turn.text:
             raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
-        out.target([*tokenizer.encode(turn.text), end_id])
-        if template.supervise_suffix:
-            out.target(tokenizer.encode(suffix))
-        else:
-            out.text(suffix)
+        prefix, space = _without_joined_space(prefix, tokenizer)
+        out.text(prefix)
+        out.text(space + turn.text + end, float(turn.trained))
+        out.text(suffix, float(template.supervise_suffix and turn.trained))
     if generation_prompt:
-        out.text(template.generation_prompt.replace("{end}", end))
+        prompt = template.generation_prompt.replace("{end}", end)
+        out.text(_without_joined_space(prompt, tokenizer)[0])
     out.flush()
     return out.out
+
+
+def _without_joined_space(prefix: str, tokenizer: Tokenizer) -> tuple[str, str]:
+    """Split a text before an answer, with the white space that is one token with a word behind it.
+
+    A prompt ends before that space, as the model's first token will be ` A` and not `A`.
+    """
+    size = len(prefix) - tokenizer.joined_space(prefix)
+    return prefix[:size], prefix[size:]
 
 
 def is_attended(tile: int, attended: Attended) -> bool:

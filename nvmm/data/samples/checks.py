@@ -13,12 +13,14 @@ from nvmm.batch import MediaKind, Sample, Text, TextMedia
 def check_sample(sample: Sample) -> None:
     """Raise ValueError, naming shard, key and number, for a sample that would train wrongly.
 
-    Such a sample has no supervised token, or another number of placeholders than its media have
-    features, or a media span that is cut by the sample's end or has text inside, or tags of
-    attended media outside of it.
+    Such a sample has a text without tokens, no supervised token, or another number of placeholders
+    than its media have features, or a media span that is cut by the sample's end or has text
+    inside, or tags of attended media outside of it.
     """
     where = f"{sample.source} (sample {sample.sample_id})"
     for text in sample.texts:
+        if not len(text.tokens):
+            raise ValueError(f"{where}: a text has no tokens")
         if len(text.weights) != len(text.tokens):
             raise ValueError(
                 f"{where}: {len(text.weights)} weights in the loss mask for"

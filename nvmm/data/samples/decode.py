@@ -20,7 +20,9 @@ from torch import Tensor
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import MAX_PIXELS, decode_image
 
-IMAGES = ("png", "jpg", "jpeg", "webp")
+IMAGES = ("png", "jpg", "jpeg", "jfif", "webp", "gif", "bmp", "tif", "tiff")
+UNREAD_IMAGES = ("heic", "heif", "avif", "jxl", "jp2", "svg", "psd", "ico", "ppm", "pgm", "eps")
+"""Extensions of pictures that no decoder reads."""
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "ten", "npy", "npz"})
 """Extensions that webdataset would unpickle, or whose formats may hold pickles."""
 
@@ -68,6 +70,8 @@ def check_extension(extension: str) -> None:
     """Raise ValueError unless members of this extension can be decoded."""
     if extension in PICKLES:
         raise ValueError(f"member .{extension}: pickled members are not read; they can run code")
+    if extension in UNREAD_IMAGES:
+        raise ValueError(f"member .{extension}: such pictures are not read; convert them to PNG")
     if extension not in DECODERS:
         raise ValueError(f"member .{extension} has no decoder; use one of {', '.join(DECODERS)}")
 

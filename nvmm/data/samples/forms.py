@@ -10,6 +10,7 @@ import bisect
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -21,12 +22,23 @@ from nvmm.data.samples.record import Record
 
 ROLES = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
+TOOL_RESULT = "<tool_response>\n{text}\n</tool_response>"
+"""A tool's result in the turn of a user, as Qwen's template writes it."""
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_UNREAD_PARTS = ("tool_calls", "function_call", "video", "videos", "audio", "audios")
+"""Keys of a turn that would be lost, as nothing reads them."""
 Choice = Literal["heaviest", "drawn"]
+AnswerIs = Literal["letter", "number", "choice"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -62,6 +74,9 @@ def asked(question: str, answer: str | None, num_images: int) -> list[Turn]:
 @dataclass(frozen=True)
 class Chat:
     """Turns (`conversations` or `messages`), or `question` with `answer` or `answers`.
+
+    A turn's text may be a list of parts (`{"type": "text"}`, `{"type": "image"}`), as in OpenAI's
+    API; one of `weight` 0 is not trained. The result of a tool stands in a user's turn.
 
     An answer is a text or `{"answer": text}` (VQAv2); `weights` go with `answers`, 1 each by
     default, and those of equal answers add up.
@@ -102,20 +117,7 @@ class Chat:
             raise record.missing("conversations, messages or question")
         if not isinstance(messages, list) or not messages:
             raise record.bad(f"a conversation must be a list that is not empty, got {messages!r}")
-        turns = []
-        for message in messages:
-            if not isinstance(message, dict):
-                raise record.bad(f"a turn must be an object, got {message!r}")
-            name = message.get("from", message.get("role"))
-            if name not in ROLES:
-                raise record.bad(f"role {name!r} is unknown; use one of {', '.join(ROLES)}")
-            text = message.get("value", message.get("content"))
-            if not isinstance(text, str):
-                raise record.bad(f"turn must be text, got {text!r}")
-            if ROLES[name] == "assistant" and not text.strip():
-                raise record.bad("an assistant turn is empty")
-            turns.append(Turn(ROLES[name], text))
-        return turns
+        return [_turn(record, message) for message in messages]
 
     def _answers(self, record: Record) -> tuple[list[str], list[float]]:
         """Return the accepted answers and their weights; raise BadSample where they disagree."""
@@ -154,6 +156,68 @@ class Chat:
         return list(sums)[bisect.bisect(list(itertools.accumulate(sums.values())), place)]
 
 
+def _turn(record: Record, message: Any) -> Turn:
+    """Return a turn of a conversation; raise BadSample where it is malformed."""
+    if not isinstance(message, dict):
+        raise record.bad(f"a turn must be an object, got {message!r}")
+    name = message.get("from", message.get("role"))
+    if not isinstance(name, str) or name not in ROLES:
+        raise record.bad(f"role {name!r} is unknown; use one of {', '.join(ROLES)}")
+    lost = [key for key in _UNREAD_PARTS if message.get(key)]
+    if lost:
+        raise record.bad(f"a turn has {', '.join(lost)}, which are not read")
+    text = message.get("value", message.get("content"))
+    if isinstance(text, list):
+        text = _joined(record, text)
+    if not isinstance(text, str):
+        raise record.bad(f"turn must be text, got {text!r}")
+    # Pictures that a turn lists, without a mark of their place, come first.
+    pictures = [message.get(key) or [] for key in ("image", "images")]
+    count = sum(len(value) if isinstance(value, list) else 1 for value in pictures)
+    if count and IMAGE_MARKER not in text:
+        text = f"{IMAGE_MARKER}\n" * count + text
+    role = ROLES[name]
+    if role == "assistant" and not text.strip():
+        raise record.bad("an assistant turn is empty")
+    if role == "tool":
+        return Turn("user", TOOL_RESULT.format(text=text))
+    return Turn(role, text, _is_trained(record, message))
+
+
+def _joined(record: Record, parts: list[Any]) -> str:
+    """Return the text of a message's parts, as OpenAI's API has them; an image is a marker.
+
+    Texts follow one another as they are; a line is begun between a text and an image.
+    """
+    text = ""
+    for part in parts:
+        part = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in _IMAGE_PARTS:
+            piece = IMAGE_MARKER
+        elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            piece = part["text"]
+            if IMAGE_MARKER in piece:
+                raise record.bad(f"{IMAGE_MARKER} is written in the text of a part")
+        else:
+            raise record.bad(f"part {part!r} of a turn is neither a text nor an image")
+        beside = IMAGE_MARKER in (piece, text[-len(IMAGE_MARKER) :])
+        space = text[-1:].isspace() or piece[:1].isspace()
+        text += f"\n{piece}" if text and beside and not space else piece
+    return text
+
+
+def _is_trained(record: Record, message: dict[str, Any]) -> bool:
+    """Return whether the loss is on a turn: not with `weight` 0 (OpenAI's) or `loss` false."""
+    trained = True
+    for key in ("weight", "loss"):
+        value = message.get(key)
+        if value is not None and value not in (0, 1):
+            raise record.bad(f"{key} {value!r} of a turn must be 0 or 1")
+        trained = trained and value != 0
+    return trained
+
+
 @dataclass(frozen=True)
 class Caption:
     """An image and its `caption`. prompt: the question; null: the images alone."""
@@ -176,10 +240,23 @@ class MultipleChoice:
     """`question`, `choices` and `answer`: a letter, a number from 0 on, or the choice itself.
 
     The answer is the letter. instruction: the last line of the question. A `hint` comes first.
+
+    An answer that is a choice, and at the same time the letter or number of another one, is bad,
+    unless answer_is says what answers are. A number may be a text, as in AI2D.
     """
 
     instruction: str = "Answer with the option's letter from the given choices directly."
+    answer_is: AnswerIs | None = None
     names: ClassVar[tuple[str, ...]] = ("question", "choices", "answer", "hint")
+
+    def __post_init__(self) -> None:
+        if self.answer_is is not None:
+            require("form.answer_is", self.answer_is, AnswerIs)
+
+    def __repr__(self) -> str:
+        # Token counts are kept by this text: a default that came later is left out of it.
+        more = "" if self.answer_is is None else f", answer_is={self.answer_is!r}"
+        return f"MultipleChoice(instruction={self.instruction!r}{more})"
 
     def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
         choices = [record.checked_text("choice", choice) for choice in record.sequence("choices")]
@@ -198,13 +275,28 @@ class MultipleChoice:
         answer = record.get("answer")
         if answer is None:
             return None
-        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-            return LETTERS[answer]
+        # 1. Read it in every way in which it can be meant, or in the one that is named.
+        letters = LETTERS[: len(choices)]
+        found: dict[str, str] = {}
+        if isinstance(answer, str) and len(answer) == 1 and answer in letters:
+            found["letter"] = answer
+        is_number = isinstance(answer, int) and not isinstance(answer, bool)
+        if is_number or (isinstance(answer, str) and re.fullmatch("[0-9]{1,3}", answer)):
+            if 0 <= int(answer) < len(letters):
+                found["number"] = letters[int(answer)]
         if answer in choices:
-            return LETTERS[choices.index(answer)]
-        if isinstance(answer, str) and answer in LETTERS[: len(choices)] and len(answer) == 1:
-            return answer
-        raise record.bad(f"answer {answer!r} is none of {len(choices)} choices")
+            found["choice"] = letters[choices.index(answer)]
+        if self.answer_is is not None:
+            found = {kind: letter for kind, letter in found.items() if kind == self.answer_is}
+        # 2. They must agree.
+        if len(set(found.values())) > 1:
+            raise record.bad(
+                f"answer {answer!r} may be {' or '.join(found)}, which differ; say which with"
+                " build.form.answer_is"
+            )
+        if not found:
+            raise record.bad(f"answer {answer!r} is none of {len(choices)} choices")
+        return next(iter(found.values()))
 
 
 @dataclass(frozen=True)
@@ -300,6 +392,8 @@ class Document:
         """Return sentences and image markers in order, and the numbers of these images."""
         sentences = [self._plain(record, text) for text in record.sequence("text_list")]
         infos = record.get("image_info") or []
+        if not isinstance(infos, list):
+            raise record.bad(f"image_info must be a list, got {infos!r}")
         before: list[list[int]] = [[] for _ in sentences]
         for number, info in enumerate(infos):
             place = info.get("matched_text_index") if isinstance(info, dict) else None

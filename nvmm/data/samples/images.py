@@ -14,10 +14,8 @@ on its device.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,12 +23,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from nvmm.data.samples.bad_sample import BadSample
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64 * 1024 * 1024
 """The default limit on width * height; a larger image is refused before it is decompressed."""
 _UPRIGHT = {
@@ -44,6 +42,8 @@ _UPRIGHT = {
 }
 """EXIF's orientation -> the transposition that undoes it."""
 _SIDEWAYS = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+# Editors leave some MB of text in a PNG. Pillow refuses the picture for more than 1 MiB of it.
+PngImagePlugin.MAX_TEXT_CHUNK = 6 * 1024 * 1024
 
 
 class Size(NamedTuple):
@@ -162,17 +162,22 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def decode_image(data: bytes, *, source: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode PNG, JPEG or WebP bytes to an upright 8-bit image in mode RGB or L.
+    """Decode the bytes of a picture of `FORMATS` to an upright 8-bit image in mode RGB or L.
 
-    EXIF's rotation is applied; palettes and CMYK become RGB; transparent pixels show white; the
-    upper 8 of 16 bits are kept, and the first frame of an animation.
+    EXIF's rotation is applied, as far as its data can be read; palettes and CMYK become RGB;
+    transparent pixels show white; the upper 8 of 16 bits are kept, and the first frame of an
+    animation.
 
     Raises BadSample, naming the image `source`, for damaged or truncated bytes, other formats,
-    and more than `max_pixels`, which are not decompressed.
+    a TIFF of several pages or of 12 bits, and more than `max_pixels`, which are not decompressed.
     """
     with _open(data, source, max_pixels) as image:
         turn = _turn(image)
         image.load()
+        colour = image.info.get("transparency")
+        if isinstance(colour, tuple) and _has_16_bits(data):
+            # Pillow keeps the upper bytes of 16-bit pixels, but all of their transparent colour.
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
         return _eight_bits(image if turn is None else image.transpose(turn))
 
 
@@ -191,14 +196,18 @@ def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
         if image.width * image.height > max_pixels:
             size = f"{image.width}x{image.height}"
             raise BadSample(source, f"image of {size} pixels exceeds max_pixels={max_pixels}")
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image)
         yield image
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(source, str(error)) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+    except (
+        Exception
+    ) as error:  # Pillow raises SyntaxError, KeyError, AssertionError, struct.error ...
         # Pillow's own message for this names an address in memory.
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        why: object = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         reason = f"cannot decode image ({why}); allowed are {', '.join(FORMATS)}"
         raise BadSample(source, reason) from error
 
@@ -206,16 +215,38 @@ def _open(data: bytes, source: str, max_pixels: int) -> Iterator[Image.Image]:
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """Return the transposition that makes an image upright, as far as the header tells."""
     exif = Image.Exif()
-    if "exif" in image.info:
+    # The pixels are sound whatever stands in the metadata.
+    with suppress(Exception):
         exif.load(image.info["exif"])
-    return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
+        return _UPRIGHT.get(exif.get(ExifTags.Base.Orientation, 1))
+    return None
+
+
+def _has_16_bits(data: bytes) -> bool:
+    """Return whether a picture is a PNG of 16 bits a channel."""
+    return data[:4] == b"\x89PNG" and data[24:25] == b"\x10"
+
+
+def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Raise ValueError for a TIFF that Pillow would read, but not as it looks."""
+    if getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"TIFF of {image.n_frames} pages; write each page as a picture")
+    bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))
+    inverted = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    if image.mode.startswith("I;16") and (set(bits) != {16} or inverted):
+        raise ValueError(f"TIFF of {bits[0]} bits, inverted: {inverted}; convert it to 8 bits")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Convert an image to mode RGB or L."""
     if image.mode.startswith("I;16"):
         # Pillow keeps the upper byte of 16-bit colours by itself, but not that of 16-bit grey.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        transparent = image.info.get("transparency")
+        return Image.fromarray(
+            grey if transparent is None else np.where(values == transparent, np.uint8(255), grey)
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -32,10 +32,16 @@ from nvmm.data.samples.chat import (
     is_attended,
     render,
 )
-from nvmm.data.samples.decode import Limits
-from nvmm.data.samples.forms import Chat, Example, Form
-from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize, Tiles, choose_grid, tile_image
-from nvmm.data.samples.record import Fields, Record, check_fields
+from nvmm.data.samples.decode import IMAGES, Limits
+from nvmm.data.samples.forms import Chat, Document, Example, Form
+from nvmm.data.samples.images import (
+    MAX_PIXELS,
+    ImageOrSize,
+    Tiles,
+    choose_grid,
+    tile_image,
+)
+from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
@@ -53,7 +59,7 @@ class InstructBuilder(Builder):
         regular (all but the thumbnail; their tags go in front of their keys: NVLM-H) or all (their
         tags stand in the text: NVLM-X).
     form: reads the turns of a sample; null: Chat().
-    fields: our names of fields and members -> the data set's.
+    fields, unread: see `Builder`.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
         its end; media are never cut. Attended tiles take no positions, so text is cut first.
     """
@@ -71,6 +77,7 @@ class InstructBuilder(Builder):
         attended: Attended = "none",
         form: Form | None = None,
         fields: Fields | None = None,
+        unread: Sequence[str] = (),
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -91,6 +98,7 @@ class InstructBuilder(Builder):
         super().__init__(
             fields,
             Limits(max_pixels=max_pixels),
+            unread,
             tokenizer=tokenizer,
             sequence_length=sequence_length,
         )
@@ -103,7 +111,18 @@ class InstructBuilder(Builder):
         self.use_thumbnail = use_thumbnail
         self.attended = attended
         self.form = form or Chat()
-        check_fields(self.fields, self.form.names)
+        check_fields(self.fields, self.form.names, unread)
+        if template.joins(tokenizer):
+            # Token counts that were kept when turns were tokenised apart are of other ids. It is
+            # part of their digest only where it is set.
+            self.joined = True
+
+    def reads(self, member: str) -> bool:
+        """Return whether it is the record's, one that `fields` names, or else a picture."""
+        if not super().reads(member):
+            return False
+        pictures = "image" not in self.fields and member.rpartition(".")[2] in IMAGES
+        return pictures or member in self.named()
 
     @property
     def media(self) -> frozenset[MediaKind]:
@@ -126,9 +145,21 @@ class InstructBuilder(Builder):
         """
         return self._build(members, prompt=False)
 
-    def prompt(self, members: Mapping[str, Any]) -> Sample:
-        """Return the sample up to where its last assistant turn begins, without supervision."""
-        return self._build(members, prompt=True)
+    def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
+        """Return the sample up to where its last assistant turn begins, without supervision.
+
+        A question (members with `__plain__`) is a user's turn, or the beginning of a document,
+        whatever the form of training reads.
+
+        suffix: text behind the last turn of a user; BadSample where that is not the last one.
+        """
+        return self._build(members, prompt=True, suffix=suffix)
+
+    def question(self, members: Mapping[str, Any]) -> str:
+        """Return the text of the last turn of a user, or the document, without image markers."""
+        turns = self._example(members, Record.sizes)[1].turns
+        asked = [turn.text for turn in turns if turn.role in ("user", DOCUMENT)]
+        return asked[-1].replace(IMAGE_MARKER, "").strip() if asked else ""
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """Return the accepted answers to `prompt(members)`; empty where the sample has none."""
@@ -145,22 +176,36 @@ class InstructBuilder(Builder):
     ) -> tuple[str, Example]:
         """Return source and example; `read` gives the images, or their sizes."""
         record = self.record(members)
+        if PLAIN in members:
+            example = Chat()(record, read(record))
+            if isinstance(self.form, Document):
+                turns = [Turn(DOCUMENT, example.turns[0].text)]
+                example = replace(example, turns=turns)
+            return record.source, example
         example = self.form(record, read(record))
         if example.turns[0].role == DOCUMENT:
             example = self._cut(example, record.source)
         return record.source, example
 
-    def _build(self, members: Mapping[str, Any], *, prompt: bool) -> Sample:
-        # 1. Read turns and images; a prompt ends before the last answer.
+    def _build(self, members: Mapping[str, Any], *, prompt: bool, suffix: str = "") -> Sample:
         source, example = self._example(members, Record.images)
         turns = example.turns
+        # A prompt ends before the last answer.
         if prompt and turns[-1].role == "assistant":
             turns = turns[:-1]
-        # 2. Render the turns with as many tiles an image as fit.
-        rendered, limit = self._fit(turns, example.images, source, prompt)
+        if suffix:
+            if not turns or turns[-1].role != "user":
+                raise BadSample(source, f"no user's turn to put {suffix!r} behind")
+            turns = [*turns[:-1], replace(turns[-1], text=turns[-1].text + suffix)]
+        return self._sample(replace(example, turns=turns), source, prompt)
+
+    def _sample(self, example: Example, source: str, prompt: bool) -> Sample:
+        """Return the sample of an example whose images are decoded."""
+        # 1. Render the turns with as many tiles an image as fit.
+        rendered, limit = self._fit(example.turns, example.images, source, prompt)
         if not prompt and not any(rendered.weights):
             raise BadSample(source, "no supervised token; a sample needs an assistant turn")
-        # 3. Cut the images under the same limit, which gives the tiles that were rendered.
+        # 2. Cut the images under the same limit, which gives the tiles that were rendered.
         tiles = [
             tile_image(
                 image,
@@ -172,7 +217,7 @@ class InstructBuilder(Builder):
             for image in example.images
             if isinstance(image, Image.Image)
         ]
-        # 4. A placeholder that the text itself contains would take a tile's feature.
+        # 3. A placeholder that the text itself contains would take a tile's feature.
         count = rendered.tokens.count(self.tokenizer.image_id)
         expected = self.tokens_per_tile * len(rendered.positions)
         if count != expected:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.decode import IMAGES, Limits, check_extension, decode, naming
+from nvmm.data.samples.decode import (
+    IMAGES,
+    UNREAD_IMAGES,
+    Limits,
+    check_extension,
+    decode,
+    naming,
+)
 from nvmm.data.samples.images import Size, read_size
 
 Fields = Mapping[str, str | Sequence[str]]
@@ -17,10 +25,25 @@ Fields = Mapping[str, str | Sequence[str]]
 
 `record` is the member `.json` unless another is named, and `image` may name several members.
 """
+PLAIN = "__plain__"
+"""An entry of members that are a question of no data set's: they have our names of fields."""
+PSEUDO = ("__url__", "__key__", PLAIN)
+"""Entries of a sample's members that are no members: its shard, its key and `PLAIN`."""
 
 
-def check_fields(fields: Fields, names: Sequence[str]) -> None:
-    """Raise ValueError for a name that no form reads, and for members that cannot be decoded."""
+def is_picture(member: str) -> bool:
+    """Return whether a member is a picture by its extension, decodable or not."""
+    return member.rpartition(".")[2] in (*IMAGES, *UNREAD_IMAGES)
+
+
+def is_listed(member: str, patterns: Sequence[str]) -> bool:
+    """Return whether one of `patterns`, such as `.mask.png` or `.*.npy`, names a member."""
+    return any(fnmatchcase(f".{member}", pattern) for pattern in patterns)
+
+
+def check_fields(fields: Fields, names: Sequence[str], unread: Sequence[str] = ()) -> None:
+    """Raise ValueError for a name that no form reads, for members that cannot be decoded, and for
+    a place that is named as unread too."""
     for name, places in fields.items():
         if name not in ("record", "image", *names):
             allowed = ", ".join(("record", "image", *names))
@@ -28,6 +51,10 @@ def check_fields(fields: Fields, names: Sequence[str]) -> None:
         if not isinstance(places, str) and name != "image":
             raise ValueError(f"build.fields.{name}={places} must be one place")
         for place in [places] if isinstance(places, str) else places:
+            if place in unread or is_listed(place[1:], unread):
+                raise ValueError(f"build.fields.{name}={place} is in build.unread too")
+            if place != place.lower() and place.startswith("."):
+                raise ValueError(f"build.fields.{name}={place}: write members in lower case")
             if place.startswith("."):
                 check_extension(place.rpartition(".")[2])
             elif name in ("record", "image"):
@@ -38,14 +65,22 @@ class Record:
     """The values of one sample. A value that is missing or wrong raises BadSample.
 
     members: extension -> bytes, and `__url__` and `__key__`.
+    unread: members (`.mask.png`) and keys (`image`) that are left out as if they were not there.
     """
 
-    def __init__(self, members: Mapping[str, Any], fields: Fields, limits: Limits) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, Any],
+        fields: Fields,
+        limits: Limits,
+        unread: Sequence[str] = (),
+    ) -> None:
         self.key = str(members.get("__key__", ""))
         self.source = f"{members.get('__url__', '')}:{self.key}"
-        self._members = members
+        self._members = {name: v for name, v in members.items() if not is_listed(name, unread)}
         self._fields = fields
         self._limits = limits
+        self._unread = unread
 
     def bad(self, reason: str) -> BadSample:
         """Return the error that names this sample."""
@@ -53,8 +88,12 @@ class Record:
 
     def missing(self, names: str) -> BadSample:
         """Return the error of a sample without the fields `names`, which its form needs."""
-        members = sorted(name for name in self._members if not name.startswith("__"))
-        return self.bad(f"no {names}; its members are {', '.join(members)}")
+        return self.bad(f"no {names}; its members are {', '.join(sorted(self.members))}")
+
+    @property
+    def members(self) -> list[str]:
+        """The names of its members, without those that are left out."""
+        return [name for name in self._members if name not in PSEUDO]
 
     def get(self, name: str) -> Any:
         """Return a value, None where the sample has none."""
@@ -125,11 +164,37 @@ class Record:
         return sizes
 
     def _image_names(self) -> list[str]:
-        """Return the image members that are named, else `png` or `0.png`, `1.png`, ... in order."""
+        """Return the image members that are named, else `png` or `0.png`, `1.png`, ... in order.
+
+        Raises BadSample where some of them are missing, or all though the record names pictures.
+        """
         places = self._fields.get("image")
         if places is not None:
-            names = [places] if isinstance(places, str) else places
-            return [name[1:] for name in names if name[1:] in self._members]
+            named = [place[1:] for place in ([places] if isinstance(places, str) else places)]
+            names = [name for name in named if name in self._members]
+            if names and len(names) < len(named):
+                lacking = ", ".join(f".{name}" for name in named if name not in names)
+                raise self.bad(f"has {', '.join(names)}, but not {lacking} of build.fields.image")
+        else:
+            names = self._numbered_images()
+        if not names:
+            self._check_text_only()
+        return names
+
+    def _check_text_only(self) -> None:
+        """Raise BadSample where the record names a picture, of which the sample has none."""
+        for key in ("image", "images"):
+            value = self._object.get(key)
+            items = value if isinstance(value, list) else [value]
+            mapped = key in self._fields.values() or key in self._unread
+            if not mapped and any(isinstance(item, str | dict) and item for item in items):
+                raise self.bad(
+                    f"{key}={value!r} names a picture, and the sample has none; pack it as a"
+                    f" member, or name {key} in build.unread"
+                )
+
+    def _numbered_images(self) -> list[str]:
+        """Return `png`, or `0.png`, `1.png`, ... in order."""
         numbered: list[tuple[int, str]] = []
         for member in self._members:
             number, _, extension = member.rpartition(".")
@@ -154,6 +219,11 @@ class Record:
         if place not in self._members:
             return {}
         value = self._decoded(place)
+        if isinstance(value, list) and all(
+            isinstance(turn, dict) and turn.keys() & {"from", "role"} for turn in value
+        ):
+            # Megatron-LM's shards of LLaVA's data hold the turns alone.
+            value = {"conversations": value}
         if not isinstance(value, dict):
             raise self.bad(f"member {place} must be an object, got {type(value).__name__}")
         return value

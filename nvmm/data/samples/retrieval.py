@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,9 +31,8 @@ from nvmm.batch import IMAGE, NEGATIVE, POSITIVE, QUERY, MediaKind, Sample, Text
 from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
-from nvmm.data.samples.decode import IMAGES
 from nvmm.data.samples.images import Tiles, tile_image
-from nvmm.data.samples.record import Fields, Record, check_fields
+from nvmm.data.samples.record import Fields, Record, check_fields, is_picture
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
@@ -81,7 +80,7 @@ class RetrievalBuilder(Builder):
         "none": none, every token is pooled. All of a text without an instruction is pooled.
     tokens_per_tile: places of a tile of a picture; None: the samples have no pictures.
     tile_size, max_tiles, use_thumbnail: as InstructBuilder's. 1 tile: a plain resize to a square.
-    fields: our names of fields -> the data set's.
+    fields, unread: see `Builder`.
     sequence_length: longest text with BOS and EOS; longer ones lose their end, never EOS, and never
         a part of a picture.
     """
@@ -107,6 +106,7 @@ class RetrievalBuilder(Builder):
         max_tiles: int = 1,
         use_thumbnail: bool = True,
         fields: Fields | None = None,
+        unread: Sequence[str] = (),
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -121,8 +121,10 @@ class RetrievalBuilder(Builder):
                 f"tokens_per_tile={tokens_per_tile}, tile_size={tile_size}, max_tiles={max_tiles}:"
                 " all must be at least 1"
             )
-        super().__init__(fields, tokenizer=tokenizer, sequence_length=sequence_length)
-        check_fields(self.fields, FIELDS)
+        super().__init__(
+            fields, unread=unread, tokenizer=tokenizer, sequence_length=sequence_length
+        )
+        check_fields(self.fields, FIELDS, unread)
         self.num_negatives = num_negatives
         self.num_answers = num_answers
         self.in_batch_negatives = in_batch_negatives
@@ -162,7 +164,7 @@ class RetrievalBuilder(Builder):
                 for text, image in zip(negatives, images, strict=True)
             ),
         ]
-        self._refuse_unnamed(record, members)
+        self._refuse_unnamed(record)
         names = _list(record, "negative_ids") or [None] * len(documents[1:])
         ids = [record.get("positive_id"), *names]
         scores = _list(record, "scores") or [float("nan")] * len(documents)
@@ -212,8 +214,10 @@ class RetrievalBuilder(Builder):
             source=record.source,
         )
 
-    def prompt(self, members: Mapping[str, Any]) -> Sample:
-        """Return the sample's query alone."""
+    def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
+        """Return the sample's query alone; raise ValueError for a suffix."""
+        if suffix:
+            raise ValueError(f"a query to embed takes no suffix, got {suffix!r}")
         record = self.record(members)
         query = self._content(record, "query", record.get("query"), record.get("query_image"))
         text = self._text(query, self._instruction(record), record.source)
@@ -223,6 +227,10 @@ class RetrievalBuilder(Builder):
         """Return one text, picture or both to embed, behind an instruction if there is one."""
         content = Content(content) if isinstance(content, str) else content
         return Sample((self._text(content, instruction, "a text to embed"),))
+
+    def reads(self, member: str) -> bool:
+        """Return whether it is the record's, one that `fields` names, or a picture."""
+        return super().reads(member) and (is_picture(member) or member in self.named())
 
     def blank(self, sample_id: int) -> Sample:
         """Return the sample that stands for a missing one; its negative id keeps it out of the
@@ -268,12 +276,11 @@ class RetrievalBuilder(Builder):
         image, data = record.picture(name, member)
         return Content(text or "", image, hashlib.blake2b(data, digest_size=16).hexdigest())
 
-    def _refuse_unnamed(self, record: Record, members: Mapping[str, Any]) -> None:
+    def _refuse_unnamed(self, record: Record) -> None:
         """Raise BadSample for a picture that the record names nowhere."""
         names = {record.get("query_image"), record.get("positive_image")}
         names |= set(_list(record, "negative_images"))
-        pictures = {name for name in members if name.rpartition(".")[2] in IMAGES}
-        if unnamed := sorted(pictures - names):
+        if unnamed := sorted(set(filter(is_picture, record.members)) - names):
             raise record.bad(f"no field names the picture {unnamed[0]}")
 
     def _text(

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+log = logging.getLogger(__name__)
 _CACHED_LENGTH = 256
 _CACHE_SIZE = 65_536
+_WORDS = ("A", "a", "I", "1")
+"""Words that a tokenizer for text has as a token with a space in front, if it has such tokens."""
 
 
 class Tokenizer:
     """A Hugging Face tokenizer folder, read locally; no code of the folder is run.
 
-    path: folder with tokenizer.json, or with slow tokenizer files that transformers can convert.
+    path: folder that Transformers reads; its ids are those of Transformers, or it is refused.
     image_token: the token that stands for one image feature; it must be in the vocabulary.
     end_of_turn: the token that ends a turn of a chat.
     extra_tokens: special tokens added after the vocabulary where the folder lacks them.
@@ -40,10 +46,12 @@ class Tokenizer:
             raise ValueError(f"tokenizer.path={path} is not a folder with a Hugging Face tokenizer")
         self.path = str(path)
         self._backend, names = _load(folder)
+        self._extra_tokens = tuple(extra_tokens)
         self._backend.no_padding()
         self._backend.no_truncation()
-        missing = [token for token in extra_tokens if self._backend.token_to_id(token) is None]
-        self._backend.add_special_tokens([AddedToken(t, normalized=False) for t in missing])
+        # It adds tokens, which no one asks for, and may take white space out of the offsets.
+        self._backend.post_processor = None
+        _add_missing(self._backend, extra_tokens)
 
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
@@ -58,7 +66,16 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad is None else pad
         if self.pad_id == self.image_id:
             raise ValueError(f"tokenizer.image_token={image_token} is also the padding token")
-        self._cache: dict[str, list[int]] = {}
+        added = self._backend.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        image = added.get(self.image_id)
+        if image is not None and (image.lstrip or image.rstrip or image.single_word):
+            raise ValueError(
+                f"tokenizer.image_token={image_token} of {self.path} takes in the white space"
+                " beside it (lstrip, rstrip or single_word); name another token"
+            )
+        self._cache: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
+        self._joined: dict[str, int] = {}
 
     def _require(self, token: str, key: str) -> int:
         """Return a token's id; raise ValueError, naming the config key, where there is none."""
@@ -79,14 +96,54 @@ class Tokenizer:
 
         Nothing is added, no BOS or EOS. Short texts, as tags and affixes are, are cached.
         """
-        if len(text) > _CACHED_LENGTH:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
-        ids = self._cache.get(text)
-        if ids is None:
-            ids = list(self._backend.encode(text, add_special_tokens=False).ids)
-            if len(self._cache) < _CACHE_SIZE:
-                self._cache[text] = ids
-        return list(ids)
+        return self.encode_pieces([text])[0]
+
+    def encode_pieces(
+        self, pieces: Sequence[str], *, continued: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of the pieces' joint text, and the number of the piece that each is of.
+
+        A token that lies in two pieces is of the later one.
+
+        continued: the text stands behind a special token and not at the beginning, where some
+            tokenizers put a space in front.
+        """
+        key = (self.image_token if continued else "", *pieces)
+        known = self._cache.get(key)
+        if known is None:
+            known = self._encode(key)
+            if sum(map(len, key)) <= _CACHED_LENGTH and len(self._cache) < _CACHE_SIZE:
+                self._cache[key] = known
+        return list(known[0]), list(known[1])
+
+    def joined_space(self, text: str) -> int:
+        """Return how many characters of white space at the end of `text` begin a word's token."""
+        if not text[-1:].isspace():
+            return 0
+        if text not in self._joined:
+            before = self.image_token + text
+            starts = [len(before)]
+            for word in _WORDS:
+                offsets = self._backend.encode(before + word, add_special_tokens=False).offsets
+                starts += [first for first, last in offsets if first < len(before) < last]
+            start = min(starts)
+            self._joined[text] = len(before) - start if before[start:].isspace() else 0
+        return self._joined[text]
+
+    def _encode(self, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return ids and pieces of texts, of which the first is left out: a token or nothing."""
+        encoding = self._backend.encode("".join(texts), add_special_tokens=False)
+        skipped = bool(texts[0])
+        ids = encoding.ids[skipped:]
+        if len(texts) == 2:
+            return ids, [0] * len(ids)
+        ends = list(accumulate(map(len, texts)))[1:]
+        # An added token may take in the white space before or behind it: its text is at its start.
+        places = [
+            start if token in self._added else max(start, end - 1)
+            for token, (start, end) in zip(ids, encoding.offsets[skipped:], strict=True)
+        ]
+        return ids, [bisect_right(ends, place) for place in places]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
@@ -98,67 +155,155 @@ class Tokenizer:
 
         These decide the ids; the digest does not depend on the folder's path.
         """
-        state: dict[str, Any] = json.loads(self._backend.to_str())
-        model = state["model"]
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
-        content = {
-            "type": model.get("type"),
-            "vocab": model.get("vocab"),
-            "merges": merges,
-            "added_tokens": state.get("added_tokens"),
-            "normalizer": state.get("normalizer"),
-            "pre_tokenizer": state.get("pre_tokenizer"),
-        }
-        text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        return _digest(self._backend)
+
+    def is_of(self, digest: str) -> bool:
+        """Return whether a run that saved `digest` had this tokenizer.
+
+        It had, too, when that is the digest of tokenizer.json alone, which is how nvmm once read
+        every folder, with the same tokens. The log says then that the splitter is another.
+        """
+        if digest == self.digest:
+            return True
+        alone = _read_file(Path(self.path).expanduser())
+        if alone is None:
+            return False
+        _add_missing(alone, self._extra_tokens)
+        if _digest(alone) != digest or alone.get_vocab(True) != self._backend.get_vocab(True):
+            return False
+        log.warning(
+            f"tokenizer.path={self.path} is read as Transformers reads it; this run began with"
+            " tokenizer.json alone, whose splitter differs, so that some ids may too"
+        )
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
 
 
-def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
-    """Load the fast tokenizer of a folder and the text of its bos, eos and pad tokens."""
-    keys = ("bos_token", "eos_token", "pad_token")
-    fast = folder / "tokenizer.json"
-    # 1. A slow tokenizer is converted. Only this needs transformers, which takes seconds to import.
-    if not fast.is_file():
-        from transformers import AutoTokenizer
+def _add_missing(backend: Backend, tokens: Iterable[str]) -> None:
+    """Add those special tokens that the tokenizer does not have."""
+    missing = [token for token in tokens if backend.token_to_id(token) is None]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in missing])
 
-        converted = AutoTokenizer.from_pretrained(
+
+def _digest(backend: Backend) -> str:
+    """Return the sha256 of what decides the ids."""
+    state: dict[str, Any] = json.loads(backend.to_str())
+    model = state["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+    content = {
+        "type": model.get("type"),
+        "vocab": model.get("vocab"),
+        "merges": merges,
+        "added_tokens": state.get("added_tokens"),
+        "normalizer": state.get("normalizer"),
+        "pre_tokenizer": state.get("pre_tokenizer"),
+    }
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+_NAMED = ("bos_token", "eos_token", "pad_token")
+_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
+    """Load the fast tokenizer of a folder and the text of its bos, eos and pad tokens.
+
+    Transformers reads the folder, except where tokenizer.json alone says how text becomes ids:
+    importing Transformers takes seconds.
+    """
+    config = _json(folder / "tokenizer_config.json")
+    if config.get("split_special_tokens"):
+        raise ValueError(
+            f"tokenizer.path={folder}: split_special_tokens in tokenizer_config.json takes special"
+            " tokens for text, and no template works with that; set it to false"
+        )
+    fast = _read_file(folder)
+    if fast is not None and _is_enough(folder, config, fast):
+        return fast, dict(zip(_NAMED, _texts(config.get(key) for key in _NAMED), strict=True))
+    from transformers import AutoTokenizer
+
+    try:
+        read = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-        if not getattr(converted, "is_fast", False):
-            raise ValueError(
-                f"tokenizer.path={folder} holds no tokenizer.json and none can be made"
-            )
-        backend = Backend.from_str(converted.backend_tokenizer.to_str())
-        return backend, {key: getattr(converted, key) for key in keys}
+    except Exception as error:  # Each tokenizer class raises what it likes.
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"tokenizer.path={folder}: Transformers cannot read this folder ({reason})"
+        ) from error
+    if not getattr(read, "is_fast", False):
+        raise ValueError(f"tokenizer.path={folder} holds no tokenizer.json and none can be made")
+    backend = Backend.from_str(read.backend_tokenizer.to_str())
+    # Classes that make a splitter of their own differ from the file in offsets alone, which would
+    # be another digest for the same ids.
+    if fast is not None and _splitter(fast) == _splitter(backend):
+        backend.pre_tokenizer = fast.pre_tokenizer
+    return backend, {key: getattr(read, key) for key in _NAMED}
 
-    # 2. A fast one is read as it is.
+
+def _read_file(folder: Path) -> Backend | None:
+    """Return the tokenizer of tokenizer.json, None where there is no such file."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
     try:
-        backend = Backend.from_file(str(fast))
+        return Backend.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # The tokenizers library raises bare Exception.
         raise ValueError(
             f"tokenizer.path={folder}: cannot read tokenizer.json ({error})"
         ) from error
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            config.update(json.loads((folder / name).read_text(encoding="utf-8")))
-    # 3. Tokens that only the config lists are added by id, as transformers does.
-    added = config.get("added_tokens_decoder", {})
-    for _, entry in sorted(added.items(), key=lambda item: int(item[0])):
-        if backend.token_to_id(entry["content"]) is None:
-            special = bool(entry.get("special", False))
-            options = {k: bool(entry.get(k, False)) for k in ("lstrip", "rstrip", "single_word")}
-            normalized = bool(entry.get("normalized", not special))
-            token = AddedToken(entry["content"], special=special, normalized=normalized, **options)
-            (backend.add_special_tokens if special else backend.add_tokens)([token])
-    names: dict[str, str | None] = {}
-    for key in keys:
-        value = config.get(key)
-        names[key] = value["content"] if isinstance(value, dict) else value
-    return backend, names
+
+
+def _is_enough(folder: Path, config: dict[str, Any], fast: Backend) -> bool:
+    """Return whether tokenizer.json alone says how Transformers makes ids.
+
+    It does when the class is the plain one, no other file takes part, and every token that
+    tokenizer_config.json names is an added token of tokenizer.json already.
+    """
+    others = ("config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json")
+    listed = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+    special = {t.content for t in fast.get_added_tokens_decoder().values() if t.special}
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    return (
+        config.get("tokenizer_class") in _PLAIN
+        and not any((folder / other).exists() for other in others)
+        and not any(config.get(key) for key in (*listed, "auto_map"))
+        and all(token is None or token in special for token in _texts(tokens.values()))
+    )
+
+
+def _splitter(backend: Backend) -> str:
+    """Return the splitter as JSON without what changes offsets and no ids."""
+    state = b"null" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    kept = json.loads(
+        state,
+        object_pairs_hook=lambda pairs: {
+            key: value for key, value in pairs if key != "trim_offsets"
+        },
+    )
+    return json.dumps(kept, sort_keys=True)
+
+
+def _texts(tokens: Iterable[Any]) -> list[Any]:
+    """Return tokens as text where they are objects with their text as `content`."""
+    return [token.get("content") if isinstance(token, dict) else token for token in tokens]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty where there is none; raise ValueError naming it."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizer.path={file.parent}: {file.name} is damaged ({error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"tokenizer.path={file.parent}: {file.name} must hold an object")
+    return content
 
 
 def train_byte_level_bpe(

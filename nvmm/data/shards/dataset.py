@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,12 @@ from numpy.typing import NDArray
 
 from nvmm.batch import Sample
 from nvmm.data.order.permutation import LocalPermutation, Permutation
-from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.bad_sample import BadSample, blamed
 from nvmm.data.samples.builder import Builder
+from nvmm.data.samples.decode import IMAGES
+from nvmm.data.samples.record import is_listed
 from nvmm.data.shards.index import Index, open_index
-from nvmm.data.shards.storage import Storage, expand, read
+from nvmm.data.shards.storage import Storage, expand, local_path, read
 from nvmm.data.shards.tar import parse
 from nvmm.io.files import publish
 
@@ -82,14 +85,49 @@ class Dataset:
     def shards(self) -> list[str]:
         """The shards, in order."""
         urls: list[str] = []
+        seen: dict[Any, tuple[str, str]] = {}
         for pattern in self.patterns:
             matches = expand(pattern, self.storage)
             if not matches:
                 raise ValueError(f"shards: pattern {pattern} matches no file")
+            for url in matches:
+                path = local_path(url)
+                status = os.stat(path) if path else None
+                file = (status.st_dev, status.st_ino) if status else url
+                if file in seen:
+                    first, other = seen[file]
+                    raise ValueError(
+                        f"shards: {url} of {pattern} is {first} of {other}: its samples would"
+                        " count twice (data.blend has weights and repeat)"
+                    )
+                seen[file] = url, pattern
             urls += matches
         if not urls:
             raise ValueError("shards=null names no file; give at least one pattern")
         return urls
+
+    def contents(self) -> tuple[str, bool]:
+        """Return a line on the samples' pictures and unread members, from the index alone, and
+        whether any picture is read.
+        """
+        kinds, build = self.index.kinds, self.build
+        images = {kind: n for kind, n in kinds.items() if kind.rpartition(".")[2] in IMAGES}
+        read = {kind: n for kind, n in images.items() if build.reads(kind)}
+        # A sample has each kind once, but for numbered ones. Where only some of the images are
+        # read, the most frequent of these kinds is in all samples that have any.
+        num_with = self.index.num_with_images if read == images else max(read.values(), default=0)
+        line = f"{len(self)} samples, {num_with} with pictures ({sum(read.values())} pictures)"
+        unread = {kind: n for kind, n in kinds.items() if not build.reads(kind)}
+        for title, listed in (("not read by build.unread", True), ("NOT READ", False)):
+            chosen = [
+                f".{kind} {n}"
+                for kind, n in unread.items()
+                if is_listed(kind, build.unread) == listed
+            ]
+            if chosen:
+                bad = "" if listed else ": samples that have one are bad"
+                line += f"; {title}: {', '.join(chosen)}{bad}"
+        return line, bool(read)
 
     @cached_property
     def index(self) -> Index:
@@ -103,6 +141,20 @@ class Dataset:
         if not len(index):
             raise ValueError(f"shards: no sample in {', '.join(self.patterns)}")
         return index
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """What tells these samples from others, as JSON: shards and their number of samples.
+
+        A shard is its name, and for a local one size and time.
+        """
+        facts: list[Any] = []
+        for url in self.shards:
+            path = local_path(url)
+            status = os.stat(path) if path else None
+            size = [status.st_size, status.st_mtime_ns] if status else []
+            facts.append([url.rpartition("/")[2], *size])
+        return [*facts, len(self)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "lengths"}
@@ -129,12 +181,17 @@ class Dataset:
         return members
 
     def __getitem__(self, number: int) -> Sample:
-        sample: Sample = self.build(self.members(number))
-        return dataclasses.replace(sample, sample_id=number)
+        members = self.members(number)
+        with blamed(f"{members['__url__']}:{members['__key__']}"):
+            sample: Sample = dataclasses.replace(self.build(members), sample_id=number)
+        return sample
 
     def measure(self, number: int) -> tuple[int, int]:
         """Return tokens and tiles of a sample, from headers alone where its builder can."""
-        return self.build.measure(self.members(number))
+        members = self.members(number)
+        with blamed(f"{members['__url__']}:{members['__key__']}"):
+            tokens, tiles = self.build.measure(members)
+        return tokens, tiles
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -210,12 +267,12 @@ def write_shards(
     samples: Iterable[Mapping[str, bytes | str]],
     *,
     samples_per_shard: int = 1000,
-    first_shard: int = 0,
 ) -> list[Path]:
     """Write samples (`__key__`, then extension -> bytes) to `folder/name-00000.tar`, ...
 
-    Return the paths. The same samples give the same bytes: modification times are fixed. Existing
-    files of these names are replaced, each only when it is complete.
+    Return the paths. The same samples give the same bytes: modification times are fixed. All shards
+    of this name that are there already are replaced, when all new ones are complete; a call that
+    fails changes nothing.
 
     Raises ValueError for a name with folders, and for samples_per_shard below 1.
     """
@@ -227,20 +284,35 @@ def write_shards(
         raise ValueError(f"name={name} must be a file name, without folders")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
     stream = iter(samples)
     pending = next(stream, None)
-    while pending is not None:
-        path = folder / f"{name}-{first_shard + len(paths):05d}.tar"
-        with (
-            publish(path) as temporary,
-            open(temporary, "wb") as file,
-            TarWriter(file, encoder=False, mtime=0) as tar,
-        ):
-            for _ in range(samples_per_shard):
-                tar.write(dict(pending))
-                pending = next(stream, None)
-                if pending is None:
-                    break
-        paths.append(path)
-    return paths
+    count = 0
+    # 1. Write all of them apart; only whole sets come under their names.
+    with publish(folder / f".{name}.new") as new:
+        new.mkdir()
+        while pending is not None:
+            with (
+                open(new / f"{name}-{count:05d}.tar", "wb") as file,
+                TarWriter(file, encoder=False, mtime=0) as tar,
+            ):
+                for _ in range(samples_per_shard):
+                    tar.write(dict(pending))
+                    pending = next(stream, None)
+                    if pending is None:
+                        break
+            count += 1
+    # 2. Replace the old set.
+    for path in existing_shards(folder, name):
+        path.unlink()
+    complete = folder / f".{name}.new"
+    paths = [path.replace(folder / path.name) for path in sorted(complete.iterdir())]
+    complete.rmdir()
+    return sorted(paths)
+
+
+def existing_shards(folder: str | Path, name: str) -> list[Path]:
+    """Return the shards in `folder` that `write_shards` has written under `name`."""
+    pattern = re.compile(rf"{re.escape(name)}-\d{{5,}}\.tar")
+    folder = Path(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in entries if pattern.fullmatch(path.name))

@@ -3,7 +3,8 @@
 A folder of plain little-endian columns, which are memory-mapped: opening it costs the same for a
 thousand samples and for ten million.
 
-    index.json    version, shards with their sizes and times, number of samples, damage found
+    index.json    version, shards with their sizes and times, numbers of samples and of members of
+                  each kind, damage found
     shard start stop    of each sample: its shard, and its bytes in it
     key keys            end of its key in the blob of keys
     text                bytes of its text members
@@ -17,15 +18,20 @@ import contextlib
 import errno
 import hashlib
 import io
+import itertools
 import json
 import logging
 import mmap
 import os
+import re
+import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property, partial
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +39,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nvmm.data.samples.decode import IMAGES
 from nvmm.data.shards import storage
 from nvmm.data.shards.tar import list_members, split_name
 from nvmm.io.files import lock, publish
 from nvmm.io.progress import watch
 
 log = logging.getLogger("nvmm")
-_VERSION = 1
+_VERSION = 2
 _COLUMNS = {
     "shard": "<i4",
     "start": "<i8",
@@ -51,7 +58,9 @@ _COLUMNS = {
     "sizes": "<i4",
 }
 _TEXT = ("json", "txt")
-_IMAGES = ("png", "jpg", "jpeg", "webp")
+_MOST_KINDS = 200
+"""The members of rarer kinds are counted together."""
+_NUMBER = re.compile(r"^\d+(?=\.)")
 _HEADER = 1 << 16
 """The first bytes of an image, which nearly always hold its size."""
 _FEW_BYTES, _FEW_SAMPLES = 256 << 20, 4096
@@ -74,8 +83,22 @@ class Index:
 
     @property
     def damage(self) -> list[str]:
-        """A message for each shard that could not be read to its end."""
+        """A message for each shard that could not be read whole."""
         return list(self.facts["damage"])
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of members of each kind: `json`, `jpg`, `0.jpg` for all numbered ones.
+
+        Files of the shards that belong to no sample are kind `?`, and those of the rarest kinds
+        `...`.
+        """
+        return dict(self.facts["kinds"])
+
+    @property
+    def num_with_images(self) -> int:
+        """The number of samples that have a member of an image."""
+        return int(np.count_nonzero(np.diff(self.columns["image"], prepend=0)))
 
     @cached_property
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -130,7 +153,7 @@ class Index:
         """Return `lengths(digest)`, made with `measure` (number -> tokens, tiles) if missing.
 
         A sample for which `measure` raises ValueError gets -1, -1. Raises ValueError when the
-        counts cannot be written.
+        counts cannot be written, and when every sample is bad.
         """
         known = self.lengths(digest)
         if known is not None:
@@ -143,19 +166,39 @@ class Index:
         # Another process may have counted while this one waited. Without locks both count alike.
         with lock(self.path / "lock", required=False):
             if self.lengths(digest) is None:
-                self._count(f"lengths-{digest}", partial(_measured, measure), workers)
+                self._count(f"lengths-{digest}", measure, workers)
         return _open(self.path / f"lengths-{digest}", "<i4").reshape(-1, 2)
 
-    def _count(
-        self, name: str, measured: Callable[[tuple[int, int]], NDArray[np.int32]], workers: int
-    ) -> None:
-        """Write the column `name` of all samples, span by span."""
+    def _count(self, name: str, measure: Callable[[int], tuple[int, int]], workers: int) -> None:
+        """Write the column `name` of all samples, span by span; warn of those that are bad."""
+        measured = partial(_measured, measure)
         step = max(1, min(1000, len(self) // max(1, 4 * workers)))
         spans = [(i, min(len(self), i + step)) for i in range(0, len(self), step)]
         results = _mapped(measured, spans, workers if len(self) > _FEW_SAMPLES else 0)
+        num_bad, first = 0, 0
         with publish(self.path / name, shared=True) as temporary, open(temporary, "wb") as file:
-            for rows in watch(results, len(spans), f"counting tokens ({len(self)} samples)"):
+            for (start, _), rows in zip(
+                spans,
+                watch(results, len(spans), f"counting tokens ({len(self)} samples)"),
+                strict=True,
+            ):
+                bad = np.flatnonzero(rows[:, 0] < 0)
+                if bad.size and not num_bad:
+                    first = start + int(bad[0])
+                num_bad += bad.size
                 file.write(rows.tobytes())
+            if num_bad:
+                # The fault may lie in the builder: say the first. Counts of bad samples alone would
+                # outlive its repair.
+                try:
+                    measure(first)
+                    reason = "it can now"
+                except ValueError as error:
+                    reason = str(error)
+                message = f"{num_bad} of {len(self)} samples cannot be built, the first: {reason}"
+                if num_bad == len(self):
+                    raise ValueError(message)
+                log.warning(f"data: {message}")
 
 
 def open_index(shards: Sequence[str], folder: str | None = None, workers: int = 0) -> Index:
@@ -233,9 +276,9 @@ def _is_current(path: Path, stamps: list[list[int] | None]) -> bool:
     """Return whether there is an index of this version, and of the shards as they are now."""
     try:
         facts = json.loads((path / "index.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none there, or a damaged one
         return False
-    return bool(facts["version"] == _VERSION and facts["stamps"] == stamps)
 
 
 def _build(
@@ -248,6 +291,7 @@ def _build(
     """Write the index of `shards` to `path`, complete or not at all."""
     counts: list[int] = []
     damage: list[str] = []
+    kinds: Counter[str] = Counter()
     # 1. Shards are scanned apart, by processes where there is much to read.
     bytes_known = sum(stamp[0] for stamp in stamps if stamp)
     few = len(shards) == 1 or (None not in stamps and bytes_known < _FEW_BYTES)
@@ -259,7 +303,7 @@ def _build(
         ends = {"key": 0, "image": 0}
         with contextlib.ExitStack() as stack:
             files = {name: stack.enter_context(open(folder / name, "wb")) for name in _COLUMNS}
-            for number, (columns, problem) in enumerate(
+            for number, (columns, shard_kinds, problem) in enumerate(
                 watch(scans, len(shards), f"indexing {len(shards)} shards")
             ):
                 counts.append(len(columns["start"]))
@@ -271,6 +315,9 @@ def _build(
                 for name, dtype in _COLUMNS.items():
                     files[name].write(columns[name].astype(dtype).tobytes())
                 damage += [problem] if problem else []
+                kinds += shard_kinds
+                rare = [kind for kind, _ in kinds.most_common()[_MOST_KINDS:]]
+                kinds["..."] += sum(kinds.pop(kind) for kind in rare)
         # 3. The stamps say later whether the shards are still those that were scanned.
         facts = {
             "version": _VERSION,
@@ -278,42 +325,59 @@ def _build(
             "stamps": stamps,
             "num_samples": sum(counts),
             "samples_per_shard": counts,
+            "kinds": dict(sorted((+kinds).items())),
             "damage": damage,
         }
         (folder / "index.json").write_text(json.dumps(facts), encoding="utf-8")
+        # 4. Token counts of an older version hold where its samples are these.
+        old = path / "index.json"
+        same = ("shards", "stamps", "samples_per_shard")
+        before: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            before = json.loads(old.read_text(encoding="utf-8"))
+        if all(before.get(name) == facts[name] for name in same) and all(
+            (path / name).read_bytes() == (folder / name).read_bytes() for name in ("start", "stop")
+        ):
+            for counted in path.glob("lengths-*"):
+                shutil.copy(counted, folder / counted.name)
 
 
-def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
-    """Return the columns of one shard, where ends count from its start, and its damage or None."""
+def scan(shard: str) -> tuple[dict[str, NDArray[Any]], Counter[str], str | None]:
+    """Return the columns of one shard, where ends count from its start, the number of its members
+    of each kind, and its damage or None.
+    """
     starts: list[int] = []
     stops: list[int] = []
     texts: list[int] = []
     keys: list[bytes] = []
     images: list[int] = []
     sizes: list[tuple[int, int]] = []
+    kinds: Counter[str] = Counter()
     with _bytes(shard) as data:
         members, problem = list_members(data, shard)
-        last_key = None
-        for member in members:
-            name = split_name(member.name)
-            if name is None:
+        # 1. Members that follow one another under one key are a sample, which reaches from the
+        # first header to the end of the last member.
+        named = [(*name, member) for member in members if (name := split_name(member.name))]
+        kinds.update(_NUMBER.sub("0", extension) for _, extension, _ in named)
+        if len(members) > len(named):
+            kinds["?"] = len(members) - len(named)
+        groups = [(key, list(group)) for key, group in itertools.groupby(named, itemgetter(0))]
+        apart = _apart([(key, [extension for _, extension, _ in group]) for key, group in groups])
+        for key, group in groups:
+            if key in apart:
                 continue
-            # 1. A new key opens a sample, which reaches to the end of its last member.
-            if name[0] != last_key:
-                last_key = name[0]
-                starts.append(member.start)
-                stops.append(member.stop)
-                keys.append(last_key.encode())
-                texts.append(0)
-                images.append(len(sizes))
-            stops[-1] = member.stop
+            starts.append(group[0][2].start)
+            stops.append(group[-1][2].stop)
+            keys.append(key.encode())
             # 2. Its text and image sizes are kept for estimates and for planning tiles.
-            extension = name[1].rpartition(".")[2]
-            if extension in _TEXT:
-                texts[-1] += member.size
-            elif extension in _IMAGES:
-                sizes.append(_image_size(data, member.offset, member.size))
-                images[-1] = len(sizes)
+            texts.append(0)
+            for _, extension, member in group:
+                kind = extension.rpartition(".")[2]
+                if kind in _TEXT:
+                    texts[-1] += member.size
+                elif kind in IMAGES:
+                    sizes.append(_image_size(data, member.offset, member.size))
+            images.append(len(sizes))
     columns: dict[str, NDArray[Any]] = {
         "start": np.array(starts, dtype=np.int64),
         "stop": np.array(stops, dtype=np.int64),
@@ -323,7 +387,28 @@ def scan(shard: str) -> tuple[dict[str, NDArray[Any]], str | None]:
         "image": np.array(images, dtype=np.int64),
         "sizes": np.array(sizes, dtype=np.int64).ravel(),
     }
-    return columns, str(problem) if problem else None
+    columns["text"] = columns["text"].clip(max=np.iinfo(np.int32).max)
+    problems = [str(problem)] if problem else []
+    if apart:
+        problems.append(
+            f"{shard}:{min(apart)}: the members of {len(apart)} samples lie apart, and"
+            " a sample is read in one piece; sort the shard by name"
+        )
+    return columns, kinds, "; ".join(problems) or None
+
+
+def _apart(groups: Sequence[tuple[str, list[str]]]) -> set[str]:
+    """Return the keys whose members lie in several places.
+
+    groups: key and extensions of neighbours. A key that comes again with the same extensions is
+    another sample of its name, as webdataset has it.
+    """
+    seen: dict[str, list[str]] = {}
+    return {
+        key
+        for key, extensions in groups
+        if seen.setdefault(key, sorted(extensions)) != sorted(extensions)
+    }
 
 
 @contextlib.contextmanager

@@ -74,8 +74,8 @@ def expand(pattern: str, options: Storage = DEFAULT) -> list[str]:
     for name in braceexpand(pattern):
         local = local_path(name)
         if local is not None:
-            exists = os.path.exists(local)
-            names.update(glob.glob(local) if glob.has_magic(local) else [local] * exists)
+            # A name that is there is no pattern, whatever brackets are in it.
+            names.update([local] if os.path.exists(local) else glob.glob(local))
         elif any(mark in name for mark in "*["):
             protocol = name.partition("://")[0]
             paths = _retry(partial(_call, name, "glob", options), name, options)

@@ -138,6 +138,15 @@ def test_weights_of_a_list(make_shards: Callable[..., str]) -> None:
         "b": Fraction(3, 4) * Fraction(30, 35),
         "c": Fraction(3, 4) * Fraction(5, 35),
     }
+    above_one = [
+        {"name": "a", "weight": 7},
+        {"weight": 2, "blend": [{"name": "b", "weight": 3}, {"name": "c", "weight": 5}]},
+    ]
+    assert weights(listed(make_shards, above_one)) == {
+        "a": Fraction(7, 9),
+        "b": Fraction(2 * 3, 9 * 8),
+        "c": Fraction(2 * 5, 9 * 8),
+    }
     nested[1]["temperature"] = 2
     tempered = weights(listed(make_shards, nested))
     assert tempered["b"] / tempered["c"] == pytest.approx(6**0.5)

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,47 @@ def test_packing_may_change_at_any_step(legs: list[tuple[str, int, int]]) -> Non
     assert Counter(kept) == Counter(blend_order(THREE, len(kept))), "nothing lost"
 
 
+def test_a_window_may_be_cut_three_times() -> None:
+    """Rows of 40, of 80, of 40 again, single samples: each cut is planned again as it was.
+
+    The window has many groups of rows, which a plan shuffles by its seed.
+    """
+    seen: list[int] = []
+    position, step = None, 0
+    packed, longer, plain = (replace(setting, window=512) for setting in (PACKED, LONGER, PLAIN))
+    for setting, steps in ((packed, 9), (longer, 7), (packed, 12), (plain, 5), (longer, 4)):
+        one = order(THREE, setting, 1, position)
+        seen += samples(one, range(step, step + steps))
+        step += steps
+        position = one.position(step)
+        assert position["first"] == 0, "all of it in one window"
+        # A resume without a change reads what the run would have read.
+        again = order(THREE, setting, 1, position)
+        assert samples(again, range(step, step + 3)) == samples(one, range(step, step + 3))
+    assert len(position["cuts"]) == 5
+    one = order(THREE, plain, 1, position)
+    seen += samples(one, range(step, step + 512 - len(seen)))
+    assert Counter(seen) == Counter(blend_order(THREE, 512))
+
+
+@pytest.mark.parametrize("then", [PACKED, LONGER, PLAIN], ids=["same", "longer", "plain"])
+def test_samples_that_changed_since_they_were_counted_are_refused(
+    then: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of the open window cannot be made again: its samples would be lost or repeated."""
+    one = order(THREE, PACKED, 1)
+    position = one.position(3)
+    old = {**position, "cuts": [{**position["cuts"][0]}]}
+    assert len(json.dumps(order(THREE).position(3))) < len(json.dumps(position)) < 900
+    expected = samples(one, range(3, 40))
+    assert samples(order(THREE, PACKED, 1, position), range(3, 40)) == expected
+    monkeypatch.setitem(LENGTHS, "short", 15)
+    with pytest.raises(ValueError, match=r"other numbers of tokens .* \(one of a, b, c\)"):
+        order(THREE, then, 1, position)
+    del old["cuts"][0]["counts"]  # as runs of before saved it
+    order(THREE, then, 1, old)
+
+
 def test_a_dataset_joins_with_the_next_window() -> None:
     first = order(THREE, PACKED, size=5)
     seen = samples(first, range(7))
@@ -259,6 +301,13 @@ def test_a_blend_of_epochs_ends() -> None:
     assert len(set(stream)) == len(stream) == 70
     with pytest.raises(ValueError, match=r"end after \{'a': 60, 'b': 10\} samples: every dataset"):
         one.batch(7)
+    # A run may end with the blend, at a window's edge as well, and save that it has.
+    for count, size in ((30, 10), (32, 8)):
+        whole = [part("a", count, epochs=2)]
+        steps = 2 * count // size
+        walked = order(whole, Settings(16), size)
+        samples(walked, range(steps))
+        assert order(whole, Settings(16), size).position(steps) == walked.position(steps)
 
 
 def test_ids_are_one_number_for_dataset_epoch_and_number() -> None:

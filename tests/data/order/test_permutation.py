@@ -51,6 +51,7 @@ def test_local_reads_stay_in_few_shards() -> None:
     numbers = shuffle(np.arange(10_000)).reshape(20, 500)
     touched = [len(np.unique(window // 100)) for window in numbers]
     assert touched == [5] * 20
+    assert len({tuple(window % 100) for window in numbers}) == 20, "each is shuffled in its own way"
     everywhere = Permutation(10_000, 1)(np.arange(500)) // 100
     assert len(np.unique(everywhere)) > 90
     assert not np.array_equal(np.sort(numbers, axis=1)[:, 0] // 100, np.arange(0, 100, 5))

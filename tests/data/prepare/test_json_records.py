@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -61,14 +62,14 @@ def test_records_become_samples(tmp_path: Path, images: Path, tiny: Tokenizer, s
     [
         ("../secret.png", r"record 0 \(id 9\): image \.\./secret\.png lies outside"),
         ("/etc/passwd", "lies outside"),
-        ("link.png", "lies outside"),
+        ("sub/../../secret.png", "lies outside"),
         ("missing.png", "is not a file"),
-        ("movie.gif", "must be one of png, jpg, jpeg, webp"),
+        ("movie.mp4", "must be one of png, jpg, jpeg, jfif, webp, gif"),
+        ("a.heic", r"must be one of .*\.heic: such pictures are not read"),
     ],
 )
 def test_refuses_bad_paths(tmp_path: Path, images: Path, image: str, message: str) -> None:
     (tmp_path / "secret.png").write_bytes(image_bytes(8, 8))
-    (images / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match=message):
         list(json_records.samples([{"id": 9, "image": image, "conversations": []}], images))
 
@@ -81,3 +82,113 @@ def test_refuses_what_is_no_list_of_objects(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n{"a": 2}')
     with pytest.raises(ValueError, match=r"not valid JSON .* use \.jsonl"):
         json_records.read_records(path)
+
+
+RECORD = {"id": 1, "image": "c.png", "question": "q", "answer": "7"}
+
+
+def line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [
+        ("a.json", b"\xef\xbb\xbf[" + line(RECORD) + b"]", 1),
+        ("a.jsonl", b"\xef\xbb\xbf" + line(RECORD), 1),
+        ("a.jsonl", line(RECORD | {"note": "a\u2028b\u2029c\u0085d"}) * 2, 2),
+        ("a.jsonl", line(RECORD).replace(b"\n", b"\r\n") * 2 + b"\r\n", 2),
+    ],
+)
+def test_json_as_other_systems_write_it(
+    tmp_path: Path, images: Path, name: str, content: bytes, count: int
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = list(json_records.samples(json_records.read_records(tmp_path / name), images))
+    assert ["png" in sample for sample in found] == [True] * count
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_other_encodings_name_the_file(tmp_path: Path, name: str) -> None:
+    for content in (json.dumps([RECORD]).encode("utf-16"), b'{"a": "\xe9t\xe9"}', b"[" * 100_000):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name}.* in UTF-8"):
+            json_records.read_records(tmp_path / name)
+
+
+@pytest.mark.parametrize("image", [123, [123], {"path": "c.png"}, True, ["c.png", 0]])
+def test_odd_names_are_of_a_record(images: Path, image: Any) -> None:
+    with pytest.raises(ValueError, match=r"record 0 \(id 1\): image must be a file name"):
+        list(json_records.samples([RECORD | {"image": image}], images))
+
+
+@pytest.mark.parametrize("image", [None, "", [], [None], float("nan")])
+def test_no_name_is_no_picture(images: Path, image: Any) -> None:
+    [found] = json_records.samples([RECORD | {"image": image}], images)
+    assert sorted(found) == ["__key__", "json"]
+
+
+def test_linked_folders_and_pictures(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "sub").symlink_to(images / "sub")
+    (tmp_path / "linked" / "one.png").symlink_to(images / "c.png")
+    records = [{"image": ["sub/a.b.JPG", "sub/../one.png"]}]
+    [found] = json_records.samples(records, tmp_path / "linked")
+    assert found["0.jpg"] == (images / "sub" / "a.b.JPG").read_bytes()
+    assert found["1.png"] == (images / "c.png").read_bytes()
+
+
+def test_the_plural_is_read(images: Path) -> None:
+    record = {"images": ["c.png", "sub/a.b.JPG"], "messages": []}
+    [found] = json_records.samples([record], images)
+    assert sorted(found) == ["0.png", "1.jpg", "__key__", "json"]
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ({"image": "c.png"}, "image"),
+        ({"images": ["c.png"]}, "images"),
+        ({"images": [{"path": "c"}]}, "images"),
+        ({"video": "c"}, "video"),
+        ({"screenshot": "c.png"}, "screenshot"),
+        ({"pages": ["c.png", "d.png"]}, "pages"),
+        ({"sound": "a.wav"}, "sound"),
+        ({"messages": [{"role": "user", "content": "q", "image": "c.png"}]}, "messages"),
+        (
+            {
+                "messages": [
+                    {"content": [{"type": "image_url", "image_url": {"url": "http://x/c.png"}}]}
+                ]
+            },
+            "messages",
+        ),
+    ],
+)
+def test_a_key_that_names_files_is_read_or_unread(record: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=rf"record 0 .*: {key} names files .*--unread {key}"):
+        list(json_records.samples([record], {}))
+    [found] = json_records.samples([record], {}, unread=[key])
+    assert json.loads(found["json"]) == record
+
+
+def test_texts_that_look_like_files_are_texts(images: Path) -> None:
+    record: dict[str, Any] = {"id": "a.png", "answer": "b.png", "url": "http://x/c.png"}
+    record |= {"image_url": "http://x/c.png", "size": 3, "file_name": "c.png", "image": "c.png"}
+    record["messages"] = [{"role": "user", "content": [{"type": "image"}]}]
+    [found] = json_records.samples([record], images)
+    assert json.loads(found["json"]) == record
+    with pytest.raises(ValueError, match="image cannot be both read and unread"):
+        list(json_records.samples([record], images, unread=["image"]))
+
+
+def test_pictures_in_base64_become_members(images: Path) -> None:
+    data = (images / "c.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+    record = {"picture": text, "messages": [{"role": "user", "content": [part]}]}
+    [found] = json_records.samples([record], {})
+    assert (found["0.png"], found["1.png"]) == (data, data)
+    kept = json.loads(found["json"])
+    assert kept["picture"] == "image 0"
+    assert kept["messages"][0]["content"][0]["image_url"] == {"url": "image 1"}

@@ -63,6 +63,8 @@ def test_a_datasets_folder(tmp_path: Path, tiny: Tokenizer) -> None:
             list(folder_rows(tmp_path / "saved", split))
     assert [row["question"] for row in folder_rows(tmp_path / "saved", "test")] == ["Which 3?"]
 
+    with pytest.raises(ValueError, match="--split test is not there; it holds one split"):
+        list(folder_rows(tmp_path / "saved" / "train", "test"))
     saved.to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
     rows = list(folder_rows(tmp_path / "hub", "train"))
     assert [row["answers"] for row in rows] == table["answers"]
@@ -128,3 +130,98 @@ def test_records_with_several_kinds_of_files(tmp_path: Path) -> None:
     refused = run(*arguments, f"--files=image={tmp_path / 'sounds'}")
     assert refused.returncode == 1
     assert f"image a.png is not a file in {tmp_path / 'sounds'}\n" in refused.stderr
+
+
+def hub(folder: Path, *names: str) -> Path:
+    """Parquet files of one row, which tells the file's name."""
+    from pyarrow import parquet
+
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist([{"question": name}]), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "options"),
+    [
+        (["data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"], [0], {}),
+        (["train-00000-of-00001.parquet", "train_extra-00000-of-00001.parquet"], [0], {}),
+        (["train.parquet", "train2.parquet"], [0], {}),
+        (["default/train/0000.parquet", "default/train/0001.parquet",
+          "default/test/0000.parquet"], [0, 1], {}),
+        (["en/train-00000-of-00001.parquet", "en2/train-00000-of-00001.parquet"], [0],
+         {"config": "en"}),
+        (["train/part-00000-ab.parquet", "test/part-00000-ab.parquet"], [0], {}),
+    ],
+)  # fmt: skip
+def test_splits_and_configs_are_exact(
+    tmp_path: Path, names: list[str], chosen: list[int], options: dict[str, str]
+) -> None:
+    folder = hub(tmp_path, *names)
+    rows = [row["question"] for row in folder_rows(folder, "train", **options)]
+    assert rows == [names[number] for number in chosen]
+    with pytest.raises(ValueError, match=r"has (splits|configs) .*; name one by --(split|config)"):
+        list(folder_rows(folder))
+    with pytest.raises(ValueError, match=r"of split trai; it has .*train|has configs en, en2"):
+        list(folder_rows(folder, "trai"))
+    with pytest.raises(ValueError, match="--config fr is none of"):
+        list(folder_rows(folder, "train", "fr"))
+
+
+PNG = image_bytes(8, 8)
+FILE = {"bytes": PNG, "path": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("row", "members", "record"),
+    [
+        ({"images": [FILE, None]}, ["png"], {"images": ["image 0", None]}),
+        ({"images": [FILE, {"bytes": None, "path": None}]}, ["png"], {"images": ["image 0", None]}),
+        ({"image": FILE | {"width": 4}}, ["png"], {"image": {"width": 4, "file": "image 0"}}),
+        ({"image": FILE, "more": [FILE, FILE]}, ["0.png", "1.png", "2.png"], {}),
+        (
+            {"messages": [{"content": "what", "image": FILE}, {"content": "7", "image": None}]},
+            ["png"],
+            {
+                "messages": [
+                    {"content": "what", "image": "image 0"},
+                    {"content": "7", "image": None},
+                ]
+            },
+        ),
+        (
+            {"pages": {"image": [PNG], "id": [3]}},
+            ["png"],
+            {"pages": {"image": ["image 0"], "id": [3]}},
+        ),
+    ],
+)
+def test_pictures_anywhere_in_a_row(
+    tmp_path: Path, row: Any, members: list[str], record: Any
+) -> None:
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    [found] = samples(parquet_rows([tmp_path / "a.parquet"]))
+    assert sorted(found) == sorted(["__key__", "json", *members])
+    assert all(found[member] == PNG for member in members)
+    assert json.loads(found["json"]) == record
+
+
+def test_columns_that_are_not_read(tmp_path: Path) -> None:
+    row = {"question": "q", "features": b"\x80\x04K\x01", "nested": [{"x": b"abc"}]}
+    with pytest.raises(ValueError, match=r"row 0, column features: 4 bytes .*--unread features"):
+        list(samples([row]))
+    with pytest.raises(ValueError, match="row 0, column nested: 3 bytes of no known format"):
+        list(samples([row], ["features"]))
+    [found] = samples([row], ["features", "nested"])
+    assert json.loads(found["json"]) == {"question": "q"}
+    with pytest.raises(ValueError, match="--unread feature is none of the columns question"):
+        list(samples([row], ["feature"]))
+    with pytest.raises(ValueError, match="row 0: image names files that are not read"):
+        list(samples([{"image": "a.png"}]))
+    with pytest.raises(ValueError, match="row 0, column x: 0 bytes of no known format"):
+        list(samples([{"x": b""}]))
+    with pytest.raises(ValueError, match=r"two files are called a1\.flac"):
+        list(samples([{"a": [sound("FLAC")] * 2, "a1": sound("FLAC")}]))

@@ -11,7 +11,15 @@ from hydra.utils import instantiate
 
 from nvmm.config.check import config_dir
 from nvmm.config.moved import renamed
-from nvmm.data.samples.chat import ChatTemplate, ImageLayout, ImageTags, Rendered, Turn, render
+from nvmm.data.samples.chat import (
+    DOCUMENT,
+    ChatTemplate,
+    ImageLayout,
+    ImageTags,
+    Rendered,
+    Turn,
+    render,
+)
 from nvmm.data.samples.tokenizer import Tokenizer
 from tests.data.conftest import template as dialect
 
@@ -223,6 +231,19 @@ def test_generation_prompt_is_a_prefix_of_the_training_sample(qwen: Tokenizer, s
     assert whole.weights[len(prompt.tokens)] == 1.0
 
 
+def test_a_document_is_asked_to_go_on(qwen: Tokenizer) -> None:
+    turns = [Turn(DOCUMENT, "<image> A cat sits")]
+    whole = draw(qwen, turns, [(1, 1)])
+    prompt = draw(qwen, turns, [(1, 1)], generation_prompt=True)
+    assert whole.tokens == [*prompt.tokens, qwen.eos_id]
+    assert qwen.decode(prompt.tokens).endswith("</Image> A cat sits")
+
+
+def test_a_word_of_the_vocabulary_is_no_end_of_a_turn(qwen: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"template: Ġthe is not a token of .* found in text"):
+        dialect(end="Ġthe").check(qwen)
+
+
 def test_refuses_wrong_numbers_of_markers(qwen: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"s\.tar:k: the text has 1 <image> markers, .* 2 images"):
         draw(qwen, QUESTION, [(1, 1), (1, 1)])
@@ -267,7 +288,7 @@ def test_a_dialect_of_ones_own_is_data(qwen: Tokenizer) -> None:
     assert qwen.decode(whole.tokens, skip_special_tokens=False) == (
         "[user]Who?<|endoftext|> / [bot] I.<|endoftext|>"
     )
-    assert supervised(qwen, whole) == "I.<|endoftext|>"
+    assert supervised(qwen, whole) == " I.<|endoftext|>", "Qwen has a token for ' I'"
     prompt = draw(qwen, plain[:1], template=template, generation_prompt=True)
     assert qwen.decode(prompt.tokens, skip_special_tokens=False) == (
         "[user]Who?<|endoftext|> / [bot] ->"

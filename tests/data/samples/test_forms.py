@@ -15,6 +15,7 @@ from nvmm.batch import IMAGE as KIND
 from nvmm.batch import Sample
 from nvmm.data.loader import Data
 from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.chat import IMAGE_MARKER as MARKER
 from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.forms import Caption, Chat, Document, MultipleChoice, Ocr
 from nvmm.data.samples.instruct import InstructBuilder
@@ -204,7 +205,14 @@ def test_fields_are_mapped(tiny: Tokenizer, tmp_path: Path) -> None:
     write_shards(tmp_path, "shard", samples)
     fields = {"record": ".meta.json", "image": ".img.jpg", "question": "ann.query"}
     fields["answers"] = "ann.labels"
-    partial = {"form": Chat(), "fields": fields, "template": dialect(), "tags": ImageTags()}
+    unread = [".thumb.png", ".*yd"]
+    partial = {
+        "form": Chat(),
+        "fields": fields,
+        "unread": unread,
+        "template": dialect(),
+        "tags": ImageTags(),
+    }
 
     def build(**options: Any) -> InstructBuilder:
         return InstructBuilder(tokens_per_tile=4, tile_size=32, **partial, **options)
@@ -276,3 +284,106 @@ def test_wrong_samples_are_bad(tiny: Tokenizer, form: Any, record: Any, message:
     with pytest.raises(BadSample, match=rf"^s\.tar:k0: .*{message}"):
         builder(tiny, form)(sample(record, png=SMALL))
     assert builder(tiny, Caption())(sample({"caption": "x"}, png=SMALL))
+
+
+def conversation(*messages: Any, **record: Any) -> dict[str, Any]:
+    return sample({"messages": list(messages)} | record, png=image_bytes(32, 32))
+
+
+def test_neighbours_conversations(tiny: Tokenizer) -> None:
+    """Megatron-LM's list of turns, OpenAI's parts, pictures of a turn: all are the same sample."""
+    answer = {"role": "assistant", "content": "7"}
+    plain = builder(tiny, Chat())(conversation({"role": "user", "content": f"{MARKER}\nq"}, answer))
+    turns = [{"from": "human", "value": f"{MARKER}\nq"}, {"from": "gpt", "value": "7"}]
+    listed = sample({}, png=image_bytes(32, 32)) | {"json": json.dumps(turns).encode()}
+    picture, question = {"type": "image"}, {"type": "text", "text": "q"}
+    url = {"type": "image_url", "image_url": {"url": "image 0"}}
+    for members in (
+        listed,
+        conversation({"role": "user", "content": [picture, question]}, answer),
+        conversation({"role": "user", "content": [url, question]}, answer | {"content": ["7"]}),
+        conversation({"role": "user", "content": "q", "image": "image 0"}, answer),
+        conversation({"role": "user", "content": "q", "images": ["image 0"]}, answer),
+    ):
+        built = builder(tiny, Chat())(members)
+        assert whole(tiny, built) == whole(tiny, plain)
+        assert len(built.text.media) == 1
+    split = [{"type": "text", "text": "a"}, {"type": "text", "text": " b"}, picture]
+    built = builder(tiny, Chat())(conversation({"role": "user", "content": split}, answer))
+    assert "a b\n<Image>" in whole(tiny, built)
+
+
+def test_a_tool_speaks_in_a_turn_of_the_user(tiny: Tokenizer) -> None:
+    for role in ("tool", "function", "observation"):
+        turns = [("user", "a"), (role, "8"), ("assistant", "7")]
+        messages = [{"role": name, "content": content} for name, content in turns]
+        built = builder(tiny, Chat())(sample({"messages": messages}))
+        expected = "<|im_start|>user\n<tool_response>\n8\n</tool_response><|im_end|>"
+        assert expected in whole(tiny, built)
+        assert trained(tiny, built) == "7<|im_end|>"
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"loss": False}])
+def test_turns_without_weight_are_not_trained(tiny: Tokenizer, off: dict[str, Any]) -> None:
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    both = builder(tiny, Chat())(sample({"messages": messages}))
+    messages[1] |= off
+    one = builder(tiny, Chat())(sample({"messages": messages}))
+    assert one.text.tokens.tolist() == both.text.tokens.tolist()
+    assert trained(tiny, both) == "b<|im_end|>d<|im_end|>"
+    assert trained(tiny, one) == "d<|im_end|>"
+    messages[3] |= off
+    with pytest.raises(BadSample, match="no supervised token"):
+        builder(tiny, Chat())(sample({"messages": messages}))
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"content": "a", "weight": 0.5}, r"weight 0\.5 of a turn must be 0 or 1"),
+        ({"content": "a", "tool_calls": [{"id": 1}]}, "a turn has tool_calls, which are not read"),
+        ({"content": [{"type": "video"}]}, "neither a text nor an image"),
+        ({"content": [3]}, "neither a text nor an image"),
+        ({"content": [{"type": "text", "text": "<image>"}]}, "<image> is written in the text"),
+        ({"content": {"text": "a"}}, "turn must be text"),
+        ({"content": "a", "role": ["user"]}, r"role \['user'\] is unknown"),
+        ({"content": "a", "role": {"a": 1}}, "is unknown"),
+    ],
+)
+def test_odd_turns_name_the_sample(tiny: Tokenizer, message: Any, says: str) -> None:
+    with pytest.raises(BadSample, match=rf"k0: .*{says}"):
+        builder(tiny, Chat())(sample({"messages": [{"role": "user"} | message]}))
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "meant", "letter"),
+    [
+        (["a", "b", "c"], "1", None, "B"),
+        (["0", "1", "2"], "1", None, "B"),
+        (["2", "0", "1"], "1", "number", "B"),
+        (["2", "0", "1"], "1", "choice", "C"),
+        (["B", "A"], "A", "letter", "A"),
+        (["B", "A"], "A", "choice", "B"),
+        (["2", "0", "1"], 1, None, "B"),
+    ],
+)
+def test_an_answer_is_letter_number_or_choice(
+    tiny: Tokenizer, choices: list[str], answer: Any, meant: Any, letter: str
+) -> None:
+    record = {"question": "q", "choices": choices, "answer": answer}
+    build = builder(tiny, MultipleChoice(answer_is=meant))
+    assert build.references(sample(record)) == [letter]
+
+
+@pytest.mark.parametrize(("choices", "answer"), [(["2", "0", "1"], "1"), (["B", "A"], "A")])
+def test_an_answer_that_may_be_two_choices_is_bad(
+    tiny: Tokenizer, choices: list[str], answer: str
+) -> None:
+    record = {"question": "q", "choices": choices, "answer": answer}
+    with pytest.raises(BadSample, match=r"may be .* or .*, which differ; .*form\.answer_is"):
+        builder(tiny, MultipleChoice())(sample(record))
+    with pytest.raises(BadSample, match="is none of 2 choices"):
+        builder(tiny, MultipleChoice(answer_is="number"))(
+            sample(record | {"choices": ["x", "y"], "answer": "A"})
+        )

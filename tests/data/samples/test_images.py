@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.images import choose_grid, decode_image, tile_image
+from nvmm.data.samples.images import choose_grid, decode_image, read_size, tile_image
 from tests.data.conftest import image_bytes
 
 # (width, height): grid with 6 tiles, grid with 12
@@ -42,6 +43,23 @@ def test_grids_of_the_reference(size: tuple[int, int]) -> None:
 def test_grid_scales_with_the_tile_size() -> None:
     assert choose_grid(45, 45, tile_size=32) == (1, 1)
     assert choose_grid(46, 46, tile_size=32) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    [
+        ((10, 8), (1, 1)),  # 80 pixels: more than half of one tile's 64, not of four
+        ((15, 12), (2, 2)),  # 180: half of four tiles is 128, of six 192
+        ((20, 16), (3, 2)),  # 320
+        ((8, 5), (3, 2)),  # nearer to 3 : 2 than to 1 : 1, at any size
+        ((6, 5), (1, 1)),
+    ],
+)
+def test_of_grids_as_near_the_image_s_pixels_decide(
+    size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """5 : 4 lies as far from 1 : 1 as from 3 : 2."""
+    assert choose_grid(*size, tile_size=8) == grid
 
 
 def test_grid_respects_min_tiles() -> None:
@@ -74,6 +92,32 @@ def test_tiles_are_row_major_and_the_thumbnail_is_last() -> None:
     assert centres == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
     small = np.asarray(quadrants().resize((8, 8), Image.Resampling.BICUBIC), int)
     assert np.abs(cut.values[4].permute(1, 2, 0).numpy() - small).max() <= 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tiles_of_a_grid_that_is_not_square(turned: bool) -> None:
+    """Six squares of a colour each, in reading order; the thumbnail shows all of them."""
+    colours = np.arange(18).reshape(2, 3, 3) * 14
+    if turned:
+        colours = colours.transpose(1, 0, 2)
+    rows, cols = colours.shape[:2]
+    pixels = colours.repeat(24, 0).repeat(24, 1).astype(np.uint8)
+    cut = tile_image(Image.fromarray(pixels), tile_size=8)
+    assert cut.grid == (cols, rows) and cut.tiles.tolist() == [1, 2, 3, 4, 5, 6, 0]
+    assert cut.values[:6, :, 4, 4].tolist() == colours.reshape(6, 3).tolist()
+    small = np.asarray(Image.fromarray(pixels).resize((8, 8), Image.Resampling.BICUBIC), int)
+    assert np.abs(cut.values[6].permute(1, 2, 0).numpy() - small).max() <= 2
+
+
+def test_the_thumbnail_is_made_of_the_image_s_own_pixels() -> None:
+    """Not of the grid's, which were resized before: fine patterns would show twice blurred."""
+    image = Image.open(io.BytesIO(image_bytes(90, 40)))
+    cut = tile_image(image, tile_size=8)
+    assert cut.grid == (2, 1)
+    alone = tile_image(image, tile_size=8, max_tiles=1).values[0]
+    assert torch.equal(cut.values[-1], alone)
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BICUBIC), int)
+    assert np.abs(cut.values[-1].permute(1, 2, 0).numpy() - small).max() <= 2
 
 
 def test_one_tile_has_no_thumbnail() -> None:
@@ -118,7 +162,7 @@ def test_too_many_pixels_are_refused_before_decoding(monkeypatch: pytest.MonkeyP
 
 def test_other_formats_are_refused() -> None:
     bitmap = io.BytesIO()
-    quadrants().save(bitmap, "BMP")
+    quadrants().save(bitmap, "PPM")
     with pytest.raises(ValueError, match="allowed are PNG, JPEG, WEBP"):
         decode_image(bitmap.getvalue(), source="s:k")
 
@@ -230,8 +274,9 @@ def test_exif_orientations_become_upright(orientation: int, kind: str) -> None:
     exif[0x0112] = orientation
     image = Image.fromarray(np.ascontiguousarray(stored))
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
-    shown = decode_image(encoded(image, kind, exif=exif, **options), source="s:k")
-    assert shown.size == (32, 16)
+    data = encoded(image, kind, exif=exif, **options)
+    shown = decode_image(data, source="s:k")
+    assert shown.size == (32, 16) == read_size(data, source="s:k")
     corners = np.asarray(shown)[[2, 2, -3, -3], [2, -3, 2, -3]].astype(int)
     assert np.abs(corners - [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3]).max() < 30
 
@@ -242,3 +287,83 @@ def test_truncated_images_are_bad_samples(kind: str, part: float) -> None:
     data = image_bytes(64, 48, kind=kind)
     with pytest.raises(BadSample, match=r"^s\.tar:k: cannot decode"):
         decode_image(data[: int(len(data) * part)], source="s.tar:k")
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF"])
+def test_other_kinds_of_pictures_are_read(kind: str) -> None:
+    image = quadrants()
+    decoded = decode_image(encoded(image, kind), source="s:k")
+    assert np.array_equal(np.asarray(decoded.convert("RGB")), np.asarray(image.convert("RGB")))
+    assert read_size(encoded(image, kind), source="s:k") == image.size
+
+
+def test_tiffs_that_would_look_otherwise_are_refused() -> None:
+    grey = Image.fromarray(np.full((4, 6), 0x1234, np.uint16))
+    assert np.asarray(decode_image(encoded(grey, "TIFF"), source="s:k")).max() == 0x12
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(Image.new("RGB", (6, 4)), "TIFF", exif=exif)
+    assert decode_image(turned, source="s:k").size == read_size(turned, source="s:k") == (4, 6)
+    pages = encoded(grey, "TIFF", save_all=True, append_images=[grey])
+    with pytest.raises(ValueError, match=r"s:k: .*TIFF of 2 pages"):
+        decode_image(pages, source="s:k")
+    entry = struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    inverted = encoded(grey, "TIFF").replace(entry, struct.pack("<HHIHH", 262, 3, 1, 0, 0))
+    with pytest.raises(ValueError, match=r"s:k: .*inverted: True"):
+        decode_image(inverted, source="s:k")
+
+
+def test_odd_metadata_leave_the_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("RGB", (6, 4), (9, 8, 7))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("k", "a" * (3 << 20), zip=True)
+    jpeg = encoded(image, "JPEG", exif=exif)
+    for data in (
+        jpeg.replace(b"MM\0*", b"XX\0*").replace(b"II*\0", b"XX*\0"),
+        encoded(image, "JPEG", exif=b"Exif\0\0I"),
+        encoded(image, "PNG", exif=b"Exif\0\0junkjunkjunk"),
+        encoded(image, "PNG", pnginfo=text),
+    ):
+        assert decode_image(data, source="s:k").size == read_size(data, source="s:k") == (6, 4)
+    assert read_size(jpeg, source="s:k") == (4, 6)
+
+
+def png16(colour_type: int, transparent: tuple[int, ...], *pixels: tuple[int, ...]) -> bytes:
+    """A PNG of one row of 16-bit pixels with a transparent colour."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    values = [value for pixel in pixels for value in pixel]
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", len(pixels), 1, 16, colour_type, 0, 0, 0)),
+            chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+            chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(values)}H", *values))),
+            chunk(b"IEND", b""),
+        )
+    )
+
+
+def test_a_transparent_colour_of_16_bits_shows_white() -> None:
+    grey = decode_image(png16(0, (0x1234,), (0x1234,), (0x1235,)), source="s:k")
+    assert np.asarray(grey).tolist() == [[255, 0x12]]
+    colour = decode_image(png16(2, (1, 2, 0x3FFF), (1, 2, 0x3FFF), (1, 2, 0x4000)), source="s:k")
+    assert np.asarray(colour).tolist() == [[[255, 255, 255], [0, 0, 0x40]]]
+
+
+def test_whatever_a_picture_does_names_the_sample() -> None:
+    palette = encoded(Image.new("P", (4, 4)), "PNG").replace(b"PLTE", b"PLTe")
+    with pytest.raises(ValueError, match=r"^s:k: cannot decode image"):
+        decode_image(palette, source="s:k")

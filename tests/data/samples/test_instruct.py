@@ -86,6 +86,12 @@ def test_text_only_sample_has_no_media(tiny: Tokenizer) -> None:
     assert tiny.image_id not in sample.text.tokens
 
 
+def test_an_answer_ends_with_the_template_s_token_a_turn_or_the_text(tiny: Tokenizer) -> None:
+    build = builder(tiny, template=dialect(end="<|blank|>"))
+    ends = [tiny.token_id("<|blank|>"), tiny.end_of_turn_id, tiny.eos_id]
+    assert build.stop_ids == list(dict.fromkeys(ends))
+
+
 def test_most_frequent_answer_is_trained_and_all_are_references(tiny: Tokenizer) -> None:
     members = vqa(answer=["3", "4", "4"])
     build = builder(tiny)
@@ -159,7 +165,8 @@ def test_refuses_a_placeholder_in_the_text(tiny: Tokenizer) -> None:
             "no conversations, messages or question; its members are json",
         ),
         (vqa(answer=7), "answer must be text, got 7"),
-        ({"__key__": "k0", "__url__": "s.tar", "txt": b""}, "no conversations, .* members are txt"),
+        ({"__key__": "k0", "__url__": "s.tar", "txt": b""}, "member txt is not read"),
+        ({"__key__": "k0", "__url__": "s.tar"}, "no conversations, .* its members are $"),
         (vqa(png=image_bytes(8, 8), jpg=image_bytes(8, 8, kind="jpg")), "jpg, png is ambiguous"),
         (vqa(png=b"broken"), "member png: cannot decode"),
         (vqa(answer=" "), "answer is empty"),

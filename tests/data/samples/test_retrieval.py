@@ -195,6 +195,30 @@ def test_beir_layout(tmp_path: Path) -> None:
         list(retrieval_sets.beir(folder, "test", {"q": ["d9"]}))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"_id": "q", "text": None},
+        {"_id": "q"},
+        {"_id": None, "text": "ask"},
+        {"text": "ask"},
+        {"_id": "q", "text": {"en": "ask"}},
+        {"_id": "d", "text": "the id of another"},
+    ],
+)
+def test_beir_texts_that_are_none_are_refused(tmp_path: Path, line: dict[str, Any]) -> None:
+    """They were asked and ranked as the text "None", and the later of two ids was taken."""
+    first = {"_id": "d", "title": None, "text": "one"}
+    for name in ("corpus", "queries"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(first))
+        read = getattr(retrieval_sets, f"read_{name}")
+        assert read(tmp_path) == {"d": "one"}
+        path.write_text(f"{json.dumps(first)}\n{json.dumps(line)}")
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl: record 2 (needs|has)"):
+            read(tmp_path)
+
+
 def test_triplets_and_classes() -> None:
     rows = [{"anchor": "q", "positive": "p", "negative": "n", "negative_2": "m"}]
     assert list(retrieval_sets.triplets(rows)) == [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.shards.dataset import Dataset, write_shards
 from nvmm.data.shards.tar import split_name
 from tests.data.samples.test_instruct import builder
@@ -45,6 +46,94 @@ def test_names_split_as_webdataset_does(name: str, expected: tuple[str, str] | N
 
     assert split_name(name) == expected
     assert base_plus_ext(name)[0] == (expected[0] if expected else None)
+
+
+@pytest.mark.parametrize("name", ["._000.json", "d/._000.json", "d/.hidden.json", "d/.b/.a.b"])
+def test_hidden_files_are_no_members(name: str) -> None:
+    """A Mac's `._` files lie between the members of samples: webdataset reads key `d/` there."""
+    assert split_name(name) is None
+
+
+def test_a_macs_hidden_files_leave_samples_whole(tmp_path: Path) -> None:
+    members = [("d/._0.json", b"\0"), ("d/0.json", b"1"), ("d/._0.txt", b"\0"), ("d/0.txt", b"2")]
+    dataset = raw(write_tar(tmp_path / "m.tar", members))
+    assert [dataset.members(n) for n in range(len(dataset))] == [
+        {"__url__": dataset.shards[0], "__key__": "d/0", "json": b"1", "txt": b"2"}
+    ]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path: Path, form: int) -> None:
+    """The sample is read, and its key can be printed and written wherever keys are."""
+    for length in (1, 150):  # 150: a long name, in a header of its own
+        name = "d/" * 20 * (length > 1) + "\xe9" * length
+        path = tmp_path / f"{length}.tar"
+        if form == tarfile.USTAR_FORMAT and length > 1:
+            continue
+        write_tar(path, [(f"{name}.json", b"{}"), ("b.json", b"{}")], format=form,
+                  encoding="latin-1")  # fmt: skip
+        if form == tarfile.PAX_FORMAT:  # It writes UTF-8 by itself; GNU tar did not always.
+            data = path.read_bytes()
+            path.write_bytes(data.replace("\xe9".encode(), b"\xe9\xe9"))
+            length = 2 * length
+        dataset = raw(str(path))
+        key = "d/" * 20 * (length > 2) + "\\xe9" * length
+        assert [dataset.index.key(n) for n in range(2)] == [key, "b"]
+        assert dataset.members(0) == {"__url__": str(path), "__key__": key, "json": b"{}"}
+        key.encode()
+
+
+def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """A tar header with a right checksum, whatever its fields say."""
+    fields = name.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + size.ljust(12, b"\0")
+    fields += b"00000000000\0" + b" " * 8 + kind + bytes(100) + b"ustar\x0000" + bytes(247)
+    return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [b"-1000", b"-2000", b"\xff" * 12, b"\xff" * 11 + b"\0"],
+    ids=["-512", "-1024", "-1", "-256"],
+)
+def test_sizes_below_zero_end_a_shard(tmp_path: Path, size: bytes) -> None:
+    """Such a size leads back to headers that were read: without an end, where nobody looks."""
+    path = tmp_path / "s.tar"
+    good = header(b"a.json", b"00000000001") + b"1".ljust(512, b"\0")
+    path.write_bytes(good + header(b"b.json", size) + bytes(1024))
+    with pytest.raises(ValueError, match=r"s\.tar:b: truncated or damaged here"):
+        len(raw(str(path)))
+
+
+def test_sparse_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    good = header(b"b.json", b"00000000000")
+    path.write_bytes(header(b"a.json", b"00000000000", b"S") + good + bytes(1024))
+    with pytest.raises(
+        ValueError, match=r"s\.tar:a: a\.json is a sparse file; .* without --sparse"
+    ):
+        len(raw(str(path)))
+    dataset = Dataset(str(path), dict)
+    dataset.skip_damage = True
+    assert [dataset.index.key(n) for n in range(len(dataset))] == ["b"]
+
+
+def test_members_that_do_not_follow_one_another_are_no_samples(tmp_path: Path) -> None:
+    """Each part alone would train: a question without its picture."""
+    names = ["0.png", "1.png", "2.json", "0.json", "1.json", "3.json", "4.json", "3.json"]
+    path = write_tar(tmp_path / "u.tar", [(name, b"") for name in names])
+    dataset = raw(path)
+    with pytest.raises(ValueError, match=r"u\.tar:0: the members of 2 samples lie apart"):
+        len(dataset)
+    dataset = Dataset(path, dict)
+    dataset.skip_damage = True
+    assert [dataset.index.key(n) for n in range(len(dataset))] == ["2", "3", "4", "3"]
+    assert dataset.members(0)["json"] == b""
+
+
+def test_brackets_in_a_name_that_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "set [v1]"
+    folder.mkdir()
+    assert len(raw(write_tar(folder / "t-{0}.tar", [("0.json", b"{}")]))) == 1
 
 
 def test_reads_what_webdataset_reads(make_shards: Callable[..., str]) -> None:
@@ -82,14 +171,15 @@ def test_long_names_other_files_and_unusual_headers(tmp_path: Path, kind: int) -
     ]
 
 
-def test_links_are_not_followed(tmp_path: Path) -> None:
+def test_links_are_neither_followed_nor_lost(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         link = tarfile.TarInfo("a.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
         tar.addfile(tarfile.TarInfo("a.json"))
-    assert raw(str(path)).members(0) == {"__url__": str(path), "__key__": "a", "json": b""}
+    with pytest.raises(BadSample, match=r"a\.tar:a: member txt is a link to /etc/passwd"):
+        raw(str(path)).members(0)
 
 
 def test_patterns_are_sorted_and_must_match(tmp_path: Path) -> None:
@@ -165,3 +255,68 @@ def test_written_shards_are_reproducible(tmp_path: Path) -> None:
         b"4",
     ]
     assert write_shards(tmp_path, "none", []) == []
+
+
+def test_patterns_that_count_a_sample_twice_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("0.json", b"{}")])
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a.tar")
+    (tmp_path / "hard.tar").hardlink_to(tmp_path / "a.tar")
+    for other in ("a.tar", "*a.tar", "../" + tmp_path.name + "/a.tar", "link.tar", "hard.tar"):
+        dataset = Dataset([f"{tmp_path}/a*.tar", f"{tmp_path}/{other}"], build=dict)
+        with pytest.raises(ValueError, match=r"\.tar of .* its samples would count twice"):
+            _ = dataset.shards
+    with pytest.raises(ValueError, match="count twice"):
+        _ = raw(f"{tmp_path}/*.tar").shards
+
+
+def test_names_as_other_systems_write_them(tmp_path: Path) -> None:
+    folder = tmp_path / "set [v1]"
+    folder.mkdir()
+    write_tar(folder / "a-0.tar", [("0.json", b"{}")])
+    with tarfile.open(
+        folder / "b-0.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as tar:
+        tar.addfile(tarfile.TarInfo("\xe9t\xe9.json"))
+        for name in ("d/._1.json", "d/.hidden.png", "d/1.json", "README"):
+            tar.addfile(tarfile.TarInfo(name))
+    dataset = Dataset([str(folder / "a-0.tar"), str(folder / "b-0.tar")], build=dict)
+    keys = [dataset.members(number)["__key__"] for number in range(3)]
+    assert keys == ["0", "\\xe9t\\xe9", "d/1"]
+    assert len(dataset) == 3
+    assert dataset.index.kinds == {"json": 3, "?": 3}
+
+
+def test_members_that_are_apart_are_said_so(tmp_path: Path) -> None:
+    apart = [("0.png", b""), ("1.png", b""), ("0.json", b"{}"), ("1.json", b"{}")]
+    write_tar(tmp_path / "a.tar", apart)
+    write_tar(tmp_path / "b.tar", [("0.json", b"{}"), ("1.json", b"{}"), ("0.json", b"{}")])
+    with pytest.raises(
+        ValueError,
+        match=r"a\.tar:0: the members of 2 samples lie apart.* sort the shard",
+    ):
+        len(raw(str(tmp_path / "a.tar")))
+    both = raw(str(tmp_path / "*.tar"))
+    both.skip_damage = True
+    assert len(both) == 3, "samples of one key are no parts of one"
+    assert len(both.index.damage) == 1
+
+
+def test_a_second_call_replaces_the_first(tmp_path: Path) -> None:
+    def write(count: int, per_shard: int, name: str = "train") -> int:
+        samples = [{"__key__": f"{i}", "json": b"{}"} for i in range(count)]
+        write_shards(tmp_path, name, samples, samples_per_shard=per_shard)
+        return len(raw(str(tmp_path / f"{name}-*.tar")))
+
+    assert [write(6, 2), write(6, 3), write(1, 9), write(4, 2)] == [6, 6, 1, 4]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.tar")}
+
+    def failing() -> Any:
+        yield {"__key__": "0", "json": b"{}"}
+        yield {"__key__": "1", "json": b"{}"}
+        raise ValueError("record 2")
+
+    with pytest.raises(ValueError, match="record 2"):
+        write_shards(tmp_path, "train", failing(), samples_per_shard=1)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert left == before, "a call that fails changes nothing, and leaves nothing"
+    assert write(2, 1, "validation") == 2

@@ -20,6 +20,7 @@ from PIL import Image
 
 from nvmm.batch import IMAGE, Sample, Text
 from nvmm.data.samples.builder import Builder
+from nvmm.data.samples.forms import MultipleChoice
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest, write_shards
 from nvmm.data.shards.index import open_index
@@ -96,7 +97,7 @@ def test_a_changed_shard_is_indexed_anew(tmp_path: Path) -> None:
     first = open_index(shards)
     built = (first.path / "index.json").stat().st_mtime_ns
     assert (open_index(shards).path / "index.json").stat().st_mtime_ns == built
-    shards_of(tmp_path, [*MIXED[:1], *MIXED[2:]])
+    shards_of(tmp_path, [*MIXED[:1], *MIXED[2:], MIXED[1]])
     assert [open_index(shards[:2]).key(n) for n in range(4)] == ["a", "dir/c", "d", "e"]
     status = os.stat(shards[0])
     os.utime(shards[0], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
@@ -199,6 +200,33 @@ def test_other_builders_are_measured_by_building(tmp_path: Path, tiny: Tokenizer
     assert other.lengths.tolist() == expected and build.calls == 0
 
 
+def test_a_builder_s_fault_is_said_while_counting(
+    tmp_path: Path,
+    tiny: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Bad samples are named; counts of bad ones alone are not kept, or they outlive the repair."""
+    build = Plain(tokenizer=tiny, sequence_length=8)
+    dataset = Dataset(shards_of(tmp_path, MIXED), build)
+    with monkeypatch.context() as patch:
+        patch.setattr(Plain, "__call__", lambda self, members: self.missing)
+        with pytest.raises(ValueError, match=r"5 of 5 .*: .*:a: AttributeError: 'Plain' object"):
+            _ = dataset.lengths
+    assert dataset.index.lengths(builder_digest(build)) is None
+    assert (dataset.lengths[:, 0] >= 0).tolist() == [True, False, True, True, True]
+    assert "1 of 5 samples cannot be built, the first: " in caplog.text
+    assert ":b: ValueError: refused" in caplog.text
+
+
+def test_a_damaged_index_is_built_anew(tmp_path: Path) -> None:
+    shards = shards_of(tmp_path, MIXED)
+    path = open_index(shards).path / "index.json"
+    for content in ("", "[]", "{}", path.read_text()[:-9]):
+        path.write_text(content)
+        assert open_index(shards).key(4) == "e"
+
+
 def test_a_digest_depends_on_what_counts(make_shards: Callable[..., str], tiny: Tokenizer) -> None:
     same = {builder_digest(builder(tiny)) for _ in range(2)}
     others = {
@@ -237,3 +265,52 @@ def test_the_command_indexes_and_counts(make_shards: Callable[..., str], tiny: T
         assert done.stdout.startswith(expected), done.stdout
     [index] = (Path(pattern).parent / ".nvmm-index").glob("*/index.json")
     assert len(list(index.parent.glob("lengths-*"))) == 1
+
+
+def test_token_counts_outlive_an_older_index(tmp_path: Path, tiny: Tokenizer) -> None:
+    shards = shards_of(tmp_path, MIXED)
+    dataset = Dataset(shards, lambda **options: builder(**options)).bind(tokenizer=tiny)
+    counted = dataset.lengths.tolist()
+    path = dataset.index.path
+    facts = json.loads((path / "index.json").read_text())
+    del facts["kinds"]
+    (path / "index.json").write_text(json.dumps(facts | {"version": 1}))
+    again = open_index(shards)
+    digest = builder_digest(dataset.build)
+    assert again.kinds == {"0.jpg": 1, "0.png": 1, "jpg": 1, "json": 5, "png": 2}
+    kept = again.lengths(digest)
+    assert kept is not None and kept.tolist() == counted
+    shards_of(tmp_path, MIXED[::-1])
+    assert open_index(shards).lengths(digest) is None, "of other samples they are not kept"
+
+
+def test_a_default_that_came_later_keeps_the_digest(tiny: Tokenizer) -> None:
+    plain = builder(tiny)
+    assert "unread" not in vars(plain)
+    assert builder_digest(builder(tiny, unread=[])) == builder_digest(plain)
+    assert builder_digest(builder(tiny, unread=[".txt"])) != builder_digest(plain)
+    assert repr(MultipleChoice("x")) == "MultipleChoice(instruction='x')"
+    assert repr(MultipleChoice("x")) != repr(MultipleChoice("x", "number"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says", "sees"),
+    [
+        ({}, "5 samples, 4 with pictures (5 pictures)", True),
+        (
+            {"fields": {"image": ".png"}, "unread": [".jpg"]},
+            "5 samples, 2 with pictures (2 pictures); not read by build.unread: .jpg 1; NOT READ:"
+            " .0.jpg 1, .0.png 1: samples that have one are bad",
+            True,
+        ),
+        (
+            {"unread": [".*png", ".*jpg"]},
+            "5 samples, 0 with pictures (0 pictures); not read by build.unread: .0.jpg 1, .0.png 1,"
+            " .jpg 1, .png 2",
+            False,
+        ),
+    ],
+)
+def test_contents(tmp_path: Path, tiny: Tokenizer, options: Any, says: str, sees: bool) -> None:
+    dataset = Dataset(shards_of(tmp_path, MIXED), lambda **more: builder(**options, **more))
+    assert dataset.bind(tokenizer=tiny).contents() == (says, sees)

@@ -1,0 +1,57 @@
+"""The command that writes retrieval shards: a refusal is a line, not a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvmm.data.shards.dataset import Dataset
+from tools import retrieval_data
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["retrieval_data.py", *map(str, arguments)])
+    retrieval_data.main()
+
+
+def test_it_writes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"{n}", "label": n % 2} for n in range(6)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["classes", "--from", tmp_path / "a.jsonl", "--to", tmp_path / "to"]
+    command += ["--instruction", "Which?", "--samples-per-shard", 2]
+    run(monkeypatch, *command)
+    assert "6 samples in 3 shards" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"to has 3 shards .* --replace"):
+        run(monkeypatch, *command)
+    run(monkeypatch, *command[:-1], 9, "--replace")
+    assert len(Dataset(f"{tmp_path}/to/train-*.tar", build=dict)) == 6
+    (tmp_path / "to" / "tr-x.tar").write_bytes(b"")
+    for name in ("train-more", "tr"):
+        with pytest.raises(SystemExit, match=r"NAME-\*\.tar would match both"):
+            run(monkeypatch, *command, "--name", name)
+    run(monkeypatch, *command, "--name", "test")
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "says"),
+    [
+        ("classes", '{"text": "a"}', r"a\.jsonl: record 1 has no label"),
+        ("classes", "{", r"a\.jsonl:1: no JSON"),
+        ("triplets", '{"anchor": "a"}', r"row 1: needs texts anchor"),
+        ("triplets", "", "there is no record to write"),
+        ("beir", "", "Not a directory"),
+    ],
+)
+def test_a_refusal_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, line: str, says: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    more = ["--instruction", "x"] if command == "classes" else []
+    with pytest.raises(SystemExit, match=says):
+        run(monkeypatch, command, "--from", tmp_path / "a.jsonl", "--to", tmp_path / "to", *more)
+    assert not list((tmp_path / "to").glob("*"))
