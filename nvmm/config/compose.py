@@ -32,7 +32,7 @@ from nvmm.config import check
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
 from nvmm.config.signatures import completed
-from nvmm.parallel.environment import rank, world_size
+from nvmm.parallel.environment import launch_problem, rank, world_size
 
 BAD_CONFIG = 2
 """Exit code of a refused config: starting again cannot help."""
