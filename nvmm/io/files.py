@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -38,9 +39,12 @@ def publish(path: Path, *, shared: bool = False, durable: bool = True) -> Iterat
         if temporary.is_dir():  # renaming replaces a file, but no folder that has content
             _remove(path)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        explained = disk_error(path, error) if _is_full(error) else error
         _remove(temporary)
-        raise
+        if explained is error:
+            raise
+        raise explained from error
     if durable:
         sync(path.parent)
 
@@ -49,6 +53,38 @@ def write(path: Path, content: str | bytes) -> None:
     """Write a file whole (text as UTF-8), or leave the old one."""
     with publish(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def disk_error(path: Path, error: BaseException, needed: int | None = None) -> OSError:
+    """Return an OSError that says why `path` could not be written and what space there is.
+
+    needed: bytes of the whole content, None where that is not known.
+    """
+    folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    size = "" if needed is None else f"it takes {needed} bytes, and "
+    reason = next(
+        (f"{e.strerror}" for e in _causes(error) if isinstance(e, OSError) and e.strerror),
+        str(error).strip().rpartition("\n")[2],
+    )
+    advice = "; make room or name another folder" if _is_full(error) else ""
+    return OSError(
+        f"{path} cannot be written ({reason}): {size}{free} bytes are free there{advice}"
+    )
+
+
+def _is_full(error: BaseException) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(isinstance(e, OSError) and e.errno in full for e in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those behind it, also those that torch collected from ranks."""
+    yield error
+    for failure, _ in getattr(error, "failures", {}).values():
+        yield from _causes(failure)
+    if error.__cause__ is not None:
+        yield from _causes(error.__cause__)
 
 
 def sync(path: Path) -> None:

@@ -23,6 +23,8 @@ def _positive_sizes(view: View) -> Iterator[Problem]:
         "trainer.log_interval",
         "trainer.validation_interval",
         "trainer.validation_batches",
+        "trainer.max_consecutive_skips",
+        "trainer.max_skips",
         "checkpoint.save_interval",
         "checkpoint.keep_last",
         "data.sequence_length",
