@@ -32,7 +32,7 @@ from nvmm.config import check
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
 from nvmm.config.signatures import completed
-from nvmm.parallel.environment import launch_problem, rank, world_size
+from nvmm.parallel.environment import SWEEP_JOB, launch_problem, rank, world_size
 
 BAD_CONFIG = 2
 """Exit code of a refused config: starting again cannot help."""
@@ -64,6 +64,7 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
     problem printed to stderr, when the config is bad.
     """
     typed, accepted = list(sys.argv), set[str]()
+    swept = _swept_texts(typed[1:])
     # Hydra then raises what goes wrong instead of printing it and leaving with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs: list[Job] = []
@@ -72,6 +73,10 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         # 1. The overrides as the user typed them, without the ++ that this function added.
         task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         overrides = [text[2:] if _key(text) in accepted else text for text in task]
+        overrides = [swept.get(text, text) for text in overrides]
+        for text in overrides:
+            if (value := _plain_value(text)) is not None:
+                check.restore_text(composed, entry, _key(text), value)
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         # 2. Old constructor names work, and the user is told the new ones.
         for old in sorted(_rename_targets(composed)):
@@ -80,7 +85,10 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         # 3. All problems are collected, so that one run shows them all.
         filled = check.fill_unset(composed) if placeholders else []
         size = ranks if placeholders else world_size()
-        problems = check.check(composed, entry=entry, world_size=size)
+        problems: list[object] = [*check.check(composed, entry=entry, world_size=size)]
+        launch = None if placeholders else launch_problem()
+        if launch is not None:
+            problems.append(launch)
         if multirun and world_size() > 1:
             problems.append(
                 Problem("--multirun", "", "runs one process a job; start torchrun once per job")
@@ -90,7 +98,8 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         # 4. A sweep runs each job in a process of its own: process groups live once a process.
         if multirun:
             command = [sys.executable, "-m", f"nvmm.{entry}", *overrides]
-            status = subprocess.run(command, check=False).returncode
+            number = {SWEEP_JOB: str(HydraConfig.get().job.num)}
+            status = subprocess.run(command, check=False, env=os.environ | number).returncode
             if status:
                 sys.exit(status)
             return
@@ -258,6 +267,35 @@ def _place(name: str, overrides: list[str]) -> tuple[DictConfig | None, list[str
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
+
+
+def _plain_value(override: str) -> str | None:
+    """Return the characters of an override's value where Hydra reads no text there, else None."""
+    if override.startswith("~") or "=" not in override:
+        return None
+    value = OverridesParser.create().parse_override(override).value()
+    if isinstance(value, bool | int | float) or value is None:
+        return override.partition("=")[2].strip()
+    return None
+
+
+def _swept_texts(arguments: Sequence[str]) -> dict[str, str]:
+    """Map the overrides that Hydra makes of `key=a,b` for single jobs to what was typed.
+
+    Hydra writes 007 as 7 there. A list with brackets or quotes keeps its characters by itself.
+    """
+    texts: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or "," not in value or set(value) & set("[](){}'\""):
+            continue
+        with contextlib.suppress(HydraException):
+            override = OverridesParser.create().parse_override(argument)
+            if override.is_choice_sweep():
+                jobs = override.sweep_string_iterator()
+                for job, text in zip(jobs, value.split(","), strict=True):
+                    texts[f"{key}={job}"] = f"{key}={text.strip()}"
+    return texts
 
 
 def _first(override: str) -> str:

@@ -13,6 +13,15 @@ _RANKS = {
 """The variables of torchrun (or of whatever sets torch's), and those of srun."""
 
 
+SWEEP_JOB = "NVMM_SWEEP_JOB"
+"""The variable that tells a job of --multirun its number."""
+
+
+def sweep_job() -> str | None:
+    """Return the number of this job in a sweep (--multirun), None outside one."""
+    return os.environ.get(SWEEP_JOB)
+
+
 def rank() -> int:
     """Return this process's rank as torchrun or srun gives it, else 0."""
     return _number("rank", 0)

@@ -377,8 +377,8 @@ def attempt_store(
 
     The agent's store outlives a restart (--max-restarts) and keeps the addresses of killed ranks
     (gloo) and the id of their communicator (NCCL), which ranks of the next attempt would read and
-    connect to. Restart counts tell no attempt from another: agents of nodes without a failure do not
-    count it. So rank 0 draws a name and hands it to each rank that asks under a name of its own.
+    connect to. Restart counts tell no attempt from another: a node without a failure does not count
+    it. So rank 0 draws a name and hands it to each rank that asks under a name of its own.
 
     Raises TimeoutError naming the ranks that did not come.
     """

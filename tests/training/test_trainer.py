@@ -236,7 +236,7 @@ def test_seven_of_eight_skipped_steps_end_a_run_by_default(tmp_path: Path) -> No
 def test_the_count_in_a_row_goes_on_over_a_resume(tmp_path: Path) -> None:
     options = {"on_nonfinite": "skip", "max_consecutive_skips": 2}
     run_ranks(_fit, 1, tmp_path, 3, {}, options | {"hook": partial(_spoil, steps=(1, 2))})
-    with pytest.raises(RuntimeError, match="step 4: .*3 steps were skipped in a row"):
+    with pytest.raises(RuntimeError, match=r"step 4: .*3 steps were skipped in a row"):
         run_ranks(_fit, 1, tmp_path, 5, {}, options | {"hook": partial(_spoil, steps=(0,))})
 
 

@@ -54,7 +54,7 @@ def vision(view: View) -> Iterator[Problem]:
         thumbnail = most > 1 and view.get(f"{build}.use_thumbnail") is not False
         tiles = most + thumbnail
         attended = view.get(f"{build}.attended")
-        placed = {"all": 0, "regular": 1}.get(attended, tiles)
+        placed = 0 if attended == "all" else 1 if attended == "regular" else tiles
         tagged = view.get(f"{build}.tags.variant") != "none"
         # A tag has at least one token, and one target must follow the image.
         needed = placed * per_tile + (placed or tiles) * tagged + 1

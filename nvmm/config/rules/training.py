@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from nvmm.config.problem import Problem, View
+from nvmm.config.problem import MISSING, Problem, View
 
 _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
 
@@ -107,7 +107,46 @@ def _profile(view: View) -> Iterator[Problem]:
         yield Problem("trainer.profile", profile, "must be [start, stop], start < stop, or null")
 
 
+def _run(view: View) -> Iterator[Problem]:
+    identity, name, folder = (view.get(f"run.{key}") for key in ("id", "name", "dir"))
+    if isinstance(identity, str) and (
+        identity.strip() in ("", ".", "..") or "/" in identity or not identity.isprintable()
+    ):
+        yield Problem("run.id", repr(identity), "must be the name of one folder, without /")
+    if isinstance(name, str) and ({"", ".", ".."} & set(name.split("/")) or not name.isprintable()):
+        yield Problem("run.name", repr(name), "must be folder names, joined by /")
+    for key, value in (("run.dir", folder), ("init_from", view.get("init_from"))):
+        if isinstance(value, str) and not value.strip():
+            yield Problem(key, repr(value), "must name a folder; null for none")
+    resume = view.get("resume")
+    if isinstance(resume, str) and resume.lower() in (
+        "",
+        "none",
+        "false",
+        "true",
+        "null",
+        "latest",
+    ):
+        allowed = "must be auto, never, or the folder of a checkpoint or of a run"
+        yield Problem("resume", resume or "''", allowed)
+
+
+def _validation(view: View) -> Iterator[Problem]:
+    interval, data = view.get("trainer.validation_interval"), view.get("data")
+    if interval is None or not isinstance(data, Mapping) or "_target_" not in data:
+        return
+    reads = "validation" in data or data["_target_"] == "nvmm.data.loader.Data"
+    if reads and view.get("data.validation") is None and data.get("validation") != MISSING:
+        yield Problem(
+            "trainer.validation_interval",
+            interval,
+            "must be null where data.validation is null: give it a data set, or no interval",
+        )
+
+
 RULES = (
+    _run,
+    _validation,
     _positive_sizes,
     _seed,
     _schedule,
