@@ -31,7 +31,7 @@ from torch.nn import Module
 from nvmm.checkpoint.files import complete, latest, read_record
 from nvmm.checkpoint.weights import checksums, current_layout, rng_tensor, sharded_weights, without
 from nvmm.config.choices import require
-from nvmm.io.files import TEMPORARY, disk_error, sync
+from nvmm.io.files import TEMPORARY, disk_error, is_full, sync
 from nvmm.parallel import generators
 
 ShardingType = Literal["fully_reshardable", "dp_reshardable"]
@@ -154,10 +154,12 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Remove what a failed save leaves, and say what could not be written and why."""
+        """Remove what a save leaves that cannot be written, and say why."""
         try:
             yield
         except (CheckpointException, OSError) as error:
+            if not (isinstance(error, CheckpointException) or is_full(error)):
+                raise
             assert self._writing is not None
             self._pending = None
             temporary, needed = self._writing

@@ -79,7 +79,7 @@ _TYPES: dict[str, dict[str, str]] = {
     "train": {
         "seed": "int",
         "backend": "Literal['native', 'transformer_engine']",
-        "resume": "str",
+        "resume": "str | None",
         "init_from": "str | None",
         **{f"run.{name}": "str | None" for name in ("name", "id", "dir", "note")},
     },
@@ -451,7 +451,7 @@ def _check_part(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]
         node, optional = node.left, True
     head = node.value if isinstance(node, ast.Subscript) else node
     name = ast.unparse(head).rpartition(".")[2] if head is not None else ""
-    if not name[:1].isupper() or name in _KINDS or name in ("Any", "Literal", "Path"):
+    if not name[:1].isupper() or name in _KINDS or name in ("Any", "Callable", "Literal", "Path"):
         return
     if value == MISSING or (value is None and optional):
         return

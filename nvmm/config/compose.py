@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -36,6 +37,10 @@ from nvmm.parallel.environment import SWEEP_JOB, launch_problem, rank, world_siz
 
 BAD_CONFIG = 2
 """Exit code of a refused config: starting again cannot help."""
+FAILED = 1
+"""Exit code of a run that failed: once the cause is gone, the same command goes on."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C where there was nothing to save, or no patience to."""
 _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
@@ -190,6 +195,47 @@ def refusals(name: str) -> Iterator[None]:
         if not isinstance(error.__cause__, ValueError | TypeError):
             raise
         refuse(name, [error.__cause__])
+
+
+@contextlib.contextmanager
+def failures(name: str) -> Iterator[None]:
+    """Turn what input, environment or disk did wrong into a sentence and an exit code.
+
+    docs/troubleshooting.md lists the codes. Whatever else is raised is a fault of the program, and
+    keeps its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(name, "interrupted", INTERRUPTED)
+    except Exception as error:
+        message = str(error).strip() or type(error).__name__
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, ValueError) and _ours(error):
+            _end(name, message, BAD_CONFIG)
+        if "OutOfMemoryError" in kinds:
+            first = message.partition("\n")[0]
+            _end(name, f"out of memory: {first}; try a smaller micro-batch or more ranks", FAILED)
+        if "DataLoader worker" in message:
+            _end(name, f"a loader process died ({message}); try fewer data.num_workers", FAILED)
+        if isinstance(error, OSError | FloatingPointError) or kinds & {"DistError"}:
+            _end(name, message, FAILED)
+        raise
+
+
+def _ours(error: BaseException) -> bool:
+    """Return whether nvmm's own code raised an error, not a library below it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = str(Path(__file__).resolve().parents[1])
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(package)
+
+
+def _end(name: str, message: str, code: int) -> NoReturn:
+    where = f"rank {rank()}: " if world_size() > 1 else ""
+    print(f"nvmm.{name}: {where}{message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def instantiate(node: Any) -> Any:

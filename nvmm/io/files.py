@@ -8,8 +8,11 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 TEMPORARY = ".tmp_"
 """Prefix of names that `publish` writes at; a crash may leave them behind."""
@@ -40,7 +43,7 @@ def publish(path: Path, *, shared: bool = False, durable: bool = True) -> Iterat
             _remove(path)
         temporary.replace(path)
     except BaseException as error:
-        explained = disk_error(path, error) if _is_full(error) else error
+        explained = disk_error(path, error) if is_full(error) else error
         _remove(temporary)
         if explained is error:
             raise
@@ -63,19 +66,22 @@ def disk_error(path: Path, error: BaseException, needed: int | None = None) -> O
     folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
     free = shutil.disk_usage(folder).free
     size = "" if needed is None else f"it takes {needed} bytes, and "
-    reason = next(
-        (f"{e.strerror}" for e in _causes(error) if isinstance(e, OSError) and e.strerror),
-        str(error).strip().rpartition("\n")[2],
-    )
-    advice = "; make room or name another folder" if _is_full(error) else ""
+    reason = str([*_causes(error)][-1]).strip().rpartition("\n")[2]
+    advice = "; make room or name another folder" if is_full(error) else ""
     return OSError(
         f"{path} cannot be written ({reason}): {size}{free} bytes are free there{advice}"
     )
 
 
-def _is_full(error: BaseException) -> bool:
+def is_full(error: BaseException) -> bool:
+    """Return whether there was no room left, on the disk or in the user's share of it."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return any(isinstance(e, OSError) and e.errno in full for e in _causes(error))
+    # An error that another process has sent is left with its words alone.
+    words = [os.strerror(number) for number in full]
+    return any(
+        getattr(e, "errno", None) in full or any(word in str(e) for word in words)
+        for e in _causes(error)
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -113,6 +119,38 @@ def lock(path: Path, *, wait: bool = True, required: bool = True) -> Iterator[No
             if required:
                 raise
         yield
+
+
+def hold(path: Path, wait: float = 0.0) -> str | None:
+    """Keep the file `path` locked as long as this process lives; return who has it, None when held.
+
+    Processes that this one forks do not hold it. wait: seconds to wait for a holder on another
+    machine, whose death a network file system notices late. A file system without locks holds
+    nothing, and is taken for free.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as this process
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+        file.seek(0)
+        holder = file.read().strip()
+        if holder.endswith(f" {socket.gethostname()}") or time.monotonic() > end:
+            file.close()
+            return holder or "another process"
+        time.sleep(1.0)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+    file.flush()
+    _HELD.append(file)
+    return None
+
+
+_HELD: list[TextIO] = []
 
 
 def _remove(path: Path) -> None:

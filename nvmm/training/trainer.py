@@ -156,6 +156,12 @@ class Trainer:
         """
         # A refusal leaves nothing behind: only a run that has begun may replace its config.yaml.
         first = self._start()
+        if first >= self.max_steps:
+            self._say(
+                f"nothing left to do: {self.run_dir} is at step {first} of"
+                f" trainer.max_steps={self.max_steps}; a larger one goes on"
+            )
+            return self._summary(first, first)
         started()
         step = first
         batches = self.batches("train", first)

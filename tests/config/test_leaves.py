@@ -135,12 +135,13 @@ def test_each_leaf_alone(experiment: str) -> None:
         ("optim.clip_grad", float("nan"), "optim.clip_grad=nan must be a finite number"),
         ("trainer.validation_interval", 2, "trainer.validation_interval=2 must be null where data"),
         ("data.train", None, "data.train=null must be a mapping with the _target_ of a Dataset"),
-        ("data.train.build", 7, "data.train.build=7 must be a mapping with the _target_ of a Call"),
+        ("data.train.build", 7, "data.train.build=7 must be a mapping with the _target_ of a part"),
         (
             "data.train.build.tags",
             "1d",
             "data.train.build.tags=1d must be a mapping with the _targ",
         ),
+        ("model.transformer", None, "model.transformer=null must be a mapping with the _target_"),
         ("trainer.max_skips", 0, "trainer.max_skips=0 must be at least 1"),
     ],
 )

@@ -23,6 +23,7 @@ from nvmm.objectives.objective import Objective
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+from nvmm.training.start import changed_rates, require_unchanged
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -285,6 +286,45 @@ def test_resume_never_and_another_model_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "started").read_text() == "1"
     result = run_ranks(_fit, 1, tmp_path, 2, {}, {"optim": {"clip_grad": 2.0}})[0]
     assert "changed since step_00000001: optim.clip_grad: 1.0 -> 2.0" in result["messages"]
+
+
+def test_a_finished_run_writes_nothing_and_refuses_other_values(tmp_path: Path) -> None:
+    run_ranks(_fit, 1, tmp_path, 2, {})
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = run_ranks(_fit, 1, tmp_path, 2, {})[0]
+    assert result["summary"]["steps"] == result["summary"]["first_step"] == 2
+    [message] = [m for m in result["messages"] if m.startswith("nothing left to do")]
+    assert "is at step 2 of trainer.max_steps=2" in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_what_a_finished_run_refuses(tmp_path: Path) -> None:
+    optim = {"_target_": "nvmm.training.optim.Optim", "learning_rate": 1e-3}
+    saved = {"trainer": {"max_steps": 2}, "optim": optim, "parallel": {}}
+    record = {"optimizer": {"steps": 2}, "state": {"step": 2, "config": saved}}
+    (tmp_path / "state.json").write_text(json.dumps(record))
+    other = saved | {"optim": optim | {"learning_rate": 9e-4}}
+    with pytest.raises(
+        ValueError, match=r"learning_rate: 0\.001 -> 0\.0009\n.*give this run a run"
+    ):
+        require_unchanged(tmp_path, other)
+    for allowed in (saved, saved | {"parallel": TP2}, other | {"trainer": {"max_steps": 3}}):
+        assert require_unchanged(tmp_path, allowed)["step"] == 2
+    with pytest.raises(ValueError, match=r"another model:\n  seed: None -> 3"):
+        require_unchanged(tmp_path, saved | {"seed": 3})
+
+
+def test_a_longer_run_says_its_learning_rates() -> None:
+    saved = {"trainer": {"max_steps": 10}, "optim": {"learning_rate": 1.0, "schedule": "linear"}}
+    longer = saved | {"trainer": {"max_steps": 20}}
+    assert changed_rates(saved, longer, 5) == (
+        "learning rate of step 6: 0.5 -> 0.75 (the schedule ends at step 10 -> 20)"
+    )
+    assert changed_rates(saved, saved, 5) is None
+    fixed = {"optim": saved["optim"] | {"decay_steps": 10}}
+    assert changed_rates(saved | fixed, longer | fixed, 5) is None
+    groups = {"optim": saved["optim"] | {"groups": [{"pattern": "a", "learning_rate": 2.0}]}}
+    assert "0.5 -> 0.75, 1 -> 1.5 (" in str(changed_rates(saved | groups, longer | groups, 5))
 
 
 def test_init_from_loads_weights_and_lists_the_rest(tmp_path: Path) -> None:

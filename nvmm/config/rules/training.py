@@ -107,6 +107,24 @@ def _profile(view: View) -> Iterator[Problem]:
         yield Problem("trainer.profile", profile, "must be [start, stop], start < stop, or null")
 
 
+def _parts(view: View) -> Iterator[Problem]:
+    """Models and builders are made of parts, which a plain value is not."""
+    language = f"{view.language or 'model'}.transformer"
+    needed = (language, "model.vision.transformer", "data.train.build", "data.validation.build")
+    for key in (*needed, "model.language", "model.vision", "model.connector", "model.pooling"):
+        parent = view.get(key.rpartition(".")[0])
+        value = view.get(key)
+        if (
+            not isinstance(parent, Mapping)
+            or parent.get(key.rpartition(".")[2], MISSING) == MISSING
+        ):
+            continue
+        if value is None and key not in needed:
+            continue
+        if not isinstance(value, Mapping) or "_target_" not in value:
+            yield Problem(key, value, "must be a mapping with the _target_ of a part")
+
+
 def _run(view: View) -> Iterator[Problem]:
     identity, name, folder = (view.get(f"run.{key}") for key in ("id", "name", "dir"))
     if isinstance(identity, str) and (
@@ -145,6 +163,7 @@ def _validation(view: View) -> Iterator[Problem]:
 
 
 RULES = (
+    _parts,
     _run,
     _validation,
     _positive_sizes,
