@@ -121,7 +121,7 @@ def _parts(view: View) -> Iterator[Problem]:
             continue
         if value is None and key not in needed:
             continue
-        if not isinstance(value, Mapping) or "_target_" not in value:
+        if not isinstance(value, Mapping):
             yield Problem(key, value, "must be a mapping with the _target_ of a part")
 
 
@@ -136,17 +136,11 @@ def _run(view: View) -> Iterator[Problem]:
     for key, value in (("run.dir", folder), ("init_from", view.get("init_from"))):
         if isinstance(value, str) and not value.strip():
             yield Problem(key, repr(value), "must name a folder; null for none")
-    resume = view.get("resume")
-    if isinstance(resume, str) and resume.lower() in (
-        "",
-        "none",
-        "false",
-        "true",
-        "null",
-        "latest",
-    ):
+    resume = view.config.get("resume", "auto")
+    no_folder = ("", "none", "false", "true", "null", "latest")
+    if resume is None or (isinstance(resume, str) and resume.lower() in no_folder):
         allowed = "must be auto, never, or the folder of a checkpoint or of a run"
-        yield Problem("resume", resume or "''", allowed)
+        yield Problem("resume", "''" if resume == "" else resume, allowed)
 
 
 def _validation(view: View) -> Iterator[Problem]:
