@@ -213,6 +213,9 @@ def failures(name: str) -> Iterator[None]:
         kinds = {kind.__name__ for kind in type(error).__mro__}
         if isinstance(error, ValueError) and _ours(error):
             _end(name, message, BAD_CONFIG)
+        of_input = (ValueError, TypeError, AssertionError, ImportError, OSError)
+        if "InstantiationException" in kinds and isinstance(error.__cause__, of_input):
+            _end(name, " ".join(message.split()), BAD_CONFIG)  # it names the key and the target
         if "OutOfMemoryError" in kinds:
             first = message.partition("\n")[0]
             _end(name, f"out of memory: {first}; try a smaller micro-batch or more ranks", FAILED)
@@ -224,12 +227,13 @@ def failures(name: str) -> Iterator[None]:
 
 
 def _ours(error: BaseException) -> bool:
-    """Return whether nvmm's own code raised an error, not a library below it."""
+    """Return whether nvmm's own code or a tool raised an error, not a library below it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    package = str(Path(__file__).resolve().parents[1])
-    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(package)
+    package = Path(__file__).resolve().parents[1]
+    folders = (str(package), str(package.parent / "tools"))
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(folders)
 
 
 def _end(name: str, message: str, code: int) -> NoReturn:
