@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from nvmm.config.compose import failures
 from nvmm.data.prepare import retrieval_sets
 from nvmm.data.prepare.records import read_lines
 from nvmm.data.shards.dataset import write_shards
@@ -72,4 +73,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    with failures("retrieval_data.py"):
+        main()

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nvmm.config.compose import failures
 from nvmm.data.prepare import json_records, tables
 from nvmm.data.shards.dataset import write_shards
 from nvmm.data.shards.storage import expand
@@ -148,4 +149,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with failures("shard.py"):
+        main()

@@ -201,8 +201,8 @@ def refusals(name: str) -> Iterator[None]:
 def failures(name: str) -> Iterator[None]:
     """Turn what input, environment or disk did wrong into a sentence and an exit code.
 
-    docs/troubleshooting.md lists the codes. Whatever else is raised is a fault of the program, and
-    keeps its traceback.
+    name: of the command, or a tool's file. docs/troubleshooting.md lists the codes. Whatever else is
+    raised is a fault of the program, and keeps its traceback.
     """
     try:
         yield
@@ -221,6 +221,10 @@ def failures(name: str) -> Iterator[None]:
             _end(name, f"out of memory: {first}; try a smaller micro-batch or more ranks", FAILED)
         if "DataLoader worker" in message:
             _end(name, f"a loader process died ({message}); try fewer data.num_workers", FAILED)
+        if isinstance(error, OSError) and error.filename is not None:
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
+            code = BAD_CONFIG if absent else FAILED
+            _end(name, f"{error.filename}: {error.strerror}", code)
         if isinstance(error, OSError | FloatingPointError) or kinds & {"DistError"}:
             _end(name, message, FAILED)
         raise
@@ -238,7 +242,8 @@ def _ours(error: BaseException) -> bool:
 
 def _end(name: str, message: str, code: int) -> NoReturn:
     where = f"rank {rank()}: " if world_size() > 1 else ""
-    print(f"nvmm.{name}: {where}{message}", file=sys.stderr)
+    command = name if name.endswith(".py") else f"nvmm.{name}"
+    print(f"{command}: {where}{message}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -415,7 +415,8 @@ def test_a_launcher_that_is_half_there_is_named(
     ("error", "code", "says"),
     [
         (KeyboardInterrupt(), 130, "nvmm.train: interrupted"),
-        (OSError(28, "No space left on device", "/full"), 1, "/full"),
+        (OSError(28, "No space left on device", "/full"), 1, "/full: No space left on device"),
+        (OSError(2, "No such file or directory", "/nope"), 2, "/nope: No such file"),
         (FloatingPointError("step 3: loss nan"), 1, "nvmm.train: step 3: loss nan"),
         (TimeoutError("ranks [1] did not come"), 1, "ranks [1]"),
         (InstantiationException("Error in call\nfull_key: model"), 2, "full_key: model"),
