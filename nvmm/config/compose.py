@@ -201,8 +201,8 @@ def refusals(name: str) -> Iterator[None]:
 def failures(name: str) -> Iterator[None]:
     """Turn what input, environment or disk did wrong into a sentence and an exit code.
 
-    name: of the command, or a tool's file. docs/troubleshooting.md lists the codes. Whatever else is
-    raised is a fault of the program, and keeps its traceback.
+    name: of the command, or a tool's file. docs/troubleshooting.md lists the codes. Whatever else
+    is raised is a fault of the program, and keeps its traceback.
     """
     try:
         yield
