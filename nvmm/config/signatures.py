@@ -22,7 +22,7 @@ from typing import Any
 _PLAIN_BASES = {"object", "ABC", "Generic", "Protocol"}
 _DEPTH = 30
 # Types that a name may stand for in an annotation.
-_ALIASED = {"Literal", "Mapping", "dict", "Sequence", "list"}
+_ALIASED = {"Literal", "Mapping", "Sequence"}
 
 
 @dataclass(frozen=True)
