@@ -22,9 +22,10 @@ def main() -> None:
     job = compose.load("evaluate")
     if job is None:
         return
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with compose.failures("evaluate"):
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(evaluate)(job)
+        record(evaluate)(job)
 
 
 def evaluate(job: compose.Job) -> dict[str, Any]:

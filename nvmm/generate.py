@@ -24,9 +24,10 @@ def main() -> None:
     job = compose.load("generate")
     if job is None:
         return
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with compose.failures("generate"):
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(generate)(job)
+        record(generate)(job)
 
 
 def generate(job: compose.Job) -> str:

@@ -20,9 +20,10 @@ def main() -> None:
     composed = compose.load("job")
     if composed is None:
         return
-    from torch.distributed.elastic.multiprocessing.errors import record
+    with compose.failures("job"):
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(run)(composed)
+        record(run)(composed)
 
 
 def run(composed: compose.Job) -> dict[str, Any]:

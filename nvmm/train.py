@@ -6,7 +6,10 @@ with every other rank, then builds the components and hands them to the trainer.
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import secrets
 import time
 from functools import partial
 from pathlib import Path
@@ -17,8 +20,14 @@ from omegaconf import OmegaConf
 from nvmm.config import changes as resuming
 from nvmm.config import check as configs
 from nvmm.config import compose
-from nvmm.config.problem import Problem
+from nvmm.config.problem import Problem, View
+from nvmm.io.files import hold, write
 from nvmm.parallel import environment
+
+_NO_PATHS = {("resume", "auto"), ("resume", "never")}
+_SPLITS = ("train", "validation")
+_PATIENCE = 120.0
+"""Seconds to wait for a run directory that another machine holds: a requeue may come that early."""
 
 
 def main() -> None:
@@ -26,10 +35,14 @@ def main() -> None:
     job = compose.load("train")
     if job is None:
         return
-    from torch.distributed.elastic.multiprocessing.errors import record
+    problems = missing_paths(job.config)
+    if problems:
+        compose.refuse("train", problems)
+    with compose.failures("train"):
+        from torch.distributed.elastic.multiprocessing.errors import record
 
-    # `record` leaves a failing rank's traceback for torchrun, so that it names the first one.
-    record(train)(job)
+        # `record` leaves a failing rank's traceback for torchrun, so that it names the first one.
+        record(train)(job)
 
 
 def train(job: compose.Job) -> dict[str, Any]:
@@ -53,6 +66,13 @@ def train(job: compose.Job) -> dict[str, Any]:
         _agree(config)
         run_dir = _agree_on_directory(config)
         config["run"] |= {"id": run_dir.name, "dir": str(run_dir)}
+        # What a resume refuses is refused before anything is built. mcore is imported here, after
+        # `initialize` has silenced its warnings.
+        from nvmm.training.start import checkpoint_to_resume, require_unchanged
+
+        checkpoint_path = checkpoint_to_resume(run_dir, config["resume"])
+        if checkpoint_path is not None:
+            require_unchanged(checkpoint_path, config)
         # 2. Build the components that the config names, then the trainer of them all.
         components = {
             name: instantiate(config[name], _convert_="all")
@@ -97,16 +117,24 @@ def train(job: compose.Job) -> dict[str, Any]:
         stalled = setup.stalled_collective(error)
         if stalled is None:
             raise
-        raise RuntimeError(
+        raise TimeoutError(
             f"rank {environment.rank()}: a collective did not complete within"
             f" parallel.timeout_minutes={parallel.timeout_minutes}, or another rank died: {stalled}"
         ) from error
     logger.close()
-    if environment.rank() == 0:
+    if environment.rank() == 0 and (
+        # A start without a step leaves what is known of the run, unless it was killed before that.
+        summary["steps"] > summary["first_step"] or _recorded_steps(run_dir) != summary["steps"]
+    ):
         update_summary(run_dir, **summary, git_revision=git_revision(), machine=machine())
         write_report(run_dir)
     setup.shutdown()
     return summary
+
+
+def _recorded_steps(run_dir: Path) -> int | None:
+    path = run_dir / "summary.json"
+    return json.loads(path.read_text()).get("steps") if path.exists() else None
 
 
 def _check_vocabulary(model: dict[str, Any], tokenizer: Any) -> None:
@@ -147,8 +175,13 @@ def _agree_on_directory(config: dict[str, Any]) -> Path:
     """Return the run directory, chosen by rank 0 and the same on every rank."""
     chosen = ""
     if environment.rank() == 0:
-        chosen = str(run_directory(config["run"]))
-        if config["resume"] == "never" and any(Path(chosen).glob("checkpoints/step_*")):
+        owner = {"config": configs.digest(config), "sweep_job": environment.sweep_job()}
+        chosen = str(run_directory(config["run"], owner=owner))
+        holder = hold(Path(chosen) / ".lock", wait=_PATIENCE)
+        if holder is not None:
+            problem = Problem("run.dir", chosen, f"is being trained by {holder}: name another")
+            chosen = f"\0{problem}"
+        elif config["resume"] == "never" and any(Path(chosen).glob("checkpoints/step_*")):
             problem = Problem("resume", "never", f"must be auto where {chosen} has a checkpoint")
             chosen = f"\0{problem}"  # No path has a zero byte, so the other ranks can tell.
     chosen = _from_first_rank(chosen)
@@ -157,22 +190,69 @@ def _agree_on_directory(config: dict[str, Any]) -> Path:
     return Path(chosen)
 
 
-def run_directory(run: dict[str, Any], root: Path = Path("runs")) -> Path:
+def run_directory(
+    run: dict[str, Any], root: Path = Path("runs"), owner: dict[str, Any] | None = None
+) -> Path:
     """Make the folder of a run, `run.dir`, else runs/<name>/<id>, and return it.
 
     The id is `run.id`, the launcher's job id where that survives a requeue, else the start time.
-    A restart by torchrun (--max-restarts) finds the directory of the first start again.
+    A job of a sweep adds its number. A restart by torchrun (--max-restarts) finds the directory of
+    the first start again.
+
+    owner: the run's config digest and number in its sweep. A job of the launcher's may start
+    several commands: the first has the job's id, the others add their digest to it.
     """
+    job = environment.sweep_job()
+    mark = "" if job is None else f"-{job}"
     if run["dir"] is not None:
-        path = Path(run["dir"])
+        path = Path(f"{run['dir']}{mark}")
+    elif run["id"] is not None:
+        path = root / str(run["name"]) / f"{run['id']}{mark}"
+    elif (job_id := environment.requeued_id()) is not None:
+        path = root / str(run["name"]) / f"{job_id}{mark}"
+        path.mkdir(parents=True, exist_ok=True)
+        if owner is not None and not _claim(path / "owner.json", owner):
+            path = path.with_name(f"{path.name}-{configs.digest(owner)[:8]}")
     else:
-        path = root / str(run["name"])
-        run_id = run["id"] or environment.requeued_id()
-        if run_id is None:
-            return _timed_directory(path)
-        path /= str(run_id)
+        return _timed_directory(root / str(run["name"]))
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _claim(mark: Path, owner: dict[str, Any]) -> bool:
+    """Return whether a directory, whose owner `mark` names, is this owner's; a free one becomes it.
+
+    Linking a written file is atomic, also where several processes do it at once.
+    """
+    temporary = mark.with_name(f".{mark.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.write_text(json.dumps(owner))
+    try:
+        os.link(temporary, mark)
+    except FileExistsError:
+        return bool(json.loads(mark.read_text()) == owner)
+    finally:
+        temporary.unlink()
+    return True
+
+
+def missing_paths(config: dict[str, Any]) -> list[Problem]:
+    """Return a problem for each folder or file that a config names and this machine has not."""
+    problems = []
+    for key in ("tokenizer.path", "init_from", "resume"):
+        value = View(config).get(key)
+        named = isinstance(value, str) and (key, value) not in _NO_PATHS
+        if named and not Path(value).expanduser().exists():
+            problems.append(Problem(key, value, "does not exist"))
+    blend = View(config).get("data.blend")
+    shards = {f"data.{s}.shards": View(config).get(f"data.{s}.shards") for s in _SPLITS}
+    for index, entry in enumerate(blend if isinstance(blend, list) else []):
+        shards[f"data.blend[{index}].shards"] = entry.get("shards")
+    for key, patterns in shards.items():
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+            # Remote shards, and braces, are the index's to look for.
+            if not set("{|:") & set(pattern) and not glob.glob(os.path.expanduser(pattern)):
+                problems.append(Problem(key, pattern, "matches no file"))
+    return problems
 
 
 def _timed_directory(parent: Path) -> Path:
@@ -212,8 +292,19 @@ def _write(run_dir: Path, job: compose.Job) -> None:
     """Keep the config that the run started with; a refused resume leaves the earlier start's."""
     if environment.rank() != 0:
         return
-    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.config)))
-    (run_dir / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(job.overrides)))
+    texts = {
+        name: OmegaConf.to_yaml(OmegaConf.create(content))
+        for name, content in (("config", job.config), ("overrides", job.overrides))
+    }
+    paths = {name: run_dir / f"{name}.yaml" for name in texts}
+    known = {name: path.read_text() for name, path in paths.items() if path.exists()}
+    if known and known != texts:
+        # What earlier steps were trained with stays: config.0001.yaml is the first start's.
+        number = 1 + len(list(run_dir.glob("config.[0-9]*.yaml")))
+        for name in known:
+            paths[name].rename(run_dir / f"{name}.{number:04d}.yaml")
+    for name, text in texts.items():
+        write(paths[name], text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import contextlib
 import io
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,67 @@ def test_a_restart_by_torchrun_finds_its_directory_again(launched, tmp_path: Pat
     assert train.run_directory(run(), tmp_path) != first
 
 
+def test_two_commands_of_one_job_have_directories_of_their_own(launched, tmp_path: Path) -> None:
+    launched(SLURM_JOB_ID="77")
+    owners = [{"config": "a" * 64, "sweep_job": None}, {"config": "b" * 64, "sweep_job": None}]
+    first, second = (train.run_directory(run(), tmp_path, owner) for owner in owners)
+    assert first == tmp_path / "language/tiny/77"
+    assert second.parent == first.parent and second.name.startswith("77-")
+    # A requeue starts both again, in any order.
+    assert [train.run_directory(run(), tmp_path, owner) for owner in owners[::-1]] == [
+        second,
+        first,
+    ]
+
+
+@pytest.mark.parametrize("values", [{"id": "mine"}, {"dir": "here"}, {}])
+def test_jobs_of_a_sweep_have_directories_of_their_own(
+    launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
+    launched(SLURM_JOB_ID="77")
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for job in ("0", "1"):
+        monkeypatch.setenv("NVMM_SWEEP_JOB", job)
+        found.append(train.run_directory(run(**values), owner={"config": "a", "sweep_job": job}))
+    assert [path.name[-2:] for path in found] == ["-0", "-1"]
+    assert found[0].name[:-2] == values.get("id", values.get("dir", "77"))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from nvmm.io.files import hold
+print(hold(Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_directory_is_held_by_one_process(tmp_path: Path) -> None:
+    lock = str(tmp_path / ".lock")
+    command = [sys.executable, "-c", HOLD, lock]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None and first.stdout.readline() == "None\n"
+    second = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    assert second.stdout == f"process {first.pid} of {socket.gethostname()}\n"
+    first.kill()
+    first.wait()
+    third = subprocess.run(command, input="", capture_output=True, text=True, check=True)
+    assert third.stdout == "None\n"
+
+
+def test_missing_paths_are_named_before_torch(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    shards = [f"{tmp_path}/*.tar", f"{tmp_path}/b-*.tar", "s3://far/*.tar"]
+    config = {"tokenizer": {"path": "/nope"}, "init_from": None, "resume": "auto"}
+    config["data"] = {"train": {"shards": shards}, "blend": [{"shards": "/nope/{0..3}.tar"}]}
+    assert list(map(str, train.missing_paths(config))) == [
+        "tokenizer.path=/nope does not exist",
+        f"data.train.shards={tmp_path}/b-*.tar matches no file",
+    ]
+    assert "resume=x does not exist" in map(str, train.missing_paths(config | {"resume": "x"}))
+
+
 def _agree(
     rank: int, world_size: int, init_method: str, folder: str, configs: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -136,3 +200,11 @@ def test_config_and_overrides_are_written(tmp_path: Path) -> None:
     train._write(tmp_path, job)
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == job.config
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "overrides.yaml")) == job.overrides
+    # The same start again changes nothing, and another keeps what was there.
+    train._write(tmp_path, job)
+    assert len(list(tmp_path.iterdir())) == 2
+    for number, seed in enumerate((2, 3), 1):
+        before = (tmp_path / "config.yaml").read_text(), (tmp_path / "overrides.yaml").read_text()
+        train._write(tmp_path, compose.Job({"seed": seed, "run": run()}, [f"seed={seed}"]))
+        names = [f"{name}.{number:04d}.yaml" for name in ("config", "overrides")]
+        assert tuple((tmp_path / name).read_text() for name in names) == before

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import get_args
 
+from nvmm.config.compose import failures
 from nvmm.data.prepare import digits
 from nvmm.data.samples.chat import Variant
 
@@ -25,4 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with failures("quickstart_data.py"):
+        main()

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nvmm.config.compose import failures
 from nvmm.data.prepare import mbeir, retrieval_sets
 from nvmm.data.prepare.retrieval_sets import fields_of
 from nvmm.data.prepare.write import add_options, write
@@ -103,4 +104,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    with failures("retrieval_data.py"):
+        main()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from nvmm.config.compose import failures
 from nvmm.data.prepare import json_records, tables
 from nvmm.data.prepare.write import add_options, write
 from nvmm.data.shards.storage import expand
@@ -151,4 +152,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with failures("shard.py"):
+        main()

@@ -13,22 +13,25 @@ amax histories of delayed scaling. There are no pickled objects, and loading unp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import queue
 import shutil
 import tempfile
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from nvmm.checkpoint.files import complete, latest, read_record
 from nvmm.checkpoint.weights import checksums, current_layout, rng_tensor, sharded_weights, without
 from nvmm.config.choices import require
-from nvmm.io.files import TEMPORARY, sync
+from nvmm.io.files import TEMPORARY, disk_error, is_full, sync
 from nvmm.parallel import generators
 
 ShardingType = Literal["fully_reshardable", "dp_reshardable"]
@@ -42,7 +45,9 @@ class Checkpoint:
 
     Args:
         save_interval: steps between checkpoints (None: only at the end).
-        keep_last: how many to keep, counted from the last one saved (None: all).
+        keep_last: how many to keep, counted from the last one saved (None: all). As many of those
+            since whose predecessor no step was skipped stay too: a stretch of skipped steps pushes
+            no good checkpoint out.
         optimizer: "fully_reshardable" loads at any layout; "dp_reshardable" is written without
             gathering the optimizer state over data parallel, and loads at another data parallel
             size only.
@@ -70,6 +75,7 @@ class Checkpoint:
         self.async_save = async_save
         self.directory = Path(directory)
         self._pending: Any = None
+        self._writing: tuple[Path, int] | None = None
 
     def save(
         self,
@@ -90,6 +96,8 @@ class Checkpoint:
                 any, is the nvmm.checkpoint.base.BaseCheckpoint that gives the weights left out.
             left_out: global names of weights that are not saved.
             scaling: an nvmm.modules.fp8_scales.Scaling, the FP8 scales.
+
+        Raises OSError on every rank, and leaves no folder, when a rank cannot write its part.
         """
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -98,11 +106,7 @@ class Checkpoint:
         self.finalize(blocking=True)
         final = self.directory / f"step_{step:08d}"
         temporary = self.directory / f"{TEMPORARY}{final.name}"
-        if dist.get_rank() == 0:
-            for path in self.directory.glob(f"{TEMPORARY}*"):
-                shutil.rmtree(path)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+        self._on_first_rank(lambda: self._make_folder(temporary))
         # 2. The JSON, and the tensors of this rank with their places in the whole ones.
         model_state = sharded_weights(models)
         saved_state = without(model_state, left_out)
@@ -123,16 +127,20 @@ class Checkpoint:
             sharded["scaling"] = scales
         # 3. The writing: by mcore, in a forked process where it is asynchronous. The last step
         # gives the checkpoint its name, once every rank is done.
-        request = dist_checkpointing.save(
-            sharded, str(temporary), self._strategy(), async_sharded_save=True
-        )
-        assert request is not None
-        request.add_finalize_fn(lambda: self._publish(temporary, final, files))
-        if self.async_save:
-            self._pending = self._pending or AsyncCallsQueue(persistent=False)
-            self._pending.schedule_async_request(request)
-        else:
-            request.execute_sync()
+        self._writing = temporary, _total_bytes(sharded)
+        with self._explained():
+            request = dist_checkpointing.save(
+                sharded, str(temporary), self._strategy(), async_sharded_save=True
+            )
+            assert request is not None
+            request.add_finalize_fn(
+                lambda: self._on_first_rank(lambda: self._publish(temporary, final, files))
+            )
+            if self.async_save:
+                self._pending = self._pending or AsyncCallsQueue(persistent=False)
+                self._pending.schedule_async_request(request)
+            else:
+                request.execute_sync()
         return final
 
     def finalize(self, blocking: bool = False) -> None:
@@ -141,7 +149,42 @@ class Checkpoint:
         Every rank calls this at every step, and with `blocking` before the run ends.
         """
         if self._pending is not None:
-            self._pending.maybe_finalize_async_calls(blocking=blocking)
+            with self._explained():
+                self._pending.maybe_finalize_async_calls(blocking=blocking)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Remove what a save leaves that cannot be written, and say why."""
+        try:
+            yield
+        except (CheckpointException, OSError) as error:
+            if not (isinstance(error, CheckpointException) or is_full(error)):
+                raise
+            assert self._writing is not None
+            self._pending = None
+            temporary, needed = self._writing
+            explained = disk_error(temporary, error, needed)
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise explained from error
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        """Do something on rank 0; raise its OSError on every rank."""
+        failure: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as error:
+                failure = [(error.errno, error.strerror, error.filename)]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise OSError(*failure[0])
+
+    def _make_folder(self, temporary: Path) -> None:
+        """Make the folder of a save, and remove what a crash left."""
+        for path in self.directory.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(path)
+        temporary.mkdir(parents=True)
 
     def latest(self) -> Path | None:
         """Return the checkpoint of this run saved last; see `nvmm.checkpoint.files.latest`."""
@@ -165,29 +208,54 @@ class Checkpoint:
         )
 
     def _publish(self, temporary: Path, final: Path, files: dict[str, Any]) -> None:
-        """Give a written checkpoint its name, then delete the oldest; rank 0 does it."""
-        if dist.get_rank() == 0:
-            earlier = complete(self.directory)
-            number = read_record(earlier[-1])["number"] + 1 if earlier else 1
-            files["state.json"]["number"] = number
-            # state.json is the last file: a directory without it is no checkpoint.
-            for name, content in files.items():
-                (temporary / name).write_text(json.dumps(content, indent=1))
-                sync(temporary / name)
-            if final.exists():
-                self._remove(final)
-            temporary.rename(final)
-            sync(self.directory)
-            if self.keep_last is not None:
-                for path in complete(self.directory)[: -self.keep_last]:
+        """Give a written checkpoint its name, then delete the oldest; for rank 0."""
+        record = files["state.json"]
+        earlier = [read_record(path) for path in complete(self.directory)[-1:]]
+        record["number"] = earlier[0]["number"] + 1 if earlier else 1
+        record["skipped"] = max(0, _skipped_steps(record) - sum(map(_skipped_steps, earlier)))
+        # state.json is the last file: a directory without it is no checkpoint.
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=1))
+            sync(temporary / name)
+        if final.exists():
+            self._remove(final)
+        temporary.rename(final)
+        sync(self.directory)
+        if self.keep_last is not None:
+            paths = complete(self.directory)
+            good = [path for path in paths if not read_record(path).get("skipped")]
+            kept = {*paths[-self.keep_last :], *good[-self.keep_last :]}
+            for path in paths:
+                if path not in kept:
                     self._remove(path)
-        dist.barrier()
 
     def _remove(self, path: Path) -> None:
         """Delete a checkpoint so that no moment leaves half of it under its name."""
         doomed = path.with_name(f"{TEMPORARY}removed_{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def _total_bytes(state: dict[str, Any]) -> int:
+    """Return the size of the sharded tensors of all ranks, replicas counted once; collective."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensor,
+        ShardedTensorFactory,
+        is_main_replica,
+    )
+
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    tensors = [leaf for leaf in nested_values(state) if isinstance(leaf, kinds)]
+    mine = [t.data for t in tensors if is_main_replica(t.replica_id) and t.data is not None]
+    total = torch.tensor([sum(data.nbytes for data in mine)], dtype=torch.int64)
+    dist.all_reduce(total)
+    return int(total.item())
+
+
+def _skipped_steps(record: dict[str, Any]) -> int:
+    """Return the steps that a run had skipped when a state.json was written."""
+    return int(record["state"].get("counters", {}).get("skipped_steps", 0))
 
 
 class _Results:

@@ -10,6 +10,7 @@ import ast
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,42 @@ _SYNONYMS = {
 }
 
 
+# The types of the keys that no constructor has, for each command.
+_ASKING = {
+    "checkpoint.path": "str",
+    "tokenizer.path": "str | None",
+    "base": "str | None",
+    "backend": "Literal['native', 'transformer_engine'] | None",
+    "kernels": "dict | None",
+    "sequence_length": "int | None",
+    "max_new_tokens": "int | None",
+    "temperature": "float",
+    "top_p": "float",
+    "use_cache": "bool",
+    "seed": "int",
+    "trust_config": "bool",
+}
+_TYPES: dict[str, dict[str, str]] = {
+    "train": {
+        "seed": "int",
+        "backend": "Literal['native', 'transformer_engine']",
+        "resume": "str | None",
+        "init_from": "str | None",
+        **{f"run.{name}": "str | None" for name in ("name", "id", "dir", "note")},
+    },
+    "evaluate": {
+        **_ASKING,
+        **{"batch_size": "int", "num_samples": "int | None", "output": "str | None"},
+    },
+    "generate": {
+        **_ASKING,
+        **{"prompt": "str", "system": "str | None", "image": "str | list[str] | None"},
+    },
+}
+OmegaConf.register_new_resolver(
+    "nvmm.given", lambda key, value: None if key is None else value, replace=True
+)
+
 _OPEN_NUMBERS = ("sequence_length", "max_steps", "global_batch_size")
 _NUMBER_PLACEHOLDER = 65_536  # The usual sizes divide it, so that no rule refuses it.
 
@@ -91,8 +128,14 @@ def check(
     # 3. Every `_target_` against its constructor's signature.
     for key, value in plain.items():
         problems += _check_node(value, key)
+        if isinstance(schema.get(key), Mapping) and not isinstance(value, Mapping):
+            problems.append(Problem(key, value, f"must be a mapping, as in configs/{entry}.yaml"))
         if schema.get(key) == MISSING and isinstance(value, Mapping) and "_target_" not in value:
             problems.append(Problem(f"{key}._target_", None, "must name a class or function"))
+    for name, parameter in _types(entry).items():
+        for value in _values_at(plain, name):
+            problems += _check_type(parameter, value, name)
+    problems += _not_finite(plain)
     # 4. The rules between keys, which tolerate values that the steps before have reported.
     return problems + violations(plain, world_size)
 
@@ -202,6 +245,66 @@ def accepts(key: str, config: DictConfig | Mapping[str, Any]) -> bool:
     return True
 
 
+def restore_text(config: DictConfig, entry: str, key: str, text: str) -> None:
+    """Put an override's own characters where Hydra read a number, and the key wants text.
+
+    `run.id=007` is the text 007, `1e5` and `1_000` are themselves, and so is `Null`; `null` is null
+    where the key may be null.
+    """
+    parameter = _types(entry).get(key)
+    plain = resolve(config)[0]
+    if parameter is None:
+        *path, name = key.split(".")
+        parent = next(_values_at(plain, ".".join(path)), None) if path else plain
+        if isinstance(parent, Mapping) and "_target_" in parent:
+            parameter = _parameters(parent).get(name)
+        elif path:  # a value of a constructor's mapping of texts
+            *path, field = path
+            owner = next(_values_at(plain, ".".join(path)), None) if path else plain
+            of_mapping = _parameters(owner).get(field) if isinstance(owner, Mapping) else None
+            item = None if of_mapping is None else _item(of_mapping.annotation, parent)
+            parameter = None if item is None else Parameter(name, item, False, False, True)
+    if parameter is None or parameter.annotation is None:
+        return
+    kinds = _allowed(parameter.annotation) or []
+    for value in _values_at(plain, key):
+        fits = any(_fits(value, kind) for kind in kinds)
+        if value is None:
+            fits = text == "null"
+        if not fits and ("str" in kinds or (text,) in kinds):
+            OmegaConf.update(config, key, text)
+
+
+@functools.cache
+def _types(entry: str) -> dict[str, Parameter]:
+    return {
+        key: Parameter(key, ast.parse(text, mode="eval").body, False, False, True)
+        for key, text in _TYPES.get(entry, {}).items()
+    }
+
+
+def _values_at(plain: Mapping[str, Any], key: str) -> Iterator[Any]:
+    """Yield the value at a dotted key, if there is that key."""
+    node: Any = plain
+    for part in key.split(".") if key else ():
+        if not isinstance(node, Mapping) or part not in node:
+            return
+        node = node[part]
+    yield node
+
+
+def _not_finite(node: Any, key: str = "") -> Iterator[Problem]:
+    """Yield a problem for every number that is nan or infinite: no comparison refuses a nan."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _not_finite(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _not_finite(value, f"{key}[{index}]")
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield Problem(key, node, "must be a finite number")
+
+
 @functools.cache
 def _schema(entry: str) -> dict[str, Any]:
     schema = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{entry}.yaml"), resolve=False)
@@ -263,6 +366,8 @@ def _check_target(node: Mapping[str, Any], key: str) -> Iterator[Problem]:
             yield Problem(f"{key}.{name}", value, "must not be given: nvmm itself gives it")
         elif parameter is not None:
             yield from _check_type(parameter, value, f"{key}.{name}")
+            if target.startswith("nvmm."):
+                yield from _check_part(parameter, value, f"{key}.{name}")
         elif not accepted.any_keyword:
             allowed = _unknown(f"a parameter of {target}", name, accepted.parameters)
             yield Problem(f"{key}.{name}", value, allowed)
@@ -319,13 +424,68 @@ def _check_type(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]
     if isinstance(value, Mapping) and "_target_" in value:
         return
     allowed = _allowed(parameter.annotation)
-    if not allowed or any(_fits(value, kind) for kind in allowed):
+    if not allowed:
+        return
+    if any(_fits(value, kind) for kind in allowed):
+        item = _item(parameter.annotation, value)
+        if item is not None:
+            of_item = Parameter(parameter.name, item, False, False, True)
+            for place, child in _children(value):
+                yield from _check_type(of_item, child, f"{key}{place}")
         return
     names = [kind if isinstance(kind, str) else str(kind[0]) for kind in allowed]
     if isinstance(allowed[0], tuple):
         yield Problem(key, value, f"must be one of {', '.join(names)}")
     else:
-        yield Problem(key, repr(value), f"must be {' or '.join(names)}")
+        shown = repr(value) if isinstance(value, str) else value
+        yield Problem(key, shown, f"must be {' or '.join(names)}")
+
+
+def _check_part(parameter: Parameter, value: Any, key: str) -> Iterator[Problem]:
+    """Yield a problem for a plain value where one of our constructors takes an object."""
+    node = parameter.annotation
+    optional = parameter.nullable
+    while isinstance(node, ast.BinOp):  # `Dataset | None`; other unions are left alone
+        if not (isinstance(node.right, ast.Constant) and node.right.value is None):
+            return
+        node, optional = node.left, True
+    head = node.value if isinstance(node, ast.Subscript) else node
+    name = ast.unparse(head).rpartition(".")[2] if head is not None else ""
+    if not name[:1].isupper() or name in _KINDS or name in ("Any", "Callable", "Literal", "Path"):
+        return
+    if value == MISSING or (value is None and optional):
+        return
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        yield Problem(key, value, f"must be a mapping with the _target_ of a {name}")
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((f".{name}", child) for name, child in value.items())
+    elif isinstance(value, list):
+        yield from ((f"[{index}]", child) for index, child in enumerate(value))
+
+
+def _item(node: ast.expr | None, value: Any) -> ast.expr | None:
+    """Return the annotation of what a list or a mapping holds, None where none says it."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return _item(ast.parse(text, mode="eval").body, value)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return _item(left, value) or _item(right, value)
+        case ast.Subscript(value=head, slice=inner):
+            name = ast.unparse(head).rpartition(".")[2]
+            items = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            if name in ("Optional", "Union"):
+                return next((item for i in items if (item := _item(i, value))), None)
+            kinds = _KINDS.get(name, [])
+            if kinds == ["a list"] and isinstance(value, list):
+                # tuple[int, str] has a type for each place, which is left to its constructor.
+                alike = len(items) == 1 or ast.unparse(items[-1]) == "..."
+                return items[0] if alike else None
+            if kinds == ["a mapping"] and isinstance(value, Mapping) and len(items) == 2:
+                return items[1]
+    return None
 
 
 def _allowed(node: ast.expr) -> list[str | tuple[Any]] | None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -32,10 +33,14 @@ from nvmm.config import check
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
 from nvmm.config.signatures import completed
-from nvmm.parallel.environment import rank, world_size
+from nvmm.parallel.environment import SWEEP_JOB, launch_problem, rank, world_size
 
 BAD_CONFIG = 2
 """Exit code of a refused config: starting again cannot help."""
+FAILED = 1
+"""Exit code of a run that failed: once the cause is gone, the same command goes on."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C where there was nothing to save, or no patience to."""
 _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
@@ -64,6 +69,7 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
     problem printed to stderr, when the config is bad.
     """
     typed, accepted = list(sys.argv), set[str]()
+    swept = _swept_texts(typed[1:])
     # Hydra then raises what goes wrong instead of printing it and leaving with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     jobs: list[Job] = []
@@ -72,6 +78,10 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         # 1. The overrides as the user typed them, without the ++ that this function added.
         task: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
         overrides = [text[2:] if _key(text) in accepted else text for text in task]
+        overrides = [swept.get(text, text) for text in overrides]
+        for text in overrides:
+            if (value := _plain_value(text)) is not None:
+                check.restore_text(composed, entry, _key(text), value)
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         # 2. Old constructor names work, and the user is told the new ones.
         for old in sorted(_rename_targets(composed)):
@@ -80,7 +90,10 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         # 3. All problems are collected, so that one run shows them all.
         filled = check.fill_unset(composed) if placeholders else []
         size = ranks if placeholders else world_size()
-        problems = check.check(composed, entry=entry, world_size=size)
+        problems: list[object] = [*check.check(composed, entry=entry, world_size=size)]
+        launch = None if placeholders else launch_problem()
+        if launch is not None:
+            problems.append(launch)
         if multirun and world_size() > 1:
             problems.append(
                 Problem("--multirun", "", "runs one process a job; start torchrun once per job")
@@ -90,7 +103,8 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         # 4. A sweep runs each job in a process of its own: process groups live once a process.
         if multirun:
             command = [sys.executable, "-m", f"nvmm.{entry}", *overrides]
-            status = subprocess.run(command, check=False).returncode
+            number = {SWEEP_JOB: str(HydraConfig.get().job.num)}
+            status = subprocess.run(command, check=False, env=os.environ | number).returncode
             if status:
                 sys.exit(status)
             return
@@ -183,6 +197,56 @@ def refusals(name: str) -> Iterator[None]:
         refuse(name, [error.__cause__])
 
 
+@contextlib.contextmanager
+def failures(name: str) -> Iterator[None]:
+    """Turn what input, environment or disk did wrong into a sentence and an exit code.
+
+    name: of the command, or a tool's file. docs/troubleshooting.md lists the codes. Whatever else
+    is raised is a fault of the program, and keeps its traceback.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end(name, "interrupted", INTERRUPTED)
+    except Exception as error:
+        message = str(error).strip() or type(error).__name__
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, ValueError) and _ours(error):
+            _end(name, message, BAD_CONFIG)
+        of_input = (ValueError, TypeError, AssertionError, ImportError, OSError)
+        if "InstantiationException" in kinds and isinstance(error.__cause__, of_input):
+            _end(name, " ".join(message.split()), BAD_CONFIG)  # it names the key and the target
+        if "OutOfMemoryError" in kinds:
+            first = message.partition("\n")[0]
+            _end(name, f"out of memory: {first}; try a smaller micro-batch or more ranks", FAILED)
+        if "DataLoader worker" in message:
+            _end(name, f"a loader process died ({message}); try fewer data.num_workers", FAILED)
+        if isinstance(error, OSError) and error.filename is not None:
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
+            code = BAD_CONFIG if absent else FAILED
+            _end(name, f"{error.filename}: {error.strerror}", code)
+        if isinstance(error, OSError | FloatingPointError) or kinds & {"DistError"}:
+            _end(name, message, FAILED)
+        raise
+
+
+def _ours(error: BaseException) -> bool:
+    """Return whether nvmm's own code or a tool raised an error, not a library below it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    package = Path(__file__).resolve().parents[1]
+    folders = (str(package), str(package.parent / "tools"))
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(folders)
+
+
+def _end(name: str, message: str, code: int) -> NoReturn:
+    where = f"rank {rank()}: " if world_size() > 1 else ""
+    command = name if name.endswith(".py") else f"nvmm.{name}"
+    print(f"{command}: {where}{message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def instantiate(node: Any) -> Any:
     from hydra.utils import instantiate
 
@@ -258,6 +322,35 @@ def _place(name: str, overrides: list[str]) -> tuple[DictConfig | None, list[str
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
+
+
+def _plain_value(override: str) -> str | None:
+    """Return the characters of an override's value where Hydra reads no text there, else None."""
+    if override.startswith("~") or "=" not in override:
+        return None
+    value = OverridesParser.create().parse_override(override).value()
+    if isinstance(value, bool | int | float) or value is None:
+        return override.partition("=")[2].strip()
+    return None
+
+
+def _swept_texts(arguments: Sequence[str]) -> dict[str, str]:
+    """Map the overrides that Hydra makes of `key=a,b` for single jobs to what was typed.
+
+    Hydra writes 007 as 7 there. A list with brackets or quotes keeps its characters by itself.
+    """
+    texts: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or "," not in value or set(value) & set("[](){}'\""):
+            continue
+        with contextlib.suppress(HydraException):
+            override = OverridesParser.create().parse_override(argument)
+            if override.is_choice_sweep():
+                jobs = override.sweep_string_iterator()
+                for job, text in zip(jobs, value.split(","), strict=True):
+                    texts[f"{key}={job}"] = f"{key}={text.strip()}"
+    return texts
 
 
 def _first(override: str) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 # Bases that add no constructor parameter; some of them exist only in C.
 _PLAIN_BASES = {"object", "ABC", "Generic", "Protocol"}
 _DEPTH = 30
+# Types that a name may stand for in an annotation.
+_ALIASED = {"Literal", "Mapping", "Sequence"}
 
 
 @dataclass(frozen=True)
@@ -383,14 +385,14 @@ class _Constants(ast.NodeTransformer):
 
 
 def _constant(module: _Module, name: str, depth: int = 0) -> ast.expr | None:
-    """Return the expression that `name = Literal[...]` or `name = 1` binds in `module`.
+    """Return what `name = Literal[...]`, `name = Mapping[...]` or `name = 1` binds in `module`.
 
     The name may be imported from another module of the package. Returns None for every other name.
     """
     for statement in module.bindings.get(name, []):
         match statement:
             case ast.Assign(value=ast.Subscript(value=head) as value):
-                return value if ast.unparse(head).rpartition(".")[2] == "Literal" else None
+                return value if ast.unparse(head).rpartition(".")[2] in _ALIASED else None
             case ast.Assign(value=ast.Constant() | ast.Tuple() | ast.UnaryOp() as value):
                 return value
             case ast.ImportFrom(names=aliases) if depth < _DEPTH:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import select
+import signal
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -142,8 +143,9 @@ def end_with(pid: int, worker: int = 0) -> None:
     """Make this loader process end when process `pid`, its rank, does.
 
     A rank that is killed cannot end its loaders. Their parent is the fork server, which lives as
-    long as they do.
+    long as they do. A Ctrl-C is the rank's to answer: it saves, and needs its loaders for that.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         watched = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 TEMPORARY = ".tmp_"
 """Prefix of names that `publish` writes at; a crash may leave them behind."""
@@ -38,9 +42,12 @@ def publish(path: Path, *, shared: bool = False, durable: bool = True) -> Iterat
         if temporary.is_dir():  # renaming replaces a file, but no folder that has content
             _remove(path)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        explained = disk_error(path, error) if is_full(error) else error
         _remove(temporary)
-        raise
+        if explained is error:
+            raise
+        raise explained from error
     if durable:
         sync(path.parent)
 
@@ -49,6 +56,41 @@ def write(path: Path, content: str | bytes) -> None:
     """Write a file whole (text as UTF-8), or leave the old one."""
     with publish(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def disk_error(path: Path, error: BaseException, needed: int | None = None) -> OSError:
+    """Return an OSError that says why `path` could not be written and what space there is.
+
+    needed: bytes of the whole content, None where that is not known.
+    """
+    folder = next((p for p in [path, *path.parents] if p.is_dir()), Path("/"))
+    free = shutil.disk_usage(folder).free
+    size = "" if needed is None else f"it takes {needed} bytes, and "
+    reason = str([*_causes(error)][-1]).strip().rpartition("\n")[2]
+    advice = "; make room or name another folder" if is_full(error) else ""
+    return OSError(
+        f"{path} cannot be written ({reason}): {size}{free} bytes are free there{advice}"
+    )
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether there was no room left, on the disk or in the user's share of it."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # An error that another process has sent is left with its words alone.
+    words = [os.strerror(number) for number in full]
+    return any(
+        getattr(e, "errno", None) in full or any(word in str(e) for word in words)
+        for e in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those behind it, also those that torch collected from ranks."""
+    yield error
+    for failure, _ in getattr(error, "failures", {}).values():
+        yield from _causes(failure)
+    if error.__cause__ is not None:
+        yield from _causes(error.__cause__)
 
 
 def sync(path: Path) -> None:
@@ -77,6 +119,38 @@ def lock(path: Path, *, wait: bool = True, required: bool = True) -> Iterator[No
             if required:
                 raise
         yield
+
+
+def hold(path: Path, wait: float = 0.0) -> str | None:
+    """Keep the file `path` locked as long as this process lives; return who has it, None when held.
+
+    Processes that this one forks do not hold it. wait: seconds to wait for a holder on another
+    machine, whose death a network file system notices late. A file system without locks holds
+    nothing, and is taken for free.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as this process
+    end = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return None
+        file.seek(0)
+        holder = file.read().strip()
+        if holder.endswith(f" {socket.gethostname()}") or time.monotonic() > end:
+            file.close()
+            return holder or "another process"
+        time.sleep(1.0)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+    file.flush()
+    _HELD.append(file)
+    return None
+
+
+_HELD: list[TextIO] = []
 
 
 def _remove(path: Path) -> None:

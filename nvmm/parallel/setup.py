@@ -6,6 +6,8 @@ import datetime
 import logging
 import math
 import re
+import secrets
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -193,6 +195,10 @@ class Parallel:
             options["init_method"] = init_method
         elif world_size == 1 and not environment.has_rendezvous():
             options["store"] = dist.HashStore()
+        elif environment.agent_store():
+            where = {"rank": rank, "world_size": world_size, "timeout": options["timeout"]}
+            store, _, _ = next(dist.rendezvous("env://", **where))
+            options["store"] = attempt_store(store, **where)
         dist.init_process_group(**options)
 
     def transformer_kwargs(self, precision: Precision) -> dict[str, Any]:
@@ -362,6 +368,43 @@ def prepare_backend() -> None:
         from nvmm.parallel import cpu
 
         cpu.install()
+
+
+def attempt_store(
+    store: dist.Store, *, rank: int, world_size: int, timeout: datetime.timedelta
+) -> dist.Store:
+    """Return a part of torchrun's store that the ranks of this attempt have for themselves.
+
+    The agent's store outlives a restart (--max-restarts) and keeps the addresses of killed ranks
+    (gloo) and the id of their communicator (NCCL), which ranks of the next attempt would read and
+    connect to. Restart counts tell no attempt from another: a node without a failure does not count
+    it. So rank 0 draws a name and hands it to each rank that asks under a name of its own.
+
+    Raises TimeoutError naming the ranks that did not come.
+    """
+    if rank != 0:
+        question = secrets.token_hex(8)
+        store.set(f"nvmm/question/{rank}", question)
+        name = store.get(f"nvmm/answer/{question}").decode()
+        store.set(f"nvmm/{name}/{rank}", "here")
+        return dist.PrefixStore(name, store)
+    name = f"attempt_{secrets.token_hex(8)}"
+    missing = set(range(1, world_size))
+    end = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"nvmm/{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"nvmm/question/{other}"]):
+                # A question of an earlier attempt is answered too, and nobody reads that.
+                question = store.get(f"nvmm/question/{other}").decode()
+                store.set(f"nvmm/answer/{question}", name)
+        if missing and time.monotonic() > end:
+            raise TimeoutError(
+                f"ranks {sorted(missing)} did not come within parallel.timeout_minutes"
+            )
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def stalled_collective(error: BaseException) -> str | None:

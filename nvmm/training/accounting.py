@@ -106,8 +106,8 @@ class Accounting:
         self.model = model
         self.modalities = sorted({kind.modality for kind in self.model.reads})
         self.peak_flops = peak_flops
-        self.totals: dict[str, Any] = {"samples": 0, "tokens": 0, "skipped_steps": 0}
-        self.totals["datasets"] = {}
+        names = ("samples", "tokens", "skipped_steps", "consecutive_skips")
+        self.totals: dict[str, Any] = dict.fromkeys(names, 0) | {"datasets": {}}
 
     def restore(self, totals: dict[str, Any]) -> None:
         """Go on from the counts of a checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import secrets
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from nvmm.config.nested import flat
-from nvmm.io.files import write
+from nvmm.io.files import disk_error, write
 from nvmm.io.progress import progress
 from nvmm.training.summary import finite
 
@@ -100,8 +100,11 @@ class Logger:
     def _write(self, name: str, record: Mapping[str, Any]) -> None:
         if not self._files:
             self._open()
-        self._files[name].write(json.dumps(finite(record), allow_nan=False) + "\n")
-        self._files[name].flush()
+        try:
+            self._files[name].write(json.dumps(finite(record), allow_nan=False) + "\n")
+            self._files[name].flush()
+        except OSError as error:
+            raise disk_error(self.run_dir / name, error) from error
         self._done = record["step"]
         scalars = {
             key: value
@@ -113,6 +116,16 @@ class Logger:
                 self._tensorboard.add_scalar(key, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
+
+    def _wandb_id(self) -> str:
+        """Return the id of this directory's run in W&B: made once, and kept beside its files.
+
+        Names make no id: two people's runs may have the same.
+        """
+        path = self.run_dir / "wandb_id"
+        if not path.exists():
+            write(path, f"{secrets.token_hex(8)}\n")
+        return path.read_text(encoding="utf-8").strip()
 
     def _open(self) -> None:
         for name in ("metrics.jsonl", "validation.jsonl"):
@@ -130,7 +143,7 @@ class Logger:
             self._wandb = wandb.init(
                 project=self._wandb_project,
                 name=self.run_name,
-                id=re.sub(r"[^\w.-]+", "-", f"{self.run_name}-{self.run_dir.name}"),
+                id=self._wandb_id(),
                 resume="allow",
                 dir=str(self.run_dir),
                 config=dict(self._config),

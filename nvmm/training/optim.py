@@ -80,6 +80,20 @@ class Optim:
         for index, group in enumerate(self.groups):
             _check_group(f"optim.groups[{index}]", group)
 
+    def rates(self, step: int, decay_steps: int) -> list[float]:
+        """Return the learning rate of 0-based `step` for each of `param_groups`."""
+        return [
+            learning_rate(
+                step,
+                peak=group.learning_rate,
+                floor=group.min_learning_rate,
+                warmup_steps=self.warmup_steps,
+                decay_steps=decay_steps,
+                schedule=self.schedule,
+            )
+            for group in self.param_groups()
+        ]
+
     def param_groups(self) -> list[Group]:
         """Return the default group and then one for each of `groups`."""
         groups = [Group(None, self.learning_rate, self.min_learning_rate, self.weight_decay)]

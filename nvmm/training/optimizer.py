@@ -20,7 +20,7 @@ from nvmm.parallel.parameters import (
     sharded_parameters,
 )
 from nvmm.parallel.setup import Parallel, Precision
-from nvmm.training.optim import MOMENTS, Group, Optim, learning_rate
+from nvmm.training.optim import MOMENTS, Group, Optim
 
 
 def freeze(models: Sequence[Module], patterns: Sequence[str]) -> list[str]:
@@ -214,17 +214,7 @@ class Optimizer:
 
     def set_step(self, step: int) -> float:
         """Set every group's learning rate for 0-based `step`; return the default group's."""
-        rates = [
-            learning_rate(
-                step,
-                peak=group.learning_rate,
-                floor=group.min_learning_rate,
-                warmup_steps=self.optim.warmup_steps,
-                decay_steps=self.decay_steps,
-                schedule=self.optim.schedule,
-            )
-            for group in self.groups
-        ]
+        rates = self.optim.rates(step, self.decay_steps)
         for group in self.mcore.param_groups:
             group["lr"] = rates[int(group["lr_mult"]) - 1]
         return rates[0]

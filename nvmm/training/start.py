@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.config.changes import Change, compare
 from nvmm.modules.fp8_scales import Scaling
 from nvmm.training.accounting import Digested
+from nvmm.training.optim import Optim
 from nvmm.training.optimizer import Optimizer
 from nvmm.training.reference import Reference
 
@@ -80,9 +82,7 @@ def start(
         say(f"starting {run_dir} from step 0; resume it with: {command}")
         return Start(base=base)
     # 2. A resumed run: its config is compared before anything is loaded.
-    require_resumable(path)
-    state = read_state(path)
-    refused, notable = compare(state["config"], config)
+    state, refused, notable = compared(path, config)
     if not tokenizer.is_of(state["tokenizer_digest"]):
         refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer.digest))
     if reference is not None:
@@ -103,8 +103,68 @@ def start(
         say(f"{path.name} lacks {len(fresh)} FP8 scales, which start anew: {fresh[:3]} ...")
     for change in notable:
         say(f"changed since {path.name}: {change}")
+    rates = changed_rates(state["config"], config, int(state["step"]))
+    if rates is not None:
+        say(f"changed since {path.name}: {rates}")
     say(f"resuming {path} at step {state['step']}; again with: {command}")
     return Start(int(state["step"]), state["position"], state["counters"], base)
+
+
+def compared(
+    path: Path, config: dict[str, Any]
+) -> tuple[dict[str, Any], list[Change], list[Change]]:
+    """Return a checkpoint's state, and the keys that refuse a resume with `config`, and the others.
+
+    Raises ValueError when it holds weights alone, and when its run is finished and `config` has
+    other values: nothing would be trained with them.
+    """
+    require_resumable(path)
+    state = read_state(path)
+    refused, notable = compare(state["config"], config)
+    max_steps = config.get("trainer", {}).get("max_steps")
+    if notable and not refused and max_steps is not None and state["step"] >= max_steps:
+        listing = "\n  ".join(map(str, notable))
+        raise ValueError(
+            f"{path} has done the {max_steps} steps of trainer.max_steps={max_steps} with other"
+            f" values:\n  {listing}\n  give this run a run.id (or run.dir) of its own, or a larger"
+            " trainer.max_steps to go on from there with these values (docs/checkpoints.md says"
+            " which may change)"
+        )
+    return state, refused, notable
+
+
+def require_unchanged(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's state. Raises ValueError when a run of `config` may not resume it."""
+    state, refused, _ = compared(path, config)
+    if refused:
+        listing = "\n  ".join(map(str, refused))
+        raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
+    return state
+
+
+def changed_rates(saved: dict[str, Any], config: dict[str, Any], step: int) -> str | None:
+    """Say how the learning rate of the step after `step` differs between two configs, if it does.
+
+    A schedule without optim.decay_steps ends at trainer.max_steps, so that a longer run has other
+    rates at every step.
+    """
+    schedules = []
+    for each in (saved, config):
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # not our Optim
+            options = {k: v for k, v in each["optim"].items() if not k.startswith("_")}
+            optim = Optim(**options)
+            end = optim.decay_steps or each["trainer"]["max_steps"]
+            schedules.append((optim.rates(step, end), end))
+    if len(schedules) < 2 or schedules[0] == schedules[1]:
+        return None
+    (before, old_end), (now, end) = schedules
+    listed = [f"{a:.6g} -> {b:.6g}" for a, b in zip(before, now, strict=False) if a != b]
+    if not listed:
+        return None
+    rates = ", ".join(listed)
+    return (
+        f"learning rate of step {step + 1}: {rates} (the schedule ends at step {old_end} -> {end})"
+    )
 
 
 def checkpoint_to_resume(run_dir: Path, resume: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import shlex
 import signal
 import time
@@ -60,6 +61,8 @@ class Trainer:
         max_minutes: save and stop after this wall time.
         profile: [start, stop] steps of a torch profiler trace.
         on_nonfinite: "stop" the run at a non-finite loss or gradient, or "skip" the step.
+        max_consecutive_skips, max_skips: skipped steps in a row, and in the whole run, that do not
+            stop it yet (None: any number).
         run_dir: the directory of all output; config: the resolved config; overrides: the command
             line's, for the message that says how to resume.
         lora: adapters; all of the base but the parameters it names is then frozen.
@@ -76,6 +79,8 @@ class Trainer:
         max_minutes: float | None = None,
         profile: list[int] | None = None,
         on_nonfinite: OnNonfinite = "stop",
+        max_consecutive_skips: int | None = 5,
+        max_skips: int | None = 100,
         *,
         model: Callable[..., Module],
         objective: Objective,
@@ -111,6 +116,8 @@ class Trainer:
         self.max_minutes = max_minutes
         self.profile = profile
         self.on_nonfinite = on_nonfinite
+        self.max_consecutive_skips = max_consecutive_skips
+        self.max_skips = max_skips
         self.objective = objective
         self.data = data
         self.parallel = parallel
@@ -149,6 +156,12 @@ class Trainer:
         """
         # A refusal leaves nothing behind: only a run that has begun may replace its config.yaml.
         first = self._start()
+        if first >= self.max_steps:
+            self._say(
+                f"nothing left to do: {self.run_dir} is at step {first} of"
+                f" trainer.max_steps={self.max_steps}; a larger one goes on"
+            )
+            return self._summary(first, first)
         started()
         step = first
         batches = self.batches("train", first)
@@ -227,17 +240,33 @@ class Trainer:
             self.optimizer.apply()
             # FP8 scales move with the weights: all micro-batches of a step have seen the same.
             self.scaling.update()
-        elif self.on_nonfinite == "skip":
+            self.accounting.totals["consecutive_skips"] = 0
+            return grad_norm, learning_rate
+        what = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}"
+        if self.on_nonfinite == "skip":
             # Nothing of the step remains, but the schedule and the data have gone on.
             self.optimizer.discard()
             self.scaling.discard()
-            self.accounting.totals["skipped_steps"] += 1
-        else:
-            raise FloatingPointError(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; samples of this rank"
-                f" {[batch.sample_ids.tolist() for batch in batches]}"
-            )
-        return grad_norm, learning_rate
+            limit = self._skip()
+            if limit is None:
+                return grad_norm, learning_rate
+            what += f"; {limit}"
+        ids = [batch.sample_ids.tolist() for batch in batches]
+        raise FloatingPointError(f"{what}; samples of this rank {ids}")
+
+    def _skip(self) -> str | None:
+        """Count a skipped step; return the bound that it breaks, None while it breaks none."""
+        totals = self.accounting.totals
+        totals["skipped_steps"] += 1
+        totals["consecutive_skips"] += 1
+        for count, name, where in (
+            (totals["consecutive_skips"], "max_consecutive_skips", "in a row"),
+            (totals["skipped_steps"], "max_skips", "in all"),
+        ):
+            most = getattr(self, name)
+            if most is not None and count > most:
+                return f"{count} steps were skipped {where}, more than trainer.{name}={most}"
+        return None
 
     def validate(self, step: int) -> dict[str, float]:
         """Return the means of the objective's metrics over held-out batches; weights stay.
@@ -444,8 +473,12 @@ class Trainer:
     def _catch_signals(self) -> None:
         def remember(number: int, frame: Any) -> None:
             self._stop_signal = number
+            if number == signal.SIGINT:  # A second Ctrl-C ends the process where it is.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                if dist.get_rank() == 0:  # A handler may interrupt the log, which it must not use.
+                    os.write(2, b"\nstopping after this step; Ctrl-C again does not wait for it\n")
 
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             with contextlib.suppress(ValueError):
                 signal.signal(number, remember)
 

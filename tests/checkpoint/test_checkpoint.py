@@ -1,12 +1,15 @@
+import errno
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 
 import pytest
 import torch
 
+from nvmm.checkpoint import save as save_module
 from nvmm.checkpoint.files import read_state
 from nvmm.checkpoint.index import read_metadata
 from nvmm.checkpoint.load import load, load_weights
@@ -227,6 +230,48 @@ def test_an_interrupted_save_leaves_nothing_loadable(tmp_path):
     assert Checkpoint(directory=tmp_path).latest() is None
     with pytest.raises(ValueError, match=r"no state\.json"):
         read_state(tmp_path / "step_00000002")
+
+
+def without_room(rank, world_size, init_method, directory, where, async_save):
+    """Save with a disk that is full: for rank 1's tensors, or for rank 0's JSON."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    run = Run(rank, world_size, init_method)
+    checkpoint = run.checkpoint(directory, async_save=async_save)
+    checkpoint.save(1, run.chunks, run.optimizer, {})
+    checkpoint.finalize(blocking=True)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fail(*args, **kwargs):
+        raise full
+
+    if where == "tensors" and rank == 1:
+        filesystem_async._write_item = fail
+    if where == "json":
+        save_module.sync = fail
+    try:
+        checkpoint.save(2, run.chunks, run.optimizer, {})
+        checkpoint.finalize(blocking=True)
+    except OSError as error:
+        return str(error), sorted(os.listdir(directory)), checkpoint.latest().name
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    ("where", "async_save"), [("tensors", False), ("tensors", True), ("json", False)]
+)
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, where, async_save):
+    results = run_ranks(without_room, 2, tmp_path, where, async_save)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.distcp"))
+    for rank, (message, left, latest) in enumerate(results):
+        assert latest == "step_00000001"
+        assert message.startswith(f"{tmp_path}/.tmp_step_00000002 cannot be written")
+        needed, free = map(int, re.findall(r"(\d+) bytes", message))
+        assert 0.5 * size < needed < size and free > 0
+        if rank == 0:  # it removes the folder, and tells the reason
+            assert left == ["step_00000001"]
+            assert os.strerror(errno.ENOSPC) in message
+            assert "make room or name another folder" in message
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Checks against constructors, and what a user sees on the command line."""
 
+import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from nvmm.config.check import accepts, check, digest, resolve, suggestion, to_plain
@@ -352,3 +354,95 @@ def test_other_ranks_say_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SystemExit) as stopped:
         compose.refuse("train", ["first", "second"])
     assert stopped.value.code == compose.BAD_CONFIG
+
+
+TEXTS = """
+import json, sys
+from nvmm.config.compose import load
+sys.argv = ["nvmm.train", *sys.argv[1:]]
+job = load("train")
+fields = job.config["data"]["train"]["build"]["fields"]
+print(json.dumps([job.config["run"], job.config["tokenizer"]["path"], fields, job.overrides]))
+"""
+
+
+def test_text_is_kept_to_the_character(tmp_path: Path) -> None:
+    """Hydra reads numbers, booleans and null in it."""
+    typed = ["run.id=007", "run.name=1_000", "run.note=Null", "run.dir=1e5", "tokenizer.path=true"]
+    typed += ["data.train.build.fields.question=1.50", "data.train.shards=7"]
+    command = [sys.executable, "-c", TEXTS, "experiment=language/tiny", *typed]
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    run, path, fields, overrides = json.loads(done.stdout or "[]") or pytest.fail(done.stderr)
+    assert run == {"id": "007", "name": "1_000", "note": "Null", "dir": "1e5"}
+    assert path == "true" and fields == {"question": "1.50"}
+    assert overrides == ["experiment=language/tiny", *typed]
+
+
+def test_a_sweep_keeps_its_texts() -> None:
+    from nvmm.config import compose
+
+    texts = compose._swept_texts(["run.id=x,1e5,1_000,Null", "seed=1,2", "a=[1,2]", "b='1,2'"])
+    changed = {job: typed for job, typed in texts.items() if job != typed}
+    assert changed == {
+        "run.id=100000.0": "run.id=1e5",
+        "run.id=1000": "run.id=1_000",
+        "run.id=null": "run.id=Null",
+    }
+
+
+SLURM = [({"SLURM_NTASKS": "2"}, "Slurm"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR")]
+SLURM += [({"SLURM_PROCID": "1"}, "SLURM_PROCID=1 must be below"), ({"RANK": "x"}, "RANK=x in")]
+SLURM += [({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None)]
+SLURM += [({"SLURM_NTASKS": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None)]
+
+
+@pytest.mark.parametrize(("variables", "says"), SLURM)
+def test_a_launcher_that_is_half_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], says: str | None
+) -> None:
+    from nvmm.parallel import environment
+
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    problem = environment.launch_problem()
+    assert problem is None if says is None else says in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "nvmm.train: interrupted"),
+        (OSError(28, "No space left on device", "/full"), 1, "/full: No space left on device"),
+        (OSError(2, "No such file or directory", "/nope"), 2, "/nope: No such file"),
+        (FloatingPointError("step 3: loss nan"), 1, "nvmm.train: step 3: loss nan"),
+        (TimeoutError("ranks [1] did not come"), 1, "ranks [1]"),
+        (InstantiationException("Error in call\nfull_key: model"), 2, "full_key: model"),
+        (RuntimeError("DataLoader worker (pid 7) is killed"), 1, "data.num_workers"),
+    ],
+)
+def test_a_failure_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, says: str
+) -> None:
+    from nvmm.config import compose
+
+    with pytest.raises(SystemExit) as stopped, compose.failures("train"):
+        raise error from AssertionError("a library's own check")
+    assert stopped.value.code == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_value_error_of_ours_is_a_refusal_and_a_fault_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from nvmm.config import compose
+    from nvmm.config.choices import require
+
+    with pytest.raises(SystemExit) as stopped, compose.failures("train"):
+        require("optim.schedule", "wsd", Literal["cosine", "linear"])
+    assert stopped.value.code == compose.BAD_CONFIG
+    assert "optim.schedule=wsd" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="a fault"), compose.failures("train"):
+        raise ValueError("a fault")

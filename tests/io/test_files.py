@@ -1,5 +1,7 @@
 """Files are whole or not there, also after a crash; locks exclude."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,20 @@ with publish(Path(sys.argv[1])) as temporary:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said = r"name cannot be written \(.*No space left.*bytes are free"
+    with pytest.raises(OSError, match=said), publish(tmp_path / "name") as temporary:
+        temporary.write_text("half")
+        full()
+    assert list(tmp_path.iterdir()) == []
+    # Whatever else is raised stays what it is.
+    with pytest.raises(KeyError), publish(tmp_path / "name"):
+        raise KeyError
 
 
 def test_write_replaces_a_file(tmp_path: Path) -> None:

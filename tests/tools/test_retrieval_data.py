@@ -26,13 +26,13 @@ def test_it_writes_once(
     command += ["--instruction", "Which?", "--samples-per-shard", 2]
     run(monkeypatch, *command)
     assert "6 samples in 3 shards" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"to has 3 shards .* --replace"):
+    with pytest.raises(ValueError, match=r"to has 3 shards .* --replace"):
         run(monkeypatch, *command)
     run(monkeypatch, *command[:-1], 9, "--replace")
     assert len(Dataset(f"{tmp_path}/to/train-*.tar", build=dict)) == 6
     (tmp_path / "to" / "tr-x.tar").write_bytes(b"")
     for name in ("train-more", "tr"):
-        with pytest.raises(SystemExit, match=r"NAME-\*\.tar would match both"):
+        with pytest.raises(ValueError, match=r"NAME-\*\.tar would match both"):
             run(monkeypatch, *command, "--name", name)
     run(monkeypatch, *command, "--name", "test")
 
@@ -52,6 +52,6 @@ def test_a_refusal_is_a_line(
 ) -> None:
     (tmp_path / "a.jsonl").write_text(line + "\n")
     more = ["--instruction", "x"] if command == "classes" else []
-    with pytest.raises(SystemExit, match=says):
+    with pytest.raises(ValueError, match=says):
         run(monkeypatch, command, "--from", tmp_path / "a.jsonl", "--to", tmp_path / "to", *more)
     assert not list((tmp_path / "to").glob("*"))

@@ -30,7 +30,7 @@ def test_missing_pictures_and_earlier_shards(
         shard.main()
         return capsys.readouterr().out
 
-    with pytest.raises(SystemExit, match=r"record 3 \(id 3\): image gone.png is not a file"):
+    with pytest.raises(ValueError, match=r"record 3 \(id 3\): image gone.png is not a file"):
         run(command)
     assert list((tmp_path / "to").iterdir()) == []
     done = run(skipping)
@@ -38,7 +38,7 @@ def test_missing_pictures_and_earlier_shards(
     assert "5 with pictures (5 pictures), 1 without" in done
     assert "2 of 8 records left out:\n  record 3 (id 3): image gone.png" in done
     with pytest.raises(
-        SystemExit, match=r"3 shards train-00000.tar ... train-00002.tar; .*--replace"
+        ValueError, match=r"3 shards train-00000.tar ... train-00002.tar; .*--replace"
     ):
         run(skipping)
     assert "6 samples in 1 shards" in run([*skipping, "--samples-per-shard", 9, "--replace"])

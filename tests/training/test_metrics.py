@@ -228,6 +228,31 @@ def test_wandb_is_offline_unless_logged_in(tmp_path, monkeypatch, logged_in, mod
     assert calls[1:] == [(0.1, 1), "finished"]
 
 
+def test_a_wandb_run_belongs_to_a_directory(tmp_path, monkeypatch):
+    """Runs of one name are several, and a resume goes on with its own."""
+    import wandb
+
+    ids = []
+
+    class Run:
+        def log(self, scalars, step):
+            pass
+
+        def finish(self):
+            pass
+
+    monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: ids.append(kwargs["id"]) or Run())
+    for name, resumed in (("alice", 0), ("bob", 0), ("alice", 1)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        log = logger(tmp_path / name, wandb=True, run_name="nvlm_d/sft_7b/first")
+        if resumed:
+            log.resume(resumed)
+        log.step(record(resumed + 1), 3)
+        log.close()
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_a_missing_package_is_named_with_its_key_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(logger_module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"logger\.wandb=true needs a package: pip install wandb"):

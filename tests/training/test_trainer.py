@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nvmm.batch import Batch
 from nvmm.objectives.contrastive import Contrastive
+from nvmm.objectives.next_token import NextToken
 from nvmm.objectives.objective import Objective
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+from nvmm.training.start import changed_rates, require_unchanged
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -164,20 +169,101 @@ def test_non_finite_steps_stop_or_are_skipped(tmp_path: Path) -> None:
     assert records[4]["loss"] > 0
 
 
-def _interrupt(trainer: Any, rank: int) -> None:
-    """Rank 1 alone gets a signal during its third step."""
+class Spoiled(NextToken):
+    """Next-token loss that says infinity in some steps, though its gradients are finite."""
+
+    steps: tuple[int, ...] = ()
+    step = -1
+
+    def prepare(self, run: Any, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        self.step += 1
+        return batches, {"loss": math.inf} if self.step in self.steps else {}
+
+
+def _spoil(
+    trainer: Any, rank: int, *, steps: tuple[int, ...], keep_last: int | None = None
+) -> None:
+    trainer.objective = Spoiled()
+    trainer.objective.steps = steps
+    if keep_last is not None:
+        trainer.checkpoint.save_interval, trainer.checkpoint.keep_last = 1, keep_last
+
+
+def _weights_of(trainer: Any, rank: int, *, steps: tuple[int, ...], folder: Path) -> None:
+    """Keep the weights before and after the spoiled step."""
+    _spoil(trainer, rank, steps=steps)
+    train_step = trainer.train_step
+
+    def watched(step: int, *args: Any, **kwargs: Any) -> Any:
+        before = {n: p.detach().clone() for n, p in trainer.chunks[0].named_parameters()}
+        result = train_step(step, *args, **kwargs)
+        after = dict(trainer.chunks[0].named_parameters())
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        with (folder / "seen.jsonl").open("a") as file:
+            file.write(json.dumps([step, same, math.isfinite(result.grad_norm)]) + "\n")
+        return result
+
+    trainer.train_step = watched
+
+
+def test_a_step_of_non_finite_loss_and_finite_norm_is_not_applied(tmp_path: Path) -> None:
+    hook = partial(_weights_of, steps=(1,), folder=tmp_path)
+    run_ranks(_fit, 1, tmp_path, 3, {}, {"hook": hook, "on_nonfinite": "skip"})
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert seen == [[0, False, True], [1, True, True], [2, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "says"),
+    [
+        ({"max_consecutive_skips": 2}, (1, 2, 3), "step 4: .*3 steps were skipped in a row, more"),
+        ({"max_skips": 2}, (0, 2, 4), "step 5: .*3 steps were skipped in all, .*max_skips=2"),
+    ],
+)
+def test_skipped_steps_are_bounded(
+    tmp_path: Path, options: dict[str, Any], steps: tuple[int, ...], says: str
+) -> None:
+    options = {"on_nonfinite": "skip", "hook": partial(_spoil, steps=steps), **options}
+    with pytest.raises(RuntimeError, match=says):
+        run_ranks(_fit, 2, tmp_path, STEPS, {}, options)
+
+
+def test_seven_of_eight_skipped_steps_end_a_run_by_default(tmp_path: Path) -> None:
+    hook = partial(_spoil, steps=tuple(range(1, 8)))
+    with pytest.raises(RuntimeError, match="6 steps were skipped in a row"):
+        run_ranks(_fit, 1, tmp_path, 8, {}, {"on_nonfinite": "skip", "hook": hook})
+
+
+def test_the_count_in_a_row_goes_on_over_a_resume(tmp_path: Path) -> None:
+    options = {"on_nonfinite": "skip", "max_consecutive_skips": 2}
+    run_ranks(_fit, 1, tmp_path, 3, {}, options | {"hook": partial(_spoil, steps=(1, 2))})
+    with pytest.raises(RuntimeError, match=r"step 4: .*3 steps were skipped in a row"):
+        run_ranks(_fit, 1, tmp_path, 5, {}, options | {"hook": partial(_spoil, steps=(0,))})
+
+
+def test_skipped_stretches_push_no_good_checkpoint_out(tmp_path: Path) -> None:
+    hook = partial(_spoil, steps=(2, 3), keep_last=1)
+    run_ranks(_fit, 1, tmp_path, 4, {}, {"on_nonfinite": "skip", "hook": hook})
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000002", "step_00000004"]
+
+
+def _interrupt(trainer: Any, rank: int, number: int = signal.SIGUSR1) -> None:
+    """Rank 1 alone (the only one, of one) gets a signal during its third step."""
     step = trainer.train_step
 
-    def interrupted(number: int, *args: Any, **kwargs: Any) -> Any:
-        if number == 2 and rank == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return step(number, *args, **kwargs)
+    def interrupted(step_number: int, *args: Any, **kwargs: Any) -> Any:
+        if step_number == 2 and rank == dist.get_world_size() - 1:
+            os.kill(os.getpid(), number)
+        return step(step_number, *args, **kwargs)
 
     trainer.train_step = interrupted
 
 
-def test_a_signal_on_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
-    results = run_ranks(_fit, 2, tmp_path, STEPS, {}, {"hook": _interrupt})
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_on_one_rank_saves_and_ends_all(tmp_path: Path, number: int) -> None:
+    hook = partial(_interrupt, number=number)
+    results = run_ranks(_fit, 2, tmp_path, STEPS, {}, {"hook": hook})
     assert [r["summary"]["steps"] for r in results] == [3, 3]
     assert (tmp_path / "checkpoints/step_00000003/state.json").exists()
     assert any("stopped at step 3" in m for m in results[0]["messages"])
@@ -200,6 +286,43 @@ def test_resume_never_and_another_model_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "started").read_text() == "1"
     result = run_ranks(_fit, 1, tmp_path, 2, {}, {"optim": {"clip_grad": 2.0}})[0]
     assert "changed since step_00000001: optim.clip_grad: 1.0 -> 2.0" in result["messages"]
+
+
+def test_a_finished_run_writes_nothing_and_refuses_other_values(tmp_path: Path) -> None:
+    run_ranks(_fit, 1, tmp_path, 2, {})
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = run_ranks(_fit, 1, tmp_path, 2, {})[0]
+    assert result["summary"]["steps"] == result["summary"]["first_step"] == 2
+    [message] = [m for m in result["messages"] if m.startswith("nothing left to do")]
+    assert "is at step 2 of trainer.max_steps=2" in message
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_what_a_finished_run_refuses(tmp_path: Path) -> None:
+    optim = {"_target_": "nvmm.training.optim.Optim", "learning_rate": 1e-3}
+    saved = {"trainer": {"max_steps": 2}, "optim": optim, "parallel": {}}
+    record = {"optimizer": {"steps": 2}, "state": {"step": 2, "config": saved}}
+    (tmp_path / "state.json").write_text(json.dumps(record))
+    other = saved | {"optim": optim | {"learning_rate": 9e-4}}
+    with pytest.raises(ValueError, match=r"rate: 0\.001 -> 0\.0009\n.*give this run a run"):
+        require_unchanged(tmp_path, other)
+    for allowed in (saved, saved | {"parallel": TP2}, other | {"trainer": {"max_steps": 3}}):
+        assert require_unchanged(tmp_path, allowed)["step"] == 2
+    with pytest.raises(ValueError, match=r"another model:\n  seed: None -> 3"):
+        require_unchanged(tmp_path, saved | {"seed": 3})
+
+
+def test_a_longer_run_says_its_learning_rates() -> None:
+    saved = {"trainer": {"max_steps": 10}, "optim": {"learning_rate": 1.0, "schedule": "linear"}}
+    longer = saved | {"trainer": {"max_steps": 20}}
+    assert changed_rates(saved, longer, 5) == (
+        "learning rate of step 6: 0.5 -> 0.75 (the schedule ends at step 10 -> 20)"
+    )
+    assert changed_rates(saved, saved, 5) is None
+    fixed = {"optim": saved["optim"] | {"decay_steps": 10}}
+    assert changed_rates(saved | fixed, longer | fixed, 5) is None
+    groups = {"optim": saved["optim"] | {"groups": [{"pattern": "a", "learning_rate": 2.0}]}}
+    assert "0.5 -> 0.75, 1 -> 1.5 (" in str(changed_rates(saved | groups, longer | groups, 5))
 
 
 def test_init_from_loads_weights_and_lists_the_rest(tmp_path: Path) -> None:

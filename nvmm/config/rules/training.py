@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from nvmm.config.problem import Problem, View
+from nvmm.config.problem import MISSING, Problem, View
 
 _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
 
@@ -23,6 +23,8 @@ def _positive_sizes(view: View) -> Iterator[Problem]:
         "trainer.log_interval",
         "trainer.validation_interval",
         "trainer.validation_batches",
+        "trainer.max_consecutive_skips",
+        "trainer.max_skips",
         "checkpoint.save_interval",
         "checkpoint.keep_last",
         "data.sequence_length",
@@ -105,7 +107,59 @@ def _profile(view: View) -> Iterator[Problem]:
         yield Problem("trainer.profile", profile, "must be [start, stop], start < stop, or null")
 
 
+def _parts(view: View) -> Iterator[Problem]:
+    """Models and builders are made of parts, which a plain value is not."""
+    language = f"{view.language or 'model'}.transformer"
+    needed = (language, "model.vision.transformer", "data.train.build", "data.validation.build")
+    for key in (*needed, "model.language", "model.vision", "model.connector", "model.pooling"):
+        parent = view.get(key.rpartition(".")[0])
+        value = view.get(key)
+        if (
+            not isinstance(parent, Mapping)
+            or parent.get(key.rpartition(".")[2], MISSING) == MISSING
+        ):
+            continue
+        if value is None and key not in needed:
+            continue
+        if not isinstance(value, Mapping):
+            yield Problem(key, value, "must be a mapping with the _target_ of a part")
+
+
+def _run(view: View) -> Iterator[Problem]:
+    identity, name, folder = (view.get(f"run.{key}") for key in ("id", "name", "dir"))
+    if isinstance(identity, str) and (
+        identity.strip() in ("", ".", "..") or "/" in identity or not identity.isprintable()
+    ):
+        yield Problem("run.id", repr(identity), "must be the name of one folder, without /")
+    if isinstance(name, str) and ({"", ".", ".."} & set(name.split("/")) or not name.isprintable()):
+        yield Problem("run.name", repr(name), "must be folder names, joined by /")
+    for key, value in (("run.dir", folder), ("init_from", view.get("init_from"))):
+        if isinstance(value, str) and not value.strip():
+            yield Problem(key, repr(value), "must name a folder; null for none")
+    resume = view.config.get("resume", "auto")
+    no_folder = ("", "none", "false", "true", "null", "latest")
+    if resume is None or (isinstance(resume, str) and resume.lower() in no_folder):
+        allowed = "must be auto, never, or the folder of a checkpoint or of a run"
+        yield Problem("resume", "''" if resume == "" else resume, allowed)
+
+
+def _validation(view: View) -> Iterator[Problem]:
+    interval, data = view.get("trainer.validation_interval"), view.get("data")
+    if interval is None or not isinstance(data, Mapping) or "_target_" not in data:
+        return
+    reads = "validation" in data or data["_target_"] == "nvmm.data.loader.Data"
+    if reads and view.get("data.validation") is None and data.get("validation") != MISSING:
+        yield Problem(
+            "trainer.validation_interval",
+            interval,
+            "must be null where data.validation is null: give it a data set, or no interval",
+        )
+
+
 RULES = (
+    _parts,
+    _run,
+    _validation,
     _positive_sizes,
     _seed,
     _schedule,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def add_options(command: argparse.ArgumentParser, samples_per_shard: int) -> Non
 
 
 def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], Samples]) -> None:
-    """Write samples to shards, and print what they hold; a refusal is one line and exit code 1.
+    """Write samples to shards, and print what they hold; ValueError where nothing is written.
 
     options: those of `add_options`. make: returns the samples; it gets a function for records that
     are left out, which is told why.
@@ -49,14 +50,10 @@ def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], S
         if not counts["samples"]:
             raise ValueError("there is no record to write")
 
-    try:
+    with contextlib.closing(progress):
         paths = write_shards(
             options.to, options.name, counted(), samples_per_shard=options.samples_per_shard
         )
-    except (ValueError, OSError) as error:
-        progress.close()
-        sys.exit(str(error))
-    progress.close()
     total, seeing = counts["samples"], counts["with pictures"]
     print(f"{total} samples in {len(paths)} shards: {options.to}/{options.name}-*.tar")
     print(f"{seeing} with pictures ({counts['pictures']} pictures), {total - seeing} without")
