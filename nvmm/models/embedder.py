@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.models.language import LanguageModel, packed_seq_params
+from nvmm.modules.attention import visible_keys
 from nvmm.modules.flops import language_flops, latent_attention_flops, segment_lengths, sizes
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.pooling import LatentAttention
@@ -102,6 +103,7 @@ class EmbeddingModel(LanguageModel):
             **sizes(self.config),
             vocab_size=0,
             segment_lengths=segment_lengths(batch),
+            windows=visible_keys(self.config),
             # The pooling is always trained, and stands on the last stage alone.
             training="passed" if only_adapters_train(self.decoder) else "trained",
             causal_attention_factor=0.5 if self.is_causal else 1.0,

@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from nvmm.batch import Batch, MediaKind
+from nvmm.modules.attention import visible_keys
 from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.flops import Training, language_flops, segment_lengths, sizes, training_of
 from nvmm.modules.output import fused_loss
@@ -180,6 +181,7 @@ class LanguageModel(GPTModel):
             **sizes(self.config),
             vocab_size=self.unpadded_vocab_size,
             segment_lengths=lengths,
+            windows=visible_keys(self.config),
             training=training,
         )
 
