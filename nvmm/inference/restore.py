@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvmm.config.compose import instantiate
 from nvmm.config.nested import merged
+from nvmm.config.problem import View
 from nvmm.config.rules.all import violations
 from nvmm.inference.trust import require_trusted
 from nvmm.parallel import environment
@@ -193,6 +194,9 @@ def restore(
             " name its folder with tokenizer=DIR"
         )
     length = sequence_length or saved["data"]["sequence_length"]
+    limit = View({"model": saved["model"]}).max_sequence_length
+    if limit is not None and length > limit:
+        raise ValueError(f"sequence_length={length} must be at most the model's longest, {limit}")
     make_builder: Callable[..., Any] = instantiate(sections["build"])
     try:
         builder = make_builder(tokenizer=words, sequence_length=length)

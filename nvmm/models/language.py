@@ -36,7 +36,7 @@ class LanguageModel(GPTModel):
         rope_scaling: Llama-3 frequency scaling by rope_scaling_factor.
         seq_len_interpolation_factor: linear RoPE interpolation.
         share_embeddings_and_output_weights: tied input and output embeddings.
-        max_sequence_length: longest sequence.
+        max_sequence_length: longest sequence; longer data and prompts are refused.
         causal: False lets every token attend to its whole row or segment (embedders).
         cross_attention: layers that read media beside the sequence; None for none.
         chunk: which part of the model this rank builds.

@@ -170,4 +170,12 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
         yield Problem(where, None, "must be given: other datasets of this list have a weight")
 
 
-RULES = (vision, attended, validation, extras, blend)
+def longest(view: View) -> Iterator[Problem]:
+    """Refuse sequences longer than the model's longest."""
+    length, limit = view.integer("data.sequence_length"), view.max_sequence_length
+    if length is not None and limit is not None and length > limit:
+        key = f"{view.language}.max_sequence_length"
+        yield Problem("data.sequence_length", length, f"must be at most {key}={limit}")
+
+
+RULES = (vision, attended, validation, extras, blend, longest)
