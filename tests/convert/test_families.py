@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvmm.checkpoint.load import load_weights
 from nvmm.convert import exporting, importing, models
+from nvmm.convert.formats.all import FORMATS
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
 from tests.models.test_language import batch_of
@@ -100,8 +101,44 @@ def test_language_models_come_back_bit_equal(name: str, tmp_path: Path) -> None:
         assert torch.equal(back(TOKENS).logits, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mistral_window", {"window_size": [3, 0]}),
+        ("qwen2_windows", {"window_size": [2, 0], "window_attn_skip_freq": [0, 1]}),
+        ("qwen2_layer_types", {"window_size": [4, 0], "window_attn_skip_freq": [1, 0, 1]}),
+    ],
+)
+def test_windows_are_written_back(name: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Their logits are compared above; without the window they are others."""
+    reference = families.language(name, tmp_path / "theirs")
+    hf = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    family = FORMATS[hf["model_type"]]
+    model = family.to_model(hf)
+    assert {k: v for k, v in model["transformer"].items() if "window" in k} == expected
+    fields = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"} & {*hf}
+    if name == "qwen2_layer_types":
+        fields.remove("max_window_layers")  # Transformers reads it only without layer_types
+    back = family.from_model(model)
+    assert {key: back[key] for key in fields} == {key: hf[key] for key in fields}
+    # Every second layer, said as mcore's number, is the same graph.
+    if name == "qwen2_layer_types":
+        period = model | {"transformer": model["transformer"] | {"window_attn_skip_freq": 2}}
+        assert family.from_model(period)["layer_types"] == hf["layer_types"]
+    for other in ("llama", "nemotron", *(["mistral"] if "skip" in str(expected) else [])):
+        with pytest.raises(ValueError, match=f"--format {other} cannot express"):
+            FORMATS[other].from_model(model)
+    reference.config.sliding_window = None
+    reference.config.layer_types = ["full_attention"] * reference.config.num_hidden_layers
+    with torch.no_grad():
+        full = type(reference)(reference.config)
+        full.load_state_dict(reference.state_dict())
+        theirs = type(reference).from_pretrained(tmp_path / "theirs")
+        assert (full.eval()(TOKENS).logits - theirs(TOKENS).logits).abs().max() > 0.1
+
+
 LAYOUTS = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
-FAMILIES = ("qwen2", "qwen2_tied", "llama2", "llama3", "mistral", "nemotron")
+FAMILIES = ("qwen2", "qwen2_tied", "llama2", "llama3", "mistral", "nemotron", "qwen2_windows")
 
 
 def imported_logits(

@@ -17,8 +17,6 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     only(hf, "hidden_act", "relu2")
     only(hf, "attention_bias", False)
     only(hf, "mlp_bias", False)
-    rope = hf.get("rope_parameters") or {}
-    percent = hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))
     changes = {
         "normalization": "LayerNorm",
         "layernorm_epsilon": hf.get("norm_eps", 1e-5),
@@ -26,7 +24,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         "gated_linear_unit": False,
         "activation_func": SQUARED_RELU,
     }
-    return decoder.to_language(hf, changes, rotary_percent=percent)
+    return decoder.to_language(hf, changes, longest=4096, rotary_percent=0.5, fields=("norm_eps",))
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
