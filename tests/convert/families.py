@@ -62,6 +62,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 0.1}),
     "nemotron": ("Nemotron", {"partial_rotary_factor": 0.4, "hidden_act": "relu2"}),
 }
 

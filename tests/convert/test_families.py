@@ -138,7 +138,16 @@ def test_windows_are_written_back(name: str, expected: dict[str, Any], tmp_path:
 
 
 LAYOUTS = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
-FAMILIES = ("qwen2", "qwen2_tied", "llama2", "llama3", "mistral", "nemotron", "qwen2_windows")
+FAMILIES = (
+    "qwen2",
+    "qwen2_tied",
+    "llama2",
+    "llama3",
+    "mistral",
+    "nemotron",
+    "qwen2_windows",
+    "qwen3",
+)
 
 
 def imported_logits(

@@ -44,7 +44,7 @@ OTHERS: dict[str, list[Any]] = {
     "rope_theta": [500.0],
     "partial_rotary_factor": [0.5],
     **{key: [0.5] for key in ("rms_norm_eps", "layer_norm_eps", "norm_eps")},
-    "head_dim": [32],
+    "head_dim": [32, None],
     "hidden_act": ["gelu", "gelu_pytorch_tanh", "relu", "swish", "quick_gelu", "gelu_new"],
     "activation_function": ["relu", "gelu_new"],
     "layer_types": [["full_attention", "sliding_attention"], ["sliding_attention"] * 2],
@@ -79,6 +79,7 @@ BASES: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5},
     "qwen2": {},
     "qwen2 with windows": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 9},
     "nemotron": {"partial_rotary_factor": 0.4, "hidden_act": "relu2"},
     "clip_vision_model": VISION,
@@ -163,7 +164,7 @@ def test_a_changed_field_is_followed_or_refused(name: str, tmp_path: Path) -> No
     import transformers
 
     kind = name.split()[0]
-    shape = families._SHAPE if kind in ("llama", "qwen2", "mistral", "nemotron") else {}
+    shape = families._SHAPE if kind in ("llama", "qwen2", "qwen3", "mistral", "nemotron") else {}
     raw = {"model_type": kind, **shape, **BASES[name]}
     family = FORMATS[FORMAT.get(kind, kind)]
     expected, _ = theirs(kind, raw, tmp_path / "base")

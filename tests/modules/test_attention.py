@@ -38,11 +38,17 @@ def qkv(queries: int, keys: int, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]
 
 
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, spans: Any = None, window: int = 1000
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    spans: Any = None,
+    window: int = 1000,
+    scale: float = 8**-0.5,
 ) -> Tensor:
     """One query head at a time, in float64; window: keys that a query sees before its own."""
     out = torch.zeros(q.shape, dtype=torch.float64)
-    sq, rows, heads, d = q.shape
+    sq, rows, heads, _ = q.shape
     sk, groups = k.shape[0], k.shape[2]
     for row in range(rows):
         first, last = (0, sk) if spans is None else spans[row]
@@ -54,7 +60,7 @@ def plain(
                 if stop <= start:
                     continue
                 group = head // (heads // groups)
-                scores = k[seen, row, group].double() @ q[i, row, head].double() / d**0.5
+                scores = k[seen, row, group].double() @ q[i, row, head].double() * scale
                 out[i, row, head] = scores.softmax(0) @ v[seen, row, group].double()
     return out.flatten(2)
 
@@ -82,6 +88,30 @@ def test_key_spans_hide_padding_and_empty_queries_give_zero(mask: AttnMaskType) 
     hidden = v.clone()
     hidden[:3, 1] = hidden[4:, 0] = 1e4
     assert torch.equal(core(q, k, hidden, torch.tensor(spans)), out)
+
+
+def test_another_scale_of_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call, in windows, in packed rows and in the kernel for these."""
+    for window in (None, (2, 0)):
+        config = attention(window_size=window).config
+        core = CoreAttention(config, 1, CAUSAL, "self", attention_dropout=0.0, softmax_scale=0.9)
+        q, k, v = qkv(7, 7, rows=1)
+        before = 1000 if window is None else window[0]
+        expected = plain(q, k, v, True, window=before, scale=0.9)
+        torch.testing.assert_close(core(q, k, v, None).double(), expected, atol=1e-6, rtol=1e-5)
+        row = [x[:, 0] for x in (q, k, v)]
+        out = core(*row, None, packed_seq_params=packed([0, 7]))
+        torch.testing.assert_close(out.double(), expected[:, 0], atol=1e-6, rtol=1e-5)
+        scales = []
+
+        def varlen(q: Tensor, *args: Any, scales: Any = scales, **options: Any) -> Tensor:
+            scales.append(options["softmax_scale"])
+            return q
+
+        with monkeypatch.context() as patch:
+            patch.setattr("nvmm.modules.attention.flash_varlen", lambda query: varlen)
+            core(*row, None, packed_seq_params=packed([0, 7]))
+        assert scales == [0.9]
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 6, 7])

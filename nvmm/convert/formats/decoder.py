@@ -246,6 +246,14 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
                 (f"{theirs}post_attention_layernorm.{kind}",),
             ),
         ]
+        if config["qk_layernorm"]:
+            rows += [
+                Row(
+                    f"{layer}self_attention.{x}_layernorm.{kind}",
+                    (f"{theirs}self_attn.{x}_norm.{kind}",),
+                )
+                for x in "qk"
+            ]
     # 2. The linears of attention and MLP, with the biases that the family has.
     for kind in qkv_kinds:
         names = tuple(f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")
