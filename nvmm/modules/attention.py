@@ -106,8 +106,6 @@ class CoreAttention(torch.nn.Module):
             raise ValueError("attention_bias is not supported by the native backend")
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        # mcore drops the mask of decoding, where the one new query sees all keys without a window.
-        causal = causal or self.window is not None
         if self.cp_group is not None:
             if attention_mask is not None:
                 raise ValueError(

@@ -47,8 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
     "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 4096}),
-    "mistral_window": ("Mistral", {"sliding_window": 4}),
+    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 4}),
     "qwen2_windows": (
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},

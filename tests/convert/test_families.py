@@ -104,7 +104,7 @@ def test_language_models_come_back_bit_equal(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("mistral_window", {"window_size": [3, 0]}),
+        ("mistral", {"window_size": [3, 0]}),
         ("qwen2_windows", {"window_size": [2, 0], "window_attn_skip_freq": [0, 1]}),
         ("qwen2_layer_types", {"window_size": [4, 0], "window_attn_skip_freq": [1, 0, 1]}),
     ],
@@ -272,6 +272,31 @@ def test_nvlm_d_comes_back_bit_equal(tmp_path: Path) -> None:
     prefix = "language_model."
     expected = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     assert_equal(language, expected)
+
+
+@pytest.mark.usefixtures("world")
+def test_the_builder_of_an_import_has_its_model_s_sizes(tmp_path: Path) -> None:
+    """Tokens of a tile are those that encoder and connector give, neither one nor all patches."""
+    from nvmm.data.samples.tokenizer import train_byte_level_bpe
+
+    families.nvlm_d(tmp_path / "theirs")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]
+    train_byte_level_bpe(
+        tmp_path / "theirs",
+        ["What is it?"],
+        vocab_size=300,
+        special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    model = imported(tmp_path / "theirs", tmp_path / "ours")
+    build = models.open_checkpoint(tmp_path / "ours").state["config"]["data"]["train"]["build"]
+    chunk = Parallel().chunks(Precision())[0]
+    ours = instantiate(model, _convert_="all")(chunk=chunk).eval()
+    tiles = torch.zeros(1, 3, build["tile_size"], build["tile_size"], dtype=torch.uint8)
+    with torch.no_grad():
+        features = ours.encode("image", tiles)
+    assert features.shape[1] == build["tokens_per_tile"] == 4
 
 
 @pytest.mark.usefixtures("world")

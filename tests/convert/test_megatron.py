@@ -149,7 +149,7 @@ def write_distributed(
 
     parallel = Parallel(**layout)
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
-    [chunk] = build_chunks(language_model(), parallel, Precision(), seed=3)
+    [chunk] = build_chunks(language_model(qk_layernorm=True), parallel, Precision(), seed=3)
     metadata = None if stacked else {"non_homogeneous_layers": True}
     state = {
         "args": args(
@@ -161,6 +161,7 @@ def write_distributed(
             padded_vocab_size=64,
             vocab_size=61,
             norm_epsilon=1e-5,
+            qk_layernorm=True,
         ),
         "iteration": 3,
         "model": chunk.sharded_state_dict(metadata=metadata),
