@@ -196,7 +196,10 @@ def restore(
     length = sequence_length or saved["data"]["sequence_length"]
     limit = View({"model": saved["model"]}).max_sequence_length
     if limit is not None and length > limit:
-        raise ValueError(f"sequence_length={length} must be at most the model's longest, {limit}")
+        raise ValueError(
+            f"sequence_length={length} must be at most the model's max_sequence_length={limit}; add"
+            f" sequence_length={limit}"
+        )
     make_builder: Callable[..., Any] = instantiate(sections["build"])
     try:
         builder = make_builder(tokenizer=words, sequence_length=length)

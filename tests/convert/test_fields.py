@@ -193,3 +193,44 @@ def test_a_changed_field_is_followed_or_refused(name: str, tmp_path: Path) -> No
                 silent.append(f"{field}={value!r}")
     assert silent == []
     assert compared > 0
+
+
+WHOLE: dict[str, Any] = {
+    "internvit": families.internvit_config(True),
+    "nvlm_d": {
+        "llm_config": families._SHAPE | {"model_type": "qwen2"},
+        "vision_config": families.internvit_config(True),
+        "downsample_ratio": 0.5,
+    },
+    "llava_next": {
+        "text_config": families._SHAPE | {"model_type": "mistral"},
+        "vision_config": VISION,
+    },
+    "nv_embed": {
+        "text_config": families._SHAPE | {"model_type": "mistral"},
+        "latent_attention_config": {},
+    },
+    "siglip": {"vision_config": VISION, "text_config": {}},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_field_that_nobody_reads_is_refused_in_every_part(name: str) -> None:
+    to_model = FORMATS[name].to_model
+    plain = to_model(WHOLE[name])
+    assert to_model(WHOLE[name] | {"tomorrow": None}) == plain
+    with pytest.raises(ValueError, match="tomorrow=1 would not be read"):
+        to_model(WHOLE[name] | {"tomorrow": 1})
+    for part, value in WHOLE[name].items():
+        if isinstance(value, dict) and part != "text_config":
+            with pytest.raises(ValueError, match="tomorrow='x' would not be read"):
+                to_model(WHOLE[name] | {part: value | {"tomorrow": "x"}})
+
+
+def test_an_embedder_s_window_limits_its_texts_where_it_has_no_causal_mask() -> None:
+    text = families._SHAPE | {"model_type": "mistral", "sliding_window": 16}
+    hf = WHOLE["nv_embed"] | {"text_config": text}
+    for causal, longest in ((False, 16), (True, families._SHAPE["max_position_embeddings"])):
+        model = FORMATS["nv_embed"].to_model(hf | {"causal": causal})
+        assert model["max_sequence_length"] == longest
+        assert ("window_size" in model["transformer"]) == causal
