@@ -240,6 +240,13 @@ def test_the_first_samples_alone(folder: Path, unanswered: list[dict[str, Any]])
         assert longer["prediction"].startswith(line["prediction"].rstrip("\ufffd"))
 
 
+def test_a_length_beyond_the_model_s_longest_is_refused(folder: Path) -> None:
+    config = command(folder, str(folder / "blank-*.tar"), sequence_length=4097)
+    [(code, message)] = run_ranks(launch, 1, config)
+    assert code == compose.BAD_CONFIG
+    assert "sequence_length=4097 must be at most the model's max_sequence_length=4096" in message
+
+
 def test_answers_in_fp8(folder: Path, unanswered: list[dict[str, Any]]) -> None:
     """Other words than in full precision; delayed scaling wants the scales it was trained with."""
 
