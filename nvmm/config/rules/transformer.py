@@ -203,4 +203,15 @@ def _gates(view: View) -> Iterator[Problem]:
                 yield Problem(f"{prefix}.{name}", value, "needs gated_linear_unit=true")
 
 
-RULES = (_fields, _window, _positions, _gates)
+def _scaling(view: View) -> Iterator[Problem]:
+    key = f"{view.language}.rope_scaling_factor"
+    factor = view.get(key) if view.language else None
+    if view.language is None or view.get(f"{view.language}.rope_scaling"):
+        return
+    default = default_of(str(view.get(view.language).get("_target_")), "rope_scaling_factor")
+    if factor != default:
+        allowed = f"needs {view.language}.rope_scaling=true; or leave it out"
+        yield Problem(key, factor, allowed)
+
+
+RULES = (_fields, _window, _positions, _gates, _scaling)

@@ -217,6 +217,7 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
     # Megatron-LM's fusion of bias and GELU computes the approximation by tanh.
     gelu = GELU_TANH if args.get("bias_gelu_fusion") else GELU
     activation = SILU if gated else SQUARED_RELU if squared else gelu
+    scaled = bool(args.get("use_rope_scaling"))
     rows = args["padded_vocab_size"]
     return {
         "_target_": "nvmm.models.language.LanguageModel",
@@ -244,8 +245,8 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
         "max_sequence_length": args.get("max_position_embeddings") or args.get("seq_length", 4096),
         "rotary_base": integral(args.get("rotary_base") or 10000),
         "rotary_percent": args.get("rotary_percent", 1.0),
-        "rope_scaling": bool(args.get("use_rope_scaling")),
-        "rope_scaling_factor": args.get("rope_scaling_factor") or 8.0,
+        "rope_scaling": scaled,
+        "rope_scaling_factor": (scaled and args.get("rope_scaling_factor")) or 8.0,
         "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
     }
 
