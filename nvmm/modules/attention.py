@@ -187,7 +187,7 @@ class CoreAttention(torch.nn.Module):
     def _attend_suffix(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         """Attend with queries at the end of the keys, without a mask of all pairs."""
         first = k.shape[2] - q.shape[2]
-        if not causal or first == 0 or q.is_cuda or self._is_windowed(k):
+        if not causal or first == 0 or q.is_cuda:
             return self._attend(q, k, v, causal, None)
         outputs = []
         for start in range(0, q.shape[2], _QUERY_BLOCK):

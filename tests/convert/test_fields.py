@@ -234,3 +234,31 @@ def test_an_embedder_s_window_limits_its_texts_where_it_has_no_causal_mask() -> 
         model = FORMATS["nv_embed"].to_model(hf | {"causal": causal})
         assert model["max_sequence_length"] == longest
         assert ("window_size" in model["transformer"]) == causal
+
+
+def test_what_a_vision_config_leaves_out_is_transformers_default() -> None:
+    """In a whole CLIP's too, whose old vision_config_dict has the last word."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "patch_size": 8}
+    for kind, title in (("clip", "CLIP"), ("siglip", "Siglip")):
+        config = getattr(transformers, f"{title}VisionConfig")
+        to_model = FORMATS[kind].to_model
+        assert to_model({}) == to_model(config().to_dict())
+        assert to_model(sizes) == to_model(config(**sizes).to_dict())
+    old = {"vision_config_dict": sizes, "vision_config": VISION, "text_config": {}}
+    merged = transformers.CLIPConfig(**old).vision_config.to_dict()
+    assert FORMATS["clip"].to_model(old) == FORMATS["clip"].to_model(merged)
+
+
+def test_switches_that_are_off_and_names_that_agree_are_taken() -> None:
+    vision = families.internvit_config(True)
+    to_model = FORMATS["internvit"].to_model
+    assert to_model(vision | {"use_moe": False, "num_experts": 8}) == to_model(vision)
+    with pytest.raises(ValueError, match="use_moe=True is not supported"):
+        to_model(vision | {"use_moe": True})
+    nemotron = families._SHAPE | BASES["nemotron"]
+    to_model = FORMATS["nemotron"].to_model
+    assert to_model(nemotron | {"kv_channels": 10}) == to_model(nemotron)
+    with pytest.raises(ValueError, match="kv_channels=16 is not supported"):
+        to_model(nemotron | {"kv_channels": 16})

@@ -41,6 +41,14 @@ _FIELDS = (
     *("projection_dim", "vision_use_head"),
     PREFIX,
 )
+_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
+"""Transformers' sizes, ViT-B's, for those that a config.json leaves out."""
 _WHOLE = (
     *("vision_config", "vision_config_dict", PREFIX),
     # Of the text encoder and of pooled features.
@@ -78,12 +86,15 @@ def vision_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     return part
 
 
-def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dict[str, Any]:
+def encoder(
+    hf: Mapping[str, Any], act: str, epsilon: float, patch_size: int, **more: Any
+) -> dict[str, Any]:
     """Return our config of a pre-norm LayerNorm ViT with biases.
 
-    act, epsilon: Transformers' defaults. more: fields in which the encoders differ.
+    act, epsilon, patch_size: Transformers' defaults. more: fields in which the encoders differ.
     """
     known(hf, *_FIELDS)
+    hf = {**_DEFAULTS, "patch_size": patch_size, **hf}
     only(hf, "num_channels", 3)
     heads = need(hf, "num_attention_heads")
     return {
@@ -114,6 +125,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         vision_config(hf),
         "quick_gelu",
         1e-5,
+        32,
         patch_bias=False,
         pre_layernorm=True,
         image_mean=MEAN,

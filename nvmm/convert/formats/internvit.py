@@ -22,6 +22,11 @@ _FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("image_size", "patch_size", "num_channels", "hidden_act", "norm_type", "layer_norm_eps"),
     *("qkv_bias", "qk_normalization", "initializer_factor", NUM_DUMMY_HEADS),
+    # Of experts, which use_moe turns on.
+    *("use_moe", "num_experts", "num_routed_experts", "num_shared_experts", "capacity_factor"),
+    *("eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size"),
+    *("moe_output_scale", "noisy_gate_policy", "shared_expert_intermediate_size"),
+    *("use_residual", "use_rts", "use_weighted_residual"),
 )
 
 
@@ -30,6 +35,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     known(hf, *_FIELDS)
     only(hf, "hidden_act", "gelu")
     only(hf, "num_channels", 3)
+    only(hf, "use_moe", False)
     heads = need(hf, "num_attention_heads")
     return {
         "_target_": "nvmm.modules.encoders.vision.VisionTransformer",
