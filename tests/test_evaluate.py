@@ -337,6 +337,13 @@ def test_bad_questions_and_those_without_a_truth_have_no_score(folder: Path) -> 
     assert not (folder / "test" / "metrics.json").exists()
 
 
+def test_a_length_beyond_the_model_s_longest_is_refused(folder: Path) -> None:
+    config = command(folder, str(folder / "blank-*.tar"), sequence_length=4097)
+    [(code, message)] = run_ranks(launch, 1, config)
+    assert code == compose.BAD_CONFIG
+    assert "sequence_length=4097 must be at most the model's max_sequence_length=4096" in message
+
+
 def test_answers_in_fp8(folder: Path, unanswered: list[dict[str, Any]]) -> None:
     """Other words than in full precision; delayed scaling wants the scales it was trained with."""
 

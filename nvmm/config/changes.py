@@ -17,6 +17,8 @@ FREE = (
     "checkpoint",
     "debug",
     "kernels",
+    "model.max_sequence_length",
+    "model.language.max_sequence_length",
     "data.num_workers",
     "data.on_error",
     "data.max_bad_fraction",

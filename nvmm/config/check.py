@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from nvmm.config.problem import MISSING, Problem, nearest
+from nvmm.config.problem import MISSING, Problem, View, nearest
 from nvmm.config.rules.all import violations
 from nvmm.config.signatures import Parameter, Signature, UnknownTargetError, signature
 
@@ -152,9 +152,13 @@ def fill_unset(config: DictConfig) -> list[str]:
     """Put a placeholder at every `???` but whole groups that were not chosen; return the keys."""
     keys = [problem.key for problem in resolve(config)[1] if problem.value == MISSING]
     keys = [key for key in keys if not (config_dir() / key).is_dir()]
+    longest = View(resolve(config)[0]).max_sequence_length or _NUMBER_PLACEHOLDER
     for key in keys:
         number = key.rpartition(".")[2] in _OPEN_NUMBERS
-        OmegaConf.update(config, key, _NUMBER_PLACEHOLDER if number else "synthetic")
+        value: int | str = _NUMBER_PLACEHOLDER if number else "synthetic"
+        if key == "data.sequence_length":
+            value = min(longest, _NUMBER_PLACEHOLDER)
+        OmegaConf.update(config, key, value)
     return keys
 
 

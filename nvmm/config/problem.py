@@ -68,6 +68,11 @@ class View:
                 return key
         return None
 
+    @property
+    def max_sequence_length(self) -> int | None:
+        """The longest sequence that the language model takes; None without such a model."""
+        return self.integer(f"{self.language}.max_sequence_length") if self.language else None
+
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the name most like `name`, or None when none is."""

@@ -282,6 +282,8 @@ class Questions(Benchmark):
         """Answer a batch of questions and score the answers."""
         lines: dict[int, Prediction | Skipped] = {}
         examples: dict[int, Example] = {}
+        limit = settings.max_new_tokens
+        new_tokens = self.max_new_tokens if limit is None else limit
         for number in numbers:
             source = f"question {number}"
             try:
@@ -294,16 +296,22 @@ class Questions(Benchmark):
                     reason = f"{source}: {type(error).__name__}: {error}"
                 lines[number] = Skipped(number, source, True, reason)
                 continue
-            if example.answers:
+            needed = example.prompt.num_tokens + new_tokens
+            if needed > model.max_sequence_length:
+                reason = (
+                    f"{source}: prompt and answer may have {needed} tokens, more than the model's"
+                    f" max_sequence_length={model.max_sequence_length}"
+                )
+                lines[number] = Skipped(number, source, True, reason)
+            elif example.answers:
                 prompt = replace(example.prompt, sample_id=number)
                 examples[number] = replace(example, prompt=prompt)
             else:
                 reason = f"{source}: it has no accepted answer"
                 lines[number] = Skipped(number, source, False, reason)
-        limit = settings.max_new_tokens
         texts = model.generate(
             [example.prompt for example in examples.values()],
-            self.max_new_tokens if limit is None else limit,
+            new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,

@@ -65,7 +65,8 @@ def generate(
 
     Returns: the new tokens of each prompt, at most `max_new_tokens`.
 
-    Raises ValueError for a layout that cannot decode, and for options out of range.
+    Raises ValueError for a layout that cannot decode, for options out of range, and for a prompt
+    whose answer could end behind the model's longest sequence.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -74,6 +75,8 @@ def generate(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
     _check_layout(model)
+    for prompt in prompts:
+        _check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
     # 1. Pad prompts on the left, so that the next tokens of all rows take one slot of the cache.
     batch, spans = left_padded(prompts, pad_id)
     device = next(model[0].parameters()).device
@@ -144,10 +147,13 @@ def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float
     Positions count where `loss_mask` is not 0, whatever its weight there. Rows may be packed or
     padded. It is collective over a model-parallel group, which gets the result.
 
-    Raises ValueError unless the model is in eval mode.
+    Raises ValueError unless the model is in eval mode, and for a sequence that it is too short for.
     """
     if model[0].training:
         raise ValueError("score needs the model in eval mode")
+    for batch in batches:
+        longest = int(batch.lengths.max())
+        _check_length(model, longest, batch.sample_ids.tolist())
     device = next(model[0].parameters()).device
     batches = [batch.to(device) for batch in batches]
     sizes = [len(batch.sample_ids) for batch in batches]
@@ -173,16 +179,21 @@ def score_continuations(
     in the cache. It is collective over a model-parallel group, which gets the result.
 
     continuations: token ids, at least one each, the same for all prompts.
+
+    Raises ValueError for a prompt that the model is too short for, with a continuation.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
     _check_layout(model)
+    most = max(map(len, continuations))
+    for prompt in prompts:
+        _check_length(model, prompt.num_tokens, prompt.sample_id, most)
     device = next(model[0].parameters()).device
     batch, spans = left_padded(prompts, pad_id)
     batch = batch.to(device)
     spans = None if spans is None else spans.to(device)
     rows, width = batch.tokens.shape
-    context = StaticInferenceContext(rows, width + max(map(len, continuations)))
+    context = StaticInferenceContext(rows, width + most)
 
     def forward(step: Batch, keys: Tensor | None) -> Tensor | None:
         """Return the log-probabilities of the next token [b, vocab], on the last stage."""
@@ -215,6 +226,8 @@ def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
     It is collective over a model-parallel group, which gets the result.
     """
     _check_layout(model)
+    for batch in batches:
+        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
     outputs = _forward(model, batches, "embedding")
     count = sum(int((batch.lengths > 0).sum()) for batch in batches)
     config: Any = model[0].config
@@ -260,6 +273,25 @@ def _check_layout(model: Sequence[Module]) -> None:
     if config.context_parallel_size > 1:
         raise ValueError(
             f"parallel.context_parallel_size={config.context_parallel_size} must be 1 in generation"
+        )
+
+
+def longest(model: Sequence[Module]) -> int:
+    """Return the tokens of the model's longest sequence."""
+    chunk: Any = model[0]
+    return int(getattr(chunk, "language", chunk).max_sequence_length)
+
+
+def _check_length(
+    model: Sequence[Module], tokens: int, samples: int | list[int], new_tokens: int = 0
+) -> None:
+    """Raise ValueError for a sequence that is longer than the model's longest."""
+    limit = longest(model)
+    if tokens + new_tokens > limit:
+        answer = f" and max_new_tokens={new_tokens}" if new_tokens else ""
+        raise ValueError(
+            f"sample {samples}: {tokens} tokens{answer} are more than the model's"
+            f" max_sequence_length={limit}"
         )
 
 

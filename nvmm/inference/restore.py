@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvmm.config.compose import instantiate
 from nvmm.config.nested import merged
+from nvmm.config.problem import View
 from nvmm.config.rules.all import violations
 from nvmm.inference.trust import require_trusted
 from nvmm.parallel import environment
@@ -46,6 +47,13 @@ class Restored:
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer."""
         return self.builder.stop_ids
+
+    @property
+    def max_sequence_length(self) -> int:
+        """The tokens of the longest sequence, a prompt and its answer."""
+        from nvmm.inference.decoding import longest
+
+        return longest(self.model)
 
     def generate(
         self,
@@ -210,6 +218,12 @@ def restore(
             " name its folder with tokenizer=DIR"
         )
     length = sequence_length or saved["data"]["sequence_length"]
+    limit = View({"model": saved["model"]}).max_sequence_length
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"sequence_length={length} must be at most the model's max_sequence_length={limit}; add"
+            f" sequence_length={limit}"
+        )
     make_builder: Callable[..., Any] = instantiate(sections["build"])
     try:
         builder = make_builder(tokenizer=words, sequence_length=length)

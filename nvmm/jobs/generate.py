@@ -43,7 +43,8 @@ class Generate(Job):
         dataset, inputs = open_shards(self.shards, model)
 
         def rows(numbers: range) -> pa.Table:
-            prompts, errors = build(dataset, numbers, model.builder.prompt)
+            room = model.max_sequence_length - self.max_new_tokens
+            prompts, errors = build(dataset, numbers, model.builder.prompt, room)
             texts: dict[int, str] = {}
             for chosen in batches(prompts, self.batch_size):
                 answers = model.generate(

@@ -22,9 +22,15 @@ def open_shards(shards: str | Sequence[str], model: Restored) -> tuple[Dataset, 
 
 
 def build(
-    dataset: Dataset, numbers: Sequence[int], make: Callable[[dict[str, Any]], Sample]
+    dataset: Dataset,
+    numbers: Sequence[int],
+    make: Callable[[dict[str, Any]], Sample],
+    longest: int,
 ) -> tuple[dict[int, Sample], dict[int, str]]:
-    """Return (number -> sample, number -> what is wrong with it) of these items."""
+    """Return (number -> sample, number -> what is wrong with it) of these items.
+
+    longest: the most tokens that a sample may have.
+    """
     samples: dict[int, Sample] = {}
     errors: dict[int, str] = {}
     for number in numbers:
@@ -33,7 +39,10 @@ def build(
         except ValueError as error:  # BadSample too
             errors[number] = str(error)
         else:
-            samples[number] = dataclasses.replace(sample, sample_id=number)
+            if sample.num_tokens > longest:
+                errors[number] = f"{sample.source}: {sample.num_tokens} tokens, at most {longest}"
+            else:
+                samples[number] = dataclasses.replace(sample, sample_id=number)
     return samples, errors
 
 

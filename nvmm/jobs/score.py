@@ -44,6 +44,7 @@ class Score(Job):
         """
         model = self.require(model)
         dataset, inputs = open_shards(self.shards, model)
+        room = model.max_sequence_length
         if self.continuations is None:
             make = model.builder.__call__
         else:
@@ -54,6 +55,7 @@ class Score(Job):
                     f"job.continuations={list(self.continuations)} must be different texts of at"
                     f" least one token each; they are {tokens}"
                 )
+            room -= max(map(len, tokens))
 
         def scored(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             if self.continuations is None:
@@ -69,7 +71,7 @@ class Score(Job):
             ]
 
         def rows(numbers: range) -> pa.Table:
-            samples, errors = build(dataset, numbers, make)
+            samples, errors = build(dataset, numbers, make, room)
             scores: dict[int, dict[str, Any]] = {}
             for chosen in batches(samples, self.batch_size):
                 results = scored([samples[number] for number in chosen])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.models.language import LanguageModel, packed_seq_params
+from nvmm.modules.attention import visible_keys
 from nvmm.modules.flops import (
     Training,
     language_flops,
@@ -109,6 +110,7 @@ class EmbeddingModel(LanguageModel):
             **sizes(self.config),
             vocab_size=0,
             segment_lengths=segment_lengths(batch),
+            windows=visible_keys(self.config),
             training="passed" if only_adapters_train(self.decoder) else "trained",
             causal_attention_factor=0.5 if self.is_causal else 1.0,
         )

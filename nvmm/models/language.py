@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from nvmm.batch import Batch, MediaKind
+from nvmm.modules.attention import visible_keys
 from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.flops import Training, language_flops, segment_lengths, sizes, training_of
 from nvmm.modules.output import fused_loss
@@ -35,7 +36,7 @@ class LanguageModel(GPTModel):
         rope_scaling: Llama-3 frequency scaling by rope_scaling_factor.
         seq_len_interpolation_factor: linear RoPE interpolation.
         share_embeddings_and_output_weights: tied input and output embeddings.
-        max_sequence_length: longest sequence.
+        max_sequence_length: longest sequence; longer data and prompts are refused.
         causal: False lets every token attend to its whole row or segment (embedders).
         cross_attention: layers that read media beside the sequence; None for none.
         chunk: which part of the model this rank builds.
@@ -180,6 +181,7 @@ class LanguageModel(GPTModel):
             **sizes(self.config),
             vocab_size=self.unpadded_vocab_size,
             segment_lengths=segment_lengths(batch),
+            windows=visible_keys(self.config),
             training=training,
         )
 

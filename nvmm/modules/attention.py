@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
@@ -43,6 +44,10 @@ class CoreAttention(torch.nn.Module):
     row's valid keys (first, last + 1), or None when every key is valid. Queries that see no key
     output 0.
 
+    A layer with a window (`config.window_size=(n, 0)`, unless `window_attn_skip_freq` makes it a
+    full one) lets a query see its own key and the n before it. It works on blocks of queries, each
+    with the keys of its windows alone.
+
     Under context parallelism the queries are this rank's zigzag chunks, and keys and values of
     the whole sequence are gathered before groups are expanded: two calls a row or segment, since
     each chunk of queries sees the keys up to its own end.
@@ -66,6 +71,12 @@ class CoreAttention(torch.nn.Module):
             groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
             self.cp_group = groups.cp
         self.attn_mask_type = attn_mask_type
+        self.window = layer_window(config, layer_number)
+        if self.window is not None and attn_mask_type is not AttnMaskType.causal:
+            raise ValueError(
+                f"transformer.window_size={config.window_size} needs a causal mask, not"
+                f" {attn_mask_type.name}"
+            )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -113,6 +124,7 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         varlen = flash_varlen(query)
         if varlen is not None:
+            window = {} if self.window is None else {"window_size": (self.window, 0)}
             with self._dropout_generator():
                 out = varlen(
                     query,
@@ -125,6 +137,7 @@ class CoreAttention(torch.nn.Module):
                     dropout_p=self.dropout if self.training else 0.0,
                     softmax_scale=self.softmax_scale,
                     causal=causal,
+                    **window,
                 )
             return out.flatten(1)
         lengths_q = torch.diff(packed.cu_seqlens_q).tolist()
@@ -190,15 +203,37 @@ class CoreAttention(torch.nn.Module):
         if k.shape[1] != q.shape[1]:
             repeat = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+        if not self._is_windowed(k):
+            return self._attend_all(q, k, v, causal, spans)
+        assert self.window is not None
+        # The last query is at the last key; a block's first window begins at key `low`.
+        first, outputs = k.shape[2] - q.shape[2], []
+        for start in range(0, q.shape[2], _QUERY_BLOCK):
+            block = q[:, :, start : start + _QUERY_BLOCK]
+            low, end = max(0, first + start - self.window), first + start + block.shape[2]
+            inside = None if spans is None else spans - low
+            keys, values = k[:, :, low:end], v[:, :, low:end]
+            outputs.append(self._attend_all(block, keys, values, True, inside))
+        return torch.cat(outputs, dim=2)
+
+    def _is_windowed(self, keys: Tensor) -> bool:
+        """Return True when the window hides some of keys [b, heads, sk, d] from the last query."""
+        return self.window is not None and keys.shape[2] > self.window + 1
+
+    def _attend_all(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, spans: Tensor | None
+    ) -> Tensor:
+        """Attend as `_attend` in one call, k and v expanded to q's heads."""
+        window = self.window if self._is_windowed(k) else None
         keywords: dict[str, Any] = {"scale": self.softmax_scale}
         empty = None
-        if spans is None and (not causal or q.shape[2] == k.shape[2]):
+        if spans is None and window is None and (not causal or q.shape[2] == k.shape[2]):
             keywords["is_causal"] = causal
-        elif spans is None and q.is_cuda:
+        elif spans is None and window is None and q.is_cuda:
             # The kernel's own bottom-right mask; on the CPU torch would make it dense.
             keywords["attn_mask"] = causal_lower_right(q.shape[2], k.shape[2])
         else:
-            mask = _mask(q, k, causal, spans)
+            mask = _mask(q, k, causal, spans, window)
             empty = ~mask.any(-1, keepdim=True)
             keywords["attn_mask"] = mask | empty
         with self._dropout_generator():
@@ -217,7 +252,25 @@ class CoreAttention(torch.nn.Module):
         return contextlib.nullcontext()
 
 
-def _mask(q: Tensor, k: Tensor, causal: bool, spans: Tensor | None) -> Tensor:
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Return how many keys before its own a query of a layer, from 1, sees; None for all of them.
+
+    Raises ValueError for a window that is not (n, 0): it would see keys ahead, or all behind.
+    """
+    size = config.window_size
+    if size is not None and (len(size) != 2 or size[0] < 0 or size[1] != 0):
+        raise ValueError(f"transformer.window_size={size} must be null or [n, 0] with n >= 0")
+    skip: Any = config.window_attn_skip_freq
+    return size[0] if size and is_layer_window_attention(size, skip, layer_number) else None
+
+
+def visible_keys(config: TransformerConfig) -> list[int | None]:
+    """Return how many keys a query of each layer sees at most; None for all of them."""
+    windows = [layer_window(config, number + 1) for number in range(config.num_layers)]
+    return [None if window is None else window + 1 for window in windows]
+
+
+def _mask(q: Tensor, k: Tensor, causal: bool, spans: Tensor | None, window: int | None) -> Tensor:
     """Return a dense boolean mask [b or 1, 1, sq, sk], True where a query may look."""
     sq, sk = q.shape[2], k.shape[2]
     keys = torch.arange(sk, device=q.device)
@@ -225,6 +278,8 @@ def _mask(q: Tensor, k: Tensor, causal: bool, spans: Tensor | None) -> Tensor:
     if causal:
         queries = torch.arange(sk - sq, sk, device=q.device)
         mask = mask & (keys <= queries[:, None])
+        if window is not None:
+            mask = mask & (keys >= queries[:, None] - window)
     if spans is not None:
         start, end = (x[:, None, None, None] for x in spans.unbind(-1))
         mask = mask & (keys >= start) & (keys < end)

@@ -50,7 +50,8 @@ class CrossAttention:
         gate: one number for the whole branch ("scalar") or one for every "channel".
         initial_gate: before the tanh.
         ffn_hidden_size: width of the block's own gated feed-forward part; None for none.
-        qk_norm: normalise queries and keys head by head.
+        qk_norm: normalise queries and keys head by head. Products are scaled by 1 / sqrt(width),
+            whatever the decoder's softmax_scale.
         kv_norm: normalise the media features first.
         bias: biases of all the block's linears.
         text_sees: the images that ordinary text sees, see `nvmm.modules.spans.query_spans`.

@@ -38,12 +38,14 @@ def language_flops(
     gated_linear_unit: bool,
     vocab_size: int,
     segment_lengths: Sequence[int],
+    windows: Sequence[int | None] = (),
     training: Training = "trained",
     causal_attention_factor: float = 0.5,
 ) -> float:
     """Count matrix-multiply FLOPs of a decoder with an output layer over some sequences.
 
     Args:
+        windows: keys that a query of each layer sees at most, None for all; empty without windows.
         segment_lengths: tokens of each sequence; attention is quadratic in each of them apart.
         training: "trained", "passed" (frozen, but gradients pass through) or "frozen" (forward).
         causal_attention_factor: the share of the attention square that a causal mask leaves;
@@ -58,6 +60,7 @@ def language_flops(
         ffn_hidden_size=ffn_hidden_size,
         gated_linear_unit=gated_linear_unit,
         segment_lengths=segment_lengths,
+        windows=windows,
         training=training,
         attention_factor=causal_attention_factor,
     )
@@ -194,14 +197,20 @@ def transformer_flops(
     segment_lengths: Sequence[int],
     training: Training,
     attention_factor: float,
+    windows: Sequence[int | None] = (),
 ) -> float:
     query = num_attention_heads * kv_channels
     key_value = 2 * num_query_groups * kv_channels
     mlp = hidden_size * ffn_hidden_size * (3 if gated_linear_unit else 2)
     weights = hidden_size * (query + key_value) + query * hidden_size + mlp
     linear = 2.0 * weights * sum(segment_lengths)
-    attention = 4.0 * query * attention_factor * sum(n * n for n in segment_lengths)
-    return num_layers * (linear * LINEAR_COST[training] + attention * ATTENTION_COST[training])
+    attention = 0.0
+    for window in windows or [None] * num_layers:
+        # A window takes off the triangle of keys that lie further back than it reaches.
+        outside = [0 if window is None else max(0, n - window) for n in segment_lengths]
+        pairs = sum(n * n - far * far for n, far in zip(segment_lengths, outside, strict=True))
+        attention += 4.0 * query * attention_factor * pairs
+    return num_layers * linear * LINEAR_COST[training] + attention * ATTENTION_COST[training]
 
 
 def sizes(config: TransformerConfig) -> dict[str, Any]:

@@ -318,6 +318,8 @@ class Chunk:
         fields: dict[str, Any] = getattr(partial, "keywords", {})
         std = fields.get("init_method_std", 0.02)
         init = Normal(std)
+        if fields.get("window_size") is not None:
+            kwargs["window_size"] = tuple(fields["window_size"])  # a YAML has a list
         if self.meta:
             kwargs |= {"use_cpu_initialization": True, "perform_initialization": False}
         if self.backend == "transformer_engine":

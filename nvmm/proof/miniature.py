@@ -207,6 +207,7 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     language = model.get("language", model)
     language |= _VOCAB | {"max_sequence_length": 256}
     heads, groups = _heads(language["transformer"], full, small)
+    _shrink_kinds_of_layers(language["transformer"], num_layers)
     _shrink_transformer(language["transformer"], num_layers, heads, groups)
     if "pooling" in language:
         _shrink_pooling(language["pooling"], max(4, small))
@@ -223,6 +224,20 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     connector["init_method_std"] = 0.1
     if "cross_attention" in model:
         _shrink_cross_attention(model["cross_attention"], num_layers, small)
+
+
+def _shrink_kinds_of_layers(transformer: dict[str, Any], num_layers: int) -> None:
+    """Keep layers with and without a window, shorter than the rows, and with and without RoPE."""
+    if transformer.get("window_size") is not None:
+        transformer["window_size"] = [3, 0]
+    for name in ("window_attn_skip_freq", "no_rope_freq"):
+        pattern = transformer.get(name)
+        if isinstance(pattern, list):
+            few = [pattern[i * len(pattern) // num_layers] for i in range(num_layers)]
+            lost = set(pattern) - set(few)
+            transformer[name] = [*few[:-1], lost.pop()] if lost and num_layers > 1 else few
+        elif pattern is not None and name == "no_rope_freq":
+            transformer[name] = pattern if num_layers % pattern == 0 else num_layers
 
 
 def _attended(config: Mapping[str, Any]) -> str:

@@ -34,6 +34,11 @@ def test_layout_workers_and_logging_are_free() -> None:
     assert compare(SAVED, current) == ([], [])
 
 
+def test_a_longer_longest_sequence_is_free() -> None:
+    longer = _changed(model=SAVED["model"] | {"max_sequence_length": 9})  # type: ignore[operator]
+    assert compare(SAVED, longer) == ([], [])
+
+
 def test_training_changes_are_listed() -> None:
     current = _changed(
         optim={"learning_rate": 2.0},

@@ -102,7 +102,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 """End of a key -> what it needs to act, where the config has that key's parent."""
 UNSEEN: dict[str, str] = {
     "padded_vocab_size": "rows of padding stay out of the softmax: the loss must not change",
-    "max_sequence_length": "is written into exported configs; RoPE has no table to outgrow",
+    "max_sequence_length": "limits sequences: tests/config/test_rules.py",
     "tags.form": "is the same where each tag is one token: tests/data/samples/test_chat.py",
     "vision.qk_norm": "has one value: tests/modules/encoders/test_vision.py",
     "objective.grad_cache": "is another way to the same gradients",

@@ -18,7 +18,12 @@ TRANSFORMER = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
 }
-LANGUAGE = {"transformer": TRANSFORMER, "vocab_size": 509, "padded_vocab_size": 512}
+LANGUAGE = {
+    "_target_": "nvmm.models.language.LanguageModel",  # whose max_sequence_length is 4096
+    "transformer": TRANSFORMER,
+    "vocab_size": 509,
+    "padded_vocab_size": 512,
+}
 GOOD: dict[str, Any] = {
     "backend": "native",
     "model": {
@@ -109,6 +114,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         {"data__sequence_length": 2052, CP: 2, TP: 4, f"{T}num_attention_heads": 8},
         "data.sequence_length=2052",
         "divisible by 8 (two chunks",
+    ),
+    (
+        {"data__sequence_length": 4098},
+        "data.sequence_length=4098",
+        f"must be at most {LM}.max_sequence_length=4096",
     ),
     ({CP: 2, "backend": "transformer_engine"}, "parallel.context_parallel_size=2", "use backend=n"),
     ({CP: 0}, "parallel.context_parallel_size=0", "at least 1"),

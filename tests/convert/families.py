@@ -47,7 +47,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
     "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 4096}),
+    "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 4}),
+    "qwen2_windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+    ),
+    "qwen2_layer_types": (
+        "Qwen2",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 0.1}),
     "nemotron": ("Nemotron", {"partial_rotary_factor": 0.4, "hidden_act": "relu2"}),
 }
 

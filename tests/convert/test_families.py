@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvmm.checkpoint.load import load_weights
 from nvmm.convert import exporting, importing, models
+from nvmm.convert.formats.all import FORMATS
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
 from tests.models.test_language import batch_of
@@ -100,8 +101,53 @@ def test_language_models_come_back_bit_equal(name: str, tmp_path: Path) -> None:
         assert torch.equal(back(TOKENS).logits, theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mistral", {"window_size": [3, 0]}),
+        ("qwen2_windows", {"window_size": [2, 0], "window_attn_skip_freq": [0, 1]}),
+        ("qwen2_layer_types", {"window_size": [4, 0], "window_attn_skip_freq": [1, 0, 1]}),
+    ],
+)
+def test_windows_are_written_back(name: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Their logits are compared above; without the window they are others."""
+    reference = families.language(name, tmp_path / "theirs")
+    hf = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    family = FORMATS[hf["model_type"]]
+    model = family.to_model(hf)
+    assert {k: v for k, v in model["transformer"].items() if "window" in k} == expected
+    fields = {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"} & {*hf}
+    if name == "qwen2_layer_types":
+        fields.remove("max_window_layers")  # Transformers reads it only without layer_types
+    back = family.from_model(model)
+    assert {key: back[key] for key in fields} == {key: hf[key] for key in fields}
+    # Every second layer, said as mcore's number, is the same graph.
+    if name == "qwen2_layer_types":
+        period = model | {"transformer": model["transformer"] | {"window_attn_skip_freq": 2}}
+        assert family.from_model(period)["layer_types"] == hf["layer_types"]
+    for other in ("llama", "nemotron", *(["mistral"] if "skip" in str(expected) else [])):
+        with pytest.raises(ValueError, match=f"--format {other} cannot express"):
+            FORMATS[other].from_model(model)
+    reference.config.sliding_window = None
+    reference.config.layer_types = ["full_attention"] * reference.config.num_hidden_layers
+    with torch.no_grad():
+        full = type(reference)(reference.config)
+        full.load_state_dict(reference.state_dict())
+        theirs = type(reference).from_pretrained(tmp_path / "theirs")
+        assert (full.eval()(TOKENS).logits - theirs(TOKENS).logits).abs().max() > 0.1
+
+
 LAYOUTS = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
-FAMILIES = ("qwen2", "qwen2_tied", "llama2", "llama3", "mistral", "nemotron")
+FAMILIES = (
+    "qwen2",
+    "qwen2_tied",
+    "llama2",
+    "llama3",
+    "mistral",
+    "nemotron",
+    "qwen2_windows",
+    "qwen3",
+)
 
 
 def imported_logits(
@@ -226,6 +272,31 @@ def test_nvlm_d_comes_back_bit_equal(tmp_path: Path) -> None:
     prefix = "language_model."
     expected = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     assert_equal(language, expected)
+
+
+@pytest.mark.usefixtures("world")
+def test_the_builder_of_an_import_has_its_model_s_sizes(tmp_path: Path) -> None:
+    """Tokens of a tile are those that encoder and connector give, neither one nor all patches."""
+    from nvmm.data.samples.tokenizer import train_byte_level_bpe
+
+    families.nvlm_d(tmp_path / "theirs")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>"]
+    train_byte_level_bpe(
+        tmp_path / "theirs",
+        ["What is it?"],
+        vocab_size=300,
+        special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    model = imported(tmp_path / "theirs", tmp_path / "ours")
+    build = models.open_checkpoint(tmp_path / "ours").state["config"]["data"]["train"]["build"]
+    chunk = Parallel().chunks(Precision())[0]
+    ours = instantiate(model, _convert_="all")(chunk=chunk).eval()
+    tiles = torch.zeros(1, 3, build["tile_size"], build["tile_size"], dtype=torch.uint8)
+    with torch.no_grad():
+        features = ours.encode("image", tiles)
+    assert features.shape[1] == build["tokens_per_tile"] == 4
 
 
 @pytest.mark.usefixtures("world")

@@ -149,7 +149,7 @@ def write_distributed(
 
     parallel = Parallel(**layout)
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
-    [chunk] = build_chunks(language_model(), parallel, Precision(), seed=3)
+    [chunk] = build_chunks(language_model(qk_layernorm=True), parallel, Precision(), seed=3)
     metadata = None if stacked else {"non_homogeneous_layers": True}
     state = {
         "args": args(
@@ -161,6 +161,7 @@ def write_distributed(
             padded_vocab_size=64,
             vocab_size=61,
             norm_epsilon=1e-5,
+            qk_layernorm=True,
         ),
         "iteration": 3,
         "model": chunk.sharded_state_dict(metadata=metadata),
@@ -206,6 +207,88 @@ class Member:
 def test_interleaved_positions_are_refused() -> None:
     with pytest.raises(ValueError, match="rotary_interleaved=True is not supported"):
         megatron.to_model(vars(args(rotary_interleaved=True)))
+
+
+def test_an_argument_that_makes_another_model_is_read_or_refused() -> None:
+    """What Megatron-LM saves beside the model, its defaults here, refuses nothing."""
+    usual = {
+        "tensor_model_parallel_size": 8,
+        "sequence_parallel": True,
+        "bf16": True,
+        "masked_softmax_fusion": True,
+        "persist_layer_norm": True,
+        "bias_dropout_fusion": True,
+        "apply_rope_fusion": True,
+        "gradient_accumulation_fusion": True,
+        "bias_gelu_fusion": False,
+        "recompute_granularity": "selective",
+        "moe_router_topk": 4,
+        "num_experts": None,
+        "softmax_type": "vanilla",
+        "multi_latent_attention": False,
+        "hidden_dropout": 0.0,
+        "spec": None,
+    }
+    plain = megatron.to_model(vars(args(**usual)))
+    assert plain == megatron.to_model(vars(args()))
+    for name, value in {
+        "num_experts": 8,
+        "softmax_type": "learnable",
+        "attention_output_gate": True,
+        "qk_l2_norm": True,
+        "mtp_num_layers": 1,
+        "multi_latent_attention": True,
+        "apply_residual_connection_post_layernorm": True,
+        "quick_geglu": True,
+        "openai_gelu": True,
+        "experimental_attention_variant": "dsa",
+        "is_hybrid_model": True,
+        "position_embedding_type": "yarn",
+        "spec": ["a", "b"],
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}=.* is not supported"):
+            megatron.to_model(vars(args(**{name: value})))
+    for name, value in {
+        "window_size": (3, 0),
+        "no_rope_freq": [0, 1],
+        "qk_layernorm": True,
+        "softmax_scale": 0.5,
+    }.items():
+        given = megatron.arguments({"args": args(**{name: value})}, Path("x"))
+        expected = list(value) if isinstance(value, tuple) else value
+        assert megatron.to_model(given)["transformer"][name] == expected
+
+
+def test_fields_of_mcore_that_no_argument_of_ours_decides() -> None:
+    """A new mcore's field is in none of the lists, and is refused where it is not its default."""
+    from nvmm.config.rules.transformer import LANGUAGE_FIELDS, TARGET
+    from nvmm.config.signatures import signature
+
+    fields = signature(TARGET).parameters.keys()
+    assert fields >= megatron._SAME_MODEL
+    lists = LANGUAGE_FIELDS | megatron._SAME_MODEL
+    left = {
+        name
+        for name in fields
+        if name not in lists and not name.startswith(megatron._SAME_MODEL_PREFIXES)
+    }
+    assert "rotary_interleaved" in left and "softmax_type" in left
+    for name in left - {"_cpu_offloading_context"}:
+        with pytest.raises(ValueError, match=f"{name}=.* is not supported"):
+            megatron.to_model(vars(args(**{name: "another"})))
+
+
+def test_the_fused_gelu_is_the_approximate_one() -> None:
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu
+
+    x = torch.linspace(-4, 4, 33)
+    tanh = torch.nn.functional.gelu(x, approximate="tanh")
+    plain = getattr(bias_gelu, "_torchdynamo_orig_callable", bias_gelu)  # not compiled
+    torch.testing.assert_close(plain(torch.zeros(33), x), tanh)
+    model = megatron.to_model(vars(args(swiglu=False, bias_gelu_fusion=True)))
+    assert model["transformer"]["activation_func"]["approximate"] == "tanh"
+    exact = megatron.to_model(vars(args(swiglu=False)))["transformer"]["activation_func"]
+    assert exact["path"] == "torch.nn.functional.gelu"
 
 
 @pytest.mark.parametrize("planted", [Payload, Member])

@@ -61,9 +61,11 @@ def tiny_model(rank: int, world: int, init: str, tp: int = 1, pp: int = 1) -> li
         attention_dropout=0.1,
         hidden_dropout=0.1,
         init_method_std=0.3,
+        window_size=(2, 0),
+        window_attn_skip_freq=2,  # layers 1 and 3 have the window, 2 and 4 see everything
     )
     model = [
-        LanguageModel(transformer, VOCAB, 64, chunk=chunk).eval()
+        LanguageModel(transformer, VOCAB, 64, max_sequence_length=16, chunk=chunk).eval()
         for chunk in parallel.chunks(Precision())
     ]
     initialize(model, 7)
@@ -162,6 +164,28 @@ def test_continuations_share_the_cache_of_their_prompt(tp: int, pp: int) -> None
     for rank in results:
         scores = torch.tensor(rank["continuations"], dtype=torch.float64)
         torch.testing.assert_close(scores, expected, rtol=0, atol=2e-5)
+
+
+def too_long(rank: int, world: int, init: str) -> list[str]:
+    model = tiny_model(rank, world, init)
+    ask = functools.partial(generate, model, pad_id=PAD, stop_ids=())
+    ask(PROMPTS, max_new_tokens=7)
+    messages = []
+    for call in (
+        lambda: ask(PROMPTS, max_new_tokens=8),
+        lambda: score(model, [collate([prompt(16, 4), prompt(17, 5)], pad_id=PAD)]),
+    ):
+        with pytest.raises(ValueError, match="max_sequence_length=16") as error:
+            call()
+        messages.append(str(error.value))
+    score(model, [collate([prompt(16, 4)], pad_id=PAD)])
+    return messages
+
+
+def test_sequences_longer_than_the_model_s_are_refused() -> None:
+    generated, scored = run_ranks(too_long, 1)[0]
+    assert generated.startswith("sample 1: 9 tokens and max_new_tokens=8 are more than")
+    assert scored.startswith("sample [4, 5]: 17 tokens are more than")
 
 
 def test_a_ragged_batch_equals_one_by_one() -> None:

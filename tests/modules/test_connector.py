@@ -39,7 +39,7 @@ def test_a_factor_that_does_not_divide_names_those_that_do() -> None:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "two_layers": {"hidden_size": 24},
+    "two_layers": {"hidden_size": 24, "layernorm_epsilon": 0.1},
     "biases": {"hidden_size": 24, "bias": True, "layernorm": False},
     "one_layer": {"hidden_size": None},
     "one_layer_bias": {"hidden_size": None, "bias": True},
@@ -92,7 +92,7 @@ def test_equals_plain_torch(name: str, one_rank: dict[str, Any]) -> None:
     y = pixel_shuffle(x.view(3, 2, 4, 5), 2).flatten(1, 2)
     if VARIANTS[name].get("layernorm", True):
         scale, shift = (weights[f"linear_fc1.layer_norm_{k}"] for k in ("weight", "bias"))
-        y = F.layer_norm(y, (20,), scale, shift, 1e-6)
+        y = F.layer_norm(y, (20,), scale, shift, VARIANTS[name].get("layernorm_epsilon", 1e-6))
     y = F.linear(y, weights["linear_fc1.weight"], weights.get("linear_fc1.bias"))
     if VARIANTS[name]["hidden_size"] is not None:
         y = F.linear(F.gelu(y), weights["linear_fc2.weight"], weights.get("linear_fc2.bias"))

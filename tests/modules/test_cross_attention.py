@@ -64,7 +64,7 @@ def _config(parallel: Parallel, changes: dict[str, Any]) -> Any:
         "kv_channels": 8,
         "ffn_hidden_size": 64,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": 1e-5,
+        "layernorm_epsilon": 0.1,  # of every norm, those of heads and of keys too
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,

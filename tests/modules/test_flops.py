@@ -89,6 +89,22 @@ def test_attention_is_quadratic_in_each_segment_alone():
     assert count([10]) - count([4, 6]) == 4 * 6 * (100 - 16 - 36) / 2
 
 
+def test_a_window_takes_off_what_lies_further_back():
+    def count(windows):
+        return language_flops(
+            **TINY | {"num_layers": 2},
+            gated_linear_unit=True,
+            vocab_size=7,
+            segment_lengths=[10, 3],
+            windows=windows,
+            training="frozen",
+        )
+
+    # One layer of the two sees 4 keys: of 10 tokens a triangle of 10 - 4 is left out, of 3 none.
+    assert count([None, None]) - count([4, None]) == 4 * 6 * 6**2 / 2
+    assert count([]) == count([None, None]) == count([10, 12])
+
+
 def test_encoder_flops_by_hand():
     tokens, front_end = 2 * 2 + 1, 2 * 3 * 16 * 4 * 4
     flops = encoder_flops(

@@ -15,6 +15,7 @@ from nvmm.modules import pooling
 from nvmm.parallel.setup import Chunk, Parallel, Precision
 from tests import tiny
 
+EPSILON = 0.1
 POOLINGS = ("EOS", "Mean", "LatentAttention", "SelfAttention")
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -51,7 +52,7 @@ def batch_of(rows: list[Tensor], starts: list[int], packed: bool = False, width:
 def model_of(name: str, **changes: Any) -> Any:
     from nvmm.parallel.parameters import initialize
 
-    config = tiny.embedder(name, **changes)
+    config = tiny.embedder(name) | changes
     chunk = Parallel().chunks(Precision())[0]
     model = instantiate(config, _convert_="all")(chunk=chunk).eval()
     initialize(model, seed=5)
@@ -68,7 +69,7 @@ def naive(head: Any, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
 
     def norm(x: Tensor, name: str) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt()
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     d = head.head_dim
@@ -90,7 +91,8 @@ def naive(head: Any, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_latent_attention_equals_a_naive_reference(packed: bool) -> None:
-    head = model_of("LatentAttention").pooling
+    settings = tiny.embedder("LatentAttention")["pooling"] | {"layernorm_epsilon": EPSILON}
+    head = model_of("LatentAttention", pooling=settings).pooling
     weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
     for name, parameter in head.named_parameters():
         if "norm" in name or "bias" in name:

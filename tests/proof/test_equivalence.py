@@ -76,8 +76,18 @@ XATTN_DENSE = {
     "kv_norm": True,
     "bias": True,
 }
+# What a layer reads by its number: windows shorter than the rows, positions; and norms of heads.
+BY_LAYER = tiny.language()
+BY_LAYER["transformer"] |= {
+    "window_size": [3, 0],
+    "window_attn_skip_freq": [1, 0, 1, 1],
+    "no_rope_freq": [0, 0, 1, 0],
+    "qk_layernorm": True,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "language": tiny.config(tiny.language()),
+    "language_windows": tiny.config(BY_LAYER),
+    "language_windows_packed": tiny.config(BY_LAYER),
     "language_tied": tiny.config(
         tiny.language(share_embeddings_and_output_weights=True),
         groups=[{"pattern": "*mlp*", "learning_rate": 5e-4}],
@@ -114,6 +124,7 @@ ROWS = [
     # Every layout meets every system, and each of them meets packed and padded rows.
     *itertools.product(["language"], ["tp2", "pp2", "cp2", "dp2", "tp2_pp2"]),
     *itertools.product(["language_packed"], ["tp2_sp", "pp2_vp2", "cp2_tp2"]),
+    ("language_windows_packed", "cp2_pp2"),
     *itertools.product(["nvlm_d"], ["tp2_sp", "pp2_vp2", "cp2_tp2", "tp2_pp2"]),
     *itertools.product(["nvlm_d_packed"], ["tp2", "pp2", "cp2", "dp2"]),
     *itertools.product(["nvlm_d_frozen_vision"], ["tp2", "tp2_sp", "pp2_vp2", "dp2"]),
@@ -139,6 +150,9 @@ SLOW_ROWS = [
         [
             *itertools.product([*SYSTEMS, "nvlm_d_connector"], COMMON),
             *itertools.product(["language_tied"], ["tp2", "pp2", "dp2_overlap"]),
+            *itertools.product(
+                ["language_windows", "language_windows_packed"], [*MATRIX, *CONTEXT, "selective"]
+            ),
             *itertools.product(["nvlm_d", "nvlm_d_frozen_vision"], ["sharded", "sharded_sp"]),
             ("nvlm_d_frozen_patches", "recompute"),
             *itertools.product(

@@ -140,6 +140,27 @@ def test_width_that_differs_from_the_heads_keeps_differing() -> None:
     assert made["hidden_size"] != made["num_attention_heads"] * made["kv_channels"]
 
 
+@pytest.mark.parametrize(
+    ("windows", "positions", "expected"),
+    [
+        ([0] * 40 + [1] * 40, [0, 0, 0, 1] * 20, ([0, 0, 1, 1], [0, 0, 0, 1])),
+        ([1] * 79 + [0], 5, ([1, 1, 1, 0], 4)),
+        (2, 2, (2, 2)),
+    ],
+)
+def test_kinds_of_layers_are_kept(windows: Any, positions: Any, expected: Any) -> None:
+    config = full()
+    config["model"]["language"]["transformer"] |= {
+        "window_size": [4095, 0],
+        "window_attn_skip_freq": windows,
+        "no_rope_freq": positions,
+    }
+    transformer = miniature(config).config["model"]["language"]["transformer"]
+    assert transformer["num_layers"] == 4
+    assert transformer["window_size"] == [3, 0]
+    assert (transformer["window_attn_skip_freq"], transformer["no_rope_freq"]) == expected
+
+
 def test_changes_are_listed_and_the_rest_is_kept() -> None:
     made = small(**TP8)
     assert "model.language.transformer.num_layers: 80 -> 4" in made.changes

@@ -188,4 +188,12 @@ def asking(view: View) -> Iterator[Problem]:
         yield Problem("top_p", top_p, "must be above 0 and at most 1")
 
 
-RULES = (vision, attended, validation, extras, blend, asking)
+def longest(view: View) -> Iterator[Problem]:
+    """Refuse sequences longer than the model's longest."""
+    length, limit = view.integer("data.sequence_length"), view.max_sequence_length
+    if length is not None and limit is not None and length > limit:
+        key = f"{view.language}.max_sequence_length"
+        yield Problem("data.sequence_length", length, f"must be at most {key}={limit}")
+
+
+RULES = (vision, attended, validation, extras, blend, asking, longest)

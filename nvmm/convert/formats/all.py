@@ -22,12 +22,14 @@ from nvmm.convert.formats import (
     nv_embed,
     nvlm_d,
     qwen2,
+    qwen3,
     siglip,
     whisper,
 )
 
 FORMATS: dict[str, ModuleType] = {
     "qwen2": qwen2,
+    "qwen3": qwen3,
     "llama": llama,
     "yi": llama,
     "mistral": mistral,
@@ -44,6 +46,7 @@ FORMATS: dict[str, ModuleType] = {
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
+    "qwen3": "qwen3",
     "llama": "llama",
     "mistral": "mistral",
     "nemotron": "nemotron",

@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import GELU, GELU_TANH, QUICK_GELU, need, transformer, whole
+from nvmm.convert.formats.config import (
+    GELU,
+    GELU_TANH,
+    QUICK_GELU,
+    known,
+    need,
+    only,
+    transformer,
+    whole,
+)
 from nvmm.convert.mapping import QKV, Drop, Rename, Reshape, Row, Unused, expand
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -25,6 +34,26 @@ _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "gelu_pytorch_tanh": GELU_TANH,
 }
 _PARTS = ("weight", "bias")
+_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps"),
+    # Of pooled features, which our encoder does not compute.
+    *("projection_dim", "vision_use_head"),
+    PREFIX,
+)
+_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+}
+"""Transformers' sizes, ViT-B's, for those that a config.json leaves out."""
+_WHOLE = (
+    *("vision_config", "vision_config_dict", PREFIX),
+    # Of the text encoder and of pooled features.
+    *("text_config", "text_config_dict", "projection_dim", "logit_scale_init_value"),
+)
 
 
 def activation(hf: Mapping[str, Any], default: str) -> dict[str, Any]:
@@ -45,15 +74,28 @@ def activation_name(config: Mapping[str, Any]) -> str:
 
 
 def vision_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the vision encoder's part of a config.json."""
-    return hf.get("vision_config", hf)  # type: ignore[no-any-return]
+    """Return the vision encoder's part of a config.json.
+
+    The old `vision_config_dict` replaces `vision_config`, as in Transformers. Raises ValueError for
+    fields of a whole model's that nobody reads.
+    """
+    if hf.get("vision_config") is None and hf.get("vision_config_dict") is None:
+        return hf
+    known(hf, *_WHOLE)
+    part: Mapping[str, Any] = hf.get("vision_config_dict") or hf["vision_config"]
+    return part
 
 
-def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dict[str, Any]:
+def encoder(
+    hf: Mapping[str, Any], act: str, epsilon: float, patch_size: int, **more: Any
+) -> dict[str, Any]:
     """Return our config of a pre-norm LayerNorm ViT with biases.
 
-    act, epsilon: Transformers' defaults. more: fields in which the encoders differ.
+    act, epsilon, patch_size: Transformers' defaults. more: fields in which the encoders differ.
     """
+    known(hf, *_FIELDS)
+    hf = {**_DEFAULTS, "patch_size": patch_size, **hf}
+    only(hf, "num_channels", 3)
     heads = need(hf, "num_attention_heads")
     return {
         "_target_": "nvmm.modules.encoders.vision.VisionTransformer",
@@ -83,6 +125,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         vision_config(hf),
         "quick_gelu",
         1e-5,
+        32,
         patch_bias=False,
         pre_layernorm=True,
         image_mean=MEAN,

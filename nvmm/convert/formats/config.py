@@ -25,6 +25,12 @@ _TRANSFORMER_DEFAULTS = {
     "add_bias_linear": True,
     "add_qkv_bias": False,
     "qk_layernorm": False,
+    "softmax_scale": None,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
+    "no_rope_freq": None,
+    "window_size": None,
+    "window_attn_skip_freq": None,
 }
 _LANGUAGE_DEFAULTS = {
     "rotary_base": 10000,
@@ -70,6 +76,69 @@ _FREE = frozenset(
 
 The table checks the vocabulary's rows.
 """
+
+_INERT = frozenset(
+    (
+        # Names, versions and storage.
+        *("model_type", "architectures", "auto_map", "_name_or_path", "name_or_path"),
+        *("_commit_hash", "transformers_version", "torch_dtype", "dtype", "tokenizer_class"),
+        *("unsloth_version", "unsloth_fixed"),
+        # What a forward pass returns, and the kernels that compute it.
+        *("return_dict", "output_attentions", "output_hidden_states", "output_scores"),
+        *("return_dict_in_generate", "use_cache", "torchscript", "use_bfloat16"),
+        *("tf_legacy_loss", "pretraining_tp", "chunk_size_feed_forward"),
+        *("_attn_implementation_autoset", "attn_implementation", "_attn_implementation"),
+        *("use_flash_attn",),
+        # Training: dropout and initial spreads are the experiment's here.
+        *("attention_dropout", "hidden_dropout", "dropout", "activation_dropout"),
+        *("drop_path_rate", "initializer_range", "initializer_factor", "init_std"),
+        # Special tokens, which the tokenizer's folder says, and generation.
+        *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id"),
+        *("cls_token_id", "mask_token_id", "decoder_start_token_id", "forced_bos_token_id"),
+        *("forced_eos_token_id", "max_length", "min_length", "do_sample", "early_stopping"),
+        *("num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p"),
+        *("typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+        *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences"),
+        *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
+        *("begin_suppress_tokens",),
+        # Heads of other tasks.
+        *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
+        *("finetuning_task", "prefix"),
+    )
+)
+"""Fields of a config.json that change no output of the models that we read."""
+_OFF: dict[str, Any] = {
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+"""Fields that change the output, with the value at which they do not."""
+
+
+def known(hf: Mapping[str, Any], *fields: str) -> None:
+    """Refuse fields of a config.json that a converter does not read and that may change the model.
+
+    fields: those that it reads. A null is no setting.
+
+    Raises ValueError naming each field and its value.
+    """
+    unknown = [
+        f"{name}={value!r}"
+        for name, value in hf.items()
+        if value is not None
+        and name not in fields
+        and name not in _INERT
+        and (name not in _OFF or value != _OFF[name])
+    ]
+    if unknown:
+        raise ValueError(
+            f"config.json: {', '.join(unknown)} would not be read; delete what does not change the"
+            " model"
+        )
 
 
 def need(hf: Mapping[str, Any], key: str) -> Any:
@@ -152,4 +221,37 @@ def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
             part["rope_scaling_factor"] = None
         if part.get("layer_scale") is not None:
             part["layer_scale"] = True
+        if "transformer" in part:
+            part["transformer"] = _windows_as_list(part["transformer"])
     return model
+
+
+def layer_windows(config: Mapping[str, Any]) -> list[bool]:
+    """Return which layers of a TransformerConfig's fields have a window."""
+    layers, skip = config["num_layers"], config.get("window_attn_skip_freq")
+    if config.get("window_size") is None:
+        return [False] * layers
+    if isinstance(skip, list):
+        return [bool(flag) for flag in skip]
+    return [skip is None or (number + 1) % skip != 0 for number in range(layers)]
+
+
+def windows(size: int | None, layers: list[bool]) -> dict[str, Any]:
+    """Return the fields of a TransformerConfig whose chosen layers see `size` keys at most.
+
+    Raises ValueError for a size below 1.
+    """
+    if size is None or not any(layers):
+        return {}
+    if size < 1:
+        raise ValueError(f"config.json: sliding_window={size} must be at least 1")
+    fields: dict[str, Any] = {"window_size": [size - 1, 0]}
+    if not all(layers):
+        fields["window_attn_skip_freq"] = [int(flag) for flag in layers]
+    return fields
+
+
+def _windows_as_list(config: Mapping[str, Any]) -> dict[str, Any]:
+    size = config.get("window_size")
+    plain = {"window_size": None, "window_attn_skip_freq": None}
+    return {**config, **plain, **windows(size and size[0] + 1, layer_windows(config))}

@@ -10,15 +10,31 @@ from torch import Tensor
 from nvmm.convert.formats.config import (
     SILU,
     integral,
+    known,
+    layer_windows,
     mismatches,
     need,
     only,
     padded,
     transformer,
     whole,
+    windows,
 )
 from nvmm.convert.mapping import QKV, Drop, GatedMLP, PadVocabulary, Rename, Row, Tied, expand
 
+FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
+    *("tie_word_embeddings", "max_position_embeddings", "initializer_range"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+)
+"""Fields of config.json that `to_language` reads."""
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+"""What each kind of RoPE reads beside its base."""
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -28,15 +44,28 @@ _LLAMA3 = {
 
 
 def to_language(
-    hf: Mapping[str, Any], changes: Mapping[str, Any] | None = None, **more: Any
+    hf: Mapping[str, Any],
+    changes: Mapping[str, Any] | None = None,
+    *,
+    longest: int,
+    rotary_percent: float = 1.0,
+    fields: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return our config of a SwiGLU, RMSNorm decoder without biases.
 
-    changes: of its TransformerConfig; more: of the model.
+    Args:
+        changes: of its TransformerConfig.
+        longest: Transformers' default of max_position_embeddings.
+        rotary_percent: its default of partial_rotary_factor, which is 1 where the family turns
+            whole heads: then it may not be given otherwise.
+        fields: what the family reads beside FIELDS.
+
+    Raises ValueError for fields that nobody reads.
     """
+    known(hf, *FIELDS, *fields)
     heads = need(hf, "num_attention_heads")
     vocab_size = need(hf, "vocab_size")
-    fields = {
+    config = {
         "num_layers": need(hf, "num_hidden_layers"),
         "hidden_size": need(hf, "hidden_size"),
         "num_attention_heads": heads,
@@ -54,13 +83,12 @@ def to_language(
     return {
         "_target_": "nvmm.models.language.LanguageModel",
         "_partial_": True,
-        "transformer": transformer(**(fields | dict(changes or {}))),
+        "transformer": transformer(**(config | dict(changes or {}))),
         "vocab_size": vocab_size,
         "padded_vocab_size": padded(vocab_size),
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
-        "max_sequence_length": hf.get("max_position_embeddings", 4096),
-        **_rope(hf),
-        **more,
+        "max_sequence_length": hf.get("max_position_embeddings", longest),
+        **_rope(hf, rotary_percent),
     }
 
 
@@ -102,28 +130,92 @@ def expressible(model: Mapping[str, Any], back: Mapping[str, Any], family: str) 
         raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lines))
 
 
-def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or parameters
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
-    out: dict[str, Any] = {"rotary_base": integral(base)}
-    if rope_type == "llama3":
-        for key, value in _LLAMA3.items():
-            if need(scaling, key) != value:
-                raise ValueError(
-                    f"config.json: rope_scaling.{key}={scaling[key]} is not supported;"
-                    f" megatron-core has {value} built in"
-                )
-        out |= {"rope_scaling": True, "rope_scaling_factor": need(scaling, "factor")}
-    elif rope_type == "linear":
-        out["seq_len_interpolation_factor"] = need(scaling, "factor")
-    elif rope_type != "default":
+def _rope(hf: Mapping[str, Any], rotary_percent: float) -> dict[str, Any]:
+    """Read RoPE as Transformers 5 does: `rope_scaling` alone where it is given.
+
+    What those parameters lack, the outer rope_theta and partial_rotary_factor say.
+    """
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    parameters: Mapping[str, Any] = hf.get(key) or {}
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in _ROPE_FIELDS:
         raise ValueError(
-            f"config.json: rope_scaling.rope_type={rope_type!r} is not supported; it must be"
+            f"config.json: {key}.rope_type={rope_type!r} is not supported; it must be"
             " 'default', 'linear' or 'llama3'"
         )
+    # Only Llama 3's kind reads the original length; Transformers writes it for others too.
+    read = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[rope_type])
+    for name, value in parameters.items():
+        if name not in (*read, "original_max_position_embeddings") and value is not None:
+            raise ValueError(
+                f"config.json: {key}.{name}={value!r} would not be read with"
+                f" rope_type={rope_type!r}"
+            )
+    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
+    percent = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    percent = rotary_percent if percent is None else percent
+    if rotary_percent == 1.0 != percent:
+        place = f"{key}." if "partial_rotary_factor" in parameters else ""
+        raise ValueError(
+            f"config.json: {place}partial_rotary_factor={percent} is not supported; it must be 1.0"
+        )
+    out: dict[str, Any] = {"rotary_base": integral(base)}
+    if rotary_percent != 1.0:
+        out["rotary_percent"] = percent
+    if rope_type == "llama3":
+        for name, value in _LLAMA3.items():
+            if need(parameters, name) != value:
+                raise ValueError(
+                    f"config.json: {key}.{name}={parameters[name]} is not supported;"
+                    f" megatron-core has {value} built in"
+                )
+        out |= {"rope_scaling": True, "rope_scaling_factor": need(parameters, "factor")}
+    elif rope_type == "linear":
+        out["seq_len_interpolation_factor"] = need(parameters, "factor")
     return out
+
+
+def layer_types(hf: Mapping[str, Any], windowed: list[bool]) -> list[bool]:
+    """Return which layers have a window: as `layer_types` says, `windowed` where it is absent.
+
+    Raises ValueError for kinds of layers that we do not have, and for another number of layers.
+    """
+    kinds = hf.get("layer_types")
+    if kinds is None:
+        return windowed
+    names = ["full_attention", "sliding_attention"]
+    if len(kinds) != len(windowed) or any(kind not in names for kind in kinds):
+        raise ValueError(
+            f"config.json: layer_types={kinds} is not supported; it must be {' or '.join(names)}"
+            f" for each of the {len(windowed)} layers"
+        )
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def sliding_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our fields for Qwen's windows, which begin at a layer or are listed one by one."""
+    size = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
+    first = hf.get("max_window_layers", 28)
+    by_number = [size is not None and i >= first for i in range(need(hf, "num_hidden_layers"))]
+    windowed = layer_types(hf, by_number)
+    if size is None and any(windowed):
+        raise ValueError("config.json: layer_types has sliding_attention without a sliding_window")
+    return windows(size, windowed)
+
+
+def window_fields(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Qwen's fields for our windows; older readers know max_window_layers alone."""
+    config = model["transformer"]
+    windowed = layer_windows(config)
+    if not any(windowed):
+        return {"use_sliding_window": False}
+    kinds = ["sliding_attention" if flag else "full_attention" for flag in windowed]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config["window_size"][0] + 1,
+        "max_window_layers": windowed.index(True),
+        "layer_types": kinds,
+    }
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -154,6 +246,14 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
                 (f"{theirs}post_attention_layernorm.{kind}",),
             ),
         ]
+        if config["qk_layernorm"]:
+            rows += [
+                Row(
+                    f"{layer}self_attention.{x}_layernorm.{kind}",
+                    (f"{theirs}self_attn.{x}_norm.{kind}",),
+                )
+                for x in "qk"
+            ]
     # 2. The linears of attention and MLP, with the biases that the family has.
     for kind in qkv_kinds:
         names = tuple(f"{theirs}self_attn.{x}_proj.{kind}" for x in "qkv")

@@ -11,17 +11,31 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import GELU, need, only, transformer, whole
+from nvmm.convert.formats.config import GELU, known, need, only, transformer, whole
 from nvmm.convert.mapping import DummyHeads, FusedQKV, Rename, Reshape, Row, expand
 
 NORMS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
 NUM_DUMMY_HEADS = "num_dummy_heads"
 """A key that OpenGVLab's config.json lacks; `complete` finds its value in the shapes."""
 
+_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("image_size", "patch_size", "num_channels", "hidden_act", "norm_type", "layer_norm_eps"),
+    *("qkv_bias", "qk_normalization", "initializer_factor", NUM_DUMMY_HEADS),
+    # Of experts, which use_moe turns on.
+    *("use_moe", "num_experts", "num_routed_experts", "num_shared_experts", "capacity_factor"),
+    *("eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size"),
+    *("moe_output_scale", "noisy_gate_policy", "shared_expert_intermediate_size"),
+    *("use_residual", "use_rts", "use_weighted_residual"),
+)
+
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    known(hf, *_FIELDS)
     only(hf, "hidden_act", "gelu")
+    only(hf, "num_channels", 3)
+    only(hf, "use_moe", False)
     heads = need(hf, "num_attention_heads")
     return {
         "_target_": "nvmm.modules.encoders.vision.VisionTransformer",

@@ -19,7 +19,12 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json: attention_bias={bias} and mlp_bias={not bias} are not supported together"
         )
-    return decoder.to_language(hf, {"add_bias_linear": bias, "add_qkv_bias": bias})
+    return decoder.to_language(
+        hf,
+        {"add_bias_linear": bias, "add_qkv_bias": bias},
+        longest=2048,
+        fields=("attention_bias", "mlp_bias"),
+    )
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from nvmm.convert.formats import clip, llama, mistral
-from nvmm.convert.formats.config import GELU, need, only, whole
+from nvmm.convert.formats.config import GELU, known, need, only, whole
 from nvmm.convert.mapping import Drop, Row, prefixed
 
 _FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
@@ -37,6 +37,13 @@ _TEXT_DEFAULTS = {
     },
 }
 _KINDS = ("weight", "bias")
+_FIELDS = (
+    *("text_config", "vision_config", "vision_feature_layer", "vision_feature_select_strategy"),
+    *("projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings"),
+    # Of how images are laid out in a row, which is another one here; the module says so.
+    *("image_token_index", "image_token_id", "image_grid_pinpoints", "image_seq_length"),
+    *("use_image_newline_parameter", "ignore_index", "vocab_size"),
+)
 
 
 def _language(hf: Mapping[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
@@ -47,6 +54,8 @@ def _language(hf: Mapping[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config: native tiles, in which every patch is a token."""
+    known(hf, *_FIELDS)
+    only(hf, "tie_word_embeddings", False)
     only(hf, "vision_feature_layer", -2)
     only(hf, "vision_feature_select_strategy", "default")
     only(hf, "projector_hidden_act", "gelu")

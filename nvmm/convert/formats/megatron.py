@@ -28,9 +28,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nvmm.config.rules.transformer import LANGUAGE_FIELDS, TARGET
+from nvmm.config.signatures import default_of, signature
 from nvmm.convert.files import is_local
 from nvmm.convert.formats.config import (
     GELU,
+    GELU_TANH,
     SILU,
     SQUARED_RELU,
     integral,
@@ -54,6 +57,67 @@ _FUSED = {
 }
 _COLUMNS = ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "linear_fc1.bias")
 _ROWS = ("linear_proj.weight", "linear_fc2.weight")
+
+_OPTIONS = (
+    *("qk_layernorm", "softmax_scale", "window_size", "window_attn_skip_freq", "no_rope_freq"),
+    *("glu_linear_offset", "activation_func_clamp_value"),
+)
+"""Fields of TransformerConfig that most models leave out; the arguments have the same names."""
+_OTHER_MODELS = (
+    *("num_experts", "quick_geglu", "openai_gelu", "onnx_safe", "use_mup", "spec"),
+    *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+)
+"""Arguments beside TransformerConfig's fields that make other models."""
+_SAME_MODEL_PREFIXES = (
+    *("tp_comm_", "cuda_graph_", "cpu_offloading", "fp8", "fp4", "inference_", "recompute_"),
+    # Of layers that another argument, which is refused, turns on.
+    *("moe_", "mamba_", "linear_", "dsa_", "kitchen_"),
+)
+_SAME_MODEL = frozenset(
+    (
+        # The layout of ranks, and what they exchange.
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"),
+        *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_comm_backend"),
+        *("pipeline_model_parallel_layout", "context_parallel_size", "cp_comm_type"),
+        *("hierarchical_context_parallel_sizes", "hybrid_context_parallel"),
+        *("max_seqlen_per_dp_cp_rank", "expert_model_parallel_size"),
+        *("expert_tensor_parallel_size", "num_layers_in_first_pipeline_stage"),
+        *("num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split"),
+        *("account_for_loss_in_pipeline_split", "microbatch_group_size_per_vp_stage"),
+        *("variable_seq_lengths", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush"),
+        *("batch_p2p_comm", "batch_p2p_sync", "use_ring_exchange_p2p"),
+        *("deallocate_pipeline_outputs", "async_tensor_model_parallel_allreduce"),
+        *("defer_embedding_wgrad_compute", "wgrad_deferral_limit", "delay_wgrad_compute"),
+        *("overlap_moe_expert_parallel_comm", "ep_overlap_early_attn_memory_release"),
+        *("symmetric_ar_type", "mtp_standalone", "distribute_saved_activations"),
+        "num_microbatches_with_partial_activation_checkpoints",
+        # Precision, and which kernel computes the same.
+        *("fp16", "bf16", "params_dtype", "pipeline_dtype", "enable_autocast", "autocast_dtype"),
+        *("fp32_residual_connection", "apply_query_key_layer_scaling"),
+        *("attention_softmax_in_fp32", "disable_bf16_reduced_precision_matmul"),
+        *("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+        *("tp_only_amax_red", "activation_func_fp8_input_store", "deterministic_mode"),
+        *("batch_invariant_mode", "attention_backend", "transformer_impl", "masked_softmax_fusion"),
+        *("persist_layer_norm", "memory_efficient_layer_norm", "bias_dropout_fusion"),
+        *("bias_activation_fusion", "apply_rope_fusion", "fused_single_qkv_rope"),
+        *("use_fused_weighted_squared_relu", "use_te_activation_func", "use_te_rng_tracker"),
+        *("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "flash_decode"),
+        *("gradient_accumulation_fusion", "use_kitchen", "use_kitchen_attention"),
+        *("use_inference_optimized_layers", "use_mamba_mem_eff_path", "mlp_chunks_for_prefill"),
+        *("clone_scatter_output_in_embedding", "disable_parameter_transpose_cache"),
+        *("enable_cuda_graph", "external_cuda_graph", "fine_grained_activation_offloading"),
+        *("offload_modules", "min_offloaded_tensor_size"),
+        # The start of a training, and how it goes.
+        *("perform_initialization", "use_cpu_initialization", "init_model_with_meta_device"),
+        *("init_method", "output_layer_init_method", "embedding_init_method"),
+        *("embedding_init_method_std", "calculate_per_token_loss", "mtp_loss_scaling_factor"),
+        *("qk_clip", "qk_clip_alpha", "qk_clip_threshold", "log_max_attention_logit"),
+        *("grad_scale_func", "no_sync_func", "grad_sync_func", "param_sync_func"),
+        *("finalize_model_grads_func", "timers", "barrier_with_L1_time", "test_mode"),
+        *("config_logger_dir", "hetereogenous_dist_checkpoint"),
+    )
+)
+"""Fields of TransformerConfig that make no other model of the same weights."""
 
 
 def locate(path: Path) -> tuple[Path, str] | None:
@@ -122,22 +186,38 @@ def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{path} has no args of Megatron-LM, which describe the model")
     plain = (type(None), bool, int, float, str)
-    return {key: value for key, value in vars(args).items() if isinstance(value, plain)}
+    lists = {k: list(v) for k, v in vars(args).items() if isinstance(v, list | tuple)}
+    return {k: v for k, v in vars(args).items() if isinstance(v, plain)} | lists
+
+
+def _refuse_unread(args: Mapping[str, Any]) -> None:
+    """Raise ValueError naming an argument that makes another model and that nobody reads.
+
+    Arguments have the names of TransformerConfig's fields, but for some; a field that a new mcore
+    brings is refused where it is not its default.
+    """
+    for name in signature(TARGET).parameters:
+        if name in LANGUAGE_FIELDS or name in _SAME_MODEL or name.startswith(_SAME_MODEL_PREFIXES):
+            continue
+        if args.get(name) not in (None, default_of(TARGET, name)):
+            only(args, name, default_of(TARGET, name))
+    for name in _OTHER_MODELS:
+        only(args, name, None, False)
 
 
 def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
     """Turn Megatron-LM's arguments into our model config; ValueError for what we do not have."""
     # 1. Options that change the graph, with the values that we have.
     only(args, "position_embedding_type", "rope")
-    only(args, "rotary_interleaved", False, None)
-    only(args, "qk_layernorm", False, None)
-    only(args, "num_experts", None)
-    only(args, "multi_latent_attention", False, None)
+    _refuse_unread(args)
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
     # 2. Flags of which each switches something on, as Megatron-LM's command line has them.
     grouped = bool(args.get("group_query_attention"))
     gated, squared = bool(args.get("swiglu")), bool(args.get("squared_relu"))
-    activation = SILU if gated else SQUARED_RELU if squared else GELU
+    # Megatron-LM's fusion of bias and GELU computes the approximation by tanh.
+    gelu = GELU_TANH if args.get("bias_gelu_fusion") else GELU
+    activation = SILU if gated else SQUARED_RELU if squared else gelu
+    scaled = bool(args.get("use_rope_scaling"))
     rows = args["padded_vocab_size"]
     return {
         "_target_": "nvmm.models.language.LanguageModel",
@@ -157,6 +237,7 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
             add_bias_linear=bool(args.get("add_bias_linear", True)),
             add_qkv_bias=bool(args.get("add_qkv_bias")),
             init_method_std=args.get("init_method_std", 0.02),
+            **{name: args[name] for name in _OPTIONS if args.get(name)},
         ),
         "vocab_size": args.get("vocab_size") or rows,
         "padded_vocab_size": padded(args.get("vocab_size") or rows),
@@ -164,8 +245,8 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
         "max_sequence_length": args.get("max_position_embeddings") or args.get("seq_length", 4096),
         "rotary_base": integral(args.get("rotary_base") or 10000),
         "rotary_percent": args.get("rotary_percent", 1.0),
-        "rope_scaling": bool(args.get("use_rope_scaling")),
-        "rope_scaling_factor": args.get("rope_scaling_factor") or 8.0,
+        "rope_scaling": scaled,
+        "rope_scaling_factor": (scaled and args.get("rope_scaling_factor")) or 8.0,
         "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
     }
 
@@ -207,6 +288,8 @@ def table(model: Mapping[str, Any], args: Mapping[str, Any]) -> list[Row]:
         parts.append("self_attention.linear_qkv.bias")
     for kind in kinds:
         parts += [fused + kind for fused in _FUSED.values()]
+        if config.get("qk_layernorm"):
+            parts += [f"self_attention.{x}_layernorm.{kind}" for x in "qk"]
     for kind in linear:
         parts += [f"{x}.{kind}" for x in ("self_attention.linear_proj", "mlp.linear_fc1")]
         parts.append(f"mlp.linear_fc2.{kind}")

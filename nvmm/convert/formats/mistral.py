@@ -1,4 +1,4 @@
-"""Mistral 7B. A sliding window becomes the longest sequence, below which it changes nothing."""
+"""Mistral 7B, with a sliding window in every layer or in none."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvmm.convert.formats import decoder
+from nvmm.convert.formats.config import need, windows
 
 complete = decoder.complete
 table = decoder.table
@@ -14,19 +15,28 @@ table = decoder.table
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
     decoder.activation(hf)
-    longest = hf.get("max_position_embeddings", 4096)
-    window = hf.get("sliding_window") or longest
-    return decoder.to_language(hf, max_sequence_length=min(longest, window))
+    window = hf.get("sliding_window", 4096)
+    # Transformers' Mistral has the one mask for all layers, whatever layer_types says.
+    windowed = [window is not None] * need(hf, "num_hidden_layers")
+    if decoder.layer_types(hf, windowed) != windowed:
+        raise ValueError(
+            f"config.json: layer_types={hf['layer_types']} and sliding_window={window} contradict"
+            " each other"
+        )
+    return decoder.to_language(
+        hf, windows(window, windowed), longest=131072, fields=("sliding_window", "layer_types")
+    )
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Turn our model config into config.json."""
+    size = model["transformer"].get("window_size")
     hf = decoder.from_language(model, "mistral") | {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
         "hidden_act": "silu",
         "rms_norm_eps": model["transformer"].get("layernorm_epsilon", 1e-5),
-        "sliding_window": None,
+        "sliding_window": None if size is None else size[0] + 1,
     }
     decoder.expressible(model, to_model(hf), "mistral")
     return hf

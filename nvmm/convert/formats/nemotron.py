@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import SQUARED_RELU, only, whole
+from nvmm.convert.formats.config import SQUARED_RELU, need, only, whole
 
 complete = decoder.complete
 table = decoder.table
@@ -17,8 +17,9 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     only(hf, "hidden_act", "relu2")
     only(hf, "attention_bias", False)
     only(hf, "mlp_bias", False)
-    rope = hf.get("rope_parameters") or {}
-    percent = hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))
+    # NVIDIA's name of head_dim, which Transformers does not read.
+    width = hf.get("head_dim") or need(hf, "hidden_size") // need(hf, "num_attention_heads")
+    only(hf, "kv_channels", width)
     changes = {
         "normalization": "LayerNorm",
         "layernorm_epsilon": hf.get("norm_eps", 1e-5),
@@ -26,7 +27,9 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         "gated_linear_unit": False,
         "activation_func": SQUARED_RELU,
     }
-    return decoder.to_language(hf, changes, rotary_percent=percent)
+    return decoder.to_language(
+        hf, changes, longest=4096, rotary_percent=0.5, fields=("norm_eps", "kv_channels")
+    )
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,21 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import mistral, qwen2
-from nvmm.convert.formats.config import need, only
+from nvmm.convert.formats.config import known, need, only
 from nvmm.convert.mapping import Row
 
 _FAMILIES: dict[str, ModuleType] = {"mistral": mistral, "bidir_mistral": mistral, "qwen2": qwen2}
 _POOLINGS = "nvmm.modules.pooling."
 _THEIRS = "latent_attention_model."
+_FIELDS = (
+    *("text_config", "latent_attention_config", "causal", "hidden_size"),
+    *("max_position_embeddings", "is_mask_instruction", "padding_side", "add_pad_token"),
+    *("add_eos", "mask_type", "instruction_masking"),
+)
+_LATENT_FIELDS = (
+    *("num_latents_value", "num_cross_heads", "cross_dim_head", "ffn_hidden_size"),
+    *("latent_dim", "hidden_dim", "output_normalize"),
+)
 _BLOCKS = {
     "norm_query": "0.norm",
     "norm_latents": "0.norm_context",
@@ -44,12 +53,22 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config; omitted fields have the released code's defaults."""
+    known(hf, *_FIELDS)
+    latent = hf.get("latent_attention_config")
+    if latent is not None:
+        known(latent, *_LATENT_FIELDS)
     text = {"vocab_size": 32000, **need(hf, "text_config")}
     model = _FAMILIES[only(text, "model_type", *_FAMILIES)].to_model(text)
+    causal = bool(hf.get("causal"))
+    size = model["transformer"].get("window_size")
+    if size is not None and not causal:
+        # The released code's mask of all tokens has no window; within one it would hide nothing.
+        for name in ("window_size", "window_attn_skip_freq"):
+            model["transformer"].pop(name, None)
+        model["max_sequence_length"] = min(model["max_sequence_length"], size[0] + 1)
     hidden = model["transformer"]["hidden_size"]
     del model["share_embeddings_and_output_weights"]
     pooling: dict[str, Any] = {"_target_": f"{_POOLINGS}Mean", "_partial_": True}
-    latent = hf.get("latent_attention_config")
     if latent is not None:
         pooling |= {
             "_target_": f"{_POOLINGS}LatentAttention",
@@ -59,7 +78,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
             "ffn_hidden_size": latent.get("ffn_hidden_size", 4 * hidden),
         }
     target = "nvmm.models.embedder.EmbeddingModel"
-    return {**model, "_target_": target, "pooling": pooling, "causal": bool(hf.get("causal"))}
+    return {**model, "_target_": target, "pooling": pooling, "causal": causal}
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,13 +13,21 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import decoder, internvit, llama, qwen2
-from nvmm.convert.formats.config import GELU, need, only, whole
+from nvmm.convert.formats.config import GELU, known, need, only, whole
 from nvmm.convert.mapping import Row, prefixed
 
 _DUMMY_HEADS = 7
 _EPSILON = "projector_layernorm_eps"
 """A field of ours: the published code has nn.LayerNorm's 1e-5 built in."""
 _FAMILIES: dict[str, ModuleType] = {"qwen2": qwen2, "llama": llama}
+
+_FIELDS = (
+    *("llm_config", "vision_config", "select_layer", "ps_version", "downsample_ratio", _EPSILON),
+    *("force_image_size", "use_backbone_lora", "use_llm_lora"),
+    # Of the preparation of data, which the experiment says here.
+    *("dynamic_image_size", "max_dynamic_patch", "min_dynamic_patch", "use_thumbnail"),
+    *("pad2square", "template"),
+)
 
 
 def _language(hf: Mapping[str, Any]) -> ModuleType:
@@ -43,7 +51,12 @@ def connector(ffn_hidden_size: int, epsilon: float = 1e-5, downsample: int = 2) 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    known(hf, *_FIELDS)
     only(hf, "select_layer", -1)
+    for name in ("use_backbone_lora", "use_llm_lora"):
+        only(hf, name, 0)
+    vision = need(hf, "vision_config")
+    only(hf, "force_image_size", vision.get("image_size"), None)
     only(hf, "ps_version", "v2")
     language = _language(hf).to_model(need(hf, "llm_config"))
     downsample = round(1 / hf.get("downsample_ratio", 0.5))
@@ -52,7 +65,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         "_target_": "nvmm.models.multimodal.MultimodalModel",
         "_partial_": True,
         "language": language,
-        "vision": internvit.to_model(need(hf, "vision_config")),
+        "vision": internvit.to_model(vision),
         "connector": connector(width, hf.get(_EPSILON, 1e-5), downsample),
     }
 

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import only
 
 complete = decoder.complete
 table = decoder.table
+WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
     decoder.activation(hf)
-    only(hf, "use_sliding_window", False)
-    return decoder.to_language(hf, {"add_qkv_bias": True})
+    changes = {"add_qkv_bias": True, **decoder.sliding_windows(hf)}
+    return decoder.to_language(hf, changes, longest=32768, fields=WINDOWS)
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "qwen2",
         "hidden_act": "silu",
         "rms_norm_eps": model["transformer"].get("layernorm_epsilon", 1e-5),
-        "use_sliding_window": False,
+        **decoder.window_fields(model),
     }
     decoder.expressible(model, to_model(hf), "qwen2")
     return hf

@@ -30,6 +30,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         clip.vision_config(hf),
         "gelu_pytorch_tanh",
         1e-6,
+        16,
         class_token=False,
         post_layernorm=True,
         image_mean=[0.5, 0.5, 0.5],

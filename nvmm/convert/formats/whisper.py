@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import GELU, need, only, transformer, whole
+from nvmm.convert.formats.config import GELU, known, need, only, transformer, whole
 from nvmm.convert.mapping import QKV, Drop, KeylessBias, Reshape, Row, expand
 
 PREFIX = "tower_prefix"
@@ -16,10 +16,23 @@ PREFIX = "tower_prefix"
 _EPSILON = 1e-5
 """nn.LayerNorm's own: Whisper's config.json does not name it."""
 _KINDS = ("weight", "bias")
+_MASKS = ("prob", "length", "min_masks")
+_FIELDS = (
+    *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins"),
+    *("max_source_positions", "activation_function", PREFIX),
+    # Of the decoder and other heads. Transformers' encoder keeps scale_embedding and reads it not.
+    *("vocab_size", "decoder_layers", "decoder_attention_heads", "decoder_ffn_dim"),
+    *("max_target_positions", "scale_embedding", "tie_word_embeddings", "median_filter_width"),
+    *("is_encoder_decoder", "num_hidden_layers", "use_weighted_layer_sum", "classifier_proj_size"),
+    # Of training.
+    *("encoder_layerdrop", "decoder_layerdrop", "apply_spec_augment"),
+    *(f"mask_{kind}_{what}" for kind in ("time", "feature") for what in _MASKS),
+)
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    known(hf, *_FIELDS)
     only(hf, "activation_function", "gelu")
     heads = need(hf, "encoder_attention_heads")
     return {
