@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvmm.checkpoint.record import DamagedError
 from nvmm.convert.formats import megatron
 from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
@@ -62,6 +63,29 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
         "kl": float((p.exp() * (p - q)).sum(-1).mean()),
         "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
     }
+
+
+def damage(side: HubFolder | SavedModel) -> list[str]:
+    """Read every tensor of a checkpoint of ours; return what is not as it was saved.
+
+    Raises ValueError for another folder, and for a checkpoint of before there were digests where
+    its weights are as they were saved: nothing tells whether the rest is.
+    """
+    if isinstance(side, HubFolder):
+        raise ValueError(f"{side.path}: only a checkpoint of ours has digests to verify")
+    contents = side.source.contents
+    found = []
+    for name in contents.metadata.state_dict_metadata:
+        try:
+            contents.check(name)
+        except DamagedError as error:
+            found.append(str(error))
+    if not found and contents.digests is None:
+        raise ValueError(
+            f"{side.path}: the weights are those that were saved; it was written before there were"
+            " digests of the rest, of which nothing is known"
+        )
+    return found
 
 
 def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:
