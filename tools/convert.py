@@ -152,16 +152,15 @@ def adapter(options: argparse.Namespace) -> int:
 def inspect(options: argparse.Namespace) -> int:
     """Print names, shapes, dtypes, config and layout; no tensor is loaded.
 
-    With --verify every tensor is read, and nothing is printed but what is damaged.
+    With --verify every tensor is read, and nothing is printed but whether it is as it was saved.
     """
-    from nvmm.convert.verify import damage, inspect, open_side
+    from nvmm.convert.verify import inspect, open_side, verified
 
-    side = open_side(at(options.path))
     if options.verify:
-        found = damage(side)
-        print("\n".join(found) or f"{side.path}: every bit is the one that was saved")
-        return int(bool(found))
-    about = inspect(side)
+        whole, text = verified(at(options.path))
+        print(text)
+        return 0 if whole else 1
+    about = inspect(open_side(at(options.path)))
     if options.json:
         print(json.dumps(about, indent=1))
         return 0

@@ -49,8 +49,8 @@ class Contents:
 
         Raises DamagedError, and ValueError for what `read_metadata` refuses.
         """
-        record = read_record(path)
         try:
+            record = read_record(path)
             check_files(path, record)
         except DamagedError as damage:
             try:

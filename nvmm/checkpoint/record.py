@@ -78,10 +78,12 @@ def _parsed(path: Path) -> dict[str, Any]:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write state.json for the files that the folder has, as the last one of a checkpoint.
 
-    record: step, layout, optimizer, state and number, of values that JSON can hold.
+    record: step, layout, optimizer, state and number, of values that JSON can hold; what
+    `read_record` gave, say.
     """
     files = {name: _sha(folder, name) for name in sorted(_small_files(folder))}
-    plain = json.loads(json.dumps({"format": FORMAT, **record, "files": files}))
+    kept = {key: value for key, value in record.items() if key in _KEYS}
+    plain = json.loads(json.dumps({"format": FORMAT, **kept, "files": files}))
     (folder / "state.json").write_text(_sealed(plain))
 
 

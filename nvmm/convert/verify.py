@@ -65,14 +65,17 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
     }
 
 
-def damage(side: HubFolder | SavedModel) -> list[str]:
-    """Read every tensor of a checkpoint of ours; return what is not as it was saved.
+def verified(path: Path) -> tuple[bool, str]:
+    """Read every tensor of a checkpoint of ours; say whether it is whole, and what is damaged.
 
-    Raises ValueError for another folder, and for a checkpoint of before there were digests where
-    its weights are as they were saved: nothing tells whether the rest is.
+    Raises ValueError for a folder that is no checkpoint of ours.
     """
+    try:
+        side = open_side(path)
+    except DamagedError as error:
+        return False, str(error)
     if isinstance(side, HubFolder):
-        raise ValueError(f"{side.path}: only a checkpoint of ours has digests to verify")
+        raise ValueError(f"{path}: only a checkpoint of ours has digests to verify")
     contents = side.source.contents
     found = []
     for name in contents.metadata.state_dict_metadata:
@@ -80,12 +83,11 @@ def damage(side: HubFolder | SavedModel) -> list[str]:
             contents.check(name)
         except DamagedError as error:
             found.append(str(error))
-    if not found and contents.digests is None:
-        raise ValueError(
-            f"{side.path}: the weights are those that were saved; it was written before there were"
-            " digests of the rest, of which nothing is known"
-        )
-    return found
+    if found:
+        return False, "\n".join(found)
+    if contents.digests is None:
+        return True, f"{side.path}: the weights are as they were saved; the rest has no digests yet"
+    return True, f"{side.path}: every bit is as it was saved"
 
 
 def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def restore(
         build: parameters of the saved sample builder to exchange.
         trust_config: run constructors of the checkpoint's config outside nvmm, mcore and torch.
 
-    Raises ValueError when the checkpoint is missing, incomplete or damaged, its config is not trusted, the
-    layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
+    Raises ValueError when the checkpoint is missing, incomplete or damaged, its config is not
+    trusted, the layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
     """
     from nvmm.parallel.setup import device_type, prepare_backend
 

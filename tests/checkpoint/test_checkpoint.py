@@ -1,4 +1,3 @@
-import json
 import os
 import pickle
 import shutil
@@ -296,14 +295,6 @@ def test_thawed_parameters_are_refused(tmp_path):
     run_ranks(only_one_end, 1, {}, tmp_path, 0, 1)
     with pytest.raises(RuntimeError, match=r"optim.freeze another.*exp_avg.decoder"):
         run_ranks(load_into, 1, tmp_path / "step_00000001", {}, {})
-
-
-def test_damaged_weights_are_refused(copy):
-    record = json.loads((copy / "weights.json").read_text())
-    record["output_layer.weight"]["checksum"] += 1
-    (copy / "weights.json").write_text(json.dumps(record))
-    with pytest.raises(RuntimeError, match=r"damaged files\?.*output_layer.weight"):
-        run_ranks(load_into, 1, copy, {}, {})
 
 
 class Payload:

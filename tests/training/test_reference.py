@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.checkpoint.files import find, read_state
+from nvmm.checkpoint.record import read_record, write_record
 from nvmm.objectives.next_token import NextToken
 from nvmm.objectives.objective import Objective, Run
 from nvmm.parallel import schedule
@@ -379,10 +380,10 @@ def test_another_or_unknown_reference_is_refused(tmp_path: Path, base: Path) -> 
         RuntimeError, match=r"the reference that this run started from, weights of digest .* not at"
     ):
         run_ranks(_fit, 1, run_dir, 2, {}, own)
-    file = find(run_dir) / "state.json"
-    record = json.loads(file.read_text())
+    path = find(run_dir)
+    record = read_record(path)
     del record["state"]["reference"]
-    file.write_text(json.dumps(record))
+    write_record(path, record)
     with pytest.raises(RuntimeError, match="does not say which weights its run started from"):
         run_ranks(_fit, 1, run_dir, 2, {}, base)
 
