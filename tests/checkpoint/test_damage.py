@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
-import pickle
 import random
 import shutil
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from nvmm.convert.exporting import export, rewrite
 from nvmm.convert.models import open_checkpoint
 from nvmm.convert.sources import read
 from nvmm.convert.verify import verified
+from tests.damage import changed, data_byte, flip, parts
 from tests.modules.test_fp8_scales import fp8_options
 from tests.ranks import run_ranks
 from tests.runs import Run
@@ -68,73 +65,22 @@ def copy(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / saved.name)
 
 
-@contextlib.contextmanager
-def changed(file: Path, position: int, mask: int = 1) -> Iterator[None]:
-    """Flip bits of one byte, meanwhile."""
-    flip(file, position, mask)
-    try:
-        yield
-    finally:
-        flip(file, position, mask)
-
-
-def flip(file: Path, position: int, mask: int = 1) -> None:
-    with file.open("r+b") as stream:
-        stream.seek(position)
-        [byte] = stream.read(1)
-        stream.seek(position)
-        stream.write(bytes([byte ^ mask]))
-
-
-def stored(folder: Path, name: str) -> tuple[Path, int, int]:
-    """The file of a tensor's first piece, and where it begins and ends there."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    index = next(i for i in metadata.storage_data if i.fqn == name)
-    info = metadata.storage_data[index]
-    return folder / info.relative_path, info.offset, info.offset + info.length
-
-
-def parts(folder: Path, name: str) -> dict[str, tuple[Path, range]]:
-    """Kind of place -> the bytes of it, of the archive that holds a tensor's first piece."""
-    file, begin, end = stored(folder, name)
-    blob = file.read_bytes()[begin:end]
-    archive = zipfile.ZipFile(io.BytesIO(blob))
-    places = {}
-    for info in archive.infolist():
-        name_length, extra = (
-            blob[info.header_offset + i : info.header_offset + i + 2] for i in (26, 28)
-        )
-        padding = info.header_offset + 30 + int.from_bytes(name_length, "little")
-        data = padding + int.from_bytes(extra, "little")
-        kind = info.filename.rpartition("/")[2]
-        places[f"{kind} header"] = range(info.header_offset, padding)
-        places[f"{kind} padding"] = range(padding, data)
-        places[kind] = range(data, data + info.file_size)
-    directory = int.from_bytes(blob[-6:-2], "little")
-    places["directory"] = range(directory, len(blob))
-    return {
-        kind: (file, range(begin + r.start, begin + r.stop)) for kind, r in places.items() if len(r)
-    }
-
-
-def data_byte(folder: Path, name: str, generator: random.Random) -> tuple[Path, int]:
-    [(file, bytes_)] = [place for kind, place in parts(folder, name).items() if kind == "0"]
-    return file, generator.choice(bytes_)
-
-
 # -- digests ----------------------------------------------------------------------------------
 
 
 def test_a_digest_adds_up_over_pieces_and_tells_where_elements_are() -> None:
     generator = torch.Generator().manual_seed(1)
-    whole = torch.randn(6, 5, 70, generator=generator).bfloat16()
-    total = 0
-    for rows in (slice(0, 2), slice(2, 6)):
-        for middle in (slice(0, 4), slice(4, 5)):
-            for columns in (slice(0, 33), slice(33, 70)):
-                offset = [s.start for s in (rows, middle, columns)]
-                total += digest(whole[rows, middle, columns], offset)
-    assert total % 2**64 == digest(whole, [0, 0, 0])
+    values = torch.randn(6, 5, 71, generator=generator) * 60
+    for dtype in (torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8):
+        whole = values.to(dtype)
+        total = 0
+        for rows in (slice(0, 2), slice(2, 6)):
+            for middle in (slice(0, 4), slice(4, 5)):
+                for columns in (slice(0, 33), slice(33, 34), slice(34, 71)):
+                    offset = [s.start for s in (rows, middle, columns)]
+                    total += digest(whole[rows, middle, columns], offset)
+        assert total % 2**64 == digest(whole, [0, 0, 0])
+        assert digest(whole.flatten()[1:], [1]) != digest(whole.flatten()[1:], [0])
     # A flat piece may begin anywhere, also over the numbers that are kept.
     flat = torch.randn(150_000, generator=generator)
     cuts = (0, 65_535, 65_537, 140_000, 150_000)
