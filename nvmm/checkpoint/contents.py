@@ -7,10 +7,11 @@ piece is checked as it is stored, before it is cut to a layout or cast to a dtyp
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -109,8 +110,10 @@ class Contents:
         chunks = self.metadata.state_dict_metadata[name].chunks
         return sorted(chunks, key=lambda chunk: tuple(chunk.offsets))
 
-    def read(self, name: str, offsets: Any) -> Tensor:
+    def read(self, name: str, offsets: Any, stream: IO[bytes] | None = None) -> Tensor:
         """Read the piece of a tensor that begins at `offsets`.
+
+        stream: the piece's file, where that is open already.
 
         Raises DamagedError where it is not the one that was saved.
         """
@@ -121,8 +124,9 @@ class Contents:
         info = self._stored(name, offsets)
         file = self.path / info.relative_path
         try:
-            with file.open("rb") as stream:
-                window: Any = _create_file_view(stream, info.offset, info.length)
+            opened: Any = file.open("rb") if stream is None else contextlib.nullcontext(stream)
+            with opened as content:
+                window: Any = _create_file_view(content, info.offset, info.length)
                 tensor = torch.load(window, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever damaged bytes make of torch.load
             raise DamagedError(self.path, f"{file}: {name} cannot be read: {error}") from error
@@ -172,20 +176,34 @@ class Contents:
 
         contents = self
 
+        def read_file(stream: IO[bytes], items: Iterable[Any], planner: LoadPlanner) -> None:
+            last, tensor = None, torch.empty(0)
+            for item in items:
+                index = item.storage_index
+                if last != index:  # one piece may go to several places
+                    last, tensor = index, contents.read(index.fqn, index.offset, stream)
+                part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+                target = planner.resolve_tensor(item).detach()
+                target.copy_(part)
+                planner.commit_tensor(item, target)
+
         class Reader(FileSystemReader):
             def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
                 return contents.metadata
 
             def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-                last, tensor = None, torch.empty(0)
-                for item in plan.items:
-                    index = item.storage_index
-                    if last != index:  # one piece may go to several places
-                        last, tensor = index, contents.read(index.fqn, index.offset)
-                    part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(part)
-                    planner.commit_tensor(item, target)
+                def where(item: Any) -> tuple[str, int]:
+                    info = contents.metadata.storage_data[item.storage_index]
+                    return info.relative_path, info.offset
+
+                files = itertools.groupby(sorted(plan.items, key=where), lambda x: where(x)[0])
+                for file, items in files:
+                    try:
+                        stream = (contents.path / file).open("rb")
+                    except OSError as error:
+                        raise DamagedError(contents.path, f"{file}: {error}") from error
+                    with stream:
+                        read_file(stream, items, planner)
                 done: Future[None] = Future()
                 done.set_result(None)
                 return done
