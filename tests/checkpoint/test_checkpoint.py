@@ -10,6 +10,7 @@ from nvmm.checkpoint.files import read_state
 from nvmm.checkpoint.index import read_metadata
 from nvmm.checkpoint.load import load, load_weights
 from nvmm.checkpoint.save import Checkpoint
+from nvmm.convert.verify import verified
 from tests.ranks import run_ranks
 from tests.runs import Run
 
@@ -201,6 +202,8 @@ def test_keep_last_and_latest(tmp_path, async_save):
     assert sorted(os.listdir(tmp_path)) == ["step_00000002", "step_00000003"]
     assert read_state(tmp_path / "step_00000002") == {"step": 2, "again": True}
     assert read_state(tmp_path / "step_00000003") == {"counters": {"steps": 3}}
+    # The bits are those of the moment of the save, though training went on.
+    assert [verified(path)[0] for path in sorted(tmp_path.iterdir())] == [True, True]
 
 
 def interrupted(rank, world_size, init_method, directory):
