@@ -201,6 +201,26 @@ def test_a_file_that_is_gone_empty_or_short(copy: Path, name: str) -> None:
     assert verified(copy)[0]
 
 
+def test_values_of_the_json_are_covered(copy: Path) -> None:
+    """Adam's step, the data position, a counter, the config: JSON as good as before, but other."""
+    text = (copy / "state.json").read_text()
+    record = json.loads(text)
+    record["optimizer"]["steps"] += 1
+    edits = [json.dumps(record, indent=1)]
+    for key in ("position", "counters", "config", "step", "tokenizer_digest"):
+        record = json.loads(text)
+        record["state"][key] = {"value": record["state"][key]}
+        edits.append(json.dumps(record, indent=1))
+    edits.append(text.replace('"number": 1', '"number": 2'))
+    assert len(set(edits) - {text}) == 7
+    for edited in edits:
+        (copy / "state.json").write_text(edited)
+        with pytest.raises(DamagedError, match=r"state\.json is not what was saved"):
+            read_state(copy)
+    (copy / "state.json").write_text(text)
+    assert read_state(copy)["step"] == 2
+
+
 def test_what_makes_a_checkpoint_look_like_one_of_before(copy: Path) -> None:
     """A lost format does not turn the digests off, nor does an emptied table."""
     text = (copy / "state.json").read_text()
