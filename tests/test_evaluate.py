@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nvmm.evaluate import output_folder
 from nvmm.generate import members, quoted
 from nvmm.inference.trust import require_trusted
 from tests import tiny
+from tests.damage import changed, data_byte, flip
 from tests.ranks import run_ranks
 
 BENCHMARKS = Path(__file__).parent.parent / "configs" / "benchmark"
@@ -394,7 +396,10 @@ def save_adapters(rank: int, world_size: int, init_method: str, folder: Path) ->
 
 
 def test_a_lora_run_answers_as_its_merged_weights(
-    folder: Path, unanswered: list[dict[str, Any]], tmp_path: Path
+    folder: Path,
+    unanswered: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """At TP 2 with adapters, whose base has moved; at one rank merged."""
     from tools.convert import main
@@ -405,6 +410,19 @@ def test_a_lora_run_answers_as_its_merged_weights(
     merged, base = tmp_path / "merged", str(tmp_path / "moved")
     arguments = ["--from", str(tmp_path / "lora"), "--to", str(merged)]
     assert main(["merge", *arguments]) == 2
+    # Every bit that goes into the merged weights is compared: of the base, and of the factors.
+    for run, name in (
+        ("moved", "language.decoder.layers.0.mlp.linear_fc1.weight"),
+        ("moved", "vision.decoder.layers.1.mlp.linear_fc1.bias"),
+        ("lora", "language.decoder.layers.0.mlp.linear_fc1.lora_b"),
+    ):
+        with changed(*data_byte(find(tmp_path / run), name, random.Random(1))):
+            assert main(["merge", *arguments, "--base", base]) == 2
+            assert f"the bits of {name}" in capsys.readouterr().err and not merged.exists()
+    peft = ["adapter", "export", "--from", str(tmp_path / "lora"), "--to", str(tmp_path / "peft")]
+    with changed(*data_byte(find(tmp_path / "lora"), name, random.Random(1))):
+        assert main([*peft, "--format", "nvlm_d"]) == 2
+    assert f"the bits of {name}" in capsys.readouterr().err and not (tmp_path / "peft").exists()
     assert main(["merge", *arguments, "--base", base]) == 0
     shards = str(folder / "blank-*.tar")
     parallel = {"_target_": "nvmm.parallel.setup.Parallel", "tensor_model_parallel_size": 2}
@@ -419,6 +437,19 @@ def test_a_lora_run_answers_as_its_merged_weights(
     assert [a["prediction"] for a in answers] == [a["prediction"] for a in expected]
     plain = [line["prediction"] for line in unanswered]
     assert sum(a["prediction"] != p for a, p in zip(answers, plain, strict=True)) >= 4
+
+
+def test_a_damaged_checkpoint_is_not_asked(folder: Path, tmp_path: Path) -> None:
+    """Also where the model is of another dtype than the checkpoint."""
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
+    path = find(run)
+    name = "language.decoder.final_layernorm.weight"
+    flip(*data_byte(path, name, random.Random(2)))
+    bf16 = {"_target_": "nvmm.parallel.setup.Precision", "dtype": "bf16"}
+    config = command(folder, str(folder / "blank-*.tar"), precision=bf16)
+    config["checkpoint"]["path"] = str(run)
+    [(code, text)] = run_ranks(launch, 1, config)
+    assert code == compose.BAD_CONFIG and str(path) in text and f"the bits of {name}" in text
 
 
 def test_bad_commands_are_refused(folder: Path, tmp_path: Path) -> None:

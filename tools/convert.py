@@ -6,6 +6,7 @@ python tools/convert.py import --from language=QWEN_DIR --from vision=INTERNVIT_
 python tools/convert.py export --from RUN_DIR --to HF_DIR --format nvlm_d
 python tools/convert.py verify --a HF_DIR --b CKPT
 python tools/convert.py inspect CKPT_OR_HF_DIR
+python tools/convert.py inspect CKPT --verify
 python tools/convert.py average --from CKPT --from CKPT --to CKPT
 python tools/convert.py reshard --from CKPT --to CKPT --dtype bf16
 python tools/convert.py merge --from LORA_RUN --to CKPT
@@ -30,7 +31,7 @@ BAD_INPUT = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return 0, 1 when `verify` finds a difference, or BAD_INPUT."""
+    """Run one command; return 0, 1 when `verify` finds a difference or damage, or BAD_INPUT."""
     options = _parser().parse_args(arguments)
     from hydra.errors import InstantiationException
 
@@ -149,9 +150,16 @@ def adapter(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Print names, shapes, dtypes, config and layout; no tensor is loaded."""
-    from nvmm.convert.verify import inspect, open_side
+    """Print names, shapes, dtypes, config and layout; no tensor is loaded.
 
+    With --verify every tensor is read, and nothing is printed but whether it is as it was saved.
+    """
+    from nvmm.convert.verify import inspect, open_side, verified
+
+    if options.verify:
+        whole, text = verified(at(options.path))
+        print(text)
+        return 0 if whole else 1
     about = inspect(open_side(at(options.path)))
     if options.json:
         print(json.dumps(about, indent=1))
@@ -264,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=inspect)
     command.add_argument("path")
     command.add_argument("--json", action="store_true")
+    command.add_argument("--verify", action="store_true", help="read all of it; 1 for damage")
 
     command = commands.add_parser("verify", help="whether two models are the same")
     command.set_defaults(run=verify)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvmm.checkpoint.contents import read_table
+from nvmm.checkpoint.record import DamagedError, check_files, read_record
+
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
@@ -27,7 +30,7 @@ class BaseCheckpoint:
 
     @classmethod
     def of(cls, path: Path) -> BaseCheckpoint:
-        """Return a checkpoint as a base. Raises ValueError when it has no checksums."""
+        """Return a checkpoint as a base. Raises DamagedError when its checksums are not whole."""
         return cls(str(path.resolve()), _digest(path))
 
     @classmethod
@@ -47,13 +50,17 @@ class BaseCheckpoint:
         candidates = [Path(self.path)]
         if moved is not None:
             candidates += [moved, *sorted(moved.glob("checkpoints/step_*"))]
+        damage = ""
         for path in candidates:
-            if (path / "state.json").is_file() and _digest(path) == self.digest:
-                return BaseCheckpoint(str(path.resolve()), self.digest)
+            try:
+                if (path / "state.json").is_file() and _digest(path) == self.digest:
+                    return BaseCheckpoint(str(path.resolve()), self.digest)
+            except DamagedError as error:
+                damage += f"; {error}"
         raise ValueError(
             f"{what}, weights of digest {self.digest[:12]}, is not at"
             f" {' or '.join(map(str, candidates))}; name the checkpoint that has them (init_from="
-            " in training, base= in evaluation and generation, --base in tools/convert.py)"
+            f" in training, base= in evaluation and generation, --base in tools/convert.py){damage}"
         )
 
     def names(self) -> set[str]:
@@ -63,12 +70,10 @@ class BaseCheckpoint:
 
 def _weights(path: Path) -> dict[str, Any]:
     """Return name -> dtype, shape and checksum, as loading `path` gives them."""
-    try:
-        weights: dict[str, Any] = json.loads((path / "weights.json").read_text())
-        state = json.loads((path / "state.json").read_text())["state"]
-    except OSError as error:
-        raise ValueError(f"{path} has no checksums to know its weights by: {error}") from error
-    base = BaseCheckpoint.saved(state)
+    record = read_record(path)
+    check_files(path, record)
+    weights = read_table(path, "weights.json")
+    base = BaseCheckpoint.saved(record["state"])
     return weights if base is None else _weights(Path(base.located().path)) | weights
 
 

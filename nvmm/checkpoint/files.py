@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import logging
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from nvmm.config.moved import renamed
+from nvmm.checkpoint.contents import Contents
+from nvmm.checkpoint.record import read_record
 
 FILES = (".metadata", "metadata.json", "common.pt", "weights.json", "state.json")
 """The files that a complete checkpoint has."""
+
+log = logging.getLogger("nvmm")
 
 
 def find(name: str | Path) -> Path:
@@ -32,27 +36,78 @@ def find(name: str | Path) -> Path:
 
 
 def complete(directory: Path) -> list[Path]:
-    """List the complete checkpoints of a directory in the order they were saved in."""
-    paths = [p for p in directory.glob("step_*") if all((p / f).exists() for f in FILES)]
-    return sorted(paths, key=lambda path: read_record(path)["number"])
+    """List the complete checkpoints of a directory in the order they were saved in.
 
-
-def latest(directory: Path) -> Path | None:
-    """Return the complete checkpoint saved last, which need not have the highest step.
-
-    Rank 0 looks for all, once there is a process group: file systems may show ranks other files.
+    They have all their files and an intact state.json; the other files are not read.
     """
-    newest: list[Path | None] = [None]
+    return [path for _, path in sorted(_numbered(directory))]
+
+
+def _numbered(directory: Path) -> list[tuple[int, Path]]:
+    found = []
+    for path in directory.glob("step_*"):
+        try:
+            record = read_record(path)
+        except (ValueError, OSError):
+            continue
+        if all((path / name).exists() for name in {*FILES, *record.get("files", ())}):
+            found.append((record["number"], path))
+    return found
+
+
+def latest(directory: Path, besides: Set[Path] = frozenset()) -> Path | None:
+    """Return the whole checkpoint saved last, which need not have the highest step; collective.
+
+    Its small files are those that were saved, and its data are there; their bits are compared when
+    they are read. What is left aside for damage is logged. Rank 0 looks for all, once there is a
+    process group: file systems may show ranks other files.
+
+    besides: checkpoints that are known to be damaged.
+    """
+    return _seen_by_first_rank(lambda: _newest_whole(directory, besides))
+
+
+def any_checkpoint(directory: Path) -> Path | None:
+    """Return a folder of a checkpoint, whole or not, None where there is none; collective."""
+    return _seen_by_first_rank(lambda: next(iter(sorted(directory.glob("step_*"))), None))
+
+
+def _seen_by_first_rank(look: Callable[[], Path | None]) -> Path | None:
+    found: list[Path | None] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        newest = [None, *complete(directory)][-1:]
+        found = [look()]
     if dist.is_initialized():
-        dist.broadcast_object_list(newest, src=0)
-    return newest[0]
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _newest_whole(directory: Path, besides: Set[Path]) -> Path | None:
+    paths = complete(directory)
+    for path in sorted(set(directory.glob("step_*")) - set(paths)):
+        log.warning("%s is left aside: %s", path, _problem(path) or "a file is missing")
+    for path in reversed(paths):
+        if path in besides:
+            continue
+        problem = _problem(path)
+        if problem is None:
+            return path
+        log.warning("%s is left aside: %s", path, problem)
+    return None
+
+
+def _problem(path: Path) -> str | None:
+    """Return what keeps a checkpoint from being whole."""
+    try:
+        Contents.open(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Read the state a checkpoint was saved with; nothing but its JSON is read."""
-    return read_record(path)["state"]
+    state: dict[str, Any] = read_record(path)["state"]
+    return state
 
 
 def require_resumable(path: Path) -> None:
@@ -61,14 +116,3 @@ def require_resumable(path: Path) -> None:
         raise ValueError(
             f"{path} holds weights alone, no state to resume; start from it with init_from={path}"
         )
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """All of state.json. Raises ValueError when the checkpoint has none."""
-    try:
-        record = json.loads((path / "state.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is not a complete checkpoint: it has no state.json") from error
-    # A checkpoint keeps the config that it was written with; constructors have moved since.
-    record["state"] = renamed(record["state"])
-    return record

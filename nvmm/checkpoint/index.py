@@ -16,6 +16,8 @@ from collections.abc import Set
 from pathlib import Path
 from typing import IO, Any
 
+from nvmm.checkpoint.digests import is_weight
+
 _DCP = "torch.distributed.checkpoint."
 _INDEX_CLASSES = frozenset(
     {
@@ -48,6 +50,10 @@ _COMMON_CLASSES = frozenset({("collections", "OrderedDict")})
 """All classes that the `common.pt` of a checkpoint of tensors names."""
 
 
+class _RefusedError(ValueError):
+    """What a checkpoint of tensors does not need."""
+
+
 class _Unpickler(pickle.Unpickler):
     def __init__(self, stream: IO[bytes], path: Path, allowed: Set[tuple[str, str]]) -> None:
         super().__init__(stream)
@@ -59,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
             # Some Pythons (3.11.2, say) pickle an enum's member so: it gets that, nothing else.
             return self._enum_member
         if (module, name) not in self.allowed:
-            raise ValueError(
+            raise _RefusedError(
                 f"{self.path} names {module}.{name}, which no checkpoint of tensors needs:"
                 " refused, nothing of it was run"
             )
@@ -68,20 +74,15 @@ class _Unpickler(pickle.Unpickler):
     def _enum_member(self, owner: Any, name: Any) -> Any:
         if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
             return owner[name]
-        raise ValueError(f"{self.path} asks for {name!r} of {owner!r}: refused, nothing was run")
+        raise _RefusedError(f"{self.path} asks for {name!r} of {owner!r}: refused, nothing was run")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise ValueError(f"{self.path} refers to an external object {pid!r}: refused")
+        raise _RefusedError(f"{self.path} refers to an external object {pid!r}: refused")
 
 
 def weight_names(metadata: Any) -> list[str]:
     """List the names of a checkpoint's weights, without optimizer, generators and FP8 scales."""
-    others = ("optimizer.", "fp8.")
-    return [
-        name
-        for name in metadata.state_dict_metadata
-        if name != "rng" and not name.startswith(others)
-    ]
+    return [name for name in metadata.state_dict_metadata if is_weight(name)]
 
 
 def read_metadata(directory: Path, *, foreign: bool = False) -> Any:
@@ -121,8 +122,10 @@ def _load(path: Path, allowed: Set[tuple[str, str]]) -> Any:
     try:
         with path.open("rb") as stream:
             return _Unpickler(stream, path, allowed).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is not a readable index: {error}") from error
+    except _RefusedError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of the unpickler
+        raise ValueError(f"{path} is not a readable index: {error!r}") from error
 
 
 def _check_format(path: Path) -> None:
@@ -142,11 +145,13 @@ def _screen_common(path: Path) -> None:
         with path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             if [name.rpartition("/")[2] for name in pickles] != ["data.pkl"]:
-                raise ValueError(f"{path} must hold one data.pkl, has {pickles}: refused")
+                raise _RefusedError(f"{path} must hold one data.pkl, has {pickles}: refused")
             with archive.open(pickles[0]) as content:
                 _Unpickler(content, path, _COMMON_CLASSES).load()
-    except (zipfile.BadZipFile, OSError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable torch archive: {error}") from error
+    except _RefusedError:
+        raise
+    except Exception as error:  # whatever damaged bytes make of zipfile and the unpickler
+        raise ValueError(f"{path} is not a readable torch archive: {error!r}") from error
 
 
 def _check_storage(path: Path, index: Any, info: Any) -> None:

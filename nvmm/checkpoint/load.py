@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch.nn import Module
 
 from nvmm.checkpoint.base import BaseCheckpoint
-from nvmm.checkpoint.files import read_record, read_state, require_resumable
-from nvmm.checkpoint.index import read_metadata, weight_names
+from nvmm.checkpoint.contents import Contents
+from nvmm.checkpoint.digests import is_weight
+from nvmm.checkpoint.files import read_state, require_resumable
+from nvmm.checkpoint.index import weight_names
+from nvmm.checkpoint.record import DamagedError, read_record
 from nvmm.checkpoint.weights import (
-    checksums,
     current_layout,
     global_shapes,
     pieces,
@@ -37,14 +39,15 @@ def load(
 
     base: where the base of a LoRA checkpoint lies, if it has moved. The layout may differ from
     the saved one; generators then start from a new seed, with a warning. Raises ValueError when
-    the checkpoint is incomplete or unsafe, is not of this model, or its weights (its base's)
-    do not have the checksums they were saved with.
+    the checkpoint is unsafe or is not of this model, DamagedError when a file of it (of its base)
+    is missing or is not what was saved; the model may have some of its weights by then.
     """
     # 1. The JSON and the screened index: neither mcore nor torch has opened the directory yet.
     path = Path(path)
     require_resumable(path)
     record = read_record(path)
-    metadata = read_metadata(path)
+    contents = Contents.open(path)
+    metadata = contents.metadata
     # 2. Names and shapes must be the model's, but for weights that a LoRA run's base gives.
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
@@ -77,18 +80,19 @@ def load(
     sharded = {"optimizer": optimizer_state, **without(model_state, left_out)}
     if same_layout:
         sharded["rng"] = rng_tensor(None, metadata.state_dict_metadata["rng"].size[1])
-    loaded = _load_sharded(sharded, path)
+    loaded = _load_sharded(sharded, contents)
     _load_models(models, loaded)
     # A stage with nothing trainable has no optimizer state; mcore drops empty branches.
     optimizer_state = loaded.get("optimizer", {})
     optimizer.load_state_dict(optimizer_state, sharding_type, record["optimizer"]["steps"])
-    # 5. The bits are those that were saved, and random numbers go on where they can.
-    _check_weights(path, models, set(weights) - left_out)
+    # 5. Random numbers go on where they can.
     if same_layout:
         generators.restore(loaded["rng"].flatten())
     else:
+        contents.check("rng")  # what is not used is not damaged either
         _reseed(path, record)
-    return record["state"]
+    state: dict[str, Any] = record["state"]
+    return state
 
 
 def load_weights(path: Path, models: Sequence[Module], base: Path | None = None) -> list[str]:
@@ -98,7 +102,8 @@ def load_weights(path: Path, models: Sequence[Module], base: Path | None = None)
     Collective. Call `Optimizer.reload_parameters` afterwards if there is an optimizer. Returns
     the model's global names that are missing in the checkpoint; what only the checkpoint has is
     logged. Raises ValueError naming both shapes when they differ, when nothing is in common, and
-    when it has adapters that the model has not.
+    when it has adapters that the model has not, DamagedError when its files are not those that were
+    saved.
     """
     path = Path(path)
     base_checkpoint = BaseCheckpoint.saved(read_state(path))
@@ -107,7 +112,8 @@ def load_weights(path: Path, models: Sequence[Module], base: Path | None = None)
         missing_in_base = set(load_weights(Path(base_checkpoint.located(base).path), models))
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
-    missing, unexpected = _compare(path, read_metadata(path), weights)
+    contents = Contents.open(path)
+    missing, unexpected = _compare(path, contents.metadata, weights)
     if any(name.endswith(".lora_a") for name in unexpected):
         raise ValueError(
             f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
@@ -118,8 +124,7 @@ def load_weights(path: Path, models: Sequence[Module], base: Path | None = None)
     if unexpected and dist.get_rank() == 0:
         log.warning("%s has weights this model does not have: %s", path, ", ".join(unexpected))
     absent = set(missing)
-    _load_models(models, _load_sharded(without(model_state, absent), path))
-    _check_weights(path, models, set(weights) - absent)
+    _load_models(models, _load_sharded(without(model_state, absent), contents))
     return missing if missing_in_base is None else sorted(absent & missing_in_base)
 
 
@@ -131,7 +136,9 @@ def load_scales(path: Path, scaling: Any) -> list[str]:
     """
     path = Path(path)
     scales = scaling.sharded_state_dict()
-    saved = {n: list(entry.size) for n, entry in read_metadata(path).state_dict_metadata.items()}
+    contents = Contents.open(path)
+    metadata = contents.metadata
+    saved = {n: list(entry.size) for n, entry in metadata.state_dict_metadata.items()}
     # A stage knows its own linears alone; a refusal must come on every rank.
     local_shapes = {name: list(entry.global_shape) for name, entry in scales.items()}
     shapes = {name: shape for rank in gather(local_shapes) for name, shape in rank.items()}
@@ -144,7 +151,7 @@ def load_scales(path: Path, scaling: Any) -> list[str]:
     missing = sorted(shapes.keys() - saved.keys())
     if len(missing) < len(shapes):
         present = {name: entry for name, entry in scales.items() if name in saved}
-        scaling.load(_load_sharded({"scaling": present}, path).get("scaling", {}))
+        scaling.load(_load_sharded({"scaling": present}, contents).get("scaling", {}))
     return missing
 
 
@@ -177,14 +184,40 @@ def _refuse_missing_optimizer_state(path: Path, metadata: Any, state: dict[str, 
         )
 
 
-def _load_sharded(sharded: dict[str, Any], path: Path) -> dict[str, Any]:
+def _load_sharded(sharded: dict[str, Any], contents: Contents) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
+    _check_sums(contents, sharded)
     try:
-        return dist_checkpointing.load(sharded, str(path))
+        with contents.reading():
+            return dist_checkpointing.load(sharded, str(contents.path))
     except CheckpointingException as error:
-        raise ValueError(f"{path} cannot be loaded: {error}") from error
+        raise ValueError(f"{contents.path} cannot be loaded: {error}") from error
+    except CheckpointException as error:
+        # Every rank gets what each rank raised.
+        for failure, _ in error.failures.values():
+            if isinstance(failure, DamagedError):
+                raise failure from error
+        raise
+
+
+def _check_sums(contents: Contents, sharded: dict[str, Any]) -> None:
+    """Read the weights of a checkpoint without digests to compare their sums; collective."""
+    if contents.sums is None:
+        return
+    local = {piece.key: None for piece in pieces(sharded) if is_weight(piece.key)}
+    names = sorted({name for rank in gather(local) for name in rank})
+    problems: dict[str, Any] = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            contents.check(name)
+        except DamagedError as error:
+            problems[name] = error.args[1]
+    found = {name: what for rank in gather(problems) for name, what in rank.items()}
+    if found:
+        raise DamagedError(contents.path, "; ".join(found.values()))
 
 
 def _load_models(models: Sequence[Module], loaded: dict[str, Any]) -> None:
@@ -192,22 +225,6 @@ def _load_models(models: Sequence[Module], loaded: dict[str, Any]) -> None:
         # Not strict: mcore's modules expect _extra_state entries, which hold nothing.
         result = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
         assert not result.unexpected_keys, result.unexpected_keys
-
-
-def _check_weights(path: Path, models: Sequence[Module], names: set[str]) -> None:
-    """Compare the loaded weights' bits with those saved, unless the number format changed."""
-    file = path / "weights.json"
-    if not file.exists():
-        return
-    saved = json.loads(file.read_text())
-    now = checksums(sharded_weights(models))
-    wrong = [
-        name
-        for name in sorted(names & saved.keys())
-        if now[name]["dtype"] == saved[name]["dtype"] and now[name] != saved[name]
-    ]
-    if wrong:
-        raise ValueError(f"{path}: weights differ from those saved (damaged files?): {wrong}")
 
 
 def _reseed(path: Path, record: dict[str, Any]) -> None:

@@ -1,8 +1,10 @@
 """Checkpoints of tensors and JSON through megatron.core.dist_checkpointing.
 
     <run>/checkpoints/step_00001000/
-        state.json      written last: step, layout, the caller's state (data position, config ...)
-        weights.json    global name -> dtype, shape and checksum of each weight that is saved
+        state.json      written last: step, layout, the caller's state (data position, config ...),
+                        and the SHA-256 of itself and of the other small files
+        digests.json    global name -> digest of each tensor, and of each piece as it is stored
+        weights.json    global name -> dtype, shape and checksum (digest) of each weight
         .metadata, metadata.json, common.pt, *.distcp     torch's distributed format
 
 Weights are stored under their global names, so any layout loads them; `optimizer.state.*` holds
@@ -28,8 +30,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
-from nvmm.checkpoint.files import complete, latest, read_record
-from nvmm.checkpoint.weights import checksums, current_layout, rng_tensor, sharded_weights, without
+from nvmm.checkpoint.digests import place, write_digests
+from nvmm.checkpoint.files import complete, latest
+from nvmm.checkpoint.index import read_metadata
+from nvmm.checkpoint.record import read_record, write_record
+from nvmm.checkpoint.weights import current_layout, digests, rng_tensor, sharded_weights, without
 from nvmm.config.choices import require
 from nvmm.io.files import TEMPORARY, disk_error, is_full, sync
 from nvmm.parallel import generators
@@ -53,6 +58,8 @@ class Checkpoint:
             size only.
         async_save: write in a forked process while training goes on; `finalize` completes it.
         directory: <run>/checkpoints.
+
+    saved: the checkpoint that this object wrote last, None before its first.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class Checkpoint:
         self.sharding_type = optimizer
         self.async_save = async_save
         self.directory = Path(directory)
+        self.saved: Path | None = None
         self._pending: Any = None
         self._writing: tuple[Path, int] | None = None
 
@@ -116,7 +124,6 @@ class Checkpoint:
             "optimizer": {"sharding_type": self.sharding_type, "steps": optimizer.num_steps},
             "state": json.loads(json.dumps(state)),  # a copy: an asynchronous save writes it later
         }
-        files = {"weights.json": checksums(saved_state), "state.json": record}
         sharded = {
             "rng": rng_tensor(generators.capture()),
             "optimizer": optimizer.sharded_state_dict(model_state, False, self.sharding_type),
@@ -128,19 +135,24 @@ class Checkpoint:
         # 3. The writing: by mcore, in a forked process where it is asynchronous. The last step
         # gives the checkpoint its name, once every rank is done.
         self._writing = temporary, _total_bytes(sharded)
+        strategy = self._strategy()
         with self._explained():
             request = dist_checkpointing.save(
-                sharded, str(temporary), self._strategy(), async_sharded_save=True
+                sharded, str(temporary), strategy, async_sharded_save=True
             )
             assert request is not None
+            tensors = strategy.digests
             request.add_finalize_fn(
-                lambda: self._on_first_rank(lambda: self._publish(temporary, final, files))
+                lambda: self._on_first_rank(
+                    lambda: self._publish(temporary, final, record, tensors)
+                )
             )
             if self.async_save:
                 self._pending = self._pending or AsyncCallsQueue(persistent=False)
                 self._pending.schedule_async_request(request)
             else:
                 request.execute_sync()
+        self.saved = final
         return final
 
     def finalize(self, blocking: bool = False) -> None:
@@ -191,7 +203,10 @@ class Checkpoint:
         return latest(self.directory)
 
     def _strategy(self) -> Any:
-        """Return mcore's writer of torch's distributed format, shared out over replicas."""
+        """Return mcore's writer of torch's distributed format, shared out over replicas.
+
+        It has the digests of what it was given to write, `digests`, when a save has begun.
+        """
         from megatron.core import parallel_state
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.dist_checkpointing.strategies.fully_parallel import (
@@ -202,20 +217,35 @@ class Checkpoint:
         if not hasattr(filesystem_async, "_results_queue"):
             raise AttributeError("filesystem_async._results_queue is gone from megatron-core")
         filesystem_async._results_queue = _Results()
-        return FullyParallelSaveStrategyWrapper(
+
+        class Strategy(FullyParallelSaveStrategyWrapper):
+            digests: dict[str, dict[str, Any]]
+
+            def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+                # Here the writers are chosen, and the training loop has not gone on.
+                self.apply_saving_parallelization(sharded_state_dict)
+                self.digests = digests(sharded_state_dict)
+                return self.base_strategy.async_save(sharded_state_dict, checkpoint_dir)
+
+        return Strategy(
             TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
             parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
 
-    def _publish(self, temporary: Path, final: Path, files: dict[str, Any]) -> None:
+    def _publish(
+        self, temporary: Path, final: Path, record: dict[str, Any], tensors: dict[str, Any]
+    ) -> None:
         """Give a written checkpoint its name, then delete the oldest; for rank 0."""
-        record = files["state.json"]
         earlier = [read_record(path) for path in complete(self.directory)[-1:]]
-        record["number"] = earlier[0]["number"] + 1 if earlier else 1
-        record["skipped"] = max(0, _skipped_steps(record) - sum(map(_skipped_steps, earlier)))
+        record |= {
+            "number": earlier[0]["number"] + 1 if earlier else 1,
+            "skipped": max(0, _skipped_steps(record) - sum(map(_skipped_steps, earlier))),
+        }
+        _require_written(temporary, tensors)
         # state.json is the last file: a directory without it is no checkpoint.
-        for name, content in files.items():
-            (temporary / name).write_text(json.dumps(content, indent=1))
+        write_digests(temporary, tensors)
+        write_record(temporary, record)
+        for name in ("digests.json", "weights.json", "state.json"):
             sync(temporary / name)
         if final.exists():
             self._remove(final)
@@ -256,6 +286,18 @@ def _total_bytes(state: dict[str, Any]) -> int:
 def _skipped_steps(record: dict[str, Any]) -> int:
     """Return the steps that a run had skipped when a state.json was written."""
     return int(record["state"].get("counters", {}).get("skipped_steps", 0))
+
+
+def _require_written(folder: Path, tensors: dict[str, Any]) -> None:
+    """Raise RuntimeError when the index has other pieces than those that have digests."""
+    written = {
+        (name, place(chunk.offsets))
+        for name, entry in read_metadata(folder).state_dict_metadata.items()
+        for chunk in entry.chunks
+    }
+    known = {(name, piece) for name, entry in tensors.items() for piece in entry["pieces"]}
+    if written != known:
+        raise RuntimeError(f"{folder} was written in other pieces: {sorted(written ^ known)[:3]}")
 
 
 class _Results:

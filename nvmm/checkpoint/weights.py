@@ -1,4 +1,4 @@
-"""The weights of the whole model as they are stored: pieces, global shapes, checksums."""
+"""The weights of the whole model as they are stored: pieces, global shapes, digests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module
 
+from nvmm.checkpoint.digests import digest, place
 from nvmm.parallel.collectives import gather
 from nvmm.parallel.parameters import sharded_state_dict
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK = 4_194_304  # elements summed at a time
-_ROW = 4096  # of them in one int32
 
 
 def sharded_weights(models: Sequence[Module]) -> dict[str, dict[str, Any]]:
@@ -46,40 +43,28 @@ def global_shapes(weights: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
     return dict(sorted(shapes.items()))
 
 
-def checksum(tensor: torch.Tensor) -> int:
-    """Sum a contiguous tensor's bits as signed integers of its element size (bytes: unsigned)."""
-    bits = tensor.view(_INTEGERS[tensor.element_size()]).flatten()
-    total = 0
-    for block in bits.split(_BLOCK):
-        if block.dtype == torch.int16:
-            # Summing int16 as int64 converts each element on its own; a row's sum fits in int32.
-            end = len(block) // _ROW * _ROW
-            rows = block[:end].view(-1, _ROW).sum(1, dtype=torch.int32)
-            total += int(rows.sum(dtype=torch.int64)) + int(block[end:].sum(dtype=torch.int64))
-        else:
-            total += int(block.sum(dtype=torch.int64))
-    return total
+def digests(sharded: dict[Any, Any]) -> dict[str, dict[str, Any]]:
+    """Digest every tensor of a sharded state, of which each piece is some rank's main replica.
 
-
-def checksums(weights: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Sum each weight's bits as integers, mod 2**64: exactly, so the same at every layout.
-
-    Returns name -> dtype, shape and checksum of the whole model's weights. Collective.
+    Returns name -> dtype, shape, digest, and pieces (offset as text -> digest). Collective.
     """
-    partial: dict[str, dict[str, Any]] = {}
-    for piece in pieces(weights):
-        if any(piece.replica_id) if isinstance(piece.replica_id, tuple) else piece.replica_id:
-            continue
-        entry = partial.setdefault(
-            piece.key, {"dtype": str(piece.dtype)[6:], "shape": _shape(piece), "checksum": 0}
-        )
-        entry["checksum"] += checksum(piece.data.detach().contiguous())
-    total: dict[str, dict[str, Any]] = {}
-    for shard in gather(partial):
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    local: dict[str, dict[str, Any]] = {}
+    for piece in pieces(sharded):
+        if is_main_replica(piece.replica_id):
+            about = {"dtype": str(piece.dtype).removeprefix("torch."), "shape": _shape(piece)}
+            entry = local.setdefault(piece.key, about | {"pieces": {}})
+            offset = piece.global_offset
+            entry["pieces"][place(offset)] = digest(piece.data, offset)
+    whole: dict[str, dict[str, Any]] = {}
+    for shard in gather(local):
         for name, entry in shard.items():
-            known = total.setdefault(name, entry | {"checksum": 0})
-            known["checksum"] = (known["checksum"] + entry["checksum"]) % 2**64
-    return dict(sorted(total.items()))
+            known = whole.setdefault(name, entry | {"digest": 0, "pieces": {}})
+            known["pieces"] |= entry["pieces"]
+    for entry in whole.values():
+        entry["digest"] = sum(entry["pieces"].values()) % 2**64
+    return dict(sorted(whole.items()))
 
 
 def without(weights: dict[str, dict[str, Any]], names: Set[str]) -> dict[str, dict[str, Any]]:

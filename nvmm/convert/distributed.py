@@ -28,10 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 from tqdm import tqdm
 
-from nvmm.checkpoint.weights import checksum
+from nvmm.checkpoint.contents import Contents
+from nvmm.checkpoint.digests import digest, place, write_digests
 from nvmm.convert.sources import Source
 
 _FORMAT = {
@@ -47,11 +47,17 @@ class DistributedSource:
 
     metadata: torch's Metadata of it, screened by the caller: torch would unpickle it.
     names: those to read; None for all.
+    contents: its tensors with their digests; None where it has none.
     """
 
-    def __init__(self, folder: Path, metadata: Metadata, names: list[str] | None = None) -> None:
-        self.folder = folder
-        self.metadata = metadata
+    def __init__(
+        self,
+        folder: Path,
+        metadata: Metadata,
+        names: list[str] | None = None,
+        contents: Contents | None = None,
+    ) -> None:
+        self.contents = contents or Contents(folder, metadata)
         self.entries = {
             name: entry
             for name, entry in metadata.state_dict_metadata.items()
@@ -61,37 +67,20 @@ class DistributedSource:
             name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
             for name, entry in self.entries.items()
         }
-        for name in self.spec:
-            self._check(name)
-
-    def _check(self, name: str) -> None:
-        """Compare the index with the files' sizes before anything is allocated by its claims."""
-        spec, chunks = self.spec[name], self.entries[name].chunks
-        covered = 0
-        for chunk in chunks:
-            info = self._storage_of(name, chunk)
-            path = self.folder / info.relative_path
-            size = path.stat().st_size if path.is_file() else 0
-            numel = chunk.sizes.numel()
-            if info.offset + info.length > size or info.length < numel * spec.itemsize:
-                raise ValueError(f"{path}: {size} bytes do not hold {name} {list(chunk.sizes)}")
-            covered += numel
-        if covered != spec.numel():
-            raise ValueError(f"{self.folder}: the pieces of {name} do not make it up")
-
-    def _storage_of(self, name: str, chunk: ChunkStorageMetadata) -> _StorageInfo:
-        try:
-            return self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder}: {name} is stored nowhere") from error
+        self.contents.check_sizes(self.spec)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield the tensor, put together from the pieces it is stored in."""
+        """Yield the tensor, put together from the pieces it is stored in.
+
+        Raises DamagedError for a piece that is not what was saved, before it is yielded.
+        """
+        if self.contents.sums is not None:
+            self.contents.check(name)
         spec = self.spec[name]
-        chunks = self.entries[name].chunks
+        chunks = self.contents.chunks(name)
         if all(chunk.sizes[1:] == spec.shape[1:] for chunk in chunks):
-            for chunk in sorted(chunks, key=lambda chunk: tuple(chunk.offsets)):
-                yield self._read(name, chunk)
+            for chunk in chunks:
+                yield self.contents.read(name, chunk.offsets)
             return
         out = torch.empty(spec.shape, dtype=spec.dtype)
         for chunk in chunks:
@@ -99,28 +88,8 @@ class DistributedSource:
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
             )
-            out[region] = self._read(name, chunk)
+            out[region] = self.contents.read(name, chunk.offsets)
         yield out
-
-    def _read(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self._storage_of(name, chunk)
-        path = self.folder / info.relative_path
-        try:
-            with path.open("rb") as stream:
-                window: Any = _create_file_view(stream, info.offset, info.length)
-                tensor = torch.load(window, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: {name} cannot be read: {error}") from error
-        spec = self.spec[name]
-        # A layer of a stacked tensor is stored with a leading axis of 1.
-        shapes = (chunk.sizes, torch.Size([1, *chunk.sizes]))
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.shape not in shapes
-            or tensor.dtype != spec.dtype
-        ):
-            raise ValueError(f"{path}: {name} is not the tensor that the index describes")
-        return tensor.detach().view(chunk.sizes)
 
 
 def write_distributed(
@@ -128,8 +97,7 @@ def write_distributed(
 ) -> dict[str, dict[str, Any]]:
     """Write a source's tensors into an existing folder, one file a worker.
 
-    Returns name -> dtype, shape and checksum (sum of the bits as integers, mod 2**64), as a
-    training run's weights.json has them.
+    Returns name -> dtype, shape, digest and pieces (place -> digest) of each tensor.
     """
     # 1. Each worker gets about as many bytes: the largest tensors are dealt first.
     shares: list[list[str]] = [[] for _ in range(workers)]
@@ -155,22 +123,22 @@ def write_distributed(
         storage_data={key: info for writer in writers for key, info in writer.storage.items()},
         storage_meta=StorageMeta(),
     )
-    checksums = {name: c for writer in writers for name, c in writer.checksums.items()}
+    tensors = {name: entry for writer in writers for name, entry in writer.tensors.items()}
     common = io.BytesIO()
     torch.save({}, common)
     for name, content in (
         ("common.pt", common.getvalue()),
         ("metadata.json", json.dumps(_FORMAT).encode()),
-        ("weights.json", json.dumps(dict(sorted(checksums.items())), indent=1).encode()),
         (".metadata", pickle.dumps(metadata)),
     ):
         (folder / name).write_bytes(content)
-    return checksums
+    write_digests(folder, tensors)
+    return tensors
 
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """Turn off torch.save's CRC-32, which takes longer than writing; weights.json has checksums."""
+    """Turn off torch.save's CRC-32, which takes longer than writing; digests.json has digests."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -189,7 +157,7 @@ class _Writer:
         self.stop = threading.Event()
         self.entries: dict[str, TensorStorageMetadata] = {}
         self.storage: dict[MetadataIndex, _StorageInfo] = {}
-        self.checksums: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, dict[str, Any]] = {}
 
     def run(self, names: list[str]) -> None:
         """Write the tensors one after the other, in the blocks they come in."""
@@ -201,7 +169,8 @@ class _Writer:
 
     def _write(self, stream: io.BufferedWriter, name: str) -> None:
         spec = self.source.spec[name]
-        chunks, row, total = [], 0, 0
+        chunks, row = [], 0
+        pieces: dict[str, int] = {}
         for block in self.source.blocks(name):
             # torch.save writes a tensor's whole storage: a view of a larger one is copied.
             if not block.is_contiguous() or block.untyped_storage().nbytes() != block.nbytes:
@@ -212,7 +181,7 @@ class _Writer:
             info = _StorageInfo(self.path.name, begin, stream.tell() - begin)
             self.storage[MetadataIndex(name, offsets)] = info
             chunks.append(ChunkStorageMetadata(offsets, block.shape))
-            total += checksum(block)
+            pieces[place(offsets)] = digest(block, offsets)
             row += block.shape[0] if block.dim() else 1
             if self.bar is not None:
                 self.bar.update(block.nbytes)
@@ -221,8 +190,9 @@ class _Writer:
         self.entries[name] = TensorStorageMetadata(
             TensorProperties(dtype=spec.dtype), spec.shape, chunks
         )
-        self.checksums[name] = {
+        self.tensors[name] = {
             "dtype": str(spec.dtype).removeprefix("torch."),
             "shape": list(spec.shape),
-            "checksum": total % 2**64,
+            "digest": sum(pieces.values()) % 2**64,
+            "pieces": pieces,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import torch
 
-from nvmm.checkpoint.files import find, read_record, read_state
+from nvmm.checkpoint.contents import Contents
+from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.index import read_metadata, weight_names
+from nvmm.checkpoint.record import read_record, write_record
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
 from nvmm.convert.formats import megatron
@@ -111,13 +112,18 @@ class SavedModel:
 
 
 def open_checkpoint(name: Path) -> SavedModel:
-    """Read a checkpoint's screened index; no tensor is loaded. Optimizer state is left out."""
+    """Read and check a checkpoint's small files; no tensor is loaded, and those of the optimizer
+    are left out. Tensors are compared with their digests as they are read.
+
+    Raises ValueError when the checkpoint is damaged or incomplete.
+    """
     path = find(name) if is_local(name) else name
     if not (path / "state.json").is_file():
         raise ValueError(f"{name} is no complete checkpoint: it has no state.json")
-    metadata = read_metadata(path)
-    state = read_state(path)
-    return SavedModel(path, state, DistributedSource(path, metadata, weight_names(metadata)))
+    contents = Contents.open(path)
+    metadata = contents.metadata
+    source = DistributedSource(path, metadata, weight_names(metadata), contents)
+    return SavedModel(path, read_state(path), source)
 
 
 def write_weights(folder: Path, source: Source, label: str, workers: int) -> None:
@@ -132,4 +138,4 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     layout = dict.fromkeys(("world_size", "tensor", "pipeline", "virtual_pipeline", "context"), 1)
     # No optimizer: this is what Checkpoint.load refuses to resume from.
     record = {"step": 0, "layout": layout, "optimizer": None, "state": state, "number": 1}
-    (folder / "state.json").write_text(json.dumps(record, indent=1))
+    write_record(folder, record)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvmm.checkpoint.record import DamagedError
 from nvmm.convert.formats import megatron
 from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
@@ -62,6 +63,31 @@ def compare_logits(a: Tensor, b: Tensor) -> dict[str, float]:
         "kl": float((p.exp() * (p - q)).sum(-1).mean()),
         "top1_agreement": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
     }
+
+
+def verified(path: Path) -> tuple[bool, str]:
+    """Read every tensor of a checkpoint of ours; say whether it is whole, and what is damaged.
+
+    Raises ValueError for a folder that is no checkpoint of ours.
+    """
+    try:
+        side = open_side(path)
+    except DamagedError as error:
+        return False, str(error)
+    if isinstance(side, HubFolder):
+        raise ValueError(f"{path}: only a checkpoint of ours has digests to verify")
+    contents = side.source.contents
+    found = []
+    for name in contents.metadata.state_dict_metadata:
+        try:
+            contents.check(name)
+        except DamagedError as error:
+            found.append(str(error))
+    if found:
+        return False, "\n".join(found)
+    if contents.digests is None:
+        return True, f"{side.path}: the weights are as they were saved; the rest has no digests yet"
+    return True, f"{side.path}: every bit is as it was saved"
 
 
 def inspect(side: HubFolder | SavedModel) -> dict[str, Any]:

@@ -161,18 +161,20 @@ def restore(
         build: parameters of the saved sample builder to exchange.
         trust_config: run constructors of the checkpoint's config outside nvmm, mcore and torch.
 
-    Raises ValueError when the checkpoint is missing or incomplete, its config is not trusted, the
-    layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
+    Raises ValueError when the checkpoint is missing, incomplete or damaged, its config is not
+    trusted, the layout does not fit the model, or the tokenizer on disk is not the checkpoint's.
     """
     from nvmm.parallel.setup import device_type, prepare_backend
 
     prepare_backend()
     from nvmm.checkpoint.files import find, read_state
     from nvmm.checkpoint.load import load_scales, load_weights
+    from nvmm.checkpoint.record import check_files, read_record
     from nvmm.modules.fp8_scales import Scaling
 
     # 1. Take the saved config with this command's changes, if it is trusted.
     path = find(checkpoint)
+    check_files(path, read_record(path))
     state = read_state(path)
     saved = state["config"]
     train = (saved.get("data") or {}).get("train") or {}

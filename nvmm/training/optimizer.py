@@ -275,6 +275,8 @@ class Optimizer:
         state = self.mcore.sharded_state_dict(
             model_state, is_loading, metadata={"distrib_optim_sharding_type": sharding_type}
         )["param_state"]
+        if sharding_type == "dp_reshardable":
+            _zero_gaps(state)
         for key, value in state.items():
             if isinstance(value, ShardedObject):
                 state[key] = LocalNonpersistentObject(value.data)
@@ -294,3 +296,21 @@ class Optimizer:
     def num_steps(self) -> int:
         """Updates made so far, for AdamW's bias correction. Skipped steps do not count."""
         return int(self.mcore.param_groups[0]["step"])
+
+
+def _zero_gaps(state: dict[Any, Any]) -> None:
+    """Put zeros into the gaps between the parameters of buckets, which mcore leaves as they are.
+
+    state: mcore's dp_reshardable one, {buffer: {dtype: [[parameter or gap of a bucket]]}}.
+    """
+    buckets = [
+        bucket
+        for buffer in state.values()
+        if isinstance(buffer, dict)
+        for buckets in buffer.values()
+        for bucket in buckets
+    ]
+    for entry in (entry for bucket in buckets for entry in bucket if entry["padding"].unwrap()):
+        for piece in entry.values():
+            if isinstance(getattr(piece, "data", None), torch.Tensor):
+                piece.data.zero_()

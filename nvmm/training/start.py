@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,15 @@ from typing import Any
 from torch.nn import Module
 
 from nvmm.checkpoint.base import BaseCheckpoint
-from nvmm.checkpoint.files import find, latest, read_state, require_resumable
+from nvmm.checkpoint.files import (
+    any_checkpoint,
+    find,
+    latest,
+    read_state,
+    require_resumable,
+)
 from nvmm.checkpoint.load import load, load_scales, load_weights
+from nvmm.checkpoint.record import DamagedError
 from nvmm.config.changes import Change, compare
 from nvmm.modules.fp8_scales import Scaling
 from nvmm.training.accounting import Digested
@@ -64,8 +71,10 @@ def start(
         reference: takes the weights that the run started from, also those of a resumed run.
         command: the command that resumes this run, for the log.
 
-    Raises ValueError when the checkpoint is of another model or config, or `resume=never` and the
-    run has one.
+    With resume=auto a damaged checkpoint is left aside, by name, for the one before it.
+
+    Raises ValueError when the checkpoint is of another model or config or is damaged, or
+    `resume=never` and the run has one.
     """
     path = checkpoint_to_resume(run_dir, resume)
     # 1. A new run: the seed's weights are there already, `init_from` replaces them.
@@ -81,24 +90,29 @@ def start(
             say(f"weights from {path}; not in it: {missing or 'none'}")
         say(f"starting {run_dir} from step 0; resume it with: {command}")
         return Start(base=base)
-    # 2. A resumed run: its config is compared before anything is loaded.
-    state, refused, notable = compared(path, config)
-    if not tokenizer.is_of(state["tokenizer_digest"]):
-        refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer.digest))
-    if reference is not None:
-        # A parameter that was trained and is frozen now has no copy of the value it started from.
-        refused += [change for change in notable if change.key == "optim.freeze"]
-    if refused:
-        listing = "\n  ".join(map(str, refused))
-        raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
-    # 3. The base's weights come before the run's own, and so do those of the reference.
+    # 2. A resumed run: damage to the data shows while they are read.
     moved = Path(init_from).expanduser() if init_from is not None else None
-    base = BaseCheckpoint.saved(state)
-    base = base.located(moved) if base is not None else None
-    if reference is not None:
-        reference.take_again(path, state, moved)
-    load(path, chunks, optimizer, moved)
-    fresh = load_scales(path, scaling)
+    damaged: set[Path] = set()
+    while True:
+        state, notable = _resumable(path, config, tokenizer, reference)
+        try:
+            # The base's weights come before the run's own, and so do those of the reference, which
+            # is the same for all checkpoints of a run.
+            base = BaseCheckpoint.saved(state)
+            base = base.located(moved) if base is not None else None
+            if reference is not None and not damaged:
+                reference.take_again(path, state, moved)
+            load(path, chunks, optimizer, moved)
+            fresh = load_scales(path, scaling)
+            break
+        except DamagedError as error:
+            if resume != "auto" or error.path != path:
+                raise
+            damaged.add(path)
+            path = checkpoint_to_resume(run_dir, resume, damaged)
+            assert path is not None
+            say(f"{error}; going on from {path} instead")
+    # 3. What is not as it was is said.
     if fresh:
         say(f"{path.name} lacks {len(fresh)} FP8 scales, which start anew: {fresh[:3]} ...")
     for change in notable:
@@ -108,6 +122,25 @@ def start(
         say(f"changed since {path.name}: {rates}")
     say(f"resuming {path} at step {state['step']}; again with: {command}")
     return Start(int(state["step"]), state["position"], state["counters"], base)
+
+
+def _resumable(
+    path: Path, config: dict[str, Any], tokenizer: Digested, reference: Reference | None
+) -> tuple[dict[str, Any], list[Change]]:
+    """Return the state of a checkpoint and the changes of config to print, before it is loaded.
+
+    Raises ValueError when it is of another model, or cannot be resumed.
+    """
+    state, refused, notable = compared(path, config)
+    if not tokenizer.is_of(state["tokenizer_digest"]):
+        refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer.digest))
+    if reference is not None:
+        # A parameter that was trained and is frozen now has no copy of the value it started from.
+        refused += [change for change in notable if change.key == "optim.freeze"]
+    if refused:
+        listing = "\n  ".join(map(str, refused))
+        raise ValueError(f"cannot resume {path}: these keys make another model:\n  {listing}")
+    return state, notable
 
 
 def compared(
@@ -167,14 +200,28 @@ def changed_rates(saved: dict[str, Any], config: dict[str, Any], step: int) -> s
     )
 
 
-def checkpoint_to_resume(run_dir: Path, resume: str) -> Path | None:
-    """Return the checkpoint that `resume` asks for, None for a new run; collective."""
-    newest = latest(run_dir / "checkpoints")
-    if resume == "never":
-        if newest is not None:
-            raise ValueError(
-                f"resume=never, but {run_dir} already has {newest.name}; use resume=auto"
-                " or another run.dir"
-            )
-        return None
-    return newest if resume == "auto" else find(resume)
+def checkpoint_to_resume(
+    run_dir: Path, resume: str, damaged: Set[Path] = frozenset()
+) -> Path | None:
+    """Return the checkpoint that `resume` asks for, None for a new run; collective.
+
+    damaged: checkpoints that are known to be so.
+
+    Raises ValueError where the run has checkpoints and none of them is whole.
+    """
+    if resume not in ("auto", "never"):
+        return find(resume)
+    folder = run_dir / "checkpoints"
+    newest = latest(folder, damaged)
+    there = any_checkpoint(folder) if newest is None else None
+    if there is not None:
+        raise ValueError(
+            f"no checkpoint in {folder} is whole (the log says what is wrong with each); to start"
+            f" from step 0, move {there.name} and the others away or use another run.dir"
+        )
+    if resume == "never" and newest is not None:
+        raise ValueError(
+            f"resume=never, but {run_dir} already has {newest.name}; use resume=auto"
+            " or another run.dir"
+        )
+    return newest

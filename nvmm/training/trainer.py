@@ -194,7 +194,7 @@ class Trainer:
                 # This comes last: it is collective, and ranks do different things above.
                 if self._must_stop():
                     break
-        self._finish(step)
+        self._finish(first, step)
         return self._summary(first, step)
 
     def train_step(self, step: int, batches: list[Batch], *, check: bool = False) -> StepResult:
@@ -491,9 +491,10 @@ class Trainer:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, first: int, step: int) -> None:
         self.checkpoint.finalize(blocking=True)
-        latest = self.checkpoint.latest()
+        # A folder of this step that an earlier start left need not be this run's, nor whole.
+        latest = self.checkpoint.saved if step > first else self.checkpoint.latest()
         if step > 0 and (latest is None or latest.name != f"step_{step:08d}"):
             self.save(step)
             self.checkpoint.finalize(blocking=True)

@@ -1,5 +1,4 @@
 import errno
-import json
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ from nvmm.checkpoint.files import read_state
 from nvmm.checkpoint.index import read_metadata
 from nvmm.checkpoint.load import load, load_weights
 from nvmm.checkpoint.save import Checkpoint
+from nvmm.convert.verify import verified
 from tests.ranks import run_ranks
 from tests.runs import Run
 
@@ -205,6 +205,8 @@ def test_keep_last_and_latest(tmp_path, async_save):
     assert sorted(os.listdir(tmp_path)) == ["step_00000002", "step_00000003"]
     assert read_state(tmp_path / "step_00000002") == {"step": 2, "again": True}
     assert read_state(tmp_path / "step_00000003") == {"counters": {"steps": 3}}
+    # The bits are those of the moment of the save, though training went on.
+    assert [verified(path)[0] for path in sorted(tmp_path.iterdir())] == [True, True]
 
 
 def interrupted(rank, world_size, init_method, directory):
@@ -341,14 +343,6 @@ def test_thawed_parameters_are_refused(tmp_path):
     run_ranks(only_one_end, 1, {}, tmp_path, 0, 1)
     with pytest.raises(RuntimeError, match=r"optim.freeze another.*exp_avg.decoder"):
         run_ranks(load_into, 1, tmp_path / "step_00000001", {}, {})
-
-
-def test_damaged_weights_are_refused(copy):
-    record = json.loads((copy / "weights.json").read_text())
-    record["output_layer.weight"]["checksum"] += 1
-    (copy / "weights.json").write_text(json.dumps(record))
-    with pytest.raises(RuntimeError, match=r"damaged files\?.*output_layer.weight"):
-        run_ranks(load_into, 1, copy, {}, {})
 
 
 class Payload:

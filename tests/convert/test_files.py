@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import fsspec
 import pytest
@@ -14,6 +15,7 @@ from nvmm.convert.files import at, publish
 from nvmm.convert.models import open_checkpoint
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from tests.convert import families
+from tests.damage import changed, data_byte
 from tools.convert import main
 
 
@@ -26,7 +28,9 @@ def store() -> Iterator[fsspec.AbstractFileSystem]:
 
 
 @pytest.mark.usefixtures("world")
-def test_from_url_to_url_and_back(store: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+def test_from_url_to_url_and_back(
+    store: fsspec.AbstractFileSystem, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     families.language("qwen2", tmp_path / "theirs")
     special = ["<|endoftext|>", "<|im_end|>"]
     train_byte_level_bpe(
@@ -40,7 +44,20 @@ def test_from_url_to_url_and_back(store: fsspec.AbstractFileSystem, tmp_path: Pa
     store.put(str(tmp_path / "theirs"), "/nvmm/theirs", recursive=True)
     ours, back = "memory://nvmm/ours", "memory://nvmm/back"
     assert main(["import", "--from", "memory://nvmm/theirs", "--to", ours]) == 0
-    assert store.exists("/nvmm/ours/tokenizer/tokenizer.json")
+    # Every file is known, also behind a URL and in the tokenizer's folder.
+    capsys.readouterr()
+    assert main(["inspect", ours, "--verify"]) == 0
+    assert capsys.readouterr().out.endswith("nvmm/ours: every bit is as it was saved\n")
+    small = [path for path in store.find("/nvmm/ours") if not path.endswith(".distcp")]
+    assert {"/nvmm/ours/.metadata", "/nvmm/ours/tokenizer/tokenizer.json"} < set(small)
+    for path in small:
+        content = store.cat_file(path)
+        store.pipe_file(path, content[:-1] + bytes([content[-1] ^ 4]))
+        assert main(["inspect", ours, "--verify"]) == 1
+        assert path.removeprefix("/nvmm/ours/") in capsys.readouterr().out
+        assert main(["export", "--from", ours, "--to", back, "--format", "qwen2"]) == 2
+        assert path.removeprefix("/nvmm/ours/") in capsys.readouterr().err
+        store.pipe_file(path, content)
     assert main(["export", "--from", ours, "--to", back, "--format", "qwen2"]) == 0
     found = load(store.cat_file("/nvmm/back/model.safetensors"))
     original = load_file(tmp_path / "theirs" / "model.safetensors")
@@ -50,6 +67,10 @@ def test_from_url_to_url_and_back(store: fsspec.AbstractFileSystem, tmp_path: Pa
     # A copy on this machine is the checkpoint that a local import writes.
     assert main(["reshard", "--from", ours, "--to", f"file://{tmp_path}/local"]) == 0
     local = str(tmp_path / "local")
+    with changed(*data_byte(tmp_path / "local", "embedding.word_embeddings.weight", Random(1))):
+        capsys.readouterr()
+        assert main(["inspect", local, "--verify"]) == 1
+        assert "the bits of embedding.word_embeddings.weight at" in capsys.readouterr().out
     assert main(["verify", "--a", str(tmp_path / "theirs"), "--b", local]) == 0
     assert main(["verify", "--a", ours, "--b", local, "--no-logits"]) == 0
     assert main(["import", "--from", "memory://nvmm/theirs", "--to", ours]) == 2

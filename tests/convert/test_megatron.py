@@ -127,6 +127,39 @@ def test_legacy_ranks_are_put_together(
     assert not report["only_in_a"] + report["only_in_b"]
 
 
+@pytest.mark.parametrize(("pipeline", "virtual", "per_chunk"), [(2, 2, 1), (2, 3, 2), (3, 11, 1)])
+def test_virtual_stages_are_put_in_order(
+    tmp_path: Path, pipeline: int, virtual: int, per_chunk: int
+) -> None:
+    """Megatron-LM deals chunks of layers over the stages in turn: 0, 2, 4 are the first's of two.
+
+    A stage's file has its chunks as model0, model1 ..., with layers that count from 0.
+    """
+    norm = "self_attention.linear_qkv.layer_norm_weight"
+    count = pipeline * virtual * per_chunk
+    for stage in range(pipeline):
+        content: dict[str, Any] = {"args": args(num_layers=count)}
+        # In what order the file has them does not matter.
+        for chunk in reversed(range(virtual)):
+            first = (chunk * pipeline + stage) * per_chunk
+            content[f"model{chunk}"] = {
+                f"decoder.layers.{i}.{norm}": torch.full((3,), first + i) for i in range(per_chunk)
+            }
+        content["model0"] |= (
+            {"embedding.word_embeddings.weight": torch.ones(2)} if not stage else {}
+        )
+        if stage == pipeline - 1:
+            content[f"model{virtual - 1}"]["decoder.final_layernorm.weight"] = torch.ones(3)
+        path = tmp_path / "iter_0000007" / f"mp_rank_00_{stage:03d}" / "model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        torch.save(content, path)
+    source = megatron.LegacySource(tmp_path / "iter_0000007")
+    found = {name: next(source.blocks(name)) for name in source.spec}
+    assert len(found) == count + 2
+    for layer in range(count):
+        assert found[f"decoder.layers.{layer}.{norm}"].tolist() == [layer] * 3
+
+
 @pytest.mark.usefixtures("world")
 def test_an_imported_legacy_model_answers_like_the_original(
     ours: tuple[Path, dict[str, Tensor]], tmp_path: Path

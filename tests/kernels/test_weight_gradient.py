@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvmm.kernels.weight_gradient import NAME, accumulate
+from nvmm.kernels.weight_gradient import NAME, accumulate, placeholder
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,17 @@ def test_adds_the_gradient(dtype: torch.dtype, into: torch.dtype) -> None:
     exact = 1 + torch.einsum("abi,abj->ij", dy.double(), x.double())
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(main_grad.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_a_tied_weight_s_placeholder_holds_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedding's gradient is added to it: fresh memory must not be."""
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, float("nan")))
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    assert placeholder(weight) is None
+    weight.grad_added_to_main_grad = False
+    assert placeholder(weight).isnan().all() and weight.grad_added_to_main_grad
+    weight.zero_out_wgrad = True
+    assert torch.equal(placeholder(weight), torch.zeros(2, 3))
 
 
 _BEFORE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch
 from nvmm.checkpoint.files import find, read_state
+from nvmm.checkpoint.record import read_record, write_record
 from nvmm.objectives.next_token import NextToken
 from nvmm.objectives.objective import Objective, Run
 from nvmm.parallel import schedule
@@ -25,6 +27,7 @@ from nvmm.proof.equivalence import ONE_RANK, Layout, Result, build_trainer, comp
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
 from nvmm.training.reference import Reference
 from tests import tiny
+from tests.damage import data_byte, flip
 from tests.ranks import run_ranks
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -357,6 +360,21 @@ def test_five_and_five_steps_are_bit_equal_to_ten(
         assert all(map(torch.equal, second[rank][:2], first[rank][:2]))
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_does_not_change_the_reference(tmp_path: Path) -> None:
+    """The seed's weights are taken before a checkpoint that proves damaged has loaded some."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_ranks(_fit, 1, whole, STEPS, {})
+    for until in (4, 6):
+        run_ranks(_fit, 1, parts, until, {})
+    # Its last tensor: what lies before has been loaded by then.
+    name = "optimizer.state.param.output_layer.weight"
+    flip(*data_byte(find(parts), name, random.Random(1)))
+    run_ranks(_fit, 1, parts, STEPS, {})
+    assert find(parts).name == f"step_{STEPS:08d}"
+    assert _losses(parts)[4:] == _losses(whole)[4:]
+
+
 def test_the_reference_of_a_lora_run_is_its_base(tmp_path: Path, base: Path) -> None:
     lora = tiny.lora(["*linear*"], dropout=0.1, train=["output*"])
     outputs = run_ranks(_fit, 1, tmp_path / "lora", 5, {}, base, lora)[0]
@@ -379,10 +397,10 @@ def test_another_or_unknown_reference_is_refused(tmp_path: Path, base: Path) -> 
         RuntimeError, match=r"the reference that this run started from, weights of digest .* not at"
     ):
         run_ranks(_fit, 1, run_dir, 2, {}, own)
-    file = find(run_dir) / "state.json"
-    record = json.loads(file.read_text())
+    path = find(run_dir)
+    record = read_record(path)
     del record["state"]["reference"]
-    file.write_text(json.dumps(record))
+    write_record(path, record)
     with pytest.raises(RuntimeError, match="does not say which weights its run started from"):
         run_ranks(_fit, 1, run_dir, 2, {}, base)
 
