@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.nn import Module
 
 from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.files import find, latest, read_state, require_resumable
 from nvmm.checkpoint.load import load, load_scales, load_weights
-from nvmm.config.changes import Change, compare
+from nvmm.config.changes import Change, compare, loss_changes
 from nvmm.modules.fp8_scales import Scaling
+from nvmm.objectives.objective import Objective
 from nvmm.training.optimizer import Optimizer
 from nvmm.training.reference import Reference
 
@@ -46,6 +48,7 @@ def start(
     tokenizer_digest: str,
     resume: str,
     init_from: str | None,
+    objective: Objective,
     adapts: bool,
     reference: Reference | None,
     command: str,
@@ -57,6 +60,7 @@ def start(
         config: the run's; a resume compares it with the checkpoint's.
         resume: "auto", "never", or the checkpoint or run directory to go on from.
         init_from: the checkpoint whose weights a new run starts from.
+        objective: the run's; it knows when another layout changes its loss.
         adapts: the run trains adapters on the weights that `init_from` gives.
         reference: takes the weights that the run started from, also those of a resumed run.
         command: the command that resumes this run, for the log.
@@ -82,6 +86,11 @@ def start(
     require_resumable(path)
     state = read_state(path)
     refused, notable = compare(state["config"], config)
+    notable += loss_changes(
+        (state["config"], state["world_size"]),
+        (config, dist.get_world_size()),
+        objective.samples_in_loss,
+    )
     if state["tokenizer_digest"] != tokenizer_digest:
         refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer_digest))
     if reference is not None:

@@ -381,6 +381,7 @@ class Trainer:
             tokenizer_digest=self.data.tokenizer.digest,
             resume=self.resume,
             init_from=self.init_from,
+            objective=self.objective,
             adapts=self.lora is not None,
             reference=self.reference,
             command=self._command(),
