@@ -67,7 +67,7 @@ class EncoderLayer(TransformerLayer):
             self.mlp_bda = functools.partial(self._scaled_add, "ls2")
 
     def _scaled_add(self, name: str, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Return mcore's bias-dropout-add without dropout, the branch scaled first, bias included."""
+        """Return mcore's bias-dropout-add, the branch and its bias scaled first."""
         scale = getattr(self, name)
 
         def add(branch: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
