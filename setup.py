@@ -45,6 +45,7 @@ setup(
         "audio": ["soundfile"],
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf
         "bench": ["megatron-energon", "scikit-image"],
+        "mutants": ["cosmic-ray"],  # tools/mutants.py
         "dev": ["codespell", "mypy", "pytest", "ruff"],
         "test": [
             "aiohttp",

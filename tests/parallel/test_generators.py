@@ -133,11 +133,11 @@ TP2 = {"tensor_model_parallel_size": 2}
     ("sizes", "different"),
     [
         (TP2, SPLIT | TILES),
-        (TP2 | {"encoder": "sharded"}, SPLIT),
+        pytest.param(TP2 | {"encoder": "sharded"}, SPLIT, marks=pytest.mark.slow),
         # The connector's linears see all tokens of a tile on each rank.
         (TP2 | {"sequence_parallel": True}, ALL - {"adapter of a column"} | SP | TILES),
         ({"context_parallel_size": 2}, ALL),
-        ({}, ALL),
+        pytest.param({}, ALL, marks=pytest.mark.slow),
     ],
     ids=["tp2", "tp2_sharded", "tp2_sp", "cp2", "dp2"],
 )

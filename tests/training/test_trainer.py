@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ import torch
 from nvmm.batch import Batch
 from nvmm.objectives.contrastive import Contrastive
 from nvmm.objectives.objective import Objective
+from nvmm.parallel import generators
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
@@ -228,7 +231,7 @@ def _stand_still(trainer: Any, rank: int) -> None:
         group["lr"] = 0.0
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_init_from_gives_the_masters_too(tmp_path: Path, dtype: str) -> None:
     """A step writes the masters into the weights: those of the random start would undo the load."""
     run_ranks(_fit, 1, tmp_path / "first", 2, {}, {"precision": {"dtype": dtype}})
@@ -244,20 +247,49 @@ def test_a_resume_says_that_another_layout_changes_the_loss(tmp_path: Path) -> N
     """Where the objective compares samples with each other and not all of the batch's."""
     options = {"hook": _compare_a_ranks_samples}
     run_ranks(_fit, 1, tmp_path, 1, {}, options)
-    again = run_ranks(_fit, 1, tmp_path, 2, {}, options)[0]["messages"]
-    assert not any("changed since" in message for message in again)
     message = (
         "samples in one loss (objective, trainer.micro_batch_size, data-parallel ranks): 8 -> 4"
     )
-    messages = run_ranks(_fit, 2, tmp_path, 3, {}, options)[0]["messages"]
-    assert f"changed since step_00000002: {message}" in messages
-    messages = run_ranks(_fit, 2, tmp_path, 4, TP2, options)[0]["messages"]
-    assert f"changed since step_00000003: {message.replace('8 -> 4', '4 -> 8')}" in messages
+    messages = run_ranks(_fit, 2, tmp_path, 2, {}, options)[0]["messages"]
+    assert f"changed since step_00000001: {message}" in messages
+    messages = run_ranks(_fit, 2, tmp_path, 3, TP2, options)[0]["messages"]
+    assert f"changed since step_00000002: {message.replace('8 -> 4', '4 -> 8')}" in messages
 
 
 def _compare_a_ranks_samples(trainer: Any, rank: int) -> None:
     trainer.objective.samples_in_loss = Contrastive(cross_rank_negatives=False).samples_in_loss
     trainer.config["trainer"] = {"global_batch_size": 8, "micro_batch_size": 2}
+
+
+@pytest.mark.slow
+def test_generators_after_a_resume_at_another_layout(tmp_path: Path) -> None:
+    """They are new ones, the same at every such resume; ranks differ as in a new run."""
+    run_ranks(_fit, 1, tmp_path / "run", 1, {})
+    states = {}
+    for name, layout in (("dp2", {}), ("again", {}), ("tp2", TP2)):
+        options = {"hook": functools.partial(_note_generators, tmp_path / name)}
+        run_ranks(_fit, 2, tmp_path / "run", 1, layout, options)
+        states[name] = [json.loads((tmp_path / f"{name}{rank}").read_text()) for rank in range(2)]
+    fresh = {"hook": functools.partial(_note_generators, tmp_path / "fresh")}
+    run_ranks(_fit, 2, tmp_path / "fresh_run", 0, {}, fresh)
+    states["fresh"] = [json.loads((tmp_path / f"fresh{rank}").read_text()) for rank in range(2)]
+    assert states["dp2"] == states["again"]
+    for name in ("device", "tracker"):
+        kept = [states[kind][rank][name] for kind in ("dp2", "fresh") for rank in range(2)]
+        assert all(a != b for a, b in itertools.combinations(kept, 2)), name
+    first, second = states["tp2"]
+    assert first["device"] == second["device"] and first["tracker"] != second["tracker"]
+
+
+def _note_generators(path: Path, trainer: Any, rank: int) -> None:
+    start = trainer._start
+
+    def noting() -> int:
+        step: int = start()
+        Path(f"{path}{rank}").write_bytes(generators.capture().numpy().tobytes())
+        return step
+
+    trainer._start = noting
 
 
 def _detach(trainer: Any, rank: int) -> None:
@@ -336,13 +368,10 @@ def test_the_loader_is_asked_for_rows_that_fit_layout_and_precision(tmp_path: Pa
     fp8_precision = {"precision": {"dtype": "bf16", "fp8": fp8}}
     sp = TP2 | {"sequence_parallel": True}
     for layout, options, rows, segments in (
-        ({}, {}, 1, 1),
-        (sp, {}, 2, 1),
         (sp, fp8_precision, 64, 1),
         (CP2, {}, 4, 4),
     ):
-        world_size = 2 if layout else 1
-        asked = run_ranks(_asked, world_size, tmp_path, layout, options)[0]
+        asked = run_ranks(_asked, 2, tmp_path, layout, options)[0]
         assert asked == {"pad_multiple": rows, "segment_multiple": segments}
 
 

@@ -80,7 +80,13 @@ def expected(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, {}), (2, {}), (2, OVERLAP), (2, TP2), (2, PP2)],
+    [
+        (1, {}),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        (2, OVERLAP),
+        pytest.param(2, TP2, marks=pytest.mark.slow),
+        pytest.param(2, PP2, marks=pytest.mark.slow),
+    ],
     ids=["one", "dp2", "overlap", "tp2", "pp2"],
 )
 def test_one_loss_at_any_batch_size_and_layout(
