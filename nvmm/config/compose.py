@@ -108,6 +108,8 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         version_base="1.3", config_path=str(check.config_dir()), config_name=entry
     )(collect)
     arguments = [text for text in typed if text != NO_LORA]
+    if arguments != typed and {"--cfg", "-c"} & set(typed):
+        print(f"nvmm.{entry}: Hydra shows adapters that {NO_LORA} leaves out", file=sys.stderr)
     try:
         try:
             sys.argv = arguments

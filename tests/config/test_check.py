@@ -298,6 +298,8 @@ def test_lora_null_takes_an_experiments_adapters_away(tmp_path: Path) -> None:
     )
     assert done.stdout == "True None False\n", done.stderr
     assert composed("train", ["experiment=nv_embed/stage1", "lora=null"]).lora is None
+    shown = train("experiment=nv_embed/stage1", "lora=null", "--cfg", "job", cwd=tmp_path)
+    assert "Hydra shows adapters that lora=null leaves out" in shown.stderr
     with pytest.raises(ValueError, match="lora=default contradicts lora=null"):
         composed("train", ["experiment=language/tiny", "lora=default", "lora=null"])
 
