@@ -7,7 +7,7 @@ KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kernels quickstart check test test-slow golden compare-nvlm compare-fp8 ablate-tiles \
+.PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
 	ablate-pooling bench bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data \
 	bench-embed clean
 
@@ -52,6 +52,12 @@ SHARD ?= 1/1
 test-slow: venv kernels ## the slow tests (installs the embed extra; SHARD=1/4: a quarter of them)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
 	$(PYTEST) -m "slow and not gpu" --shard $(SHARD)
+
+mutants_options = $(if $(MODULE),--module $(MODULE)) $(if $(SAMPLE),--sample $(SAMPLE))
+
+test-mutants: venv kernels ## plant one-line faults, count the caught (hours; SHARD=1/8 SAMPLE=10 MODULE=training/optim)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[mutants]'
+	$(BIN)/python tools/mutants.py --shard $(SHARD) $(mutants_options)
 
 golden: venv kernels ## write the golden losses and names anew (look at the diff)
 	$(BIN)/python -m pytest -m "not gpu" -k golden --golden

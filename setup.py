@@ -46,6 +46,7 @@ setup(
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf
         "jobs": ["faiss-cpu", "pyarrow"],
         "bench": ["megatron-energon", "scikit-image"],
+        "mutants": ["cosmic-ray"],  # tools/mutants.py
         "dev": ["codespell", "mypy", "pytest", "ruff"],
         "test": [
             "aiohttp",

@@ -6,7 +6,9 @@
 Takes the overrides of `python -m nvmm.train`. The config is shrunk, data, tokenizer and paths
 become synthetic, more than 4 ranks become 2 of each kind of parallelism; then the layout trains
 5 steps on gloo ranks of this machine beside one rank (nvmm/proof/equivalence.py defines equal).
-Exit status: 0 equal, 1 different (the parameters are named), 2 a bad config.
+Where single precision alone may make the difference, both run again in double precision.
+Exit status: 0 equal, 1 different (the parameters are named), 2 a bad config, 3 a difference that
+the config means (an objective that compares the samples of a rank alone).
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvmm.proof.miniature import ONE_RANK
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nvmm.proof.equivalence import Comparison, Result
     from nvmm.proof.miniature import Layout, Miniature
 
-DIFFERENT, BAD_CONFIG = 1, 2
+DIFFERENT, BAD_CONFIG, MEANT = 1, 2, 3
 NUM_STEPS = 5
 SHOWN = ("num_layers", "heads", "groups", "hidden", "precision")
 FIELDS = "{:34} {:>22} {:>22} {:>10}"
@@ -40,6 +44,11 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="list every change of the config")
     parser.add_argument(
         "--fault", metavar="MODULE:FUNCTION", help="call this first on the layout's ranks"
+    )
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="run in bf16; at most twice one rank's own distance from double precision is equal",
     )
     options, overrides = parser.parse_known_args()
     if not overrides:
@@ -58,16 +67,16 @@ def main() -> int:
     except ValueError as error:
         compose.refuse("train", [error])
     packed = bool(job.config["data"].get("pack"))
-    describe(small, job, packed=packed, everything=options.all)
+    describe(small, job, packed=packed, everything=options.all, bf16=options.bf16)
     fault = None
     if options.fault is not None:
         sys.path.insert(0, os.getcwd())
         module, _, name = options.fault.partition(":")
         fault = getattr(importlib.import_module(module), name)
-    return verify(small, packed=packed, fault=fault)
+    return verify(small, packed=packed, fault=fault, bf16=options.bf16)
 
 
-def describe(small: Miniature, job: Any, *, packed: bool, everything: bool) -> None:
+def describe(small: Miniature, job: Any, *, packed: bool, everything: bool, bf16: bool) -> None:
     """Print the layout that was asked for and the one that stands for it."""
     print(f"layout      {small.full}")
     if len(small.layouts) > 1 or small.layouts[0].name != small.full:
@@ -78,50 +87,140 @@ def describe(small: Miniature, job: Any, *, packed: bool, everything: bool) -> N
     if len(shown) < len(small.changes):
         print(f"            ... and {len(small.changes) - len(shown)} more (--all lists them)")
     rows = "one packed row" if packed else "2 padded rows"
-    print(f"synthetic   data: 4 micro-batches a step, {rows} each, some without images")
+    count = small.num_micro_batches
+    print(f"synthetic   data: {count} micro-batches a step, {rows} each, some without images")
     print(
         "            tokenizer: 509 token ids drawn at random; precision:"
-        f" {small.config.get('precision', {}).get('dtype', 'fp32')}; dropout: 0"
+        f" {'bf16' if bf16 else small.config.get('precision', {}).get('dtype', 'fp32')}; dropout: 0"
     )
+    chosen = {k: v for k, v in small.config.get("kernels", {}).items() if v in ("eager", "fused")}
+    if chosen:
+        print(f"            kernels: {', '.join(f'{k}={v}' for k, v in chosen.items())}")
     if job.placeholders:
         print(f"            not set, not needed: {', '.join(job.placeholders)}")
 
 
-def verify(small: Miniature, *, packed: bool, fault: Callable[[], None] | None = None) -> int:
+def verify(
+    small: Miniature,
+    *,
+    packed: bool,
+    fault: Callable[[], None] | None = None,
+    bf16: bool = False,
+) -> int:
     """Run one rank and every layout, print their tables; return the exit status.
 
     fault: called first on the ranks of a layout, not on the one rank that it is compared with.
+    bf16: run the layouts, and one rank for the bound, in bf16 against one rank in double precision.
     """
-    from nvmm.proof.equivalence import compare, run
-    from nvmm.proof.miniature import ONE_RANK
+    from nvmm.proof.equivalence import compare
+    from nvmm.proof.miniature import double
 
-    status = 0
+    config = small.config
+    if bf16 and (config.get("precision") or {}).get("fp8") is not None:
+        print("\nrefused: precision=fp8 is compared in double precision; leave out --bf16")
+        return BAD_CONFIG
+    in_double = (config.get("precision") or {}).get("dtype") == "fp64"
+    statuses = [0]
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights"
-        options: dict[str, Any] = {"num_steps": NUM_STEPS, "packed": packed}
+        # 1. One rank; in bf16 it gives the bound, beside one rank in double precision.
+        sides = {
+            name: _Side(changed, small.num_micro_batches, packed, Path(folder) / name)
+            for name, changed in (
+                ("given", config),
+                ("double", config if in_double else double(config)),
+                ("bf16", config | {"precision": {"dtype": "bf16"}}),
+            )
+        }
+        side = sides["bf16" if bf16 else "given"]
+        origin = sides["double"] if bf16 else side
         try:
-            expected = run(small.config, ONE_RANK, weights=weights, **options)
+            expected = origin.one_rank()
+            rounding = side.layout(ONE_RANK, origin) if bf16 else None
         except RuntimeError as error:
             print(f"\nrefused: the shrunk config does not train on one rank\n{error}")
             return BAD_CONFIG
         for layout in small.layouts:
+            # 2. An objective may compare other samples with each other there than on one rank.
+            if meant := _meant(small, layout):
+                print(f"\nMEANT: {layout.name} computes another loss than one rank: {meant}")
+                statuses.append(MEANT)
+                continue
             begin = time.monotonic()
             try:
-                result = run(small.config, layout, reference=weights, fault=fault, **options)
+                result = side.layout(layout, origin, fault)
+                comparison = compare(expected, result, rounding)
+                seconds = time.monotonic() - begin
+                # 3. Rounding alone may make them differ: double precision tells.
+                again = not (comparison.equal or bf16 or in_double)
+                verdict = "NOT EQUAL IN SINGLE PRECISION" if again else None
+                show(expected, result, comparison, layout, seconds, verdict=verdict, bf16=bf16)
+                if again:
+                    print("\nagain in double precision, where rounding is no reason to differ")
+                    exact, begin = sides["double"].one_rank(), time.monotonic()
+                    result = sides["double"].layout(layout, sides["double"], fault)
+                    comparison = compare(exact, result)
+                    show(exact, result, comparison, layout, time.monotonic() - begin)
             except (RuntimeError, TimeoutError) as error:
                 print(f"\nDIFFERENT: one rank trains, {layout.name} fails\n{error}")
-                status = DIFFERENT
+                statuses.append(DIFFERENT)
                 continue
-            comparison = compare(expected, result)
-            show(expected, result, comparison, layout, time.monotonic() - begin)
-            status = status if comparison.equal else DIFFERENT
-    return status
+            statuses.append(0 if comparison.equal else DIFFERENT)
+    return DIFFERENT if DIFFERENT in statuses else max(statuses)
+
+
+class _Side:
+    """One config, run on one rank (once) and at layouts that start from another's weights."""
+
+    def __init__(
+        self, config: dict[str, Any], num_micro_batches: int, packed: bool, weights: Path
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.options = {"num_steps": NUM_STEPS, "packed": packed}
+        self.options |= {"num_micro_batches": num_micro_batches}
+        self._one_rank: Result | None = None
+
+    def one_rank(self) -> Result:
+        from nvmm.proof.equivalence import run
+
+        if self._one_rank is None:
+            self._one_rank = run(self.config, ONE_RANK, weights=self.weights, **self.options)
+        return self._one_rank
+
+    def layout(
+        self, layout: Layout, origin: _Side, fault: Callable[[], None] | None = None
+    ) -> Result:
+        from nvmm.proof.equivalence import run
+
+        return run(self.config, layout, reference=origin.weights, fault=fault, **self.options)
+
+
+def _meant(small: Miniature, layout: Layout) -> str | None:
+    """Return why a layout's loss is another one than one rank's, None where it is the same."""
+    from nvmm.config.changes import loss_changes
+    from nvmm.config.compose import instantiate
+
+    trainer = {"global_batch_size": small.num_micro_batches, "micro_batch_size": 1}
+    sides = [
+        ({"parallel": each.parallel, "trainer": trainer}, each.world_size)
+        for each in (ONE_RANK, layout)
+    ]
+    samples_in_loss = instantiate(small.config["objective"]).samples_in_loss
+    found = loss_changes(sides[0], sides[1], samples_in_loss)
+    return str(found[0]) if found else None
 
 
 def show(
-    expected: Result, result: Result, comparison: Comparison, layout: Layout, seconds: float
+    expected: Result,
+    result: Result,
+    comparison: Comparison,
+    layout: Layout,
+    seconds: float,
+    *,
+    verdict: str | None = None,
+    bf16: bool = False,
 ) -> None:
-    """Return the table of one layout beside one rank."""
+    """Print the table of one layout beside one rank."""
     print("\n" + FIELDS.format("", "one rank", layout.name.partition(",")[0], "relative"))
     for name, attribute in (("loss", "losses"), ("grad norm", "grad_norms")):
         pairs = zip(getattr(expected, attribute), getattr(result, attribute), strict=True)
@@ -131,10 +230,11 @@ def show(
     for rank, held in enumerate(result.tokens):
         alone = sum(expected.tokens[0]) if rank == 0 else ""
         print(FIELDS.format(f"tokens held by rank {rank}", alone, sum(held), "").rstrip())
-    print("worst gradients, as rms(difference) / max(rms, 1 % of all gradients' rms); bound 1e-5")
+    bound = "bounds twice one bf16 rank's" if bf16 else "bound 1e-5"
+    print("worst gradients, as rms(difference) / max(rms, 1 % of all gradients' rms); " + bound)
     for name, error in comparison.worst:
         print(f"  {name:69} {error:10.1e}")
-    verdict = "EQUAL" if comparison.equal else "DIFFERENT"
+    verdict = verdict or ("EQUAL" if comparison.equal else "DIFFERENT")
     print(
         f"{verdict}: {comparison.num_parameters} of {len(expected.gradients[0])} parameters"
         f" compared, {len(comparison.failures)} failures, {layout.world_size} ranks,"

@@ -41,6 +41,9 @@ FAILED = 1
 """Exit code of a run that failed: once the cause is gone, the same command goes on."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C where there was nothing to save, or no patience to."""
+NO_LORA = "lora=null"
+"""Takes away an experiment's adapters, options and all. Hydra has no override that leaves out a
+group which an experiment chose."""
 _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
 
@@ -82,15 +85,17 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
         for text in overrides:
             if (value := _plain_value(text)) is not None:
                 check.restore_text(composed, entry, _key(text), value)
+        overrides += [NO_LORA] * (NO_LORA in typed)
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         # 2. Old constructor names work, and the user is told the new ones.
         for old in sorted(_rename_targets(composed)):
             if rank() == 0:
                 print(f"nvmm.{entry}: {old} is now {MOVED[old]}", file=sys.stderr)
         # 3. All problems are collected, so that one run shows them all.
+        problems: list[object] = [*_without_lora(composed, overrides)]
         filled = check.fill_unset(composed) if placeholders else []
         size = ranks if placeholders else world_size()
-        problems: list[object] = [*check.check(composed, entry=entry, world_size=size)]
+        problems += check.check(composed, entry=entry, world_size=size)
         launch = None if placeholders else launch_problem()
         if launch is not None:
             problems.append(launch)
@@ -116,8 +121,12 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
     command = hydra.main(
         version_base="1.3", config_path=str(check.config_dir()), config_name=entry
     )(collect)
+    arguments = [text for text in typed if text != NO_LORA]
+    if arguments != typed and {"--cfg", "-c"} & set(typed):
+        print(f"nvmm.{entry}: Hydra shows adapters that {NO_LORA} leaves out", file=sys.stderr)
     try:
         try:
+            sys.argv = arguments
             command()
         except _FAILURES as error:
             # Hydra refuses a key that is in no YAML. One that a constructor has is tried again
@@ -126,7 +135,7 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
             if problems:
                 refuse(entry, problems)
             accepted |= {_key(text) for text in unwritten}
-            sys.argv = [f"++{text}" if text in unwritten else text for text in typed]
+            sys.argv = [f"++{text}" if text in unwritten else text for text in arguments]
             command()
     except _FAILURES as error:
         refuse(entry, [_message(error)])
@@ -141,10 +150,22 @@ def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises ValueError naming the overrides that have no place.
     """
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
-        config, _, problems = _place(entry, list(overrides))
+        config, _, problems = _place(entry, [text for text in overrides if text != NO_LORA])
+    if config is not None:
+        problems += _without_lora(config, overrides)
     if config is None or problems:
         raise ValueError("\n".join(map(str, problems)))
     return config
+
+
+def _without_lora(composed: DictConfig, overrides: Sequence[str]) -> list[Problem]:
+    """Take the adapters away if `NO_LORA` says so; return the overrides that ask for some."""
+    if NO_LORA not in overrides:
+        return []
+    composed.lora = None
+    others = [text for text in overrides if text != NO_LORA and re.match(r"[+~]*lora\b", text)]
+    allowed = f"contradicts {NO_LORA}; give one of them"
+    return [Problem(_key(text), text.partition("=")[2], allowed) for text in others]
 
 
 def _rename_targets(node: DictConfig | ListConfig) -> set[str]:

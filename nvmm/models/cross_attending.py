@@ -152,7 +152,7 @@ class CrossAttendingModel(MultimodalModel):
         keys = keys.view(-1, b, keys.shape[-1])
         if self.config.sequence_parallel:
             keys = tensor_parallel.scatter_to_sequence_parallel_region(keys)
-        return hidden, keys
+        return hidden, self.language.block_input(keys)
 
     def _keys(self, features: Tensor, media: Media) -> Tensor:
         """Put features [n, tokens_per_item, h] behind their tags' embeddings: [keys, h]."""

@@ -90,6 +90,7 @@ class LanguageModel(GPTModel):
             vp_stage=chunk.vp_stage,
         )
         self.unpadded_vocab_size = vocab_size
+        self.input_needs_gradient = chunk.input_needs_gradient
 
     reads: frozenset[MediaKind] = frozenset()
     """The kinds of media that the model takes; others are refused."""
@@ -186,18 +187,21 @@ class LanguageModel(GPTModel):
         )
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        """Turn embeddings into the block's input: scatter, dropout, a gradient for recompute."""
+        """Turn embeddings into the block's input: scatter, dropout, a gradient where it must."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 hidden = self._embedding_dropout(hidden)
         else:
             hidden = self._embedding_dropout(hidden)
-        recompute = self.config.recompute_granularity == "full" and self.training
-        if recompute and torch.is_grad_enabled() and not hidden.requires_grad:
-            # mcore's reentrant checkpoint gives no gradients behind an input that needs none.
-            hidden = hidden.detach().requires_grad_()
-        return hidden
+        return self.block_input(hidden)
+
+    def block_input(self, x: Tensor) -> Tensor:
+        """Make an input of the block require a gradient where it must (`Chunk`)."""
+        if self.input_needs_gradient and self.training and torch.is_grad_enabled():
+            if not x.requires_grad:
+                return x.detach().requires_grad_()
+        return x
 
     def _embedding_dropout(self, hidden: Tensor) -> Tensor:
         return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)

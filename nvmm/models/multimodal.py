@@ -209,7 +209,10 @@ class MultimodalModel(MegatronModule):
         tiles = encoder.blank(hidden.device)
         grid = encoder.grid(tiles)
         if _is_trained(encoder):
+            # In eval mode no FP8 history records the blank tile, which other layouts do not see.
+            encoder.eval()
             features = encoder(tiles)
+            encoder.train()
         else:
             features = hidden.new_zeros(1, grid[0] * grid[1], encoder.config.hidden_size)
         return hidden + 0 * connector(features, grid).sum()

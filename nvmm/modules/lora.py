@@ -219,9 +219,9 @@ class Adapter(Module):
         # Under sequence parallelism a rank has the gradient of its own tokens: mcore sums them.
         whole.sequence_parallel = self.sequence_parallel
         # A replicated encoder's linear sees a rank's own tiles.
-        partial = getattr(weight, "sum_gradients_over_tensor_parallel", False)
+        self.sees_own_tiles = getattr(weight, "sum_gradients_over_tensor_parallel", False)
         for parameter in (split, whole):
-            parameter.sum_gradients_over_tensor_parallel = partial
+            parameter.sum_gradients_over_tensor_parallel = self.sees_own_tiles
 
     def forward(self, x: Tensor, gathered: bool = False) -> Tensor:
         """Return what is added to the linear's output for its input x [s, b, in].
@@ -250,11 +250,12 @@ class Adapter(Module):
 
         Ranks of a row-parallel linear have different features and draw different masks; ranks of a
         column-parallel one have the same and draw the same. Sequence-parallel layers run in the TP
-        generator already.
+        generator already. Ranks of a replicated encoder have different tiles.
         """
         if not (self.training and self.dropout):
             return x
-        fork = not self.is_column and not self.sequence_parallel and self.group.size() > 1
+        split = not self.is_column and not self.sequence_parallel and self.group.size() > 1
+        fork = split or self.sees_own_tiles
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else contextlib.nullcontext():
             return F.dropout(x, self.dropout)
 

@@ -84,6 +84,11 @@ class Contrastive(Objective):
         self.teacher_temperature = teacher_temperature
         self.grad_cache = grad_cache
 
+    def samples_in_loss(self, global_batch: int, micro_batch: int, data_parallel: int) -> int:
+        """Return a micro-batch, a rank's share of the batch, or those of all ranks together."""
+        samples = global_batch // data_parallel if self.grad_cache else micro_batch
+        return samples * data_parallel if self.cross_rank_negatives else samples
+
     def prepare(self, run: Run, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """Run GradCache's first pass; return batches with what their training pass needs.
 

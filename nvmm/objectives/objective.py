@@ -38,6 +38,15 @@ class Objective(ABC):
     extras: frozenset[str] = frozenset()
     needs_reference: bool = False
 
+    def samples_in_loss(self, global_batch: int, micro_batch: int, data_parallel: int) -> int:
+        """Return how many samples of a step one loss compares with each other.
+
+        Where that depends on the micro-batch or the data-parallel size, so does the loss: a resume
+        that changes it says so, and a proof of a layout does not expect equality. The default is 1:
+        samples add up one by one, however they are dealt.
+        """
+        return 1
+
     def prepare(self, run: Run, batches: list[Batch]) -> tuple[list[Batch], dict[str, float]]:
         """Return the batches to train on, with more `extras`, and metrics that replace `loss`'s.
 

@@ -306,6 +306,18 @@ class Chunk:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
+    @property
+    def input_needs_gradient(self) -> bool:
+        """True where a block's input must require a gradient, whatever trains before the block.
+
+        mcore's reentrant checkpoint gives no gradients behind an input that needs none. Delayed
+        scaling records the gradients that reach a linear: those of a frozen block's first layers
+        would depend on recompute, overlap and pipeline stages, whose inputs always require one.
+        """
+        fp8 = self.precision.fp8
+        delayed = fp8 is not None and fp8.recipe == "delayed"
+        return delayed or self.parallel.recompute_granularity == "full"
+
     def transformer_config(self, partial: Callable[..., Any]) -> TransformerConfig:
         """Complete a YAML's partial of TransformerConfig for the language model."""
         return self._config(partial, self.parallel.transformer_kwargs(self.precision))

@@ -8,6 +8,7 @@ objective, uneven stages. Sizes and paths are not. No torch.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ _KINDS = {
 _TENSOR, _PIPELINE, _CONTEXT, _DATA = _KINDS
 _VIRTUAL = "virtual_pipeline_model_parallel_size"
 _ENDS = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-_KEYS = ("model", "lora", "objective", "optim", "backend", "seed")
-_VOCAB = {"vocab_size": 509, "padded_vocab_size": 512}
+_KEYS = ("model", "lora", "objective", "optim", "kernels", "backend", "seed")
+_VOCAB_SIZE = 509
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Miniature:
     """A shrunk config and the layouts of at most 4 ranks that stand for its own.
 
     full: name of the layout that was asked for. changes: the differences, one line each.
+    num_micro_batches: of a step over all data-parallel ranks, as all the layouts can deal them.
     """
 
     config: dict[str, Any]
     layouts: list[Layout]
     full: str
     changes: list[str]
+    num_micro_batches: int
 
 
 def shrink(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +98,8 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     parallel |= {"variable_seq_lengths": True, "timeout_minutes": 5.0} | stages
     if parallel.get("recompute_num_layers") is not None:
         parallel["recompute_num_layers"] = min(parallel["recompute_num_layers"], 2)
-    layouts = [_layout(parallel, chosen) for chosen in _selections(small)]
+    selections = _selections(small)
+    layouts = [_layout(parallel, chosen) for chosen in selections]
     if (config.get("precision") or {}).get("fp8") is not None:
         keys.append("precision")
         _shrink_fp8(shrunk, config["precision"], layouts, num_layers)
@@ -105,7 +109,24 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
         for key, old, new in differences(before, shrunk, in_lists=True)
         if not key.endswith("_target_")  # Precision's is left out, no other changes.
     ]
-    return Miniature(shrunk, layouts, full, changes)
+    # Ranks get as many micro-batches each, with virtual stages a multiple of the stages.
+    units = [
+        chosen[_DATA] * (chosen[_PIPELINE] if layout.parallel.get(_VIRTUAL) else 1)
+        for chosen, layout in zip(selections, layouts, strict=True)
+    ]
+    unit = math.lcm(*units)
+    return Miniature(shrunk, layouts, full, changes, unit * -(-4 // unit))
+
+
+def double(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a shrunk config in double precision, where rounding cannot tip a decision.
+
+    Kernels that are asked for by name know no double precision: they are "auto" there.
+    """
+    kernels = {k: "auto" if v == "fused" else v for k, v in config.get("kernels", {}).items()}
+    precision = config.get("precision", {}) | {"dtype": "fp64", "grad_reduce_in_fp32": False}
+    optim = config["optim"] | {"clip_grad": 0.0}  # the norm that clips is single precision
+    return {**config, "precision": precision, "kernels": kernels, "optim": optim}
 
 
 def _sizes(parallel: Mapping[str, Any], world_size: int | None) -> dict[str, int]:
@@ -125,9 +146,7 @@ def _reduced(kind: str, sizes: Mapping[str, int]) -> int:
     ranks = 1
     for size in sizes.values():
         ranks *= size
-    # 3 divides few of the small sizes; every other size that fits is kept.
-    fits = ranks <= MAX_RANKS and not (kind == _TENSOR and sizes[kind] == 3)
-    return sizes[kind] if fits else min(sizes[kind], 2)
+    return sizes[kind] if ranks <= MAX_RANKS else min(sizes[kind], 2)
 
 
 def _selections(small: Mapping[str, int]) -> list[dict[str, int]]:
@@ -205,12 +224,13 @@ def _layers(
 def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int) -> None:
     """Shrink a model's parts. full, small: tensor-parallel sizes before and after."""
     language = model.get("language", model)
-    language |= _VOCAB | {"max_sequence_length": 256}
+    padded = math.lcm(4, small) * -(-_VOCAB_SIZE // math.lcm(4, small))
+    language |= {"vocab_size": _VOCAB_SIZE, "padded_vocab_size": padded, "max_sequence_length": 256}
     heads, groups = _heads(language["transformer"], full, small)
     _shrink_kinds_of_layers(language["transformer"], num_layers)
-    _shrink_transformer(language["transformer"], num_layers, heads, groups)
+    _shrink_transformer(language["transformer"], num_layers, heads, groups, small)
     if "pooling" in language:
-        _shrink_pooling(language["pooling"], max(4, small))
+        _shrink_pooling(language["pooling"], _at_least_four(small))
     if "vision" not in model:
         return
     vision, connector = model["vision"], model["connector"]
@@ -218,7 +238,7 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     vision["image_size"] = grid * vision["patch_size"]
     full_heads = vision["transformer"]["num_attention_heads"]
     heads = 5 if full_heads % 2 or full_heads % full else 4
-    _shrink_transformer(vision["transformer"], 2, heads, heads)
+    _shrink_transformer(vision["transformer"], 2, heads, heads, small)
     if connector.get("hidden_size") is not None:
         connector["hidden_size"] = 96
     connector["init_method_std"] = 0.1
@@ -278,7 +298,7 @@ def _heads(transformer: Mapping[str, Any], full: int, small: int) -> tuple[int, 
     heads = transformer["num_attention_heads"]
     groups = transformer.get("num_query_groups") or heads
     if groups == heads:
-        return max(4, small), max(4, small)
+        return _at_least_four(small), _at_least_four(small)
     if groups < full:
         fewer = max(1, small // min(full // groups, small))
     else:
@@ -289,9 +309,16 @@ def _heads(transformer: Mapping[str, Any], full: int, small: int) -> tuple[int, 
     return fewer * ratio, fewer
 
 
+def _at_least_four(multiple: int) -> int:
+    """Return the first multiple of a tensor-parallel size that is at least 4."""
+    return multiple * -(-4 // multiple)
+
+
 def _shrink_transformer(
-    transformer: dict[str, Any], num_layers: int, heads: int, groups: int
+    transformer: dict[str, Any], num_layers: int, heads: int, groups: int, small: int
 ) -> None:
+    # Three ranks that share a group split its queries, keys and values.
+    width = 24 if small == 3 else 16
     wide = transformer.get("kv_channels")
     differs = wide and wide * transformer["num_attention_heads"] != transformer["hidden_size"]
     if transformer.get("num_query_groups") is not None:
@@ -299,10 +326,11 @@ def _shrink_transformer(
     transformer |= {
         "num_layers": num_layers,
         "num_attention_heads": heads,
-        "kv_channels": 16,
+        "kv_channels": width,
         # As wide as all heads together, or not, as before.
-        "hidden_size": 16 * heads + (32 if differs else 0),
-        "ffn_hidden_size": 96 if transformer.get("gated_linear_unit", False) else 128,
+        "hidden_size": width * heads + (32 if differs else 0),
+        # 4 ranks and 3 divide 96, 128 only 4.
+        "ffn_hidden_size": 96 if transformer.get("gated_linear_unit") or small == 3 else 128,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         # Larger than a real model's, so that every path carries a visible gradient.
@@ -339,13 +367,14 @@ def _shrink_fp8(
         fp8[key] = min(fp8.get(key, 0), 1)
     model, blocks = shrunk["model"], fp8.get("recipe", "delayed") in ("blockwise", "mxfp8")
     language = model.get("language", model)
+    thirds = any(layout.parallel[_TENSOR] == 3 for layout in layouts)
     for part in (language, model.get("vision")):
         if part is not None:
             for key in ("kv_channels", "hidden_size"):
                 part["transformer"][key] *= 4
-            part["transformer"]["ffn_hidden_size"] = 256
+            part["transformer"]["ffn_hidden_size"] = 384 if thirds else 256
     if "ffn_hidden_size" in language.get("pooling", {}):
-        language["pooling"]["ffn_hidden_size"] = 256
+        language["pooling"]["ffn_hidden_size"] = 384 if thirds else 256
     rows = 1
     for layout in layouts:
         tensor, context = layout.parallel[_TENSOR], layout.parallel[_CONTEXT]

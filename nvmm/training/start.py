@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.nn import Module
 
 from nvmm.checkpoint.base import BaseCheckpoint
@@ -21,8 +22,9 @@ from nvmm.checkpoint.files import (
 )
 from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.checkpoint.record import DamagedError
-from nvmm.config.changes import Change, compare
+from nvmm.config.changes import Change, compare, loss_changes
 from nvmm.modules.fp8_scales import Scaling
+from nvmm.objectives.objective import Objective
 from nvmm.training.accounting import Digested
 from nvmm.training.optim import Optim
 from nvmm.training.optimizer import Optimizer
@@ -56,6 +58,7 @@ def start(
     tokenizer: Digested,
     resume: str,
     init_from: str | None,
+    objective: Objective,
     adapts: bool,
     reference: Reference | None,
     command: str,
@@ -67,6 +70,7 @@ def start(
         config: the run's; a resume compares it with the checkpoint's.
         resume: "auto", "never", or the checkpoint or run directory to go on from.
         init_from: the checkpoint whose weights a new run starts from.
+        objective: the run's; it knows when another layout changes its loss.
         adapts: the run trains adapters on the weights that `init_from` gives.
         reference: takes the weights that the run started from, also those of a resumed run.
         command: the command that resumes this run, for the log.
@@ -94,7 +98,7 @@ def start(
     moved = Path(init_from).expanduser() if init_from is not None else None
     damaged: set[Path] = set()
     while True:
-        state, notable = _resumable(path, config, tokenizer, reference)
+        state, notable = _resumable(path, config, tokenizer, objective, reference)
         try:
             # The base's weights come before the run's own, and so do those of the reference, which
             # is the same for all checkpoints of a run.
@@ -125,13 +129,22 @@ def start(
 
 
 def _resumable(
-    path: Path, config: dict[str, Any], tokenizer: Digested, reference: Reference | None
+    path: Path,
+    config: dict[str, Any],
+    tokenizer: Digested,
+    objective: Objective,
+    reference: Reference | None,
 ) -> tuple[dict[str, Any], list[Change]]:
     """Return the state of a checkpoint and the changes of config to print, before it is loaded.
 
     Raises ValueError when it is of another model, or cannot be resumed.
     """
     state, refused, notable = compared(path, config)
+    notable += loss_changes(
+        (state["config"], state["world_size"]),
+        (config, dist.get_world_size()),
+        objective.samples_in_loss,
+    )
     if not tokenizer.is_of(state["tokenizer_digest"]):
         refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer.digest))
     if reference is not None:

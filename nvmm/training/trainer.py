@@ -411,6 +411,7 @@ class Trainer:
             tokenizer=self.data.tokenizer,
             resume=self.resume,
             init_from=self.init_from,
+            objective=self.objective,
             adapts=self.lora is not None,
             reference=self.reference,
             command=self._command(),

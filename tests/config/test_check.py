@@ -12,6 +12,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from nvmm.config.check import accepts, check, digest, resolve, suggestion, to_plain
+from nvmm.config.compose import composed
 
 ROOT = Path(__file__).parents[2]
 MODULE = """
@@ -280,6 +281,31 @@ def test_overrides_are_kept_as_they_were_typed(tmp_path: Path) -> None:
         assert done.stdout == "True True False\n", done.stderr
 
 
+def test_lora_null_takes_an_experiments_adapters_away(tmp_path: Path) -> None:
+    """With the options that the experiment gives them."""
+    script = LOAD.replace('["data"]["pack"]', '["lora"]')
+    given = [
+        "init_from=a",
+        "tokenizer.path=t",
+        "data.train.shards=a.tar",
+        "parallel=single",
+        "lora=null",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "experiment=nv_embed/stage1", *given],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "True None False\n", done.stderr
+    assert composed("train", ["experiment=nv_embed/stage1", "lora=null"]).lora is None
+    shown = train("experiment=nv_embed/stage1", "lora=null", "--cfg", "job", cwd=tmp_path)
+    assert "Hydra shows adapters that lora=null leaves out" in shown.stderr
+    with pytest.raises(ValueError, match="lora=default contradicts lora=null"):
+        composed("train", ["experiment=language/tiny", "lora=default", "lora=null"])
+
+
 def test_a_sweep_over_a_parameter_that_no_yaml_names(tmp_path: Path) -> None:
     done = train("--multirun", "data.pack=true,7", "experiment=language/tiny", cwd=tmp_path)
     assert done.returncode == 2
@@ -325,6 +351,7 @@ def test_which_keys_a_config_may_have(key: str, accepted: bool) -> None:
         (["seed=", "1"], "no spaces around ="),
         (["--multirun", "seed=1,2", "precision.dtype=fp16"], "one of fp32, bf16"),
         (["--resolve"], "--resolve"),
+        (["experiment=nv_embed/stage1", "lora=null", "lora.rank=8"], "lora.rank=8 contradicts"),
         (["experiment=language/tiny", "seed=1.5"], "seed=1.5 must be"),
         (["experiment=language/tiny", "seed=${sede}"], "seed=${sede} cannot be resolved"),
     ],

@@ -91,13 +91,64 @@ T = "model__language__transformer__"
 FP8 = "precision__fp8"
 LORA = {"_target_": "nvmm.modules.lora.Lora", "targets": ["*.linear_qkv"]}
 CASES: list[tuple[dict[str, Any], str, str]] = [
-    ({TP: 3}, f"{LM}.transformer.num_attention_heads=4", "size of 1, 2, 4"),
+    (
+        {TP: 3, f"{T}hidden_size": 144},
+        f"{LM}.transformer.num_attention_heads=4",
+        "size of 1, 2, 4",
+    ),
     ({"model__pooling": {"num_heads": 3}}, "model.pooling.num_heads=3", "size of 1, 3"),
-    ({TP: 3}, f"{LM}.padded_vocab_size=512", "divisible by"),
+    ({TP: 3, f"{T}hidden_size": 144}, f"{LM}.padded_vocab_size=512", "divisible by"),
     (
         {TP: 4, f"{T}num_attention_heads": 12, f"{T}num_query_groups": 6, f"{T}kv_channels": 32},
         f"{LM}.transformer.num_query_groups=6",
         "a multiple or a divisor",
+    ),
+    (
+        {
+            TP: 3,
+            f"{T}hidden_size": 144,
+            f"{T}num_attention_heads": 6,
+            f"{T}num_query_groups": 1,
+            f"{T}kv_channels": 32,
+        },
+        f"{LM}.transformer.num_query_groups=1",
+        "(num_attention_heads + 2 x num_query_groups) x kv_channels = 256",
+    ),
+    ({f"{T}ffn_hidden_size": 511}, f"{LM}.transformer.ffn_hidden_size=511", "divisible by para"),
+    (
+        {TP: 8, f"{T}num_attention_heads": 8, f"{T}hidden_size": 136, f"{T}ffn_hidden_size": 548},
+        f"{LM}.transformer.ffn_hidden_size=548",
+        "divisible by parallel.tensor_model_parallel_size=8",
+    ),
+    ({"model__connector__hidden_size": 97}, "model.connector.hidden_size=97", "divisible by"),
+    (
+        {f"{T}hidden_size": 129, f"{T}kv_channels": 32},
+        "model.connector.hidden_size=129",
+        "divisible by",
+    ),
+    ({"model__pooling": {"ffn_hidden_size": 81}}, "model.pooling.ffn_hidden_size=81", "divisible"),
+    (
+        {"model__cross_attention": {"ffn_hidden_size": 99}},
+        "model.cross_attention.ffn_hidden_size=99",
+        "divisible by",
+    ),
+    (
+        {"model__vision__transformer__ffn_hidden_size": 99, "parallel__encoder": "sharded"},
+        "model.vision.transformer.ffn_hidden_size=99",
+        "divisible by",
+    ),
+    (
+        {
+            "model__encoders": {
+                "audio": {
+                    "encoder": {"transformer": {"hidden_size": 80, "ffn_hidden_size": 101}},
+                    "connector": {"hidden_size": 103},
+                }
+            },
+            "parallel__encoder": "sharded",
+        },
+        "model.encoders.audio.encoder.transformer.ffn_hidden_size=101",
+        "divisible by",
     ),
     ({f"{T}num_query_groups": 3}, f"{LM}.transformer.num_query_groups=3", "use one of 1, 2, 4"),
     ({f"{T}hidden_size": 130}, f"{LM}.transformer.hidden_size=130", "num_attention_heads=4"),
@@ -276,7 +327,9 @@ def test_a_blend_is_a_list() -> None:
 
 
 def test_all_violations_come_at_once() -> None:
-    config = changed(**{TP: 3, "optim__warmup_steps": 101, "backend": "nativ"})
+    config = changed(
+        **{TP: 3, f"{T}hidden_size": 144, "optim__warmup_steps": 101, "backend": "nativ"}
+    )
     assert {p.key for p in violations(config)} == {
         f"{LM}.transformer.num_attention_heads",
         f"{LM}.padded_vocab_size",

@@ -247,6 +247,23 @@ def test_a_new_block_changes_nothing_and_only_its_gates_learn_first(world: None)
     assert moved == {"gate", "ffn_gate"}
 
 
+def test_dropout_takes_whole_branches_with_their_bias_and_leaves_the_residual(world: None) -> None:
+    """Each element of what the block adds is either gone or 1 / (1 - p) of itself."""
+    p = 0.4
+    hidden, keys, spans, _ = _inputs()
+    added = []
+    for share in (0.0, p):
+        block = _block(Parallel(), {"bias": True}, {"hidden_dropout": share})
+        with torch.no_grad():
+            added.append(block(hidden, spans, _folded(keys)) - hidden)
+    whole, dropped = added
+    gone = dropped == 0
+    kept = torch.isclose(dropped, whole / (1 - p), rtol=1e-4, atol=1e-6)
+    assert (gone | kept).all()
+    seen = whole != 0
+    assert 0.3 < gone[seen].float().mean() < 0.5 and seen.sum() > 200
+
+
 def test_without_media_the_block_is_idle_but_its_parameters_have_a_gradient(world: None) -> None:
     block = _block(Parallel(), OPTIONS["everything"], {})
     hidden, keys, spans, _ = _inputs()

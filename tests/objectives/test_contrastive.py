@@ -13,6 +13,8 @@ from torch import Tensor
 from nvmm.batch import Batch
 from nvmm.objectives.contrastive import Contrastive
 from nvmm.objectives.objective import Objective
+from nvmm.parallel.setup import Parallel
+from tests.ranks import run_ranks
 
 
 def batch_of(roles: list[int], num_samples: int, **extras: Any) -> Batch:
@@ -211,3 +213,27 @@ def test_gradcache_gives_the_whole_batch_s_gradient() -> None:
 def test_impossible_options_are_refused(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(option))):
         Contrastive(**option)
+
+
+def _filled(rank: int, world_size: int, init: str, slots: list[list[int]]) -> Tensor:
+    """Each rank's loss of its samples, of which negative ids only fill the batch."""
+    Parallel().initialize(seed=1, rank=rank, world_size=world_size, init_method=init)
+    angles = torch.arange(6 * len(slots)).float() * 17
+    embeddings = vectors(*angles.tolist())[6 * rank : 6 * rank + 6]
+    names = torch.arange(6) + 6 * rank
+    batch = batch_of(
+        ROLES, 2, sample_ids=torch.tensor(slots[rank]), document_id=names, text_hash=names
+    )
+    objective = Contrastive(symmetric=True, temperature=1.0)
+    return objective.per_query(embeddings, [batch])
+
+
+def test_fillings_of_other_ranks_are_neither_queries_nor_documents() -> None:
+    """Three real samples of two ranks give what one rank gives for them alone."""
+    first, second = run_ranks(_filled, 2, [[0, 1], [2, -1]])
+    assert (len(first), len(second)) == (2, 1)
+    roles, angles = ROLES + ROLES[:3], [17.0 * k for k in range(9)]
+    objective = Contrastive(symmetric=True, temperature=1.0, cross_rank_negatives=False)
+    expected = objective.per_query(vectors(*angles), [batch_of(roles, 3)])
+    assert torch.allclose(torch.cat([first, second]), expected, rtol=1e-6)
+    assert expected[:, 2].tolist() == [5.0] * 3

@@ -30,22 +30,31 @@ LAYOUTS = {
     "pp2_vp2": Layout("PP2xVPP2", 2, PP2 | {"virtual_pipeline_model_parallel_size": 2}),
     "tp2_dp2": Layout("TP2xDP2", 4, TP2),
     "cp2": Layout("CP2", 2, {"context_parallel_size": 2}),
+    "overlap": Layout("overlapped", 1, {"overlap_grad_reduce": True}),
     "tp2_sharded": Layout("TP2, sharded encoder", 2, TP2 | {"encoder": "sharded"}),
 }
 STEPS = 3
+FREEZE = {
+    "frozen_vision": ["vision.*"],
+    "vision": [],
+    "last_of_vision": ["language.*", "*conv1*", "*class_token", "*position*", "*decoder.layers.0*"],
+    "connector": ["language.*", "vision.*"],
+    "attending": ["language.[!c]*", "vision.*", "connector.*", "*gate", "*.layers.3.*"],
+}
 
 
 def config(kind: str, recipe: str) -> dict[str, Any]:
     """Blocks of 128 divide every rank's features and, under sequence parallelism, tokens."""
-    model = tiny.multimodal() if kind == "frozen_vision" else tiny.language()
+    model, attended = tiny.multimodal() if kind in FREEZE else tiny.language(), None
+    if kind == "attending":
+        model, attended = tiny.cross_attending(), "all"
     language = model.get("language", model)
     language["transformer"] |= {"hidden_size": 256, "kv_channels": 64, "ffn_hidden_size": 256}
-    freezing = {"freeze": ["vision.*"]} if kind == "frozen_vision" else {}
     fp8 = {"_target_": "nvmm.parallel.fp8_recipe.Fp8", "recipe": recipe, "amax_history_len": 2}
     whole = {"lora": [], "lora_and_embedding": ["embedding.*"]}
     adapters = {"lora": tiny.lora(["*linear_*"], train=whole[kind])} if kind in whole else {}
     return (
-        tiny.config(model, clip_grad=0.0, **freezing)
+        tiny.config(model, clip_grad=0.0, attended=attended, freeze=FREEZE.get(kind, []))
         | adapters
         | {
             "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False, "fp8": fp8},
@@ -80,6 +89,9 @@ ROWS = [
     *(("language", "delayed", layout) for layout in ("tp2", "tp2_sp", "pp2", "dp2", "recompute")),
     ("language", "mxfp8", "tp2_sp"),
     ("frozen_vision", "delayed", "tp2_sharded"),
+    # Some micro-batches have no image: nothing before the decoder asks for a gradient.
+    ("connector", "delayed", "overlap"),
+    ("lora", "delayed", "recompute"),
 ]
 SLOW = [
     *(("language", recipe, "tp2_sp") for recipe in ("current", "blockwise")),
@@ -99,6 +111,11 @@ SLOW = [
     *(("lora", recipe, "tp2_sp") for recipe in RECIPES),
     # Recomputation computes the first linear's gradient even where nothing before it is trained.
     ("lora_and_embedding", "delayed", "recompute"),
+    ("connector", "delayed", "pp2"),
+    ("connector", "delayed", "recompute"),
+    ("vision", "delayed", "overlap"),
+    ("last_of_vision", "delayed", "recompute"),
+    ("attending", "delayed", "pp2"),
 ]
 
 

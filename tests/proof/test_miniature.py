@@ -9,7 +9,7 @@ import pytest
 
 from nvmm.config.rules.all import violations
 from nvmm.proof.equivalence import compare, run
-from nvmm.proof.miniature import ONE_RANK, Miniature, miniature
+from nvmm.proof.miniature import ONE_RANK, Miniature, double, miniature
 from tests import tiny
 
 
@@ -53,7 +53,9 @@ CP2 = {"context_parallel_size": 2}
             "TP8xPP4xVPP5",
             [("TP2xPP2xVPP2", 4)],
         ),
-        ({"tensor_model_parallel_size": 3}, None, "TP3", [("TP2", 2)]),
+        ({"tensor_model_parallel_size": 3}, None, "TP3", [("TP3", 3)]),
+        ({"tensor_model_parallel_size": 3}, 6, "TP3xDP2", [("TP2xDP2", 4)]),
+        ({}, 3, "DP3", [("DP3", 3)]),
     ],
 )
 def test_layouts_of_the_same_kinds(
@@ -62,6 +64,47 @@ def test_layouts_of_the_same_kinds(
     made = small(world_size, **parallel)
     assert made.full == name
     assert [(x.name, x.world_size) for x in made.layouts] == layouts
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "count"),
+    [
+        ({}, 3, 6),
+        ({}, 2, 4),
+        ({"pipeline_model_parallel_size": 3}, None, 4),
+        ({"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2}, None, 6),
+    ],
+)
+def test_every_rank_gets_as_many_micro_batches(
+    parallel: dict[str, Any], world_size: int | None, count: int
+) -> None:
+    assert small(world_size, **parallel).num_micro_batches == count
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("cross", [False, True])
+def test_three_tensor_parallel_ranks_break_no_rule(groups: int, cross: bool) -> None:
+    config = full(tensor_model_parallel_size=3, encoder="sharded")
+    config["model"]["language"]["transformer"] |= {
+        "num_attention_heads": 24,
+        "num_query_groups": 24 // groups,
+        "hidden_size": 3072,
+    }
+    if cross:
+        config["model"] |= {"cross_attention": tiny.cross_attending()["cross_attention"]}
+    made = miniature(config)
+    assert [x.name for x in made.layouts] == ["TP3, sharded encoder"]
+    assert violations(made.config | {"parallel": made.layouts[0].parallel}, 3) == []
+
+
+def test_double_precision_keeps_all_but_what_knows_single_alone() -> None:
+    kernels = {"_target_": "nvmm.kernels.library.Kernels", "norm": "fused", "rope": "eager"}
+    config = miniature(full() | {"kernels": kernels}).config
+    assert config["kernels"] == kernels
+    found = double(config)
+    assert found["kernels"] == kernels | {"norm": "auto"}
+    assert found["precision"] == {"dtype": "fp64", "grad_reduce_in_fp32": False}
+    assert found["optim"] == config["optim"] | {"clip_grad": 0.0}
 
 
 def test_a_world_that_the_model_does_not_divide_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import logging
 import math
@@ -20,6 +22,7 @@ from nvmm.batch import Batch
 from nvmm.objectives.contrastive import Contrastive
 from nvmm.objectives.next_token import NextToken
 from nvmm.objectives.objective import Objective
+from nvmm.parallel import generators
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
@@ -101,6 +104,12 @@ def _losses(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(r["step"], r["loss"], r["grad_norm"]) for r in map(json.loads, lines)]
 
 
+def _state(run_dir: Path, step: int = STEPS) -> dict[str, Any]:
+    file = run_dir / f"checkpoints/step_{step:08d}/state.json"
+    state: dict[str, Any] = json.loads(file.read_text())["state"]
+    return state
+
+
 def test_five_and_five_steps_are_bit_equal_to_ten(tmp_path: Path) -> None:
     dropout = {"transformer": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
     for number, (world_size, layout) in enumerate(((1, {}), (2, {}), (2, CP2))):
@@ -114,6 +123,9 @@ def test_five_and_five_steps_are_bit_equal_to_ten(tmp_path: Path) -> None:
             assert read == expected[rank]["read"]
             assert len(read) == STEPS
         assert second[0]["summary"]["samples_seen"] == expected[0]["summary"]["samples_seen"] == 80
+        counters = [_state(run_dir)["counters"] for run_dir in (whole, parts)]
+        assert counters[0] == counters[1]
+        assert counters[0]["tokens"] > _state(parts, 5)["counters"]["tokens"] > 0
         assert any("resuming" in m and "step_00000005" in m for m in second[0]["messages"])
 
 
@@ -335,6 +347,74 @@ def test_init_from_loads_weights_and_lists_the_rest(tmp_path: Path) -> None:
     assert "linear_fc1.weight" not in message
 
 
+def _stand_still(trainer: Any, rank: int) -> None:
+    """Steps at a learning rate of 0."""
+    trainer.optimizer.set_step = lambda step: 0.0
+    for group in trainer.optimizer.mcore.param_groups:
+        group["lr"] = 0.0
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_init_from_gives_the_masters_too(tmp_path: Path, dtype: str) -> None:
+    """A step writes the masters into the weights: those of the random start would undo the load."""
+    run_ranks(_fit, 1, tmp_path / "first", 2, {}, {"precision": {"dtype": dtype}})
+    path = tmp_path / "first/checkpoints/step_00000002"
+    options = {"init_from": str(path), "precision": {"dtype": dtype}, "hook": _stand_still}
+    run_ranks(_fit, 2, tmp_path / "second", 1, {}, options)
+    second = tmp_path / "second/checkpoints/step_00000001"
+    first, found = (json.loads((p / "weights.json").read_text()) for p in (path, second))
+    assert found == first
+
+
+def test_a_resume_says_that_another_layout_changes_the_loss(tmp_path: Path) -> None:
+    """Where the objective compares samples with each other and not all of the batch's."""
+    options = {"hook": _compare_a_ranks_samples}
+    run_ranks(_fit, 1, tmp_path, 1, {}, options)
+    message = (
+        "samples in one loss (objective, trainer.micro_batch_size, data-parallel ranks): 8 -> 4"
+    )
+    messages = run_ranks(_fit, 2, tmp_path, 2, {}, options)[0]["messages"]
+    assert f"changed since step_00000001: {message}" in messages
+    messages = run_ranks(_fit, 2, tmp_path, 3, TP2, options)[0]["messages"]
+    assert f"changed since step_00000002: {message.replace('8 -> 4', '4 -> 8')}" in messages
+
+
+def _compare_a_ranks_samples(trainer: Any, rank: int) -> None:
+    trainer.objective.samples_in_loss = Contrastive(cross_rank_negatives=False).samples_in_loss
+    trainer.config["trainer"] = {"global_batch_size": 8, "micro_batch_size": 2}
+
+
+@pytest.mark.slow
+def test_generators_after_a_resume_at_another_layout(tmp_path: Path) -> None:
+    """They are new ones, the same at every such resume; ranks differ as in a new run."""
+    run_ranks(_fit, 1, tmp_path / "run", 1, {})
+    states = {}
+    for name, layout in (("dp2", {}), ("again", {}), ("tp2", TP2)):
+        options = {"hook": functools.partial(_note_generators, tmp_path / name)}
+        run_ranks(_fit, 2, tmp_path / "run", 1, layout, options)
+        states[name] = [json.loads((tmp_path / f"{name}{rank}").read_text()) for rank in range(2)]
+    fresh = {"hook": functools.partial(_note_generators, tmp_path / "fresh")}
+    run_ranks(_fit, 2, tmp_path / "fresh_run", 0, {}, fresh)
+    states["fresh"] = [json.loads((tmp_path / f"fresh{rank}").read_text()) for rank in range(2)]
+    assert states["dp2"] == states["again"]
+    for name in ("device", "tracker"):
+        kept = [states[kind][rank][name] for kind in ("dp2", "fresh") for rank in range(2)]
+        assert all(a != b for a, b in itertools.combinations(kept, 2)), name
+    first, second = states["tp2"]
+    assert first["device"] == second["device"] and first["tracker"] != second["tracker"]
+
+
+def _note_generators(path: Path, trainer: Any, rank: int) -> None:
+    start = trainer._start
+
+    def noting() -> int:
+        step: int = start()
+        Path(f"{path}{rank}").write_bytes(generators.capture().numpy().tobytes())
+        return step
+
+    trainer._start = noting
+
+
 def _detach(trainer: Any, rank: int) -> None:
     """A fault: layer 1 sees an input that is cut from the graph."""
     layer = trainer.chunks[0].decoder.layers[1]
@@ -366,6 +446,81 @@ def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
     result = run_ranks(_bf16, 2, tmp_path)[0]
     assert result[0] == "torch.bfloat16"
     assert result[1] == pytest.approx(result[2], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("precision", "reduced"),
+    [({"dtype": "bf16"}, torch.float32), ({"dtype": "bf16", "grad_reduce_in_fp32": False}, None)],
+)
+def test_bf16_is_every_weight_s_and_fp32_the_sums_of_gradients(
+    tmp_path: Path, precision: dict[str, Any], reduced: torch.dtype | None
+) -> None:
+    """Encoder, connector, cross-attention and adapters; no gradient rounds while it adds up."""
+    [(weights, gradients, pixels, features)] = run_ranks(_dtypes, 1, tmp_path, precision)
+    assert set(weights.values()) == {torch.bfloat16}
+    assert {name.split(".")[0] for name in weights} == {"language", "vision", "connector"}
+    assert any("_lora" in name for name in weights)
+    assert set(gradients.values()) == {reduced or torch.bfloat16}
+    assert (pixels, features) == (torch.bfloat16, torch.bfloat16)
+
+
+def _dtypes(rank: int, world_size: int, init: str, run_dir: Path, precision: dict[str, Any]) -> Any:
+    config = tiny.config(tiny.cross_attending(), attended="all") | {"precision": precision}
+    config["lora"] = tiny.lora(["*linear*"], train=["*gate", "connector.*"])
+    Parallel().initialize(seed=1234, rank=rank, world_size=world_size, init_method=init)
+    [batches] = synthetic_steps(config, 1, 1)
+    trainer = build_trainer(config, Data([batches]), run_dir, global_batch_size=2)
+    model = trainer.chunks[0]
+    seen: dict[str, torch.dtype] = {}
+    model.vision.decoder.register_forward_hook(
+        lambda module, inputs, output: seen.update(features=output.dtype)
+    )
+    model.vision.conv1.register_forward_pre_hook(
+        lambda module, inputs: seen.update(pixels=inputs[0].dtype)
+    )
+    trainer.forward_backward(batches)
+    weights = {name: p.dtype for name, p in model.named_parameters()}
+    gradients = {n: p.main_grad.dtype for n, p in model.named_parameters() if p.requires_grad}
+    return weights, gradients, seen["pixels"], seen["features"]
+
+
+def test_the_loader_is_asked_for_rows_that_fit_layout_and_precision(tmp_path: Path) -> None:
+    """FP8 under sequence parallelism wants whole blocks on every rank, context parallelism two
+    chunks; a segment is asked for the latter alone."""
+    fp8 = {"_target_": "nvmm.parallel.fp8_recipe.Fp8", "recipe": "mxfp8"}
+    fp8_precision = {"precision": {"dtype": "bf16", "fp8": fp8}}
+    sp = TP2 | {"sequence_parallel": True}
+    for layout, options, rows, segments in (
+        (sp, fp8_precision, 64, 1),
+        (CP2, {}, 4, 4),
+    ):
+        asked = run_ranks(_asked, 2, tmp_path, layout, options)[0]
+        assert asked == {"pad_multiple": rows, "segment_multiple": segments}
+
+
+def _asked(
+    rank: int,
+    world_size: int,
+    init: str,
+    run_dir: Path,
+    layout: dict[str, Any],
+    options: dict[str, Any],
+) -> dict[str, int]:
+    model = tiny.language()
+    model["transformer"] |= {"hidden_size": 128, "kv_channels": 32, "ffn_hidden_size": 128}
+    config = tiny.config(model) | {"parallel": layout} | options
+    Parallel(**layout).initialize(seed=1234, rank=rank, world_size=world_size, init_method=init)
+    asked: dict[str, int] = {}
+
+    class Asked(Data):
+        def batches(self, **kwargs: Any) -> Iterator[list[Batch]]:
+            asked.update(kwargs)
+            yield from super().batches(**kwargs)
+
+    data = Asked(synthetic_steps(config | {"row_multiple": 64}, 1, 2))
+    trainer = build_trainer(config, data, run_dir, global_batch_size=4)
+    next(trainer.batches("train", 0))
+    return {name: asked[name] for name in ("pad_multiple", "segment_multiple") if name in asked}
 
 
 def _bf16(rank: int, world_size: int, init: str, run_dir: Path) -> tuple[str, float, float]:

@@ -24,6 +24,48 @@ def _attention_heads(view: View) -> Iterator[Problem]:
             groups,
             f"must be a multiple or a divisor of parallel.tensor_model_parallel_size={tensor}",
         )
+    elif heads and groups and groups < tensor:
+        # Ranks that share a group split one matrix of queries, keys and values between them.
+        hidden = view.integer(f"{prefix}.hidden_size") or 0
+        width = view.integer(f"{prefix}.kv_channels") or hidden // heads
+        if width * (heads + 2 * groups) % tensor:
+            yield Problem(
+                f"{prefix}.num_query_groups",
+                groups,
+                f"is less than parallel.tensor_model_parallel_size={tensor}, which must then divide"
+                f" (num_attention_heads + 2 x num_query_groups) x kv_channels ="
+                f" {width * (heads + 2 * groups)}",
+            )
+
+
+def _widths(view: View) -> Iterator[Problem]:
+    """Check what column-parallel linears give out: every rank gets as many features."""
+    tensor = view.size("tensor")
+    language = f"{view.language}.transformer"
+    hidden = view.integer(f"{language}.hidden_size") if view.language else None
+    widths: dict[str, int | None] = {}
+    if hidden:
+        widths[f"{language}.ffn_hidden_size"] = 4 * hidden
+    if hidden and view.get("model.pooling") is not None:
+        widths["model.pooling.ffn_hidden_size"] = 4 * hidden
+    widths["model.cross_attention.ffn_hidden_size"] = None
+    encoders = {"model.vision": "model.connector"}
+    for modality in view.get("model.encoders") or {}:
+        part = f"model.encoders.{modality}"
+        encoders[f"{part}.encoder"] = f"{part}.connector"
+    for encoder, connector in encoders.items():
+        if view.get(connector) is not None:
+            # A connector of one layer gives out the language model's width.
+            widths[f"{connector}.hidden_size"] = hidden
+        size = view.integer(f"{encoder}.transformer.hidden_size")
+        if size and view.get("parallel.encoder") == "sharded":
+            widths[f"{encoder}.transformer.ffn_hidden_size"] = 4 * size
+    for key, default in widths.items():
+        width = view.integer(key) or default
+        if width and width % tensor:
+            yield Problem(
+                key, width, f"must be divisible by parallel.tensor_model_parallel_size={tensor}"
+            )
 
 
 def _pooling_heads(view: View) -> Iterator[Problem]:
@@ -194,6 +236,7 @@ def _batches(view: View) -> Iterator[Problem]:
 RULES = (
     _attention_heads,
     _pooling_heads,
+    _widths,
     _pipeline_layers,
     _sequence_parallel,
     _sequence_length,

@@ -62,6 +62,7 @@ class Encoder(MegatronModule):
         self.model_tp_group = parallel_state.get_tensor_model_parallel_group()
         self.is_replicated = self.tp_group.size() < self.model_tp_group.size()
         self.num_attention_heads = num_heads
+        self.input_needs_gradient = chunk.input_needs_gradient
         backend = backend_provider(chunk.backend)
         layer = layer_spec(config, backend, AttnMaskType.no_mask, EncoderLayer, EncoderAttention)
         layer.params["layer_scale"] = layer_scale
@@ -137,9 +138,8 @@ class Encoder(MegatronModule):
     def transform(self, x: Tensor) -> Tensor:
         """Run the layers on x [n, tokens, hidden_size]; the shape stays."""
         x = x.transpose(0, 1).contiguous()
-        recompute = self.config.recompute_granularity == "full" and self.training
-        if recompute and torch.is_grad_enabled() and not x.requires_grad:
-            # mcore's reentrant checkpoint gives no gradients behind an input that needs none.
+        needed = self.input_needs_gradient and self.training and torch.is_grad_enabled()
+        if needed and not x.requires_grad:
             x = x.detach().requires_grad_()
         return self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
 

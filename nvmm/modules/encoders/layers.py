@@ -67,15 +67,13 @@ class EncoderLayer(TransformerLayer):
             self.mlp_bda = functools.partial(self._scaled_add, "ls2")
 
     def _scaled_add(self, name: str, training: bool, fused: bool) -> Callable[..., Tensor]:
-        """Return mcore's bias-dropout-add with the branch, bias included, scaled first."""
+        """Return mcore's bias-dropout-add, the branch and its bias scaled first."""
         scale = getattr(self, name)
 
         def add(branch: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            # Encoders refuse dropout.
             x, bias = branch
-            if not (dropout and training):
-                return gated_residual(residual, x, scale, bias)
-            x = (x if bias is None else x + bias) * scale
-            return residual + F.dropout(x, dropout, training)
+            return gated_residual(residual, x, scale, bias)
 
         return add
 

@@ -344,3 +344,22 @@ def test_errors_name_the_key(changes: dict[str, Any], message: str) -> None:
 def test_tiles_must_be_covered_by_patches() -> None:
     with pytest.raises(ValueError, match="tiles of 16 x 18 pixels"):
         vision()(tiles(1, 16, 18))
+
+
+@pytest.mark.usefixtures("world")
+def test_pixels_are_normalised_in_fp32_and_rounded_once() -> None:
+    """All 256 values of each channel, in a bf16 encoder."""
+    config = tiny.multimodal()["vision"] | {"image_mean": [0.31, 0.5, 0.7]}
+    chunk = Parallel().chunks(Precision("bf16"))[0]
+    encoder = instantiate(config, _convert_="all")(chunk=chunk)
+    tiles = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    mean, std = (
+        torch.tensor(x, dtype=torch.float64).view(3, 1, 1)
+        for x in (encoder.image_mean, encoder.image_std)
+    )
+    exact = (tiles.double() / 255 - mean) / std
+    pixels = encoder._normalize(tiles)
+    assert pixels.dtype == torch.bfloat16
+    # Half a unit of the last of 8 bits, and fp32's own rounding near zero.
+    error = (pixels.double() - exact).abs()
+    assert (error <= exact.abs() * 2**-8 + 1e-6).all()
