@@ -19,8 +19,8 @@ def _batch(mask: list[list[float]]) -> Batch:
 
 
 def test_sum_and_int_count() -> None:
-    output = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    total, count, metrics = NextToken().loss(output, _batch([[0, 1, 1], [0, 0, 0.5]]))
+    output = torch.tensor([[1.0, 2.0, 4.0, 7.0], [8.0, 16.0, 32.0, 9.0]])
+    total, count, metrics = NextToken().loss(output, _batch([[0, 1, 1, 0], [0, 0, 0.5, 0]]))
     assert total.item() == 2 + 4 + 16
     assert count.item() == 3
     assert count.dtype == torch.int
