@@ -218,7 +218,7 @@ def test_image_fields_are_drawn_as_the_model_saw_them(tmp_path):
     # An evaluation of earlier has the images in predictions.jsonl.
     add_predictions(run, [prediction(**fields)], benchmark="older")
     assert len(read(run).named("img")) == 10
-    assert image_fields(Record({"json": b""}, {}, Limits()), {IMAGE: media}) == {}
+    assert image_fields(Record({"json": b"{}"}, {}, Limits()), {IMAGE: media}) == {}
 
 
 def test_what_a_model_says_cannot_become_markup(tmp_path):

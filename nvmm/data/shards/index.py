@@ -332,10 +332,11 @@ def _build(
         # 4. Token counts of an older version hold where its samples are these.
         old = path / "index.json"
         same = ("shards", "stamps", "samples_per_shard")
-        before: dict[str, Any] = {}
+        before: Any = None
         with contextlib.suppress(FileNotFoundError, ValueError):
             before = json.loads(old.read_text(encoding="utf-8"))
-        if all(before.get(name) == facts[name] for name in same) and all(
+        is_same = isinstance(before, dict) and all(before.get(n) == facts[n] for n in same)
+        if is_same and all(
             (path / name).read_bytes() == (folder / name).read_bytes() for name in ("start", "stop")
         ):
             for counted in path.glob("lengths-*"):
