@@ -35,6 +35,7 @@ from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.kernels.library import Kernels
 from nvmm.proof.equivalence import build_trainer, shrink
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
+from tests.data.conftest import image_bytes
 from tests.ranks import run_ranks
 
 SYSTEMS = (
@@ -95,6 +96,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "optim.no_decay": {"optim.weight_decay": 1.0},
     "build.min_tiles": {"data.train.build.max_tiles": 6, "data.validation.build.max_tiles": 6},
     "connector.activation_func": {"model.connector.hidden_size": 32},
+    "build.use_thumbnail": {"data.train.build.max_tiles": 2, "data.validation.build.max_tiles": 2},
     "cross_attention.offset": {"model.cross_attention.interval": 2},
     "data.window": {"data.pack": True},
     "precision.grad_reduce_in_fp32": {"precision.dtype": "bf16"},
@@ -319,13 +321,21 @@ def shards(folder: Path) -> Path:
             "positive": f"here is {i}",
             "negatives": [f"there is {j}" for j in range(i, i + 9)],
             "positive_ids": [f"id{j}" for j in range(i, i + 40)],
+            "positive_image": "positive.png",
         }
         for i in range(24)
     ]
     write_shards(
         folder / "retrieval",
         "train",
-        [{"__key__": f"k{i}", "json": json.dumps(r).encode()} for i, r in enumerate(records)],
+        [
+            {
+                "__key__": f"k{i}",
+                "json": json.dumps(r).encode(),
+                "positive.png": image_bytes(200, 99),
+            }
+            for i, r in enumerate(records)
+        ],
     )
     return folder
 
@@ -344,7 +354,7 @@ def batches_of(config: dict[str, Any], tokenizer: Tokenizer) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", (pytest.param("nvlm_d/quickstart", marks=pytest.mark.slow), "nv_embed/tiny")
+    "name", (pytest.param("nvlm_d/quickstart", marks=pytest.mark.slow), "mm_embed/tiny")
 )
 def test_every_key_of_the_data_acts(name: str, tmp_path: Path) -> None:
     folder = shards(tmp_path)

@@ -66,7 +66,7 @@ PLACES = {
     "_embedding_dropout": "embedding",
     "_bias_dropout_add_func": "residual",
     "_add": "cross residual",
-    "_attend": "attention",
+    "_attend_all": "attention",
     "_block": "cross attention",
 }
 """The function that drops -> the place."""

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from nvmm.batch import Batch
+from nvmm.checkpoint.record import write_record
 from nvmm.objectives.contrastive import Contrastive
 from nvmm.objectives.next_token import NextToken
 from nvmm.objectives.objective import Objective
@@ -313,8 +314,8 @@ def test_a_finished_run_writes_nothing_and_refuses_other_values(tmp_path: Path) 
 def test_what_a_finished_run_refuses(tmp_path: Path) -> None:
     optim = {"_target_": "nvmm.training.optim.Optim", "learning_rate": 1e-3}
     saved = {"trainer": {"max_steps": 2}, "optim": optim, "parallel": {}}
-    record = {"optimizer": {"steps": 2}, "state": {"step": 2, "config": saved}}
-    (tmp_path / "state.json").write_text(json.dumps(record))
+    record = {"step": 2, "layout": {}, "optimizer": {"steps": 2}, "number": 1}
+    write_record(tmp_path, record | {"state": {"step": 2, "config": saved}})
     other = saved | {"optim": optim | {"learning_rate": 9e-4}}
     with pytest.raises(ValueError, match=r"rate: 0\.001 -> 0\.0009\n.*give this run a run"):
         require_unchanged(tmp_path, other)

@@ -128,7 +128,7 @@ def test_records_with_several_kinds_of_files(tmp_path: Path) -> None:
     files = [f"--files={key}={folder}" for key, folder in folders.items()]
     assert "1 samples in 1 shards" in run(*arguments, *files).stdout
     refused = run(*arguments, f"--files=image={tmp_path / 'sounds'}")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert f"image a.png is not a file in {tmp_path / 'sounds'}\n" in refused.stderr
 
 
