@@ -56,6 +56,9 @@ def import_(options: argparse.Namespace) -> int:
     config = _composed(options.overrides) if options.overrides else {}
     if config:
         check_given(folders, config["model"])
+    for folder in folders.values():
+        for file in getattr(folder.source, "unread", ()):
+            print(f"not read: {folder.path / file}")
     model = config.get("model") or derive(folders)
     initialised = import_folders(
         folders,

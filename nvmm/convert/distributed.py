@@ -203,6 +203,8 @@ class _Writer:
         spec = self.source.spec[name]
         chunks, row, total = [], 0, 0
         for block in self.source.blocks(name):
+            if block.dtype != spec.dtype:
+                raise ValueError(f"{name}: a block of {block.dtype} in a tensor of {spec.dtype}")
             # torch.save writes a tensor's whole storage: a view of a larger one is copied.
             if not block.is_contiguous() or block.untyped_storage().nbytes() != block.nbytes:
                 block = block.clone(memory_format=torch.contiguous_format)

@@ -12,9 +12,9 @@ import torch
 from nvmm.convert.files import at, publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.mapping import Row
-from nvmm.convert.models import SavedModel, write_state, write_weights
+from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
 from nvmm.convert.processor import processor
-from nvmm.convert.safetensors import write_safetensors
+from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
 from nvmm.convert.sentence_transformers import write_embedder
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
@@ -57,7 +57,10 @@ def export(
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
         with progress(size, "export", unit="B") as bar:
-            write_safetensors(temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar)
+            written = write_safetensors(
+                temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar
+            )
+        check_written(SafetensorsSource(temporary), converted, written)
         write_folder(
             temporary,
             exported_config(config, original, stored),

@@ -12,12 +12,13 @@ import torch
 
 from nvmm.checkpoint.files import find, read_record, read_state
 from nvmm.checkpoint.index import read_metadata, weight_names
+from nvmm.checkpoint.weights import checksum
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
 from nvmm.convert.formats import megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
 from nvmm.convert.safetensors import SafetensorsSource
-from nvmm.convert.sources import Source
+from nvmm.convert.sources import Source, compare_shapes, refuse
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
 
@@ -64,8 +65,16 @@ def open_folder(path: Path, format_name: str | None = None) -> HubFolder:
         return _open_megatron(*located)
     config = read_config(path)
     format_name = format_name or detect(config, path)
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{path}/config.json: quantization_config is not supported; name a folder of weights"
+            " in bf16, fp16 or fp32"
+        )
     source = SafetensorsSource(path)
-    config = FORMATS[format_name].complete(config, source.spec)
+    try:
+        config = FORMATS[format_name].complete(config, source.spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)
 
 
@@ -121,10 +130,28 @@ def open_checkpoint(name: Path) -> SavedModel:
 
 
 def write_weights(folder: Path, source: Source, label: str, workers: int) -> None:
-    """Write a source as the weights of a checkpoint, with a progress line."""
+    """Write a source as the weights of a checkpoint, with a progress line, and read them back."""
     size = sum(tensor.nbytes for tensor in source.spec.values())
     with progress(size, label, unit="B") as bar:
-        write_distributed(folder, source, workers=workers, bar=bar)
+        written = write_distributed(folder, source, workers=workers, bar=bar)
+    checksums = {name: entry["checksum"] for name, entry in written.items()}
+    check_written(DistributedSource(folder, read_metadata(folder)), source, checksums)
+
+
+def check_written(written: Source, source: Source, checksums: Mapping[str, int]) -> None:
+    """Compare tensors that were written with their source's names, shapes, dtypes and checksums.
+
+    Raises ValueError naming those that differ: nothing that this finds is published.
+    """
+    compare_shapes(written.spec, source.spec, "what was written", "its source")
+    wrong = [
+        f"{name} does not read back as it was written"
+        for name, spec in written.spec.items()
+        if spec.dtype != source.spec[name].dtype
+        or sum(checksum(block.contiguous()) for block in written.blocks(name)) % 2**64
+        != checksums[name]
+    ]
+    refuse(wrong)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

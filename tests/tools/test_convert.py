@@ -175,9 +175,13 @@ def test_refusals(
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "hf: config.json: Transformers refuses it"),
+        ({"rope_theta": None, "rope_parameters": None}, "has no rope_theta"),
+        ({"rope_scaling": {"full_attention": {"rope_theta": 2.0}}}, "each kind of layer"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
         ({"model_type": "gpt2"}, "model_type='gpt2' has no table"),
-        ({"num_hidden_layers": None}, "has no num_hidden_layers"),
+        ({"num_hidden_layers": None}, "field 'num_hidden_layers'"),
     ],
 )
 def test_configs_we_cannot_run(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nvmm.convert.formats import decoder
 from nvmm.convert.formats.config import GELU, GELU_TANH, QUICK_GELU, need, transformer, whole
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, Rename, Reshape, Row, Unused, expand
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -45,8 +46,9 @@ def activation_name(config: Mapping[str, Any]) -> str:
 
 
 def vision_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the vision encoder's part of a config.json."""
-    return hf.get("vision_config", hf)  # type: ignore[no-any-return]
+    """Return the vision encoder's part of a config.json, with its class's defaults."""
+    full = standard(hf)
+    return full.get("vision_config", full)
 
 
 def encoder(hf: Mapping[str, Any], act: str, epsilon: float, **more: Any) -> dict[str, Any]:
@@ -122,10 +124,10 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the prefix of the encoder's names to config.json: none, or vision_model."""
+    """Add defaults and the prefix of the encoder's names: none, or vision_model."""
     suffix = "embeddings.patch_embedding.weight"
     prefix = next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")
-    return {**hf, PREFIX: prefix}
+    return {**standard(hf), PREFIX: prefix}
 
 
 def layers(model: Mapping[str, Any], prefix: str) -> list[Row]:
@@ -160,7 +162,7 @@ def text_encoder_rows(hf: Mapping[str, Any]) -> list[Row]:
     """Return rows that drop the text encoder, which an encoder of images has no use for."""
     if "text_config" not in hf:
         return []
-    layer, count = "text_model.encoder.layers.*.", hf["text_config"].get("num_hidden_layers", 12)
+    layer, count = "text_model.encoder.layers.*.", need(hf["text_config"], "num_hidden_layers")
     linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
     names = [f"{layer}{part}.{kind}" for part in parts for kind in _PARTS]

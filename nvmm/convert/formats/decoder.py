@@ -17,6 +17,7 @@ from nvmm.convert.formats.config import (
     transformer,
     whole,
 )
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, GatedMLP, PadVocabulary, Rename, Row, Tied, expand
 
 _LLAMA3 = {
@@ -25,6 +26,8 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 """The constants of Llama 3's RoPE scaling that megatron-core has built in."""
+_PREFIX, _EMBEDDING, _HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
+"""Keys that no config.json has; `complete` finds their values in the names."""
 
 
 def to_language(
@@ -34,6 +37,7 @@ def to_language(
 
     changes: of its TransformerConfig; more: of the model.
     """
+    hf = standard(hf)
     heads = need(hf, "num_attention_heads")
     vocab_size = need(hf, "vocab_size")
     fields = {
@@ -59,7 +63,7 @@ def to_language(
         "padded_vocab_size": padded(vocab_size),
         "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
         "max_sequence_length": hf.get("max_position_embeddings", 4096),
-        **_rope(hf),
+        **_rope(hf, more.get("rotary_percent", 1.0)),
         **more,
     }
 
@@ -102,17 +106,24 @@ def expressible(model: Mapping[str, Any], back: Mapping[str, Any], family: str) 
         raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lines))
 
 
-def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = hf.get("rope_parameters") or {}
-    scaling = hf.get("rope_scaling") or parameters
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
-    out: dict[str, Any] = {"rotary_base": integral(base)}
+def _rope(hf: Mapping[str, Any], percent: float) -> dict[str, Any]:
+    scaling = need(hf, "rope_parameters")
+    if nested := [key for key, value in scaling.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"config.json: RoPE for each kind of layer ({nested[0]}) is not supported")
+    rope_type = scaling["rope_type"]
+    out: dict[str, Any] = {"rotary_base": integral(need(scaling, "rope_theta"))}
+    # Where a family turns whole heads, Transformers ignores a partial factor, or cannot scale.
+    partial = scaling.get("partial_rotary_factor") or 1.0
+    if rope_type != "default" and partial != percent:
+        raise ValueError(
+            f"config.json: partial_rotary_factor={partial} is not supported with"
+            f" rope_type={rope_type!r} in this family"
+        )
     if rope_type == "llama3":
         for key, value in _LLAMA3.items():
             if need(scaling, key) != value:
                 raise ValueError(
-                    f"config.json: rope_scaling.{key}={scaling[key]} is not supported;"
+                    f"config.json: rope_parameters.{key}={scaling[key]} is not supported;"
                     f" megatron-core has {value} built in"
                 )
         out |= {"rope_scaling": True, "rope_scaling_factor": need(scaling, "factor")}
@@ -120,15 +131,25 @@ def _rope(hf: Mapping[str, Any]) -> dict[str, Any]:
         out["seq_len_interpolation_factor"] = need(scaling, "factor")
     elif rope_type != "default":
         raise ValueError(
-            f"config.json: rope_scaling.rope_type={rope_type!r} is not supported; it must be"
+            f"config.json: rope_parameters.rope_type={rope_type!r} is not supported; it must be"
             " 'default', 'linear' or 'llama3'"
         )
     return out
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return config.json as it is: shapes tell nothing more here."""
-    return dict(hf)
+    """Add defaults to config.json, and what differs in the names that folders have.
+
+    A base model's have no `model.` and no lm_head; a tied model may hold lm_head alone.
+    """
+    hf = standard(hf)
+    layer = "layers.0.input_layernorm.weight"
+    prefix = next((n.removesuffix(layer) for n in spec if n in (layer, f"model.{layer}")), "model.")
+    embedding, head = f"{prefix}embed_tokens.weight", "lm_head.weight"
+    if hf["tie_word_embeddings"] and embedding not in spec and head in spec:
+        embedding = head
+    has_head = head in spec or prefix != ""
+    return {**hf, _PREFIX: prefix, _EMBEDDING: embedding, _HEAD: head if has_head else None}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
@@ -137,12 +158,14 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     config = model["transformer"]
     vocabulary = PadVocabulary(model["padded_vocab_size"], need(hf, "vocab_size"))
     qkv = QKV(config["num_attention_heads"], config["num_query_groups"], config["kv_channels"])
-    layer, theirs = "decoder.layers.*.", "model.layers.*."
+    prefix, head = hf.get(_PREFIX, "model."), hf.get(_HEAD, "lm_head.weight")
+    embedding = hf.get(_EMBEDDING, f"{prefix}embed_tokens.weight")
+    layer, theirs = "decoder.layers.*.", f"{prefix}layers.*."
     norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
     qkv_kinds = ["weight", "bias"] if config["add_qkv_bias"] else ["weight"]
     kinds = ["weight", "bias"] if config["add_bias_linear"] else ["weight"]
     # 1. The embedding, then the norms, under mcore's names of norms fused with the next linear.
-    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    rows = [Row("embedding.word_embeddings.weight", (embedding,), vocabulary)]
     for kind in norm_kinds:
         rows += [
             Row(
@@ -169,11 +192,13 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             Row(f"{layer}mlp.linear_fc2.{kind}", (f"{theirs}mlp.down_proj.{kind}",)),
         ]
     # 3. The end: a tied output layer is only a copy of the embedding, which may be there.
-    rows += [Row(f"decoder.final_layernorm.{kind}", (f"model.norm.{kind}",)) for kind in norm_kinds]
-    if model["share_embeddings_and_output_weights"]:
-        rows.append(Row(None, ("lm_head.weight",), Tied("model.embed_tokens.weight")))
-    else:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
+    rows += [
+        Row(f"decoder.final_layernorm.{kind}", (f"{prefix}norm.{kind}",)) for kind in norm_kinds
+    ]
+    if not model["share_embeddings_and_output_weights"]:
+        rows += [Row("output_layer.weight", (head,), vocabulary)] if head else []
+    elif head and head != embedding:
+        rows.append(Row(None, (head,), Tied(embedding)))
     # Transformers saved these buffers before version 4.32.
     rows.append(Row(None, (f"{theirs}self_attn.rotary_emb.inv_freq",), Drop()))
     return expand(rows, config["num_layers"])

@@ -15,12 +15,22 @@ from nvmm.convert.formats.config import GELU, need, only, transformer, whole
 from nvmm.convert.mapping import DummyHeads, FusedQKV, Rename, Reshape, Row, expand
 
 NORMS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
+_DEFAULTS = {
+    "hidden_size": 3200,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "image_size": 224,
+    "patch_size": 14,
+}
+"""Sizes that OpenGVLab's class has where config.json leaves them out."""
 NUM_DUMMY_HEADS = "num_dummy_heads"
 """A key that OpenGVLab's config.json lacks; `complete` finds its value in the shapes."""
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = {**_DEFAULTS, **hf}
     only(hf, "hidden_act", "gelu")
     heads = need(hf, "num_attention_heads")
     return {
@@ -80,7 +90,8 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
-    """Add the number of dummy heads that the fused QKV has rows for to config.json."""
+    """Add defaults and the number of dummy heads that the fused QKV has rows for."""
+    hf = {**_DEFAULTS, **hf}
     qkv = spec.get(f"{prefix}encoder.layers.0.attn.qkv.weight")
     head_dim = need(hf, "hidden_size") // need(hf, "num_attention_heads")
     dummies = 0

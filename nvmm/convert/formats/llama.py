@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvmm.convert.formats import decoder
+from nvmm.convert.formats.standard import standard
 
 complete = decoder.complete
 table = decoder.table
@@ -13,6 +14,7 @@ table = decoder.table
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = standard(hf)
     decoder.activation(hf)
     bias = bool(hf.get("attention_bias", False))
     if bool(hf.get("mlp_bias", False)) != bias:

@@ -15,38 +15,22 @@ from torch import Tensor
 
 from nvmm.convert.formats import clip, llama, mistral
 from nvmm.convert.formats.config import GELU, need, only, whole
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Drop, Row, prefixed
 
 _FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
-_SIZES = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-}
-# Transformers' defaults, which a nested config leaves out.
-_TEXT_DEFAULTS = {
-    "llama": {**_SIZES, "vocab_size": 32000, "intermediate_size": 11008},
-    "mistral": {
-        **_SIZES,
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-}
 _KINDS = ("weight", "bias")
 
 
 def _language(hf: Mapping[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
     text = need(hf, "text_config")
     kind = only(text, "model_type", *_FAMILIES)
-    return _FAMILIES[kind], {**_TEXT_DEFAULTS[kind], **text}
+    return _FAMILIES[kind], standard(text)
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config: native tiles, in which every patch is a token."""
+    hf = standard(hf)
     only(hf, "vision_feature_layer", -2)
     only(hf, "vision_feature_select_strategy", "default")
     only(hf, "projector_hidden_act", "gelu")
@@ -80,7 +64,8 @@ def from_model(model: Mapping[str, Any]) -> NoReturn:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the prefix of the encoder's names to config.json."""
+    """Add defaults and the prefix of the encoder's names to config.json."""
+    hf = standard(hf)
     return {**hf, "vision_config": clip.complete(need(hf, "vision_config"), spec)}
 
 

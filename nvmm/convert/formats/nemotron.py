@@ -7,6 +7,7 @@ from typing import Any
 
 from nvmm.convert.formats import decoder
 from nvmm.convert.formats.config import SQUARED_RELU, only, whole
+from nvmm.convert.formats.standard import standard
 
 complete = decoder.complete
 table = decoder.table
@@ -14,11 +15,11 @@ table = decoder.table
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = standard(hf)
     only(hf, "hidden_act", "relu2")
     only(hf, "attention_bias", False)
     only(hf, "mlp_bias", False)
-    rope = hf.get("rope_parameters") or {}
-    percent = hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 0.5))
+    percent = hf["rope_parameters"]["partial_rotary_factor"]
     changes = {
         "normalization": "LayerNorm",
         "layernorm_epsilon": hf.get("norm_eps", 1e-5),

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from nvmm.convert.formats import mistral, qwen2
 from nvmm.convert.formats.config import need, only
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row
 
-_FAMILIES: dict[str, ModuleType] = {"mistral": mistral, "bidir_mistral": mistral, "qwen2": qwen2}
+_FAMILIES: dict[str, ModuleType] = {"mistral": mistral, "qwen2": qwen2}
+_BIDIRECTIONAL = "bidir_mistral"
+"""The released model_type of a Mistral without the causal mask."""
 _POOLINGS = "nvmm.modules.pooling."
 _THEIRS = "latent_attention_model."
 _BLOCKS = {
@@ -34,18 +37,19 @@ _BLOCKS = {
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the MLP's width to config.json; the released one leaves it to its code."""
+    """Add the decoder's defaults, and the MLP's width, which the released code has built in."""
+    hf = {**hf, "text_config": _text(hf)}
     latent = hf.get("latent_attention_config")
     first = spec.get(f"{_THEIRS}cross_attend_blocks.1.fn.net.2.weight")
     if latent is None or first is None:
-        return dict(hf)
+        return hf
     return {**hf, "latent_attention_config": {"ffn_hidden_size": first.shape[1], **latent}}
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config; omitted fields have the released code's defaults."""
-    text = {"vocab_size": 32000, **need(hf, "text_config")}
-    model = _FAMILIES[only(text, "model_type", *_FAMILIES)].to_model(text)
+    text = _text(hf)
+    model = _FAMILIES[text["model_type"]].to_model(text)
     hidden = model["transformer"]["hidden_size"]
     del model["share_embeddings_and_output_weights"]
     pooling: dict[str, Any] = {"_target_": f"{_POOLINGS}Mean", "_partial_": True}
@@ -101,7 +105,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Return the decoder's rows without `model.` and lm_head, and the pooling's."""
-    text = need(hf, "text_config")
+    text = _text(hf)
     rows = []
     for row in _FAMILIES[text["model_type"]].table(_language(model), text):
         if "lm_head.weight" not in row.theirs:
@@ -119,6 +123,15 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             for kind in kinds
         ]
     return rows
+
+
+def _text(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the decoder's config with its family's defaults."""
+    text = dict(need(hf, "text_config"))
+    if text.get("model_type") == _BIDIRECTIONAL:
+        text["model_type"] = "mistral"
+    only(text, "model_type", *_FAMILIES)
+    return standard(text)
 
 
 def _language(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.convert.formats import decoder, internvit, llama, qwen2
 from nvmm.convert.formats.config import GELU, need, only, whole
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row, prefixed
 
 _DUMMY_HEADS = 7
@@ -86,9 +87,9 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the encoder's number of dummy heads to config.json."""
+    """Add defaults and the encoder's number of dummy heads to config.json."""
     vision = internvit.complete(need(hf, "vision_config"), spec, "vision_model.")
-    return {**hf, "vision_config": vision}
+    return {**hf, "llm_config": standard(need(hf, "llm_config")), "vision_config": vision}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:

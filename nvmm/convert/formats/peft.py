@@ -180,7 +180,9 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
     for key, value in config.items():
         if value and key not in _UNDERSTOOD and value not in _PLAIN.get(key, ()):
             raise ValueError(f"{folder}/adapter_config.json: {key}={value} is not supported")
-    source = SafetensorsSource(folder)
+    if not (folder / _FILE).is_file():
+        raise ValueError(f"{folder} has no {_FILE}")
+    source = SafetensorsSource(folder, _FILE)
     pairs: dict[str, dict[str, Tensor]] = {}
     strange = []
     for key in source.spec:

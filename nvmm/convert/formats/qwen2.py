@@ -7,6 +7,7 @@ from typing import Any
 
 from nvmm.convert.formats import decoder
 from nvmm.convert.formats.config import only
+from nvmm.convert.formats.standard import standard
 
 complete = decoder.complete
 table = decoder.table
@@ -14,6 +15,7 @@ table = decoder.table
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = standard(hf)
     decoder.activation(hf)
     only(hf, "use_sliding_window", False)
     return decoder.to_language(hf, {"add_qkv_bias": True})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvmm.convert.formats import decoder
 from nvmm.convert.formats.config import GELU, need, only, transformer, whole
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, KeylessBias, Reshape, Row, expand
 
 PREFIX = "tower_prefix"
@@ -20,6 +21,7 @@ _KINDS = ("weight", "bias")
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = standard(hf)
     only(hf, "activation_function", "gelu")
     heads = need(hf, "encoder_attention_heads")
     return {
@@ -66,9 +68,10 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the prefix of the encoder's names to config.json: none, encoder or model.encoder."""
+    """Add defaults and the prefix of the encoder's names: none, encoder or model.encoder."""
     suffix = "conv1.weight"
-    return {**hf, PREFIX: next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")}
+    prefix = next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")
+    return {**standard(hf), PREFIX: prefix}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
