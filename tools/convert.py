@@ -91,6 +91,7 @@ def export(options: argparse.Namespace) -> int:
         part=options.part,
         dtype=DTYPES.get(options.dtype),
         vocab_size=options.vocab_size,
+        tokenizer=at(options.tokenizer) if options.tokenizer else None,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
     )
     print(options.to)
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(command, "checkpoint or run directory", workers=False)
     _format(command)
     command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")
+    command.add_argument("--tokenizer", help="folder of the model's tokenizer, if it has moved")
     command.add_argument("--max-shard-gb", type=float, default=5.0)
 
     for name, text in (

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from nvmm.convert.files import at, publish
+from nvmm.convert.chat_template import (
+    Conversation,
+    check_conversation,
+    conversation,
+    write_conversation,
+)
+from nvmm.convert.files import publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.mapping import Row
 from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
@@ -29,6 +35,7 @@ def export(
     part: str | None = None,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a checkpoint of ours as a Hugging Face folder.
@@ -37,6 +44,7 @@ def export(
         part: language or vision, of a model that has parts; None for the whole model.
         vocab_size: rows of the vocabulary; None for an imported model's own number, else the
             model's vocab_size.
+        tokenizer: its folder, where that has moved.
 
     Raises ValueError when the format cannot express the model, or keys do not fit.
     """
@@ -51,8 +59,10 @@ def export(
     original = _original(saved, format_name, part)
     converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
-    tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
-    folder = at(tokenizer) if tokenizer and at(tokenizer).is_dir() else None
+    talk = None if "vocab_size" not in language_of(config) else conversation(saved, tokenizer)
+    whole_config = exported_config(config, original, stored)
+    if talk is not None and talk.trained and format_name != "nv_embed":
+        _set_ends(language_of(whole_config), talk)
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
@@ -61,13 +71,18 @@ def export(
                 temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar
             )
         check_written(SafetensorsSource(temporary), converted, written)
+        if talk is not None:
+            copy_tokenizer(talk.folder, temporary)
+            if format_name != "nv_embed":
+                write_conversation(temporary, talk, reads_images="vision" in saved.model)
         write_folder(
             temporary,
-            exported_config(config, original, stored),
-            None if part == "vision" else folder,
+            whole_config,
             _card(saved, format_name, part, converted),
             processor(_model(saved, part), format_name),
         )
+        if talk is not None and format_name != "nv_embed":
+            check_conversation(temporary, talk)
         if format_name == "nv_embed":
             write_embedder(temporary, saved.state["config"], config["hidden_size"])
 
@@ -101,6 +116,22 @@ def _original(saved: SavedModel, format_name: str, part: str | None) -> dict[str
     return config.get("vision_config", config) if format_name in ("clip", "siglip") else config
 
 
+def language_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the decoder."""
+    inner: dict[str, Any] = config.get("llm_config") or config.get("text_config") or config
+    return inner
+
+
+def _set_ends(language: dict[str, Any], talk: Conversation) -> None:
+    """Write the tokens that begin and end a text into a decoder's config."""
+    language |= talk.ids()
+    last = max(talk.end_ids, default=0)
+    if last >= language["vocab_size"]:
+        raise ValueError(
+            f"--vocab-size {language['vocab_size']} leaves out token {last}, which ends an answer"
+        )
+
+
 def _set_vocabulary(
     config: dict[str, Any],
     model: Mapping[str, Any],
@@ -108,7 +139,7 @@ def _set_vocabulary(
     requested: int | None,
 ) -> None:
     """Choose the rows of the exported vocabulary: padding of ours is removed, theirs is kept."""
-    inner = config.get("llm_config") or config.get("text_config") or config
+    inner = language_of(config)
     if "vocab_size" not in inner:
         return
     language = model.get("language", model)

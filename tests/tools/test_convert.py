@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,16 @@ def answer(rank: int, world: int, init: str, path: Path) -> tuple[list[int], lis
     return prompt.text.tokens.tolist(), list(tokens)
 
 
-def test_an_import_answers_like_transformers(theirs: tuple[Path, Any], ours: Path) -> None:
-    prompt, tokens = run_ranks(answer, 2, ours)[0]
+def test_a_moved_import_answers_like_transformers(
+    theirs: tuple[Path, Any], ours: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer lies in it, whatever path its state has from where it was made."""
+    shutil.copytree(ours, tmp_path / "moved")
+    text = (ours / "state.json").read_text()
+    assert str(ours / "tokenizer") in text
+    gone = text.replace(str(ours / "tokenizer"), str(tmp_path / "gone"))
+    (tmp_path / "moved" / "state.json").write_text(gone)
+    prompt, tokens = run_ranks(answer, 2, tmp_path / "moved")[0]
     with torch.no_grad():
         out = theirs[1].generate(
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1
