@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from nvmm.convert.chat_template import (
 )
 from nvmm.convert.files import publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
+from nvmm.convert.formats.config import mismatches
 from nvmm.convert.mapping import Row
 from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
 from nvmm.convert.processor import processor
@@ -25,6 +27,8 @@ from nvmm.convert.sentence_transformers import write_embedder
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
+
+log = logging.getLogger("nvmm")
 
 
 def export(
@@ -70,6 +74,8 @@ def export(
             written = write_safetensors(
                 temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar
             )
+        if converted.underflow:
+            log.warning("export: %s", converted.underflow)
         check_written(SafetensorsSource(temporary), converted, written)
         if talk is not None:
             copy_tokenizer(talk.folder, temporary)
@@ -164,6 +170,20 @@ def _card(saved: SavedModel, format_name: str, part: str | None, source: Source)
     )
 
 
+_TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})
+
+
+def _same_model(first: SavedModel, second: SavedModel) -> None:
+    """Raise ValueError naming what two checkpoints differ in, whose mean would be no model."""
+    here, there = str(first.path), str(second.path)
+    lines = mismatches(first.model, second.model, here, there, free=_TRAINING_ONLY)
+    digests = [entry.state.get("tokenizer_digest") for entry in (first, second)]
+    if None not in digests and digests[0] != digests[1]:
+        lines.append(f"tokenizer (digest)={digests[0]!r} in {here}, {digests[1]!r} in {there}")
+    if lines:
+        raise ValueError("these checkpoints are not of one model:\n  " + "\n  ".join(lines))
+
+
 def rewrite(
     saved: Sequence[SavedModel], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
 ) -> None:
@@ -174,6 +194,8 @@ def rewrite(
     """
     if len(saved) > 1 and any(entry.has_adapters for entry in saved):
         raise ValueError("the mean of LoRA factors is no mean of updates: `merge` each first")
+    for other in saved[1:]:
+        _same_model(saved[0], other)
     sources = [entry.source for entry in saved]
     source: Source = sources[0] if len(sources) == 1 else Average(sources)
     state: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ from nvmm.convert.files import is_local
 from nvmm.convert.formats import megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
 from nvmm.convert.safetensors import SafetensorsSource
-from nvmm.convert.sources import Source, compare_shapes, refuse
+from nvmm.convert.sources import Cast, Source, SubModel, compare_shapes, refuse
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
 
+log = logging.getLogger("nvmm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
 
@@ -93,7 +95,7 @@ class SavedModel:
 
     path: Path
     state: dict[str, Any]
-    source: DistributedSource
+    source: Source
 
     @property
     def model(self) -> dict[str, Any]:
@@ -107,6 +109,12 @@ class SavedModel:
     def has_adapters(self) -> bool:
         """True for a LoRA run's checkpoint, whose adapters are not in the weights yet."""
         return any(name.endswith(".lora_a") for name in self.source.spec)
+
+    def part(self, name: str) -> SavedModel:
+        """Return one part of a model that has parts, as if it were a model of its own."""
+        config = {**self.state["config"], "model": self.model[name]}
+        source = SubModel(self.source, f"{name}.")
+        return SavedModel(self.path, {**self.state, "config": config}, source)
 
     def record(self) -> dict[str, Any]:
         """Return its step, the layout it was saved at, its optimizer's record and model config."""
@@ -134,6 +142,8 @@ def write_weights(folder: Path, source: Source, label: str, workers: int) -> Non
     size = sum(tensor.nbytes for tensor in source.spec.values())
     with progress(size, label, unit="B") as bar:
         written = write_distributed(folder, source, workers=workers, bar=bar)
+    if isinstance(source, Cast) and source.underflow:
+        log.warning("%s: %s", label, source.underflow)
     checksums = {name: entry["checksum"] for name, entry in written.items()}
     check_written(DistributedSource(folder, read_metadata(folder)), source, checksums)
 

@@ -13,12 +13,39 @@ from nvmm.convert.formats import megatron
 from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
 
+_PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
+"""Part of a model -> a key that only its config has."""
+
 
 def open_side(path: Path) -> HubFolder | SavedModel:
     """Open a Hugging Face folder, one of Megatron-LM's, or a checkpoint of ours."""
     if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
+
+
+def aligned(
+    a: HubFolder | SavedModel, b: HubFolder | SavedModel
+) -> tuple[HubFolder | SavedModel, HubFolder | SavedModel]:
+    """Return both sides, of a checkpoint with parts the one that the other side is a folder of.
+
+    Raises ValueError for a LoRA checkpoint, whose weights are not in it, and for a part that the
+    checkpoint does not have.
+    """
+    for side in (a, b):
+        if isinstance(side, SavedModel) and side.has_adapters:
+            raise ValueError(f"{side.path} has LoRA adapters: `merge` them first")
+    return _part_like(a, b), _part_like(b, a)
+
+
+def _part_like(side: HubFolder | SavedModel, other: HubFolder | SavedModel) -> Any:
+    theirs = other.model if isinstance(other, SavedModel) else other.model()
+    if not isinstance(side, SavedModel) or "transformer" in side.model or "language" in theirs:
+        return side
+    name = next((part for part, key in _PART_KEYS.items() if key in theirs), None)
+    if name not in side.model:
+        raise ValueError(f"{side.path} has no part like {other.path}")
+    return side.part(name)
 
 
 def compare_tensors(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> dict[str, Any]:

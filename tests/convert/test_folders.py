@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nvmm.convert.formats.standard import standard
 from nvmm.convert.safetensors import INDEX, SafetensorsSource
 from nvmm.convert.sources import InMemory, read
 from nvmm.convert.verify import compare_tensors
+from nvmm.inference.trust import require_trusted
 from nvmm.parallel.parameters import initialize, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
@@ -315,3 +317,178 @@ def test_what_does_not_verify_is_not_published(
         assert main([*arguments, "--to", str(tmp_path / "bad")]) == 2
         assert "does not read back as it was written" in capsys.readouterr().err
         assert {path.name for path in tmp_path.iterdir()} == {"theirs", "ours"}
+
+
+CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "qwen2": [{"model_type": "qwen2"}],
+    "llama": [{"model_type": "llama"}],
+    "yi": [{"model_type": "llama"}],
+    "mistral": [{"model_type": "mistral", "sliding_window": None}],
+    "nemotron": [{"model_type": "nemotron"}],
+    "internvit": [{"model_type": "intern_vit_6b"}],
+    "clip": [
+        {"model_type": "clip", "vision_config": {"hidden_act": act}}
+        for act in ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+    ],
+    "siglip": [{"model_type": "siglip"}, {"model_type": "siglip_vision_model"}],
+    "whisper": [{"model_type": "whisper"}],
+    "nvlm_d": [
+        {"llm_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "intern_vit_6b"}}
+    ],
+    "llava_next": [{"model_type": "llava_next"}],
+    "nv_embed": [{"text_config": {"model_type": "bidir_mistral", "sliding_window": None}}],
+}
+
+
+def test_every_config_of_the_importer_is_trusted() -> None:
+    """Ours are opened without trust_config=true, or whoever imported could not go on."""
+    ours = {name for name in FORMATS if not name.startswith("megatron")}
+    assert ours - CONFIGS.keys() <= {"qwen3"}
+    for name, configs in CONFIGS.items():
+        for config in configs:
+            require_trusted(FORMATS[name].to_model(config), Path(name))
+    gelu = {"_target_": "torch.nn.functional.gelu", "approximate": "tanh"}
+    require_trusted({**gelu, "_partial_": True}, Path("x"))
+    for strange in (
+        gelu,
+        {"_target_": "torch.nn.functional.torch.os.system", "_partial_": True},
+        {"_target_": "torch.load", "_partial_": True},
+        {"_target_": "torch.nn.functional.torch.from_file", "_partial_": True},
+    ):
+        with pytest.raises(ValueError, match="--trust-config"):
+            require_trusted(strange, Path("x"))
+
+
+def test_fp16_refuses_an_overflow_and_counts_an_underflow(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By import, reshard and export; 65504 and 65519 still fit, 65520 is infinite."""
+    families.language("qwen2", tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    values = tensors["model.layers.1.mlp.up_proj.weight"]
+    values.zero_()[:, 0] = 1.0
+    values[0, :6] = torch.tensor([65519.0, -65504.0, 1e-9, 6.2e-5, 3e-6, 2.0**-24])
+    tensors = {k: v.half().float() if v is not values else v for k, v in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    ours, half = ["--from", str(tmp_path / "ours")], ["--dtype", "fp16"]
+    assert main(["import", "--from", str(file.parent), "--to", ours[1]]) == 0
+    commands = {
+        "import": ["import", "--from", str(file.parent)],
+        "reshard": ["reshard", *ours],
+        "export": ["export", *ours, "--format", "qwen2"],
+    }
+    for name, arguments in commands.items():
+        caplog.clear()
+        assert main([*arguments, *half, "--to", str(tmp_path / name)]) == 0
+        [line] = [r.getMessage() for r in caplog.records if "too small" in r.getMessage()]
+        assert line.startswith(f"{name}: of ")
+        assert "values 1 were too small" in line and "zero, 1 more lost digits" in line
+    caplog.clear()
+    assert main([*commands["reshard"], "--dtype", "bf16", "--to", str(tmp_path / "bf16")]) == 0
+    assert "too small" not in caplog.text
+    values[0, 0] = 65520.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    big = tmp_path / "big"
+    assert main(["import", "--from", str(file.parent), "--to", str(big)]) == 0
+    commands["reshard"][2] = commands["export"][2] = str(big)
+    for arguments in commands.values():
+        capsys.readouterr()
+        assert main([*arguments, *half, "--to", str(tmp_path / "none")]) == 2
+        assert (
+            "1 values, up to 65520, are beyond torch.float16's largest" in capsys.readouterr().err
+        )
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_mean_is_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints that differ in anything the outputs depend on have none."""
+    families.language("qwen2", tmp_path / "theirs")
+    first = tmp_path / "first"
+    assert main(["import", "--from", str(tmp_path / "theirs"), "--to", str(first)]) == 0
+
+    def average(name: str, change: Callable[[dict[str, Any]], None]) -> tuple[int, str]:
+        second = tmp_path / name
+        shutil.copytree(first, second)
+        state = json.loads((second / "state.json").read_text())["state"]
+        change(state)
+        models.write_state(second, state)
+        capsys.readouterr()
+        both = ["--from", str(first), "--from", str(second)]
+        code = main(["average", *both, "--to", str(tmp_path / f"{name}_mean")])
+        return code, capsys.readouterr().err
+
+    def model(state: dict[str, Any]) -> dict[str, Any]:
+        return state["config"]["model"]
+
+    for name, change, message in (
+        ("rope", lambda s: model(s).update(rotary_base=5), "model.rotary_base=10000 in"),
+        ("rows", lambda s: model(s).update(vocab_size=500), "model.vocab_size=509 in"),
+        ("length", lambda s: model(s).update(max_sequence_length=9), "max_sequence_length=128"),
+        ("eps", lambda s: model(s)["transformer"].update(layernorm_epsilon=1.0), "epsilon=1e-06"),
+        ("class", lambda s: model(s).update(_target_="nvmm.models.x.X"), "model._target_="),
+    ):
+        code, text = average(name, change)
+        assert code == 2 and "not of one model" in text and message in text, text
+        assert str(first) in text and str(tmp_path / name) in text
+        assert not (tmp_path / f"{name}_mean").exists()
+    # What acts in training alone, and a default that one of them writes out, may differ.
+    code, text = average(
+        "alike",
+        lambda s: (
+            model(s)["transformer"].update(hidden_dropout=0.1, init_method_std=0.5),
+            model(s).update(rotary_percent=1.0),
+        ),
+    )
+    assert code == 0, text
+    (first / "state.json").write_text(
+        (first / "state.json")
+        .read_text()
+        .replace('"tokenizer_digest": null', '"tokenizer_digest": "a"')
+    )
+    code, text = average("words", lambda s: s.update(tokenizer_digest="b"))
+    assert code == 2 and "tokenizer (digest)='a' in" in text
+
+
+def test_verify_takes_a_part_and_rows_of_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part's folder is compared with that part of a checkpoint, either way round."""
+    families.nvlm_d(tmp_path / "theirs")
+    ours = str(tmp_path / "ours")
+    assert main(["import", "--from", str(tmp_path / "theirs"), "--to", ours]) == 0
+    for part, kind in (("language", "qwen2"), ("vision", "internvit")):
+        folder = str(tmp_path / part)
+        arguments = ["--from", ours, "--to", folder, "--format", kind, "--part", part]
+        assert main(["export", *arguments]) == 0
+        for a, b in ((folder, ours), (ours, folder)):
+            capsys.readouterr()
+            assert main(["verify", "--a", a, "--b", b]) == 0
+            report = json.loads(capsys.readouterr().out)
+            assert report["equal"] == report["tensors"] > 0 and report["same"]
+            assert isinstance(report["logits"], str) == (part == "vision")
+    file = tmp_path / "tokens.json"
+    pair = ["verify", "--a", str(tmp_path / "language"), "--b", ours, "--tokens", str(file)]
+    for text, message in (
+        ("[1, 2, 3]", None),
+        ("[[1, 2], [3, 4]]", None),
+        ("[[1, 2], [3]]", "all of one length"),
+        ("[[1, 2.5]]", "must be a list of rows of ids"),
+        ("[]", "must be a list of rows of ids"),
+        ('{"a": 1}', "must be rows of ids"),
+        ("[1, 509]", "below 509"),
+        ("[-1]", "at least 0"),
+        ("{", "must be rows of ids"),
+    ):
+        file.write_text(text)
+        assert main(pair) == (2 if message else 0), text
+        assert (message or "") in capsys.readouterr().err
+
+
+def test_a_tower_has_no_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    families.tower("siglip", tmp_path / "theirs")
+    ours = str(tmp_path / "ours")
+    assert main(["import", "--from", str(tmp_path / "theirs"), "--to", ours]) == 0
+    capsys.readouterr()
+    assert main(["verify", "--a", str(tmp_path / "theirs"), "--b", ours]) == 0
+    assert "not compared" in json.loads(capsys.readouterr().out)["logits"]

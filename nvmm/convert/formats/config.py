@@ -134,13 +134,20 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mismatches(
-    derived: Mapping[str, Any], configured: Mapping[str, Any], here: str, there: str
+    derived: Mapping[str, Any],
+    configured: Mapping[str, Any],
+    here: str,
+    there: str,
+    free: frozenset[str] = _FREE,
 ) -> list[str]:
-    """List the keys in which two model configs describe another graph, with both values."""
+    """List the keys in which two model configs describe another graph, with both values.
+
+    free: last names of keys that may differ.
+    """
     return [
         f"model.{key}={first!r} in {here}, {second!r} in {there}"
         for key, first, second in differences(_comparable(derived), _comparable(configured))
-        if key.rpartition(".")[2] not in _FREE
+        if key.rpartition(".")[2] not in free
     ]
 
 
