@@ -80,7 +80,8 @@ def export(
         if talk is not None:
             copy_tokenizer(talk.folder, temporary)
             if format_name != "nv_embed":
-                write_conversation(temporary, talk, reads_images="vision" in saved.model)
+                reads_images = part is None and "vision" in saved.model
+                write_conversation(temporary, talk, reads_images=reads_images)
         write_folder(
             temporary,
             whole_config,

@@ -18,8 +18,9 @@ from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
 from nvmm.convert.formats import megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
+from nvmm.convert.formats.decoder import EMBEDDING, HEAD
 from nvmm.convert.safetensors import SafetensorsSource
-from nvmm.convert.sources import Cast, Source, SubModel, compare_shapes, refuse
+from nvmm.convert.sources import Cast, Source, SubModel, compare_shapes, read, refuse
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
 
@@ -72,12 +73,40 @@ def open_folder(path: Path, format_name: str | None = None) -> HubFolder:
             f"{path}/config.json: quantization_config is not supported; name a folder of weights"
             " in bf16, fp16 or fp32"
         )
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} is a model with an adapter that Transformers loads over it; move"
+            " adapter_config.json away to read the model alone, and take the adapter with `adapter"
+            " import`"
+        )
     source = SafetensorsSource(path)
     try:
         config = FORMATS[format_name].complete(config, source.spec)
+        config = untied(config, source)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)
+
+
+def untied(config: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Return a config without the tie that its folder contradicts, as Transformers reads it.
+
+    Transformers ties two tensors only where the folder has one of them, or both alike.
+    """
+    embedding, head = config.get(EMBEDDING), config.get(HEAD)
+    if not config.get("tie_word_embeddings") or embedding is None or head is None:
+        return config
+    if embedding == head or not {embedding, head} <= source.spec.keys():
+        return config
+    if torch.equal(read(source, embedding), read(source, head)):
+        return config
+    log.warning(
+        "%s differs from %s, to which tie_word_embeddings says it is tied: both are read, as"
+        " Transformers does",
+        head,
+        embedding,
+    )
+    return {**config, "tie_word_embeddings": False}
 
 
 def _open_megatron(path: Path, format_name: str) -> HubFolder:

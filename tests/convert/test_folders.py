@@ -165,6 +165,13 @@ def alone(folder: Path) -> None:
     assert "model.embed_tokens.weight" not in load_file(folder / "model.safetensors")
 
 
+def contradicted(folder: Path) -> None:
+    """A head of its own in a model whose config says that it is tied."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def unprefixed(folder: Path) -> None:
     """A base model's names."""
     tensors = load_file(folder / "model.safetensors")
@@ -181,6 +188,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "unlisted": (unlisted, set()),
     "named": (named, {"model.safetensors", "model.fp32-00001-of-00001.safetensors"}),
     "alone": (alone, set()),
+    "contradicted": (contradicted, set()),
     "unprefixed": (unprefixed, set()),
 }
 
@@ -210,7 +218,17 @@ def test_a_folder_is_read_as_transformers_reads_it(
         models.open_checkpoint(tmp_path / "ours"),
     )
     report = compare_tensors(folder, ours)
-    assert report["equal"] == report["tensors"] == 16, report
+    assert report["equal"] == report["tensors"], report
+    assert report["tensors"] == (17 if name == "contradicted" else 16)
+    assert not report["only_in_a"] + report["only_in_b"]
+
+
+def test_a_model_with_an_adapter_over_it_is_refused(tmp_path: Path) -> None:
+    """Transformers would load both: the model alone is another one."""
+    families.language("qwen2", tmp_path / "theirs")
+    (tmp_path / "theirs" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="`adapter import`"):
+        models.open_folder(tmp_path / "theirs")
 
 
 def test_a_folder_of_variants(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 """The constants of Llama 3's RoPE scaling that megatron-core has built in."""
-_PREFIX, _EMBEDDING, _HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
+_PREFIX, EMBEDDING, HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
 """Keys that no config.json has; `complete` finds their values in the names."""
 
 
@@ -149,7 +149,7 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
     if hf["tie_word_embeddings"] and embedding not in spec and head in spec:
         embedding = head
     has_head = head in spec or prefix != ""
-    return {**hf, _PREFIX: prefix, _EMBEDDING: embedding, _HEAD: head if has_head else None}
+    return {**hf, _PREFIX: prefix, EMBEDDING: embedding, HEAD: head if has_head else None}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
@@ -158,8 +158,8 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     config = model["transformer"]
     vocabulary = PadVocabulary(model["padded_vocab_size"], need(hf, "vocab_size"))
     qkv = QKV(config["num_attention_heads"], config["num_query_groups"], config["kv_channels"])
-    prefix, head = hf.get(_PREFIX, "model."), hf.get(_HEAD, "lm_head.weight")
-    embedding = hf.get(_EMBEDDING, f"{prefix}embed_tokens.weight")
+    prefix, head = hf.get(_PREFIX, "model."), hf.get(HEAD, "lm_head.weight")
+    embedding = hf.get(EMBEDDING, f"{prefix}embed_tokens.weight")
     layer, theirs = "decoder.layers.*.", f"{prefix}layers.*."
     norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
     qkv_kinds = ["weight", "bias"] if config["add_qkv_bias"] else ["weight"]
