@@ -175,13 +175,11 @@ def check_conversation(folder: Path, talk: Conversation) -> None:
     """
     if talk.template is None or not talk.trained or not is_local(folder):
         return
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        theirs = AutoTokenizer.from_pretrained(str(folder), **options)
-    except (ValueError, KeyError):  # A model of which Transformers has no class.
-        theirs = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+    theirs = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
     for turns, prompt in ((_TURNS[:2], False), (_TURNS, True)):
         expected = render(
             turns,

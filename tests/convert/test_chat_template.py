@@ -16,7 +16,6 @@ from nvmm.convert.chat_template import (
     FILE,
     check_conversation,
     conversation,
-    jinja,
     write_conversation,
 )
 from nvmm.convert.exporting import export
@@ -208,12 +207,29 @@ def test_another_tokenisation_is_refused(ours: Path, tmp_path: Path) -> None:
         check_conversation(tmp_path / "back", talk)
 
 
-def test_images_are_our_markers(ours: Path) -> None:
+def test_a_composite_talks_too(ours: Path, tmp_path: Path) -> None:
+    """NVLM-D: the ends are in its decoder's config, and images of a message are our markers."""
     import transformers
 
-    tokenizer = Tokenizer(str(ours / "tokenizer"), extra_tokens=["<|vision_pad|>"])
-    theirs = transformers.AutoTokenizer.from_pretrained(ours / "tokenizer")
-    theirs.chat_template = jinja(ChatTemplate(**CHATML), tokenizer, reads_images=True)
+    families.nvlm_d(tmp_path / "theirs")
+    copy_tokenizer(ours / "tokenizer", tmp_path / "theirs")
+    imported = ["import", "--from", str(tmp_path / "theirs"), "--to", str(tmp_path / "ours")]
+    assert main(imported) == 0
+    run = taught(tmp_path / "ours", tmp_path / "run", CHATML)
+    saved = models.open_checkpoint(run)
+    export(saved, tmp_path / "back", "nvlm_d")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["llm_config"]["eos_token_id"] == [2, 0]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     content = [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]
-    text = theirs.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    messages = [{"role": "user", "content": content}]
+    text = theirs.apply_chat_template(messages, tokenize=False)
     assert text == "<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+    # The decoder alone reads none.
+    export(saved, tmp_path / "part", "qwen2", part="language")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "part")
+    with pytest.raises(Exception, match="parts of type image"):
+        theirs.apply_chat_template(messages, tokenize=False)
+    # An encoder has no conversation.
+    export(saved, tmp_path / "vision", "internvit", part="vision")
+    assert not (tmp_path / "vision" / "tokenizer.json").exists()
