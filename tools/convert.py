@@ -57,6 +57,9 @@ def import_(options: argparse.Namespace) -> int:
     config = _composed(options.overrides) if options.overrides else {}
     if config:
         check_given(folders, config["model"])
+    for folder in folders.values():
+        for file in getattr(folder.source, "unread", ()):
+            print(f"not read: {folder.path / file}")
     model = config.get("model") or derive(folders)
     initialised = import_folders(
         folders,
@@ -89,6 +92,7 @@ def export(options: argparse.Namespace) -> int:
         part=options.part,
         dtype=DTYPES.get(options.dtype),
         vocab_size=options.vocab_size,
+        tokenizer=at(options.tokenizer) if options.tokenizer else None,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
     )
     print(options.to)
@@ -122,7 +126,7 @@ def merge(options: argparse.Namespace) -> int:
     merge(
         saved,
         Path(options.to).expanduser(),
-        _trusted_constructor(saved.model),
+        _constructors(options)(saved.model),
         base=Path(options.base).expanduser() if options.base else None,
         dtype=DTYPES.get(options.dtype),
         workers=options.workers,
@@ -137,12 +141,13 @@ def adapter(options: argparse.Namespace) -> int:
     from nvmm.convert.models import open_checkpoint
 
     source, to = Path(options.source).expanduser(), Path(options.to).expanduser()
-    if (options.direction == "import") != (options.base is not None):
-        raise ValueError("adapter import takes --base, adapter export does not")
-    saved = open_checkpoint(source if options.base is None else Path(options.base).expanduser())
-    constructor = _trusted_constructor(saved.model)
-    if options.direction == "export":
-        export_adapter(saved, to, options.format, constructor, part=options.part)
+    if options.direction == "import" and options.base is None:
+        raise ValueError("adapter import needs --base, the checkpoint that the adapter is for")
+    export = options.direction == "export"
+    saved = open_checkpoint(source if export else Path(options.base).expanduser())
+    constructor = _constructors(options)(saved.model)
+    if export:
+        export_adapter(saved, to, options.format, constructor, part=options.part, base=options.base)
     else:
         import_adapter(source, saved, to, options.format, constructor, part=options.part)
     print(options.to)
@@ -174,22 +179,18 @@ def inspect(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compare tensors through the mapping, then logits; the report lies beside b's weights."""
-    import torch
+    from nvmm.convert.logits import logits, token_rows
+    from nvmm.convert.verify import aligned, compare_logits, compare_tensors, open_side
 
-    from nvmm.convert.logits import logits
-    from nvmm.convert.verify import compare_logits, compare_tensors, open_side
-
-    a, b = (open_side(at(name)) for name in (options.a, options.b))
+    a, b = aligned(*(open_side(at(name)) for name in (options.a, options.b)))
     report: dict[str, Any] = {"a": str(a.path), "b": str(b.path), **compare_tensors(a, b)}
     same = report["equal"] == report["tensors"] and not report["only_in_a"] + report["only_in_b"]
     if options.logits:
-        if options.tokens:
-            tokens = torch.tensor(json.loads(Path(options.tokens).read_text()))
-        else:
-            generator = torch.Generator().manual_seed(options.seed)
-            tokens = torch.randint(0, options.max_token, (2, 32), generator=generator)
-        outputs = [logits(side, tokens, _trusted_constructor, options.seed) for side in (a, b)]
-        report["logits"] = "not compared: an encoder alone"
+        file = Path(options.tokens) if options.tokens else None
+        tokens = token_rows((a, b), file, options.max_token, options.seed)
+        make = _constructors(options)
+        outputs = [logits(side, tokens, make, options.seed) for side in (a, b)]
+        report["logits"] = "not compared: the model gives none"
         if outputs[0] is not None and outputs[1] is not None:
             report["logits"] = compare_logits(outputs[0], outputs[1])
             same = same and report["logits"]["max_difference"] <= options.tolerance
@@ -221,11 +222,16 @@ def _constructor(model: Any) -> Any:
     return instantiate(model, _convert_="all")
 
 
-def _trusted_constructor(model: Any) -> Any:
+def _constructors(options: argparse.Namespace) -> Any:
+    """Return the function that makes a constructor of a checkpoint's config, if it is trusted."""
     from nvmm.inference.trust import require_trusted
 
-    require_trusted(model, Path("the checkpoint"))
-    return _constructor(model)
+    def trusted(model: Any) -> Any:
+        if not options.trust_config:
+            require_trusted(model, Path("the checkpoint"))
+        return _constructor(model)
+
+    return trusted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -245,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     _common(command, "checkpoint or run directory", workers=False)
     _format(command)
     command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")
+    command.add_argument("--tokenizer", help="folder of the model's tokenizer, if it has moved")
     command.add_argument("--max-shard-gb", type=float, default=5.0)
 
     for name, text in (
@@ -259,13 +266,19 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=merge)
     _common(command, "LoRA checkpoint or run directory", workers=True)
     command.add_argument("--base", help="where its base is, if it has moved")
+    _trust(command)
 
     command = commands.add_parser("adapter", help="LoRA adapters to and from PEFT's folders")
     command.set_defaults(run=adapter)
     command.add_argument("direction", choices=("export", "import"))
     command.add_argument("--from", dest="source", required=True, help="LoRA checkpoint, or folder")
     command.add_argument("--to", required=True, help="folder to write; it must not exist")
-    command.add_argument("--base", help="import: the checkpoint that the adapter is for")
+    command.add_argument(
+        "--base",
+        help="import: the checkpoint that the adapter is for; export: folder or hub name of the"
+        " base in Hugging Face's format, which PEFT's Auto classes load",
+    )
+    _trust(command)
     _format(command)
 
     command = commands.add_parser("inspect", help="what a checkpoint or folder holds")
@@ -283,7 +296,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-token", type=int, default=256, help="random ids are below it")
     command.add_argument("--tolerance", type=float, default=1e-3, help="largest logit difference")
     command.add_argument("--seed", type=int, default=0)
+    _trust(command)
     return parser
+
+
+def _trust(command: argparse.ArgumentParser) -> None:
+    text = "run constructors of the checkpoint's config outside nvmm, mcore and torch"
+    command.add_argument("--trust-config", action="store_true", help=text)
 
 
 def _format(command: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvmm.checkpoint.base import BaseCheckpoint
+from nvmm.checkpoint.files import read_state
 from nvmm.convert.exporting import layout
 from nvmm.convert.files import publish
 from nvmm.convert.formats import peft
@@ -21,26 +23,25 @@ from nvmm.convert.models import SavedModel, open_checkpoint, write_state, write_
 from nvmm.convert.sources import Cast, InMemory, Source, WithLora, read
 from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
+log = logging.getLogger("nvmm")
+_WITHOUT_HEAD = ("internvit", "clip", "siglip", "whisper", "nvlm_d", "nv_embed")
 _BLOCK = 4_194_304  # elements merged at a time
 _STATE = ("config", "tokenizer_digest", "sources", "initialised")
 
 
 class MergedLora:
-    """Weights with their adapters' updates: W + alpha / rank * B A in fp32, rounded once.
+    """Weights with their adapters' updates, W + alpha / rank * B A, which are in fp32.
 
-    masks: linear -> [rows, members], of every linear with an adapter. dtype: None for W's own.
+    masks: linear -> [rows, members], of every linear with an adapter.
     """
 
-    def __init__(
-        self, source: Source, masks: Mapping[str, Tensor], scale: float, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, source: Source, masks: Mapping[str, Tensor], scale: float) -> None:
         self.source = source
         self.masks = masks
         self.scale = scale
-        self.dtype = dtype
         weights = {n: t for n, t in source.spec.items() if not n.endswith(FACTORS)}
         self.spec = {
-            name: tensor.to(dtype) if dtype and self._linear(name) else tensor
+            name: tensor.float() if self._linear(name) else tensor
             for name, tensor in weights.items()
         }
 
@@ -61,7 +62,7 @@ class MergedLora:
             for rows in block.split(step):
                 update = b[first : first + rows.shape[0]] @ a
                 first += rows.shape[0]
-                yield (rows.float() + self.scale * update).to(self.dtype or rows.dtype)
+                yield rows.float() + self.scale * update
 
 
 def adapters(saved: SavedModel) -> Lora:
@@ -88,12 +89,13 @@ def merge(
     lora = adapters(saved)
     below, source = _with_bases(saved, base)
     names = [n.removesuffix(FACTORS[0]) for n in source.spec if n.endswith(FACTORS[0])]
-    merged = MergedLora(source, _masks(constructor, names), lora.alpha / lora.rank, dtype)
+    merged = MergedLora(source, _masks(constructor, names), lora.alpha / lora.rank)
     state = {k: v for entry in (*below, saved) for k, v in entry.state.items() if k in _STATE}
     state["config"] = {**saved.state["config"], "lora": None}
     state["merged_from"] = [str(entry.path) for entry in (*below, saved)]
     with publish(to) as temporary:
-        write_weights(temporary, Cast(merged, dtype), "merge", workers)
+        # One rounding, of the sum.
+        write_weights(temporary, Cast(merged, dtype, like=source.spec), "merge", workers)
         write_state(temporary, state)
 
 
@@ -120,8 +122,12 @@ def export_adapter(
     constructor: Callable[..., Any],
     *,
     part: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Write a LoRA checkpoint's adapters as a PEFT folder for the base exported in a format.
+
+    base: that export's folder or hub name, for PEFT's Auto classes; None for the folder that the
+    base was imported from, where it was.
 
     Raises ValueError when the run trained other weights of the part too: those are not adapters.
     """
@@ -150,7 +156,12 @@ def export_adapter(
             modules |= peft.to_theirs(row, Factors(a, b, lora.alpha / lora.rank))
     # 3. PEFT names modules by patterns, which must match no module that is not adapted.
     every = [n.removesuffix(".weight") for r in rows for n in r.theirs if n.endswith(".weight")]
-    base = (saved.state.get("base") or {}).get("path", "")
+    base = base or _imported_from(saved, format_name, part)
+    if base is None:
+        log.warning(
+            "PEFT's Auto classes need the base in Hugging Face's format: export it and name its"
+            " folder with --base, or load it yourself and give it to PeftModel.from_pretrained"
+        )
     with publish(to) as temporary:
         peft.write(
             temporary,
@@ -159,8 +170,21 @@ def export_adapter(
             alpha=lora.alpha,
             dropout=lora.dropout,
             base=base,
+            task=None if format_name in _WITHOUT_HEAD else "CAUSAL_LM",
             every=every,
         )
+
+
+def _imported_from(saved: SavedModel, format_name: str, part: str | None) -> str | None:
+    """Return the Hugging Face folder whose weights are a LoRA checkpoint's base, None without."""
+    base = BaseCheckpoint.saved(saved.state)
+    if base is None or not (Path(base.path) / "state.json").is_file():
+        return None
+    state = read_state(Path(base.path))
+    source = (state.get("sources") or {}).get(part or "") or {}
+    if source.get("format") != format_name or "merged_from" in state or state.get("base"):
+        return None
+    return str(source["folder"])
 
 
 def import_adapter(
@@ -180,6 +204,8 @@ def import_adapter(
     # 1. Their factors, and our linears that may take them.
     config, theirs = peft.load(folder)
     scale = peft.scale(config)
+    if not scale > 0:
+        raise ValueError(f"{folder}/adapter_config.json: a scale of {scale} adapts nothing")
     theirs = {name: f.rescaled(scale) for name, f in theirs.items()}
     prefix = f"{part}." if part else ""
     _, rows = layout(base, format_name, part)

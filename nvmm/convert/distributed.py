@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from nvmm.checkpoint.contents import Contents
 from nvmm.checkpoint.digests import digest, place, write_digests
-from nvmm.convert.sources import Source
+from nvmm.convert.sources import Source, at_row
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -172,10 +172,12 @@ class _Writer:
         chunks, row = [], 0
         pieces: dict[str, int] = {}
         for block in self.source.blocks(name):
+            if block.dtype != spec.dtype:
+                raise ValueError(f"{name}: a block of {block.dtype} in a tensor of {spec.dtype}")
             # torch.save writes a tensor's whole storage: a view of a larger one is copied.
             if not block.is_contiguous() or block.untyped_storage().nbytes() != block.nbytes:
                 block = block.clone(memory_format=torch.contiguous_format)
-            offsets = torch.Size([row, *[0] * (spec.dim() - 1)][: spec.dim()])
+            offsets = at_row(row, block)
             begin = stream.tell()
             torch.save(block, stream)
             info = _StorageInfo(self.path.name, begin, stream.tell() - begin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,16 +10,25 @@ from typing import Any
 
 import torch
 
-from nvmm.convert.files import at, publish
+from nvmm.convert.chat_template import (
+    Conversation,
+    check_conversation,
+    conversation,
+    write_conversation,
+)
+from nvmm.convert.files import publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
+from nvmm.convert.formats.config import mismatches
 from nvmm.convert.mapping import Row
-from nvmm.convert.models import SavedModel, write_state, write_weights
+from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
 from nvmm.convert.processor import processor
-from nvmm.convert.safetensors import write_safetensors
+from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
 from nvmm.convert.sentence_transformers import write_embedder
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
+
+log = logging.getLogger("nvmm")
 
 
 def export(
@@ -29,6 +39,7 @@ def export(
     part: str | None = None,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
+    tokenizer: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a checkpoint of ours as a Hugging Face folder.
@@ -37,6 +48,7 @@ def export(
         part: language or vision, of a model that has parts; None for the whole model.
         vocab_size: rows of the vocabulary; None for an imported model's own number, else the
             model's vocab_size.
+        tokenizer: its folder, where that has moved.
 
     Raises ValueError when the format cannot express the model, or keys do not fit.
     """
@@ -51,20 +63,33 @@ def export(
     original = _original(saved, format_name, part)
     converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
-    tokenizer = (saved.state["config"].get("tokenizer") or {}).get("path")
-    folder = at(tokenizer) if tokenizer and at(tokenizer).is_dir() else None
+    talk = None if "vocab_size" not in language_of(config) else conversation(saved, tokenizer)
+    whole_config = exported_config(config, original, stored)
+    if talk is not None and talk.trained and format_name != "nv_embed":
+        _set_ends(language_of(whole_config), talk)
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
         with progress(size, "export", unit="B") as bar:
-            write_safetensors(temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar)
+            written = write_safetensors(
+                temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar
+            )
+        if converted.underflow:
+            log.warning("export: %s", converted.underflow)
+        check_written(SafetensorsSource(temporary), converted, written)
+        if talk is not None:
+            copy_tokenizer(talk.folder, temporary)
+            if format_name != "nv_embed":
+                reads_images = part is None and "vision" in saved.model
+                write_conversation(temporary, talk, reads_images=reads_images)
         write_folder(
             temporary,
-            exported_config(config, original, stored),
-            None if part == "vision" else folder,
+            whole_config,
             _card(saved, format_name, part, converted),
             processor(_model(saved, part), format_name),
         )
+        if talk is not None and format_name != "nv_embed":
+            check_conversation(temporary, talk)
         if format_name == "nv_embed":
             write_embedder(temporary, saved.state["config"], config["hidden_size"])
 
@@ -98,6 +123,22 @@ def _original(saved: SavedModel, format_name: str, part: str | None) -> dict[str
     return config.get("vision_config", config) if format_name in ("clip", "siglip") else config
 
 
+def language_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the decoder."""
+    inner: dict[str, Any] = config.get("llm_config") or config.get("text_config") or config
+    return inner
+
+
+def _set_ends(language: dict[str, Any], talk: Conversation) -> None:
+    """Write the tokens that begin and end a text into a decoder's config."""
+    language |= talk.ids()
+    last = max(talk.end_ids, default=0)
+    if last >= language["vocab_size"]:
+        raise ValueError(
+            f"--vocab-size {language['vocab_size']} leaves out token {last}, which ends an answer"
+        )
+
+
 def _set_vocabulary(
     config: dict[str, Any],
     model: Mapping[str, Any],
@@ -105,7 +146,7 @@ def _set_vocabulary(
     requested: int | None,
 ) -> None:
     """Choose the rows of the exported vocabulary: padding of ours is removed, theirs is kept."""
-    inner = config.get("llm_config") or config.get("text_config") or config
+    inner = language_of(config)
     if "vocab_size" not in inner:
         return
     language = model.get("language", model)
@@ -130,6 +171,20 @@ def _card(saved: SavedModel, format_name: str, part: str | None, source: Source)
     )
 
 
+_TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})
+
+
+def _same_model(first: SavedModel, second: SavedModel) -> None:
+    """Raise ValueError naming what two checkpoints differ in, whose mean would be no model."""
+    here, there = str(first.path), str(second.path)
+    lines = mismatches(first.model, second.model, here, there, free=_TRAINING_ONLY)
+    digests = [entry.state.get("tokenizer_digest") for entry in (first, second)]
+    if None not in digests and digests[0] != digests[1]:
+        lines.append(f"tokenizer (digest)={digests[0]!r} in {here}, {digests[1]!r} in {there}")
+    if lines:
+        raise ValueError("these checkpoints are not of one model:\n  " + "\n  ".join(lines))
+
+
 def rewrite(
     saved: Sequence[SavedModel], to: Path, *, dtype: torch.dtype | None = None, workers: int = 1
 ) -> None:
@@ -140,6 +195,8 @@ def rewrite(
     """
     if len(saved) > 1 and any(entry.has_adapters for entry in saved):
         raise ValueError("the mean of LoRA factors is no mean of updates: `merge` each first")
+    for other in saved[1:]:
+        _same_model(saved[0], other)
     sources = [entry.source for entry in saved]
     source: Source = sources[0] if len(sources) == 1 else Average(sources)
     state: dict[str, Any] = {

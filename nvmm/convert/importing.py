@@ -95,15 +95,10 @@ def import_folders(
         [Renamed(ours, f"{part}." if part else "") for part, ours in converted.items()]
     )
     expected = parameters(constructor)
-    # 2. A part without a folder starts as a run from the seed would: a new connector.
-    missing = {
-        name: tensor
-        for name, tensor in expected.items()
-        if name not in imported.spec and "" not in folders and name.split(".")[0] not in folders
-    }
+    # 2. A new connector, and the output layer that a base model lacks, start as a run would.
+    missing = {name: tensor for name, tensor in expected.items() if name not in imported.spec}
     first = next(iter(imported.spec.values()))
-    std = (model.get("connector") or {}).get("init_method_std", 0.02)
-    source = Merged([imported, Initial(missing, seed, std, first.dtype)])
+    source = Merged([imported, Initial(missing, seed, model, first.dtype)])
     compare_shapes(source.spec, expected, "the sources", "the model")
     # 3. The config that is saved beside the weights, and the record of where they come from.
     cast = Cast(source, dtype)
@@ -236,21 +231,28 @@ def on_meta(constructor: Callable[..., Any]) -> Iterator[Any]:
 
 
 class Initial:
-    """The values that a run from this seed would begin with, for a connector no source gives.
+    """The values that a run from this seed would begin with, where no source gives any.
 
-    std: spread of its linears; norms begin as ones, biases as zeros.
-    Raises ValueError for other parameters.
+    They are a connector's and an output layer's. model: its config, for the spread of the linears;
+    norms begin as ones, biases as zeros. Raises ValueError for other parameters.
     """
 
     def __init__(
-        self, missing: Mapping[str, Tensor], seed: int, std: float, dtype: torch.dtype
+        self, missing: Mapping[str, Tensor], seed: int, model: Mapping[str, Any], dtype: torch.dtype
     ) -> None:
         self.seed = seed
-        self.std = std
+        self.model = model
         self.spec = {name: tensor.to(dtype) for name, tensor in missing.items()}
-        others = [name for name in missing if not name.startswith("connector.")]
+        known = ("connector.", "output_layer.", "language.output_layer.")
+        others = [name for name in missing if not name.startswith(known)]
         if others:
             raise ValueError("no source gives " + ", ".join(others))
+
+    def _std(self, name: str) -> float:
+        language = self.model.get("language", self.model)
+        part = self.model if name.startswith("connector.") else language
+        key = "connector" if name.startswith("connector.") else "transformer"
+        return float((part.get(key) or {}).get("init_method_std", 0.02))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield rows, drawn one by one, some megabytes at a time."""
@@ -265,7 +267,7 @@ class Initial:
         for first in range(0, rows, step):
             yield torch.stack(
                 [
-                    draw_row(self.seed, name, row, width, self.std).to(spec.dtype)
+                    draw_row(self.seed, name, row, width, self._std(name)).to(spec.dtype)
                     for row in range(first, min(first + step, rows))
                 ]
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ _CLASSES = ("qwen2", "llama", "yi", "mistral", "nemotron")
 def logits(
     side: HubFolder | SavedModel, tokens: Tensor, constructor: Callable[[Any], Any], seed: int = 0
 ) -> Tensor | None:
-    """Compute logits [b, s, vocabulary] in fp32; return None for an encoder alone.
+    """Compute logits [b, s, vocabulary] in fp32; return None for an encoder or an embedder.
 
     A language model's folder is run by Transformers, with its own class and `from_pretrained`;
     everything else by our model with the side's weights. A model with an encoder gets one random
@@ -29,14 +31,47 @@ def logits(
 
     constructor: makes a model's partial of its (trusted) config.
     """
-    model = side.model if isinstance(side, SavedModel) else side.model()
-    if "vocab_size" not in model.get("language", model):
+    model = _config(side)
+    if "vocab_size" not in model.get("language", model) or "pooling" in model:
         return None
     if isinstance(side, SavedModel):
         return _ours(model, side.source, tokens, constructor, seed)
     if side.format in _CLASSES and is_local(side.path):
         return _transformers(side, tokens)
     return _ours(model, side.to_ours(model), tokens, constructor, seed)
+
+
+def token_rows(
+    sides: Sequence[HubFolder | SavedModel], file: Path | None, limit: int, seed: int
+) -> Tensor:
+    """Return rows of token ids [b, s] for both sides: a JSON file's, or 2 x 32 random ones.
+
+    A list of ids alone is one row. limit: random ids are below it, and below both vocabularies.
+    Raises ValueError for rows of several lengths, and for what is no id of both.
+    """
+    rows = min(
+        _config(side).get("language", _config(side)).get("vocab_size", limit) for side in sides
+    )
+    if file is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, min(limit, rows), (2, 32), generator=generator)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        tokens = torch.tensor(content)
+    except (ValueError, TypeError, RuntimeError, RecursionError) as error:
+        raise ValueError(
+            f"--tokens {file} must be rows of ids, all of one length: {error}"
+        ) from error
+    tokens = tokens[None] if tokens.dim() == 1 else tokens
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"--tokens {file} must be a list of rows of ids, as [[1, 2], [3, 4]]")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= rows:
+        raise ValueError(f"--tokens {file}: ids must be at least 0 and below {rows}")
+    return tokens
+
+
+def _config(side: HubFolder | SavedModel) -> dict[str, Any]:
+    return side.model if isinstance(side, SavedModel) else side.model()
 
 
 def _transformers(folder: HubFolder, tokens: Tensor) -> Tensor:

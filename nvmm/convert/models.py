@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nvmm.checkpoint.contents import Contents
+from nvmm.checkpoint.contents import Contents, read_table
+from nvmm.checkpoint.digests import digest
 from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.checkpoint.record import read_record, write_record
@@ -17,11 +19,13 @@ from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
 from nvmm.convert.formats import megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
+from nvmm.convert.formats.decoder import EMBEDDING, HEAD
 from nvmm.convert.safetensors import SafetensorsSource
-from nvmm.convert.sources import Source
+from nvmm.convert.sources import Cast, Source, SubModel, at_row, compare_shapes, read, refuse
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
 
+log = logging.getLogger("nvmm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
 
@@ -57,17 +61,53 @@ class HubFolder:
         return converted
 
 
-def open_folder(path: Path, format_name: str | None = None) -> HubFolder:
+def open_folder(path: Path) -> HubFolder:
     """Read a folder's config.json and headers, or Megatron-LM's; no tensor is loaded."""
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder")
     if (located := megatron.locate(path)) is not None:
         return _open_megatron(*located)
     config = read_config(path)
-    format_name = format_name or detect(config, path)
+    format_name = detect(config, path)
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{path}/config.json: quantization_config is not supported; name a folder of weights"
+            " in bf16, fp16 or fp32"
+        )
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} is a model with an adapter that Transformers loads over it; move"
+            " adapter_config.json away to read the model alone, and take the adapter with `adapter"
+            " import`"
+        )
     source = SafetensorsSource(path)
-    config = FORMATS[format_name].complete(config, source.spec)
+    try:
+        config = FORMATS[format_name].complete(config, source.spec)
+        config = untied(config, source)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)
+
+
+def untied(config: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Return a config without the tie that its folder contradicts, as Transformers reads it.
+
+    Transformers ties two tensors only where the folder has one of them, or both alike.
+    """
+    embedding, head = config.get(EMBEDDING), config.get(HEAD)
+    if not config.get("tie_word_embeddings") or embedding is None or head is None:
+        return config
+    if embedding == head or not {embedding, head} <= source.spec.keys():
+        return config
+    if torch.equal(read(source, embedding), read(source, head)):
+        return config
+    log.warning(
+        "%s differs from %s, to which tie_word_embeddings says it is tied: both are read, as"
+        " Transformers does",
+        head,
+        embedding,
+    )
+    return {**config, "tie_word_embeddings": False}
 
 
 def _open_megatron(path: Path, format_name: str) -> HubFolder:
@@ -85,7 +125,7 @@ class SavedModel:
 
     path: Path
     state: dict[str, Any]
-    source: DistributedSource
+    source: Source
 
     @property
     def model(self) -> dict[str, Any]:
@@ -99,6 +139,12 @@ class SavedModel:
     def has_adapters(self) -> bool:
         """True for a LoRA run's checkpoint, whose adapters are not in the weights yet."""
         return any(name.endswith(".lora_a") for name in self.source.spec)
+
+    def part(self, name: str) -> SavedModel:
+        """Return one part of a model that has parts, as if it were a model of its own."""
+        config = {**self.state["config"], "model": self.model[name]}
+        source = SubModel(self.source, f"{name}.")
+        return SavedModel(self.path, {**self.state, "config": config}, source)
 
     def record(self) -> dict[str, Any]:
         """Return its step, the layout it was saved at, its optimizer's record and model config."""
@@ -127,10 +173,36 @@ def open_checkpoint(name: Path) -> SavedModel:
 
 
 def write_weights(folder: Path, source: Source, label: str, workers: int) -> None:
-    """Write a source as the weights of a checkpoint, with a progress line."""
+    """Write a source as the weights of a checkpoint, with a progress line, and read them back."""
     size = sum(tensor.nbytes for tensor in source.spec.values())
     with progress(size, label, unit="B") as bar:
         write_distributed(folder, source, workers=workers, bar=bar)
+    if isinstance(source, Cast) and source.underflow:
+        log.warning("%s: %s", label, source.underflow)
+    digests = {name: entry["digest"] for name, entry in read_table(folder, "digests.json").items()}
+    check_written(DistributedSource(folder, read_metadata(folder)), source, digests)
+
+
+def check_written(written: Source, source: Source, digests: Mapping[str, int]) -> None:
+    """Compare tensors that were written with their source's names, shapes, dtypes and digests.
+
+    Raises ValueError naming those that differ: nothing that this finds is published.
+    """
+    compare_shapes(written.spec, source.spec, "what was written", "its source")
+    wrong = [
+        f"{name} does not read back as it was written"
+        for name, spec in written.spec.items()
+        if spec.dtype != source.spec[name].dtype or _digest(written, name) != digests[name]
+    ]
+    refuse(wrong)
+
+
+def _digest(source: Source, name: str) -> int:
+    total, row = 0, 0
+    for block in source.blocks(name):
+        total += digest(block, at_row(row, block))
+        row += block.shape[0] if block.dim() else 1
+    return total % 2**64
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

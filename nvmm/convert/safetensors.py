@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nvmm.convert.sources import Source
+from nvmm.checkpoint.digests import digest
+from nvmm.convert.sources import Source, at_row
 
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_NAMED = "transformers_weights"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf")
 _HEADER_LIMIT = 100_000_000  # the format's own
 _PIECE = 16_777_216  # bytes read at a time: few enough to stay in a cache, and malloc's own
 _DTYPES = {
@@ -49,20 +53,26 @@ class _Location:
 class SafetensorsSource:
     """The tensors of a folder with model.safetensors, or shards and their index.
 
+    The files are those that Transformers reads: `transformers_weights` of config.json where it is
+    set, else model.safetensors, else the index and all that its shards hold. Without any of them
+    the folder's one variant is read (model.fp16.safetensors), or its one safetensors file.
+
+    file: the one file to read instead. `unread`: names of weight files beside those that are read.
+
     Raises ValueError naming the file for a missing or pickled checkpoint, a damaged header, sizes
     that do not add up, and an index that points outside the folder or at what is not there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str | None = None) -> None:
         self.spec: dict[str, Tensor] = {}
         self._locations: dict[str, _Location] = {}
-        for path, names in _files(folder):
+        paths = [folder / file] if file else _files(folder)
+        self.unread = sorted(
+            {path.name for kind in _WEIGHTS for path in folder.glob(kind)} - {p.name for p in paths}
+        )
+        for path in paths:
             header, start = read_header(path)
-            if names is not None and (absent := sorted(names - header.keys())):
-                raise ValueError(f"{path} lacks what {INDEX} says it has: {', '.join(absent)}")
             for name, (dtype, shape, first) in header.items():
-                if names is not None and name not in names:
-                    raise ValueError(f"{path} has {name}, which {INDEX} does not list in it")
                 if name in self.spec:
                     raise ValueError(f"{path}: {name} is in another file too")
                 self.spec[name] = torch.empty(shape, dtype=dtype, device="meta")
@@ -137,50 +147,90 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, list[int], i
     return dtype, shape, first, last
 
 
-def _files(folder: Path) -> list[tuple[Path, set[str] | None]]:
-    """List each file with the names that the index says it has (None without an index)."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files: dict[str, set[str]] = {}
-            for name, file in weight_map.items():
-                files.setdefault(file, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{folder / INDEX} is no index: {error!r}") from error
-        for file in files:
-            if file in ("", ".", "..") or os.path.basename(file) != file:
-                raise ValueError(
-                    f"{folder / INDEX} points at {file!r}, outside its folder: refused"
-                )
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder / INDEX} names {file}, which is not there")
-        return [(folder / file, names) for file, names in sorted(files.items())]
-    paths = sorted(folder.glob("*.safetensors"))
+def _files(folder: Path) -> list[Path]:
+    """List the files to read, which are those that Transformers would read."""
+    # 1. The file that config.json names, the usual one, or the usual index.
+    named = _named(folder)
+    for name in [named] if named else [_SINGLE, INDEX]:
+        if (folder / name).is_file():
+            return _listed(folder, name)
+    if named:
+        raise ValueError(f"{folder}/config.json: transformers_weights={named} is not there")
+    # 2. Without them a variant, where there is but one, or one file of another name.
+    variants = sorted(
+        [
+            *folder.glob("model.*.safetensors"),
+            *folder.glob("model.safetensors.index.*.json"),
+        ],
+        key=lambda path: path.name,
+    )
+    paths = variants or sorted(folder.glob("*.safetensors"), key=lambda path: path.name)
     if len(paths) == 1:
-        return [(paths[0], None)]
+        return _listed(folder, paths[0].name)
     if paths:
-        raise ValueError(f"{folder} has {len(paths)} safetensors files and no {INDEX}")
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(
+            f"{folder} has {names}, and neither {_SINGLE} nor {INDEX} that says which to read; set"
+            " transformers_weights in its config.json"
+        )
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     why = f"; {pickles[0]} is a pickle, which could run code: refused" if pickles else ""
     raise ValueError(f"{folder} has no safetensors{why}")
 
 
+def _named(folder: Path) -> str | None:
+    """Return the file that config.json says the weights are in, None where it says none."""
+    if not (folder / "config.json").is_file():
+        return None
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(_NAMED)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read: {error}") from error
+    if name is not None and not str(name).endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"{folder}/config.json: {_NAMED}={name!r} is no safetensors file")
+    if name is not None and os.path.basename(name) != name:
+        raise ValueError(f"{folder}/config.json: {_NAMED}={name!r} is outside its folder: refused")
+    return name
+
+
+def _listed(folder: Path, name: str) -> list[Path]:
+    """List one file, or the files of an index; their headers, not the index, say what they hold."""
+    if not name.endswith(".json"):
+        return [folder / name]
+    index = folder / name
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index: {error!r}") from error
+    for file in files:
+        if file in ("", ".", "..") or os.path.basename(file) != file:
+            raise ValueError(f"{index} points at {file!r}, outside its folder: refused")
+        if not (folder / file).is_file():
+            raise ValueError(f"{index} names {file}, which is not there")
+    return [folder / file for file in files]
+
+
 def write_safetensors(
     folder: Path, source: Source, *, max_shard_bytes: int, bar: tqdm | None = None
-) -> None:
-    """Write a source in its spec's order: one file, or shards and an index."""
+) -> dict[str, int]:
+    """Write a source in its spec's order: one file, or shards and an index.
+
+    Returns name -> digest.
+    """
+    digests: dict[str, int] = {}
     shards = _shards(source, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
-        file = "model.safetensors"
+        file = _SINGLE
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        _write_file(folder / file, source, names, bar)
+        digests |= _write_file(folder / file, source, names, bar)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in source.spec.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
 
 
 def _shards(source: Source, limit: int) -> list[list[str]]:
@@ -195,7 +245,10 @@ def _shards(source: Source, limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(path: Path, source: Source, names: Sequence[str], bar: tqdm | None) -> None:
+def _write_file(
+    path: Path, source: Source, names: Sequence[str], bar: tqdm | None
+) -> dict[str, int]:
+    digests: dict[str, int] = {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -212,13 +265,19 @@ def _write_file(path: Path, source: Source, names: Sequence[str], bar: tqdm | No
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
         for name in names:
-            written = 0
+            written, total, row = 0, 0, 0
             for block in source.blocks(name):
+                if block.dtype != source.spec[name].dtype:
+                    raise ValueError(f"{name}: a block of {block.dtype} in {source.spec[name]}")
                 written += stream.write(memoryview(_bytes(block.contiguous())))
+                total += digest(block, at_row(row, block))
+                row += block.shape[0] if block.dim() else 1
             if written != source.spec[name].nbytes:
                 raise ValueError(f"{name}: read {written} bytes of {source.spec[name].nbytes}")
+            digests[name] = total % 2**64
             if bar is not None:
                 bar.update(written)
+    return digests
 
 
 def _bytes(tensor: Tensor) -> Any:

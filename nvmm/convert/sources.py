@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
@@ -77,6 +78,11 @@ class Source(Protocol):
         ...
 
 
+def at_row(row: int, block: Tensor) -> torch.Size:
+    """Return where a block begins in its tensor: at a row, and at 0 along the other axes."""
+    return torch.Size([row, *[0] * (block.dim() - 1)][: block.dim()])
+
+
 def read(source: Source, name: str) -> Tensor:
     """Read one whole tensor of a source."""
     spec = source.spec[name]
@@ -92,22 +98,62 @@ def read(source: Source, name: str) -> Tensor:
 
 
 class Cast:
-    """A source with its floating-point tensors in another dtype (None: as they are)."""
+    """A source with its floating-point tensors in another dtype (None: as they are).
 
-    def __init__(self, source: Source, dtype: torch.dtype | None) -> None:
+    like: a spec whose dtypes the tensors have where `dtype` is None.
+
+    Reading raises ValueError for finite values that become infinite (above 65504 in fp16).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        dtype: torch.dtype | None,
+        like: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.source = source
-        self.dtype = dtype
-        self.spec = {name: self._cast(tensor) for name, tensor in source.spec.items()}
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        if self.dtype is None or not tensor.is_floating_point():
-            return tensor
-        return tensor.to(self.dtype)
+        self.spec = {}
+        for name, tensor in source.spec.items():
+            wanted = dtype or (like or source.spec)[name].dtype
+            self.spec[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+        self._lock = threading.Lock()
+        self._values = self._zero = self._subnormal = 0
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield the blocks in the other dtype."""
         for block in self.source.blocks(name):
-            yield self._cast(block)
+            out = block.to(self.spec[name].dtype)
+            if out is not block:
+                self._count(name, block, out)
+            yield out
+
+    def _count(self, name: str, before: Tensor, after: Tensor) -> None:
+        """Refuse an overflow, and count what underflows."""
+        limits = torch.finfo(after.dtype)
+        if limits.max * 1.01 > torch.finfo(before.dtype).max:
+            return  # the range is as wide: bf16 has fp32's exponents
+        over = after.isinf() & before.isfinite()
+        if bool(over.any()):
+            raise ValueError(
+                f"{name}: {int(over.sum())} values, up to {float(before[over].abs().max()):g}, are"
+                f" beyond {after.dtype}'s largest, {limits.max:g}; give another --dtype"
+            )
+        small = (before != 0) & (after.abs() < limits.tiny)
+        zero, inexact = after == 0, after.to(before.dtype) != before
+        with self._lock:
+            self._values += before.numel()
+            self._zero += int((small & zero).sum())
+            self._subnormal += int((small & ~zero & inexact).sum())
+
+    @property
+    def underflow(self) -> str | None:
+        """The number of values read that were too small for their dtype; None for none."""
+        if not self._zero + self._subnormal:
+            return None
+        return (
+            f"of {self._values:,} values {self._zero:,} were too small for the dtype and became"
+            f" zero, {self._subnormal:,} more lost digits (subnormal numbers)"
+        )
 
 
 class Merged:

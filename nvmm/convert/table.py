@@ -71,8 +71,10 @@ class ToOurs:
                 yield torch.zeros(missing, *rest, dtype=self.spec[name].dtype)
             return
         if type(row.mapping) in (Rename, GatedMLP):
+            # Parts of several dtypes have one together, which holds the values of each.
             for key in row.theirs:
-                yield from self.source.blocks(key)
+                for block in self.source.blocks(key):
+                    yield block.to(self.spec[name].dtype)
             return
         try:
             yield from row.mapping.to_ours(_Lazy(row.theirs, lambda key: read(self.source, key)))

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvmm.checkpoint.contents import Contents
 from nvmm.checkpoint.record import DamagedError
 from nvmm.convert.formats import megatron
 from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
+
+_PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
+"""Part of a model -> a key that only its config has."""
 
 
 def open_side(path: Path) -> HubFolder | SavedModel:
@@ -20,6 +24,30 @@ def open_side(path: Path) -> HubFolder | SavedModel:
     if (path / "config.json").is_file() or megatron.locate(path) is not None:
         return open_folder(path)
     return open_checkpoint(path)
+
+
+def aligned(
+    a: HubFolder | SavedModel, b: HubFolder | SavedModel
+) -> tuple[HubFolder | SavedModel, HubFolder | SavedModel]:
+    """Return both sides, of a checkpoint with parts the one that the other side is a folder of.
+
+    Raises ValueError for a LoRA checkpoint, whose weights are not in it, and for a part that the
+    checkpoint does not have.
+    """
+    for side in (a, b):
+        if isinstance(side, SavedModel) and side.has_adapters:
+            raise ValueError(f"{side.path} has LoRA adapters: `merge` them first")
+    return _part_like(a, b), _part_like(b, a)
+
+
+def _part_like(side: HubFolder | SavedModel, other: HubFolder | SavedModel) -> Any:
+    theirs = other.model if isinstance(other, SavedModel) else other.model()
+    if not isinstance(side, SavedModel) or "transformer" in side.model or "language" in theirs:
+        return side
+    name = next((part for part, key in _PART_KEYS.items() if key in theirs), None)
+    if name not in side.model:
+        raise ValueError(f"{side.path} has no part like {other.path}")
+    return side.part(name)
 
 
 def compare_tensors(a: HubFolder | SavedModel, b: HubFolder | SavedModel) -> dict[str, Any]:
@@ -76,7 +104,7 @@ def verified(path: Path) -> tuple[bool, str]:
         return False, str(error)
     if isinstance(side, HubFolder):
         raise ValueError(f"{path}: only a checkpoint of ours has digests to verify")
-    contents = side.source.contents
+    contents = Contents.open(side.path)
     found = []
     for name in contents.metadata.state_dict_metadata:
         try:

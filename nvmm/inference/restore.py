@@ -190,6 +190,9 @@ def restore(
     }
     if tokenizer is not None:
         sections["tokenizer"]["path"] = tokenizer
+    elif (path / "tokenizer").is_dir():
+        # An import carries its tokenizer, wherever it has been moved since.
+        sections["tokenizer"]["path"] = str(path / "tokenizer")
     if not trust_config:
         require_trusted(sections, path)
 

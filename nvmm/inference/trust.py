@@ -21,6 +21,7 @@ _TRUSTED = (
 
 # Functions of torch say that they live in one of these.
 _TRUSTED_FUNCTIONS = ("torch", "torch.nn.functional", "torch._C._nn")
+_FUNCTIONAL = "torch.nn.functional."
 
 
 _GET_METHOD = "hydra.utils.get_method"
@@ -36,7 +37,7 @@ def require_trusted(config: Any, path: Path) -> None:
     if foreign:
         raise ValueError(
             f"{path}: its config would run {', '.join(foreign)}; if you trust whoever wrote it,"
-            " add trust_config=true"
+            " add trust_config=true (tools/convert.py: --trust-config)"
         )
 
 
@@ -55,6 +56,8 @@ def _foreign(node: Any) -> Iterator[str]:
     if target == _GET_METHOD:
         if _home(str(node.get("path")), ("torch.",)) not in _TRUSTED_FUNCTIONS:
             yield f"{_GET_METHOD}({node.get('path')})"
+    elif node.get("_partial_") is True and _home(target, (_FUNCTIONAL,)) in _TRUSTED_FUNCTIONS[1:]:
+        return  # an activation with options, which only a model's layers call
     elif target and not f"{_home(target, _TRUSTED)}.".startswith(_TRUSTED):
         yield target
 

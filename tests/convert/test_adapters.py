@@ -19,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from nvmm.batch import IMAGE, Batch
 from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.load import load_weights
+from nvmm.checkpoint.record import write_record
 from nvmm.config.check import config_dir
 from nvmm.convert.adapters import MergedLora
 from nvmm.convert.models import open_checkpoint
-from nvmm.convert.sources import InMemory, read
+from nvmm.convert.sources import Cast, InMemory, read
 from nvmm.convert.verify import compare_tensors
+from nvmm.modules.connector import MLPConnector
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Normal, Parallel, Precision
 from nvmm.proof.synthetic import synthetic_steps
@@ -145,7 +147,9 @@ def test_an_adapter_of_peft_answers_alike_here_and_merged(
     assert main(["adapter", "export", "--from", str(ours), "--to", str(back), *names]) == 0
     with torch.no_grad():
         again = peft_model(theirs, back)(batch.tokens).logits
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(back).eval()(batch.tokens).logits
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     first, second = (
         load_file(tmp_path / x / "adapter_model.safetensors") for x in ("peft", "back")
     )
@@ -154,6 +158,49 @@ def test_an_adapter_of_peft_answers_alike_here_and_merged(
         assert all(torch.equal(value, second[name]) for name, value in first.items())
         extra = [second[name] for name in second.keys() - first.keys()]
         assert not any(value.any() for value in extra), "members without an adapter are zero"
+
+
+def test_the_base_of_an_exported_adapter_can_be_named(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A base that is no import has no folder of its own until it is exported."""
+    run_ranks(lora_run, 1, tmp_path / "run", ["language.*"])
+    run = ["--from", str(tmp_path / "run" / "step_00000001"), "--format", "qwen2"]
+    run += ["--part", "language"]
+    for name, given in (("none", []), ("given", ["--base", "me/base"])):
+        to = tmp_path / name
+        assert main(["adapter", "export", *run, "--to", str(to), *given]) == 0
+        config = json.loads((to / "adapter_config.json").read_text())
+        assert config["task_type"] == "CAUSAL_LM"
+        assert config["base_model_name_or_path"] == (given[1] if given else None)
+        assert ("name its folder with --base" in caplog.text) != bool(given)
+        caplog.clear()
+
+
+class OwnConnector(MLPConnector):
+    """A part of the user's own."""
+
+
+def test_a_model_with_a_part_of_its_own_can_be_trusted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command that refuses a config for its constructors takes the option that it names."""
+    run_ranks(lora_run, 1, tmp_path / "run", ["language.*"])
+    run = tmp_path / "run" / "step_00000001"
+    text, known = (run / "state.json").read_text(), "nvmm.modules.connector.MLPConnector"
+    assert known in text
+    write_record(run, json.loads(text.replace(known, "tests.convert.test_adapters.OwnConnector")))
+    names = ["--format", "qwen2", "--part", "language"]
+    peft, merged = str(tmp_path / "peft"), str(tmp_path / "merged")
+    for arguments in (
+        ["adapter", "export", "--from", str(run), "--to", peft, *names],
+        ["adapter", "import", "--from", peft, "--base", str(run), "--to", f"{peft}2", *names],
+        ["merge", "--from", str(run), "--to", merged],
+        ["verify", "--a", merged, "--b", merged],
+    ):
+        assert main(arguments) == 2
+        assert "add trust_config=true (tools/convert.py: --trust-config)" in capsys.readouterr().err
+        assert main([*arguments, "--trust-config"]) == 0, capsys.readouterr().err
 
 
 def test_an_update_is_added_in_fp32_and_rounded_once() -> None:
@@ -166,7 +213,7 @@ def test_an_update_is_added_in_fp32_and_rounded_once() -> None:
     update = torch.cat([b[:3].float() @ a[:2].float(), b[3:].float() @ a[2:].float()])
     exact = weight.float() + 0.5 * update
     for dtype in (None, torch.float32):
-        merged = MergedLora(source, {"x": mask}, 0.5, dtype)
+        merged = Cast(MergedLora(source, {"x": mask}, 0.5), dtype, like=source.spec)
         assert merged.spec.keys() == {"x.weight", "y.weight"}
         assert len(list(merged.blocks("x.weight"))) > 1
         found = read(merged, "x.weight")
@@ -175,7 +222,7 @@ def test_an_update_is_added_in_fp32_and_rounded_once() -> None:
             assert (found != exact.bfloat16()).float().mean() < 1e-3
         else:
             torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
-        assert torch.equal(read(merged, "y.weight"), weight)
+        assert torch.equal(read(merged, "y.weight").bfloat16(), weight)
 
 
 def lora_run(rank: int, world: int, init: str, folder: Path, targets: list[str]) -> None:
@@ -270,8 +317,9 @@ def test_refusals(
         (["merge", "--from", str(base), *to], "has no LoRA adapters"),
         (["adapter", "export", "--from", run, *to, "--format", "internvit", "--part", "vision"],
          "no adapters in vision"),
-        (["adapter", "export", "--from", run, *into], "does not"),
-        (["adapter", "import", "--from", run, *to, "--format", "qwen2"], "takes --base"),
+        (["adapter", "import", "--from", run, *to, "--format", "qwen2"], "needs --base"),
+        (["adapter", "import", "--from", folder("zero", both, lora_alpha=0), *into],
+         "a scale of 0.0 adapts nothing"),
         (["adapter", "import", "--from", str(theirs), *into], "no readable adapter_config.json"),
         (["adapter", "import", "--from", folder("dora", both, use_dora=True), *into],
          "use_dora=True is not supported"),

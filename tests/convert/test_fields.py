@@ -198,19 +198,22 @@ def test_a_changed_field_is_followed_or_refused(name: str, tmp_path: Path) -> No
 WHOLE: dict[str, Any] = {
     "internvit": families.internvit_config(True),
     "nvlm_d": {
+        "model_type": "NVLM_D",
         "llm_config": families._SHAPE | {"model_type": "qwen2"},
         "vision_config": families.internvit_config(True),
         "downsample_ratio": 0.5,
     },
     "llava_next": {
+        "model_type": "llava_next",
         "text_config": families._SHAPE | {"model_type": "mistral"},
         "vision_config": VISION,
     },
     "nv_embed": {
+        "model_type": "nvembed",
         "text_config": families._SHAPE | {"model_type": "mistral"},
         "latent_attention_config": {},
     },
-    "siglip": {"vision_config": VISION, "text_config": {}},
+    "siglip": {"model_type": "siglip", "vision_config": VISION, "text_config": {}},
 }
 
 
@@ -225,6 +228,33 @@ def test_a_field_that_nobody_reads_is_refused_in_every_part(name: str) -> None:
         if isinstance(value, dict) and part != "text_config":
             with pytest.raises(ValueError, match="tomorrow='x' would not be read"):
                 to_model(WHOLE[name] | {part: value | {"tomorrow": "x"}})
+
+
+def test_only_what_a_folder_says_can_be_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the defaults of Transformers' class, which a newer one may have more of."""
+    import transformers
+
+    config = transformers.LlamaConfig
+    to_dict = config.to_dict
+    monkeypatch.setattr(config, "to_dict", lambda self: {**to_dict(self), "new_default": 3})
+    completed = FORMATS["llama"].complete({"model_type": "llama"}, {})
+    assert FORMATS["llama"].to_model(completed)["vocab_size"] == 32000
+    with pytest.raises(ValueError, match="new_default=3 would not be read"):
+        FORMATS["llama"].to_model({**completed, "new_default": 3})
+
+
+def test_parts_of_llava_that_are_left_out_are_its_own() -> None:
+    """CLIP-L at 336 pixels and Llama; a part that is given has its own class's defaults."""
+    to_model = FORMATS["llava_next"].to_model
+    plain = to_model({"model_type": "llava_next"})
+    assert plain["vision"]["image_size"] == 336
+    assert plain["vision"]["transformer"]["num_layers"] == 23
+    assert plain["language"]["transformer"]["ffn_hidden_size"] == 11008
+    # llava-hf's folders have vocab_size in both parts.
+    given = {"vision_config": {"vocab_size": 32000}, "text_config": {"model_type": "mistral"}}
+    model = to_model({"model_type": "llava_next", **given})
+    assert model["vision"]["image_size"] == 224
+    assert model["language"]["transformer"]["num_query_groups"] == 8
 
 
 def test_an_embedder_s_window_limits_its_texts_where_it_has_no_causal_mask() -> None:
@@ -243,11 +273,16 @@ def test_what_a_vision_config_leaves_out_is_transformers_default() -> None:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "patch_size": 8}
     for kind, title in (("clip", "CLIP"), ("siglip", "Siglip")):
         config = getattr(transformers, f"{title}VisionConfig")
-        to_model = FORMATS[kind].to_model
-        assert to_model({}) == to_model(config().to_dict())
-        assert to_model(sizes) == to_model(config(**sizes).to_dict())
-    old = {"vision_config_dict": sizes, "vision_config": VISION, "text_config": {}}
-    merged = transformers.CLIPConfig(**old).vision_config.to_dict()
+        to_model, plain = FORMATS[kind].to_model, {"model_type": f"{kind}_vision_model"}
+        assert to_model(plain) == to_model(config().to_dict())
+        assert to_model(plain | sizes) == to_model(config(**sizes).to_dict())
+    old = {
+        "model_type": "clip",
+        "vision_config_dict": sizes,
+        "vision_config": VISION,
+        "text_config": {},
+    }
+    merged = transformers.CLIPConfig.from_dict(old).vision_config.to_dict()
     assert FORMATS["clip"].to_model(old) == FORMATS["clip"].to_model(merged)
 
 
@@ -257,7 +292,7 @@ def test_switches_that_are_off_and_names_that_agree_are_taken() -> None:
     assert to_model(vision | {"use_moe": False, "num_experts": 8}) == to_model(vision)
     with pytest.raises(ValueError, match="use_moe=True is not supported"):
         to_model(vision | {"use_moe": True})
-    nemotron = families._SHAPE | BASES["nemotron"]
+    nemotron = {"model_type": "nemotron"} | families._SHAPE | BASES["nemotron"]
     to_model = FORMATS["nemotron"].to_model
     assert to_model(nemotron | {"kv_channels": 10}) == to_model(nemotron)
     with pytest.raises(ValueError, match="kv_channels=16 is not supported"):

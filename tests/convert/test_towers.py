@@ -179,6 +179,7 @@ def test_the_audio_config_is_whisper_large_v2() -> None:
     needed = ["tokenizer.path=given", "data.train.shards=given", "init_from=null"]
     config = to_plain(composed("train", ["experiment=nvlm_d/sft_7b", audio, *needed]))
     published = {
+        "model_type": "whisper",
         "activation_function": "gelu",
         "d_model": 1280,
         "encoder_layers": 32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nvmm.checkpoint.record import write_record
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from tests.convert import families
 from tests.ranks import run_ranks
@@ -56,8 +58,16 @@ def answer(rank: int, world: int, init: str, path: Path) -> tuple[list[int], lis
     return prompt.text.tokens.tolist(), list(tokens)
 
 
-def test_an_import_answers_like_transformers(theirs: tuple[Path, Any], ours: Path) -> None:
-    prompt, tokens = run_ranks(answer, 2, ours)[0]
+def test_a_moved_import_answers_like_transformers(
+    theirs: tuple[Path, Any], ours: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer lies in it, whatever path its state has from where it was made."""
+    shutil.copytree(ours, tmp_path / "moved")
+    text = (ours / "state.json").read_text()
+    assert str(ours / "tokenizer") in text
+    gone = text.replace(str(ours / "tokenizer"), str(tmp_path / "gone"))
+    write_record(tmp_path / "moved", json.loads(gone))
+    prompt, tokens = run_ranks(answer, 2, tmp_path / "moved")[0]
     with torch.no_grad():
         out = theirs[1].generate(
             torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1
@@ -175,9 +185,13 @@ def test_refusals(
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "hf: config.json: Transformers refuses it"),
+        ({"rope_theta": None, "rope_parameters": None}, "has no rope_theta"),
+        ({"rope_scaling": {"full_attention": {"rope_theta": 2.0}}}, "each kind of layer"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
         ({"model_type": "gpt2"}, "model_type='gpt2' has no table"),
-        ({"num_hidden_layers": None}, "has no num_hidden_layers"),
+        ({"num_hidden_layers": None}, "field 'num_hidden_layers'"),
     ],
 )
 def test_configs_we_cannot_run(

@@ -119,18 +119,10 @@ def exported_config(
 def write_folder(
     folder: Path,
     config: Mapping[str, Any],
-    tokenizer: Path | None,
     card: str,
     processor: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face folder but its weights; config.json, which makes it one, comes last."""
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
-    generation = folder / "generation_config.json"
-    inner = config.get("llm_config", config)
-    if not generation.exists() and "num_key_value_heads" in inner:
-        ids = {k: inner[k] for k in ("bos_token_id", "eos_token_id") if inner.get(k) is not None}
-        _write_json(generation, ids)
     if processor is not None and not (folder / "preprocessor_config.json").exists():
         _write_json(folder / "preprocessor_config.json", processor)
     (folder / "README.md").write_text(card, encoding="utf-8")

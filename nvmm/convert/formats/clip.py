@@ -22,6 +22,7 @@ from nvmm.convert.formats.config import (
     transformer,
     whole,
 )
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, Rename, Reshape, Row, Unused, expand
 
 MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -37,18 +38,10 @@ _PARTS = ("weight", "bias")
 _FIELDS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps"),
-    # Of pooled features, which our encoder does not compute.
-    *("projection_dim", "vision_use_head"),
+    # Of pooled features, which our encoder does not compute, and of LLaVA's folders.
+    *("projection_dim", "vision_use_head", "vocab_size"),
     PREFIX,
 )
-_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "image_size": 224,
-}
-"""Transformers' sizes, ViT-B's, for those that a config.json leaves out."""
 _WHOLE = (
     *("vision_config", "vision_config_dict", PREFIX),
     # Of the text encoder and of pooled features.
@@ -56,9 +49,9 @@ _WHOLE = (
 )
 
 
-def activation(hf: Mapping[str, Any], default: str) -> dict[str, Any]:
+def activation(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Return our name of an encoder's hidden_act. Raises ValueError for one that we do not have."""
-    name = hf.get("hidden_act", default)
+    name = need(hf, "hidden_act")
     if name not in _ACTIVATIONS:
         choices = ", ".join(_ACTIVATIONS)
         raise ValueError(f"config.json: hidden_act={name!r} is not supported; use one of {choices}")
@@ -74,27 +67,25 @@ def activation_name(config: Mapping[str, Any]) -> str:
 
 
 def vision_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the vision encoder's part of a config.json.
+    """Return the vision encoder's part of a config.json, with its class's defaults.
 
-    The old `vision_config_dict` replaces `vision_config`, as in Transformers. Raises ValueError for
-    fields of a whole model's that nobody reads.
+    Raises ValueError for fields that nobody reads, in a whole model's config and in the part.
     """
-    if hf.get("vision_config") is None and hf.get("vision_config_dict") is None:
-        return hf
+    if need(hf, "model_type").endswith("_vision_model"):
+        known(hf, *_FIELDS)
+        return standard(hf)
     known(hf, *_WHOLE)
-    part: Mapping[str, Any] = hf.get("vision_config_dict") or hf["vision_config"]
+    for name in ("vision_config", "vision_config_dict"):
+        known(hf.get(name) or {}, *_FIELDS)
+    part: Mapping[str, Any] = standard(hf)["vision_config"]
     return part
 
 
-def encoder(
-    hf: Mapping[str, Any], act: str, epsilon: float, patch_size: int, **more: Any
-) -> dict[str, Any]:
+def encoder(hf: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return our config of a pre-norm LayerNorm ViT with biases.
 
-    act, epsilon, patch_size: Transformers' defaults. more: fields in which the encoders differ.
+    hf: what `vision_config` gave. more: fields in which the encoders differ.
     """
-    known(hf, *_FIELDS)
-    hf = {**_DEFAULTS, "patch_size": patch_size, **hf}
     only(hf, "num_channels", 3)
     heads = need(hf, "num_attention_heads")
     return {
@@ -107,8 +98,8 @@ def encoder(
             kv_channels=need(hf, "hidden_size") // heads,
             ffn_hidden_size=need(hf, "intermediate_size"),
             normalization="LayerNorm",
-            layernorm_epsilon=hf.get("layer_norm_eps", epsilon),
-            activation_func=activation(hf, act),
+            layernorm_epsilon=need(hf, "layer_norm_eps"),
+            activation_func=activation(hf),
             add_bias_linear=True,
             add_qkv_bias=True,
             init_method_std=hf.get("initializer_range", 0.02),
@@ -123,9 +114,6 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config, with all layers and without the norm."""
     return encoder(
         vision_config(hf),
-        "quick_gelu",
-        1e-5,
-        32,
         patch_bias=False,
         pre_layernorm=True,
         image_mean=MEAN,
@@ -201,9 +189,10 @@ def layers(model: Mapping[str, Any], prefix: str) -> list[Row]:
 
 def text_encoder_rows(hf: Mapping[str, Any]) -> list[Row]:
     """Return rows that drop the text encoder, which an encoder of images has no use for."""
-    if "text_config" not in hf:
+    text = standard(hf).get("text_config")
+    if text is None:
         return []
-    layer, count = "text_model.encoder.layers.*.", hf["text_config"].get("num_hidden_layers", 12)
+    layer, count = "text_model.encoder.layers.*.", need(text, "num_hidden_layers")
     linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
     names = [f"{layer}{part}.{kind}" for part in parts for kind in _PARTS]
@@ -227,5 +216,5 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             Row(None, (f"{prefix}post_layernorm.{kind}",), Unused((width,), value)),
         ]
     # Folders of CLIPVisionModelWithProjection have it too.
-    projection = [] if "text_config" in hf else [Row(None, ("visual_projection.weight",), Drop())]
-    return [*rows, *layers(model, prefix), *projection, *text_encoder_rows(hf)]
+    others = text_encoder_rows(hf) or [Row(None, ("visual_projection.weight",), Drop())]
+    return [*rows, *layers(model, prefix), *others]

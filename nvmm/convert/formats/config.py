@@ -82,7 +82,7 @@ _INERT = frozenset(
         # Names, versions and storage.
         *("model_type", "architectures", "auto_map", "_name_or_path", "name_or_path"),
         *("_commit_hash", "transformers_version", "torch_dtype", "dtype", "tokenizer_class"),
-        *("unsloth_version", "unsloth_fixed"),
+        *("transformers_weights", "unsloth_version", "unsloth_fixed"),
         # What a forward pass returns, and the kernels that compute it.
         *("return_dict", "output_attentions", "output_hidden_states", "output_scores"),
         *("return_dict_in_generate", "use_cache", "torchscript", "use_bfloat16"),
@@ -203,13 +203,20 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mismatches(
-    derived: Mapping[str, Any], configured: Mapping[str, Any], here: str, there: str
+    derived: Mapping[str, Any],
+    configured: Mapping[str, Any],
+    here: str,
+    there: str,
+    free: frozenset[str] = _FREE,
 ) -> list[str]:
-    """List the keys in which two model configs describe another graph, with both values."""
+    """List the keys in which two model configs describe another graph, with both values.
+
+    free: last names of keys that may differ.
+    """
     return [
         f"model.{key}={first!r} in {here}, {second!r} in {there}"
         for key, first, second in differences(_comparable(derived), _comparable(configured))
-        if key.rpartition(".")[2] not in _FREE
+        if key.rpartition(".")[2] not in free
     ]
 
 

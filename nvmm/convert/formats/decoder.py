@@ -20,15 +20,23 @@ from nvmm.convert.formats.config import (
     whole,
     windows,
 )
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, GatedMLP, PadVocabulary, Rename, Row, Tied, expand
 
+_PREFIX, EMBEDDING, HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
+"""Keys that no config.json has; `complete` finds their values in the names."""
 FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("tie_word_embeddings", "max_position_embeddings", "initializer_range"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    *(_PREFIX, EMBEDDING, HEAD),
 )
-"""Fields of config.json that `to_language` reads."""
+"""Fields of config.json that every family reads."""
+_EVERY_ROPE = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    "original_max_position_embeddings",
+)
 _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
@@ -43,26 +51,25 @@ _LLAMA3 = {
 """The constants of Llama 3's RoPE scaling that megatron-core has built in."""
 
 
+def read(hf: Mapping[str, Any], *fields: str) -> dict[str, Any]:
+    """Return a decoder's config.json with its class's defaults.
+
+    fields: what its family reads beside FIELDS. Raises ValueError for fields that nobody reads.
+    """
+    known(hf, *FIELDS, *fields)
+    return standard(hf)
+
+
 def to_language(
-    hf: Mapping[str, Any],
-    changes: Mapping[str, Any] | None = None,
-    *,
-    longest: int,
-    rotary_percent: float = 1.0,
-    fields: tuple[str, ...] = (),
+    hf: Mapping[str, Any], changes: Mapping[str, Any] | None = None, *, partial_rotary: bool = False
 ) -> dict[str, Any]:
     """Return our config of a SwiGLU, RMSNorm decoder without biases.
 
     Args:
+        hf: what `read` gave.
         changes: of its TransformerConfig.
-        longest: Transformers' default of max_position_embeddings.
-        rotary_percent: its default of partial_rotary_factor, which is 1 where the family turns
-            whole heads: then it may not be given otherwise.
-        fields: what the family reads beside FIELDS.
-
-    Raises ValueError for fields that nobody reads.
+        partial_rotary: whether the family may turn a part of each head alone.
     """
-    known(hf, *FIELDS, *fields)
     heads = need(hf, "num_attention_heads")
     vocab_size = need(hf, "vocab_size")
     config = {
@@ -73,12 +80,12 @@ def to_language(
         "kv_channels": hf.get("head_dim") or need(hf, "hidden_size") // heads,
         "ffn_hidden_size": need(hf, "intermediate_size"),
         "normalization": "RMSNorm",
-        "layernorm_epsilon": hf.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": hf.get("rms_norm_eps"),
         "gated_linear_unit": True,
         "activation_func": SILU,
         "add_bias_linear": False,
         "add_qkv_bias": False,
-        "init_method_std": hf.get("initializer_range", 0.02),
+        "init_method_std": hf["initializer_range"],
     }
     return {
         "_target_": "nvmm.models.language.LanguageModel",
@@ -86,9 +93,9 @@ def to_language(
         "transformer": transformer(**(config | dict(changes or {}))),
         "vocab_size": vocab_size,
         "padded_vocab_size": padded(vocab_size),
-        "share_embeddings_and_output_weights": bool(hf.get("tie_word_embeddings", False)),
-        "max_sequence_length": hf.get("max_position_embeddings", longest),
-        **_rope(hf, rotary_percent),
+        "share_embeddings_and_output_weights": bool(hf["tie_word_embeddings"]),
+        "max_sequence_length": need(hf, "max_position_embeddings"),
+        **_rope(hf, partial_rotary),
     }
 
 
@@ -130,74 +137,67 @@ def expressible(model: Mapping[str, Any], back: Mapping[str, Any], family: str) 
         raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lines))
 
 
-def _rope(hf: Mapping[str, Any], rotary_percent: float) -> dict[str, Any]:
-    """Read RoPE as Transformers 5 does: `rope_scaling` alone where it is given.
-
-    What those parameters lack, the outer rope_theta and partial_rotary_factor say.
-    """
-    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-    parameters: Mapping[str, Any] = hf.get(key) or {}
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+def _rope(hf: Mapping[str, Any], partial: bool) -> dict[str, Any]:
+    scaling = need(hf, "rope_parameters")
+    where = "config.json: RoPE (rope_scaling, rope_parameters)"
+    if nested := [name for name, value in scaling.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"{where} for each kind of layer ({nested[0]}) is not supported")
+    rope_type = scaling["rope_type"]
     if rope_type not in _ROPE_FIELDS:
         raise ValueError(
-            f"config.json: {key}.rope_type={rope_type!r} is not supported; it must be"
-            " 'default', 'linear' or 'llama3'"
+            f"{where}: rope_type={rope_type!r} is not supported; it must be 'default', 'linear' or"
+            " 'llama3'"
         )
     # Only Llama 3's kind reads the original length; Transformers writes it for others too.
-    read = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_FIELDS[rope_type])
-    for name, value in parameters.items():
-        if name not in (*read, "original_max_position_embeddings") and value is not None:
+    read = (*_EVERY_ROPE, *_ROPE_FIELDS[rope_type])
+    for name, value in scaling.items():
+        if name not in read and value is not None:
             raise ValueError(
-                f"config.json: {key}.{name}={value!r} would not be read with"
-                f" rope_type={rope_type!r}"
+                f"{where}: {name}={value!r} would not be read with rope_type={rope_type!r}"
             )
-    base = parameters.get("rope_theta", hf.get("rope_theta", 10000.0))
-    percent = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    percent = rotary_percent if percent is None else percent
-    if rotary_percent == 1.0 != percent:
-        place = f"{key}." if "partial_rotary_factor" in parameters else ""
+    out: dict[str, Any] = {"rotary_base": integral(need(scaling, "rope_theta"))}
+    percent = scaling.get("partial_rotary_factor")
+    if partial:
+        out["rotary_percent"] = need(scaling, "partial_rotary_factor")
+    elif percent not in (None, 1.0):
+        # Transformers ignores it in these families, or cannot scale with it.
         raise ValueError(
-            f"config.json: {place}partial_rotary_factor={percent} is not supported; it must be 1.0"
+            f"{where}: partial_rotary_factor={percent} is not supported; it must be 1.0"
         )
-    out: dict[str, Any] = {"rotary_base": integral(base)}
-    if rotary_percent != 1.0:
-        out["rotary_percent"] = percent
     if rope_type == "llama3":
         for name, value in _LLAMA3.items():
-            if need(parameters, name) != value:
+            if need(scaling, name) != value:
                 raise ValueError(
-                    f"config.json: {key}.{name}={parameters[name]} is not supported;"
-                    f" megatron-core has {value} built in"
+                    f"{where}: {name}={scaling[name]} is not supported; megatron-core has {value}"
+                    " built in"
                 )
-        out |= {"rope_scaling": True, "rope_scaling_factor": need(parameters, "factor")}
+        out |= {"rope_scaling": True, "rope_scaling_factor": need(scaling, "factor")}
     elif rope_type == "linear":
-        out["seq_len_interpolation_factor"] = need(parameters, "factor")
+        out["seq_len_interpolation_factor"] = need(scaling, "factor")
     return out
 
 
-def layer_types(hf: Mapping[str, Any], windowed: list[bool]) -> list[bool]:
-    """Return which layers have a window: as `layer_types` says, `windowed` where it is absent.
+def layer_types(hf: Mapping[str, Any]) -> list[bool]:
+    """Return which layers have a window.
 
     Raises ValueError for kinds of layers that we do not have, and for another number of layers.
     """
-    kinds = hf.get("layer_types")
-    if kinds is None:
-        return windowed
+    kinds, count = need(hf, "layer_types"), need(hf, "num_hidden_layers")
     names = ["full_attention", "sliding_attention"]
-    if len(kinds) != len(windowed) or any(kind not in names for kind in kinds):
+    if len(kinds) != count or any(kind not in names for kind in kinds):
         raise ValueError(
             f"config.json: layer_types={kinds} is not supported; it must be {' or '.join(names)}"
-            f" for each of the {len(windowed)} layers"
+            f" for each of the {count} layers"
         )
     return [kind == "sliding_attention" for kind in kinds]
 
 
 def sliding_windows(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our fields for Qwen's windows, which begin at a layer or are listed one by one."""
-    size = hf.get("sliding_window", 4096) if hf.get("use_sliding_window", False) else None
-    first = hf.get("max_window_layers", 28)
-    by_number = [size is not None and i >= first for i in range(need(hf, "num_hidden_layers"))]
-    windowed = layer_types(hf, by_number)
+    """Return our fields for Qwen's windows; Transformers lists the layers that have one.
+
+    hf: what `read` gave. Raises ValueError for a window without a size.
+    """
+    size, windowed = hf.get("sliding_window"), layer_types(hf)
     if size is None and any(windowed):
         raise ValueError("config.json: layer_types has sliding_attention without a sliding_window")
     return windows(size, windowed)
@@ -219,22 +219,35 @@ def window_fields(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return config.json as it is: shapes tell nothing more here."""
-    return dict(hf)
+    """Add the tie to config.json, and what differs in the names that folders have.
+
+    A base model's have no `model.` and no lm_head; a tied model may hold lm_head alone.
+    """
+    tied = bool(standard(hf)["tie_word_embeddings"])
+    layer = "layers.0.input_layernorm.weight"
+    prefix = next((n.removesuffix(layer) for n in spec if n in (layer, f"model.{layer}")), "model.")
+    embedding, head = f"{prefix}embed_tokens.weight", "lm_head.weight"
+    if tied and embedding not in spec and head in spec:
+        embedding = head
+    has_head = head in spec or prefix != ""
+    names = {_PREFIX: prefix, EMBEDDING: embedding, HEAD: head if has_head else None}
+    return {**hf, "tie_word_embeddings": tied, **names}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Return the rows of a decoder in Llama's names, with whatever biases the config has."""
     model = whole(model)
     config = model["transformer"]
-    vocabulary = PadVocabulary(model["padded_vocab_size"], need(hf, "vocab_size"))
+    vocabulary = PadVocabulary(model["padded_vocab_size"], standard(hf)["vocab_size"])
     qkv = QKV(config["num_attention_heads"], config["num_query_groups"], config["kv_channels"])
-    layer, theirs = "decoder.layers.*.", "model.layers.*."
+    prefix, head = hf.get(_PREFIX, "model."), hf.get(HEAD, "lm_head.weight")
+    embedding = hf.get(EMBEDDING, f"{prefix}embed_tokens.weight")
+    layer, theirs = "decoder.layers.*.", f"{prefix}layers.*."
     norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
     qkv_kinds = ["weight", "bias"] if config["add_qkv_bias"] else ["weight"]
     kinds = ["weight", "bias"] if config["add_bias_linear"] else ["weight"]
     # 1. The embedding, then the norms, under mcore's names of norms fused with the next linear.
-    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary)]
+    rows = [Row("embedding.word_embeddings.weight", (embedding,), vocabulary)]
     for kind in norm_kinds:
         rows += [
             Row(
@@ -269,11 +282,13 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             Row(f"{layer}mlp.linear_fc2.{kind}", (f"{theirs}mlp.down_proj.{kind}",)),
         ]
     # 3. The end: a tied output layer is only a copy of the embedding, which may be there.
-    rows += [Row(f"decoder.final_layernorm.{kind}", (f"model.norm.{kind}",)) for kind in norm_kinds]
-    if model["share_embeddings_and_output_weights"]:
-        rows.append(Row(None, ("lm_head.weight",), Tied("model.embed_tokens.weight")))
-    else:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), vocabulary))
+    rows += [
+        Row(f"decoder.final_layernorm.{kind}", (f"{prefix}norm.{kind}",)) for kind in norm_kinds
+    ]
+    if not model["share_embeddings_and_output_weights"]:
+        rows += [Row("output_layer.weight", (head,), vocabulary)] if head else []
+    elif head and head != embedding:
+        rows.append(Row(None, (head,), Tied(embedding)))
     # Transformers saved these buffers before version 4.32.
     rows.append(Row(None, (f"{theirs}self_attn.rotary_emb.inv_freq",), Drop()))
     return expand(rows, config["num_layers"])

@@ -15,6 +15,15 @@ from nvmm.convert.formats.config import GELU, known, need, only, transformer, wh
 from nvmm.convert.mapping import DummyHeads, FusedQKV, Rename, Reshape, Row, expand
 
 NORMS = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
+_DEFAULTS = {
+    "hidden_size": 3200,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "image_size": 224,
+    "patch_size": 14,
+}
+"""Sizes that OpenGVLab's class has where config.json leaves them out."""
 NUM_DUMMY_HEADS = "num_dummy_heads"
 """A key that OpenGVLab's config.json lacks; `complete` finds its value in the shapes."""
 
@@ -33,6 +42,7 @@ _FIELDS = (
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
     known(hf, *_FIELDS)
+    hf = {**_DEFAULTS, **hf}
     only(hf, "hidden_act", "gelu")
     only(hf, "num_channels", 3)
     only(hf, "use_moe", False)
@@ -95,11 +105,13 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
     """Add the number of dummy heads that the fused QKV has rows for to config.json."""
+    filled = {**_DEFAULTS, **hf}
     qkv = spec.get(f"{prefix}encoder.layers.0.attn.qkv.weight")
-    head_dim = need(hf, "hidden_size") // need(hf, "num_attention_heads")
+    heads = need(filled, "num_attention_heads")
+    head_dim = need(filled, "hidden_size") // heads
     dummies = 0
     if qkv is not None and qkv.dim() == 2:
-        dummies = max(qkv.shape[0] // (3 * head_dim) - hf["num_attention_heads"], 0)
+        dummies = max(qkv.shape[0] // (3 * head_dim) - heads, 0)
     return {**hf, NUM_DUMMY_HEADS: dummies}
 
 

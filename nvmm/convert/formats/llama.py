@@ -13,18 +13,14 @@ table = decoder.table
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = decoder.read(hf, "attention_bias", "mlp_bias")
     decoder.activation(hf)
-    bias = bool(hf.get("attention_bias", False))
-    if bool(hf.get("mlp_bias", False)) != bias:
+    bias = bool(hf["attention_bias"])
+    if bool(hf["mlp_bias"]) != bias:
         raise ValueError(
             f"config.json: attention_bias={bias} and mlp_bias={not bias} are not supported together"
         )
-    return decoder.to_language(
-        hf,
-        {"add_bias_linear": bias, "add_qkv_bias": bias},
-        longest=2048,
-        fields=("attention_bias", "mlp_bias"),
-    )
+    return decoder.to_language(hf, {"add_bias_linear": bias, "add_qkv_bias": bias})
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,27 +15,10 @@ from torch import Tensor
 
 from nvmm.convert.formats import clip, llama, mistral
 from nvmm.convert.formats.config import GELU, known, need, only, whole
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Drop, Row, prefixed
 
 _FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
-_SIZES = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
-}
-# Transformers' defaults, which a nested config leaves out.
-_TEXT_DEFAULTS = {
-    "llama": {**_SIZES, "vocab_size": 32000, "intermediate_size": 11008},
-    "mistral": {
-        **_SIZES,
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-}
 _KINDS = ("weight", "bias")
 _FIELDS = (
     *("text_config", "vision_config", "vision_feature_layer", "vision_feature_select_strategy"),
@@ -47,21 +30,27 @@ _FIELDS = (
 
 
 def _language(hf: Mapping[str, Any]) -> tuple[ModuleType, dict[str, Any]]:
-    text = need(hf, "text_config")
-    kind = only(text, "model_type", *_FAMILIES)
-    return _FAMILIES[kind], {**_TEXT_DEFAULTS[kind], **text}
+    text = _part(hf, "text_config")
+    return _FAMILIES[only(text, "model_type", *_FAMILIES)], text
+
+
+def _part(hf: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a nested config as it is given, with its type; Transformers' own where it is not."""
+    filled = standard({"model_type": need(hf, "model_type")})[name]
+    return {"model_type": filled["model_type"], **(filled if hf.get(name) is None else hf[name])}
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config: native tiles, in which every patch is a token."""
     known(hf, *_FIELDS)
+    family, text = _language(hf)
+    vision = clip.to_model(_part(hf, "vision_config"))
+    hf = standard(hf)
     only(hf, "tie_word_embeddings", False)
     only(hf, "vision_feature_layer", -2)
     only(hf, "vision_feature_select_strategy", "default")
     only(hf, "projector_hidden_act", "gelu")
-    family, text = _language(hf)
     language = family.to_model(text)
-    vision = clip.to_model(need(hf, "vision_config"))
     layers = vision["transformer"]["num_layers"]
     return {
         "_target_": "nvmm.models.multimodal.MultimodalModel",
@@ -90,7 +79,7 @@ def from_model(model: Mapping[str, Any]) -> NoReturn:
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the prefix of the encoder's names to config.json."""
-    return {**hf, "vision_config": clip.complete(need(hf, "vision_config"), spec)}
+    return {**hf, "vision_config": clip.complete(_part(hf, "vision_config"), spec)}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:

@@ -14,18 +14,17 @@ table = decoder.table
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = decoder.read(hf, "sliding_window", "layer_types")
     decoder.activation(hf)
-    window = hf.get("sliding_window", 4096)
+    window = hf["sliding_window"]
     # Transformers' Mistral has the one mask for all layers, whatever layer_types says.
     windowed = [window is not None] * need(hf, "num_hidden_layers")
-    if decoder.layer_types(hf, windowed) != windowed:
+    if hf.get("layer_types") is not None and decoder.layer_types(hf) != windowed:
         raise ValueError(
             f"config.json: layer_types={hf['layer_types']} and sliding_window={window} contradict"
             " each other"
         )
-    return decoder.to_language(
-        hf, windows(window, windowed), longest=131072, fields=("sliding_window", "layer_types")
-    )
+    return decoder.to_language(hf, windows(window, windowed))
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import SQUARED_RELU, need, only, whole
+from nvmm.convert.formats.config import SQUARED_RELU, only, whole
 
 complete = decoder.complete
 table = decoder.table
@@ -14,22 +14,20 @@ table = decoder.table
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = decoder.read(hf, "norm_eps", "kv_channels")
     only(hf, "hidden_act", "relu2")
     only(hf, "attention_bias", False)
     only(hf, "mlp_bias", False)
     # NVIDIA's name of head_dim, which Transformers does not read.
-    width = hf.get("head_dim") or need(hf, "hidden_size") // need(hf, "num_attention_heads")
-    only(hf, "kv_channels", width)
+    only(hf, "kv_channels", hf["head_dim"], None)
     changes = {
         "normalization": "LayerNorm",
-        "layernorm_epsilon": hf.get("norm_eps", 1e-5),
+        "layernorm_epsilon": hf["norm_eps"],
         "layernorm_zero_centered_gamma": True,
         "gated_linear_unit": False,
         "activation_func": SQUARED_RELU,
     }
-    return decoder.to_language(
-        hf, changes, longest=4096, rotary_percent=0.5, fields=("norm_eps", "kv_channels")
-    )
+    return decoder.to_language(hf, changes, partial_rotary=True)
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from nvmm.convert.formats import mistral, qwen2
 from nvmm.convert.formats.config import known, need, only
 from nvmm.convert.mapping import Row
 
-_FAMILIES: dict[str, ModuleType] = {"mistral": mistral, "bidir_mistral": mistral, "qwen2": qwen2}
+_FAMILIES: dict[str, ModuleType] = {"mistral": mistral, "qwen2": qwen2}
+_BIDIRECTIONAL = "bidir_mistral"
+"""The released model_type of a Mistral without the causal mask."""
 _POOLINGS = "nvmm.modules.pooling."
 _THEIRS = "latent_attention_model."
 _FIELDS = (
@@ -43,7 +45,7 @@ _BLOCKS = {
 
 
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the MLP's width to config.json; the released one leaves it to its code."""
+    """Add the MLP's width to config.json, which the released code has built in."""
     latent = hf.get("latent_attention_config")
     first = spec.get(f"{_THEIRS}cross_attend_blocks.1.fn.net.2.weight")
     if latent is None or first is None:
@@ -57,8 +59,8 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     latent = hf.get("latent_attention_config")
     if latent is not None:
         known(latent, *_LATENT_FIELDS)
-    text = {"vocab_size": 32000, **need(hf, "text_config")}
-    model = _FAMILIES[only(text, "model_type", *_FAMILIES)].to_model(text)
+    text = _text(hf)
+    model = _FAMILIES[text["model_type"]].to_model(text)
     causal = bool(hf.get("causal"))
     size = model["transformer"].get("window_size")
     if size is not None and not causal:
@@ -120,7 +122,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Return the decoder's rows without `model.` and lm_head, and the pooling's."""
-    text = need(hf, "text_config")
+    text = _text(hf)
     rows = []
     for row in _FAMILIES[text["model_type"]].table(_language(model), text):
         if "lm_head.weight" not in row.theirs:
@@ -138,6 +140,15 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             for kind in kinds
         ]
     return rows
+
+
+def _text(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the decoder's config under the model_type of its family."""
+    text = dict(need(hf, "text_config"))
+    if text.get("model_type") == _BIDIRECTIONAL:
+        text["model_type"] = "mistral"
+    only(text, "model_type", *_FAMILIES)
+    return text
 
 
 def _language(model: Mapping[str, Any]) -> dict[str, Any]:

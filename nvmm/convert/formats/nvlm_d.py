@@ -55,8 +55,8 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     only(hf, "select_layer", -1)
     for name in ("use_backbone_lora", "use_llm_lora"):
         only(hf, name, 0)
-    vision = need(hf, "vision_config")
-    only(hf, "force_image_size", vision.get("image_size"), None)
+    vision = internvit.to_model(need(hf, "vision_config"))
+    only(hf, "force_image_size", vision["image_size"], None)
     only(hf, "ps_version", "v2")
     language = _language(hf).to_model(need(hf, "llm_config"))
     downsample = round(1 / hf.get("downsample_ratio", 0.5))
@@ -65,7 +65,7 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
         "_target_": "nvmm.models.multimodal.MultimodalModel",
         "_partial_": True,
         "language": language,
-        "vision": internvit.to_model(vision),
+        "vision": vision,
         "connector": connector(width, hf.get(_EPSILON, 1e-5), downsample),
     }
 

@@ -122,12 +122,14 @@ def write(
     rank: int,
     alpha: float,
     dropout: float,
-    base: str,
+    base: str | None,
+    task: str | None,
     every: Iterable[str],
 ) -> None:
     """Write an adapter into an existing folder.
 
-    modules: by name. base: the base model's name in the config. every: all modules of the base
+    modules: by name. base: the base model's name in the config. task: PEFT's name of what the base
+    does, by which its Auto classes are found. every: all modules of the base
     that have a weight, by which the adapted ones are named as shortly as is unambiguous.
     """
     tensors = {}
@@ -138,7 +140,7 @@ def write(
     wider = {name: f.a.shape[0] for name, f in modules.items() if f.a.shape[0] != rank}
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
@@ -180,7 +182,9 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
     for key, value in config.items():
         if value and key not in _UNDERSTOOD and value not in _PLAIN.get(key, ()):
             raise ValueError(f"{folder}/adapter_config.json: {key}={value} is not supported")
-    source = SafetensorsSource(folder)
+    if not (folder / _FILE).is_file():
+        raise ValueError(f"{folder} has no {_FILE}")
+    source = SafetensorsSource(folder, _FILE)
     pairs: dict[str, dict[str, Tensor]] = {}
     strange = []
     for key in source.spec:

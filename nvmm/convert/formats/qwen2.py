@@ -14,9 +14,9 @@ WINDOWS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_t
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = decoder.read(hf, *WINDOWS)
     decoder.activation(hf)
-    changes = {"add_qkv_bias": True, **decoder.sliding_windows(hf)}
-    return decoder.to_language(hf, changes, longest=32768, fields=WINDOWS)
+    return decoder.to_language(hf, {"add_qkv_bias": True, **decoder.sliding_windows(hf)})
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

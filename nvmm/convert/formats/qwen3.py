@@ -9,16 +9,13 @@ from nvmm.convert.formats import decoder, qwen2
 
 complete = decoder.complete
 table = decoder.table
-_HEAD_DIM = 128
-"""Transformers' default, whatever the width and the number of heads."""
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
+    hf = decoder.read(hf, *qwen2.WINDOWS)
     decoder.activation(hf)
-    changes = {"qk_layernorm": True, **decoder.sliding_windows(hf)}
-    whole = {"head_dim": _HEAD_DIM, **hf}
-    return decoder.to_language(whole, changes, longest=32768, fields=qwen2.WINDOWS)
+    return decoder.to_language(hf, {"qk_layernorm": True, **decoder.sliding_windows(hf)})
 
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:

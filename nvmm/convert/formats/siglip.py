@@ -28,9 +28,6 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config; features are normed, without the pooling head."""
     return clip.encoder(
         clip.vision_config(hf),
-        "gelu_pytorch_tanh",
-        1e-6,
-        16,
         class_token=False,
         post_layernorm=True,
         image_mean=[0.5, 0.5, 0.5],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nvmm.convert.formats import decoder
 from nvmm.convert.formats.config import GELU, known, need, only, transformer, whole
+from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, KeylessBias, Reshape, Row, expand
 
 PREFIX = "tower_prefix"
@@ -33,6 +34,7 @@ _FIELDS = (
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config."""
     known(hf, *_FIELDS)
+    hf = standard(hf)
     only(hf, "activation_function", "gelu")
     heads = need(hf, "encoder_attention_heads")
     return {
@@ -49,10 +51,10 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
             activation_func=GELU,
             add_bias_linear=True,
             add_qkv_bias=True,
-            init_method_std=hf.get("init_std", 0.02),
+            init_method_std=hf["init_std"],
         ),
-        "num_mel_bins": hf.get("num_mel_bins", 80),
-        "max_source_positions": hf.get("max_source_positions", 1500),
+        "num_mel_bins": hf["num_mel_bins"],
+        "max_source_positions": hf["max_source_positions"],
     }
 
 
@@ -81,7 +83,8 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
     """Add the prefix of the encoder's names to config.json: none, encoder or model.encoder."""
     suffix = "conv1.weight"
-    return {**hf, PREFIX: next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")}
+    prefix = next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")
+    return {**hf, PREFIX: prefix}
 
 
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
@@ -144,4 +147,4 @@ def _text_decoder(hf: Mapping[str, Any], prefix: str) -> list[Row]:
     names += [f"{start}layer_norm.{kind}" for kind in _KINDS]
     names += [f"{start}embed_tokens.weight", f"{start}embed_positions.weight", "proj_out.weight"]
     rows = [Row(None, (name,), Drop()) for name in names]
-    return expand(rows, need(hf, "decoder_layers"))
+    return expand(rows, standard(hf)["decoder_layers"])

@@ -177,6 +177,18 @@ class Tokenizer:
         )
         return True
 
+    def is_saved_in(self, folder: Path) -> bool:
+        """Return whether a folder's tokenizer.json has every token, those that were added too."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return False
+        there = Backend.from_str(path.read_text(encoding="utf-8"))
+        return there.get_vocab_size() == self._backend.get_vocab_size()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json into a folder, with the tokens that were added."""
+        (folder / "tokenizer.json").write_text(self._backend.to_str(), encoding="utf-8")
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
 

@@ -1,0 +1,211 @@
+"""The conversation of an export: its chat template in Jinja and its end tokens, and their check."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvmm.convert.files import at, is_local
+from nvmm.convert.formats.all import copy_tokenizer
+from nvmm.convert.models import SavedModel
+from nvmm.data.samples.chat import IMAGE_MARKER, ChatTemplate, ImageTags, Turn, render
+from nvmm.data.samples.tokenizer import Tokenizer
+
+FILE = "chat_template.jinja"
+_TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"
+_TURNS = (
+    Turn("user", "What is 1 + 1?\nSay it."),
+    Turn("assistant", "It is 2, I think."),
+    Turn("user", "  And twice that?"),
+)
+_JINJA = """\
+{{%- set affixes = {affixes} -%}}
+{{%- if {system} and messages | selectattr("role", "equalto", "system") | list | length == 0 -%}}
+{{%- set messages = [{{"role": "system", "content": {system}}}] + messages -%}}
+{{%- endif -%}}
+{{{{- {bos} -}}}}
+{{%- for message in messages -%}}
+{{%- if message["role"] not in affixes -%}}
+{{{{- raise_exception("the model was not trained with a turn of " ~ message["role"]) -}}}}
+{{%- endif -%}}
+{{%- if not loop.first -%}}{{{{- {separator} -}}}}{{%- endif -%}}
+{{{{- affixes[message["role"]][0] -}}}}
+{{%- if message["content"] is string -%}}
+{{{{- message["content"] -}}}}
+{{%- else -%}}
+{{%- for part in message["content"] -%}}
+{{%- if part["type"] == "text" -%}}{{{{- part["text"] -}}}}
+{{%- elif part["type"] in {media} -%}}{{{{- {marker} -}}}}
+{{%- else -%}}{{{{- raise_exception("the model does not read parts of type " ~ part["type"]) -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- endif -%}}
+{{%- if message["role"] == "assistant" -%}}{{{{- {end} -}}}}{{%- endif -%}}
+{{{{- affixes[message["role"]][1] -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}{{%- endif -%}}
+"""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """How a checkpoint was taught to talk.
+
+    folder: of its tokenizer's files. template: None where its samples have none (an embedder).
+    trained: False for an import as it came, whose folder says by itself how it talks.
+    """
+
+    tokenizer: Tokenizer
+    folder: Path
+    template: ChatTemplate | None
+    trained: bool
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The template's end of an answer, then the tokenizer's end of a turn and of a text."""
+        ids = [self.tokenizer.end_of_turn_id, self.tokenizer.eos_id]
+        if self.template is not None:
+            ids.insert(0, self.template.end_token(self.tokenizer)[1])
+        # An import of a tokenizer without any end has the placeholder in its place.
+        return [i for i in dict.fromkeys(ids) if i != self.tokenizer.image_id]
+
+    def ids(self) -> dict[str, Any]:
+        """Return the ids of a config.json and a generation_config.json, those that there are."""
+        ends = self.end_ids
+        ids = {
+            "bos_token_id": self.tokenizer.bos_id,
+            "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+            "pad_token_id": self.tokenizer.pad_id,
+        }
+        return {key: value for key, value in ids.items() if value is not None}
+
+
+def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
+    """Return how a checkpoint talks, from its config; None where that has no tokenizer.
+
+    folder: of its tokenizer; None for the one in the checkpoint, or else where it was trained.
+    Raises ValueError when the tokenizer is not there, or is another one now.
+    """
+    config = saved.state["config"]
+    options = dict(config.get("tokenizer") or {})
+    path = options.pop("path", None)
+    if path is None:
+        return None
+    candidates = [folder] if folder else [saved.path / "tokenizer", at(path)]
+    folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if folder is None:
+        where = " or ".join(map(str, candidates))
+        raise ValueError(f"the tokenizer of {saved.path} is not at {where}; name it: --tokenizer")
+    options.pop("_target_", None)
+    with tempfile.TemporaryDirectory() as name:
+        if not is_local(folder):
+            copy_tokenizer(folder, Path(name))
+        tokenizer = Tokenizer(str(folder) if is_local(folder) else name, **options)
+    digest = saved.state.get("tokenizer_digest")
+    if digest is not None and tokenizer.digest != digest:
+        raise ValueError(
+            f"{folder} is not the tokenizer that {saved.path} was trained with (digest"
+            f" {tokenizer.digest[:12]}, not {digest[:12]}); name that one: --tokenizer"
+        )
+    build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
+    given = build.get("template")
+    template = None
+    if isinstance(given, Mapping) and given.get("_target_") == _TEMPLATE:
+        template = ChatTemplate(**{k: v for k, v in given.items() if k != "_target_"})
+    trained = "sources" not in saved.state or "merged_from" in saved.state
+    return Conversation(tokenizer, folder, template, trained)
+
+
+def jinja(template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool) -> str:
+    """Return a template of Transformers that writes what `render` writes.
+
+    An image part of a message becomes our marker, for whoever expands it to tiles.
+    """
+    end, _ = template.end_token(tokenizer)
+    bos = ""
+    if template.bos and tokenizer.bos_id is not None:
+        bos = tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)
+    values = {
+        "affixes": {
+            role: [affixes.prefix.replace("{end}", end), affixes.suffix.replace("{end}", end)]
+            for role, affixes in template.roles.items()
+        },
+        "system": template.system or "",
+        "bos": bos,
+        "separator": template.separator,
+        "end": end,
+        "generation_prompt": template.generation_prompt.replace("{end}", end),
+        "media": ["image"] if reads_images else [],
+        "marker": IMAGE_MARKER,
+    }
+    # A JSON string is a Jinja string where its only escapes are those of quotes and controls.
+    return _JINJA.format(**{k: json.dumps(v, ensure_ascii=False) for k, v in values.items()})
+
+
+def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) -> None:
+    """Write how a checkpoint talks beside the files of its tokenizer.
+
+    An import as it came keeps what its folder says, and is given what that leaves out.
+    """
+    # 1. The ends of an answer, at which generation stops.
+    generation = _read(folder / "generation_config.json")
+    if talk.trained or "eos_token_id" not in generation:
+        _write(folder / "generation_config.json", generation | talk.ids())
+    # 2. Tokens that the run added to the vocabulary.
+    if talk.trained and not talk.tokenizer.is_saved_in(folder):
+        talk.tokenizer.save(folder)
+    # 3. The template, in the one place where every version of Transformers looks first.
+    config = _read(folder / "tokenizer_config.json")
+    has_template = (folder / FILE).is_file() or config.get("chat_template")
+    if talk.template is not None and (talk.trained or not has_template):
+        text = jinja(talk.template, talk.tokenizer, reads_images)
+        (folder / FILE).write_text(text, encoding="utf-8")
+        if config.pop("chat_template", None) is not None:
+            _write(folder / "tokenizer_config.json", config)
+
+
+def check_conversation(folder: Path, talk: Conversation) -> None:
+    """Compare Transformers' tokens of conversations with ours, in a folder that is complete.
+
+    Raises ValueError where they differ after training. Behind a URL nothing is compared.
+    """
+    if talk.template is None or not talk.trained or not is_local(folder):
+        return
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False
+    )
+    for turns, prompt in ((_TURNS[:2], False), (_TURNS, True)):
+        expected = render(
+            turns,
+            [],
+            tokenizer=talk.tokenizer,
+            template=talk.template,
+            tags=ImageTags(),
+            tile_size=1,
+            tokens_per_tile=1,
+            generation_prompt=prompt,
+        ).tokens
+        found = theirs.apply_chat_template(
+            [{"role": turn.role, "content": turn.text} for turn in turns],
+            add_generation_prompt=prompt,
+            return_dict=False,
+        )
+        if list(found) != expected:
+            raise ValueError(
+                f"Transformers reads a conversation with the tokenizer of {talk.folder} as {found},"
+                f" the model was trained with {expected}: the export would answer otherwise"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,236 @@
+"""Exports talk as the model was trained: Transformers writes the same tokens, and stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nvmm.convert import models
+from nvmm.convert.chat_template import (
+    FILE,
+    check_conversation,
+    conversation,
+    write_conversation,
+)
+from nvmm.convert.exporting import export
+from nvmm.convert.formats.all import copy_tokenizer
+from nvmm.data.samples.chat import ChatTemplate, ImageTags, Turn, render
+from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
+from tests.convert import families
+from tools.convert import main
+
+CHATML = {
+    "roles": {
+        "system": {"prefix": "<|im_start|>system\n", "suffix": "{end}\n"},
+        "user": {"prefix": "<|im_start|>user\n", "suffix": "{end}\n"},
+        "assistant": {"prefix": "<|im_start|>assistant\n", "suffix": "\n"},
+    },
+    "special_tokens": ["<|im_start|>"],
+}
+TEMPLATES: dict[str, dict[str, Any]] = {
+    "chatml": CHATML,
+    "bos": {**CHATML, "bos": True},
+    "default_system": {**CHATML, "system": 'Say "so", {{ it }} \\ {% if %} é\n'},
+    "own_end": {**CHATML, "end": "<|stop|>"},
+    "plain": {
+        "roles": {"user": {"prefix": "Q'\": "}, "assistant": {"prefix": "A:", "suffix": " {end}"}},
+        "separator": "\t|",
+        "generation_prompt": "\t|A (short):",
+    },
+}
+TURNS = [
+    [Turn("user", "What is it?")],
+    [Turn("user", "A"), Turn("assistant", "b {{ c }}"), Turn("user", " D\n")],
+    [Turn("system", "Be brief."), Turn("user", "<|im_start|> é 日本 🦆"), Turn("assistant", "Yes")],
+]
+NAME = "nvmm.data.samples.chat.ChatTemplate"
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model with another end of text and its own sampling, imported."""
+    folder = tmp_path_factory.mktemp("hf") / "theirs"
+    families.language("qwen2", folder)
+    train_byte_level_bpe(
+        folder,
+        ["What is it? Be brief."],
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"],
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    settings = {"eos_token_id": 0, "max_new_tokens": 77}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ 'theirs' }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    path = folder.parent / "ours"
+    assert main(["import", "--from", str(folder), "--to", str(path)]) == 0
+    return path
+
+
+def taught(ours: Path, to: Path, template: dict[str, Any], **tokenizer: Any) -> Path:
+    """A checkpoint that a run with this template would leave of the import."""
+    shutil.copytree(ours, to)
+    state = json.loads((to / "state.json").read_text())["state"]
+    del state["sources"]
+    state["config"]["data"]["train"]["build"]["template"] = {"_target_": NAME, **template}
+    config = state["config"]["tokenizer"] | {"path": str(ours / "tokenizer")} | tokenizer
+    state["config"]["tokenizer"] = config
+    options = {k: v for k, v in config.items() if k not in ("_target_", "path")}
+    state["tokenizer_digest"] = Tokenizer(config["path"], **options).digest
+    models.write_state(to, state)
+    return to
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_transformers_writes_the_tokens_of_training(name: str, ours: Path, tmp_path: Path) -> None:
+    import transformers
+
+    extra = ["<|vision_pad|>", "<|stop|>"]
+    path = taught(ours, tmp_path / "run", TEMPLATES[name], extra_tokens=extra)
+    export(models.open_checkpoint(path), tmp_path / "back", "qwen2")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    tokenizer = Tokenizer(str(ours / "tokenizer"), extra_tokens=extra)
+    template = ChatTemplate(**TEMPLATES[name])
+    for turns in TURNS:
+        if any(turn.role not in template.roles for turn in turns):
+            with pytest.raises(Exception, match="not trained with a turn of system"):
+                theirs.apply_chat_template([{"role": t.role, "content": t.text} for t in turns])
+            continue
+        for prompt in (False, True):
+            expected = render(
+                turns,
+                [],
+                tokenizer=tokenizer,
+                template=template,
+                tags=ImageTags(),
+                tile_size=1,
+                tokens_per_tile=1,
+                generation_prompt=prompt,
+            ).tokens
+            for text in (str, lambda text: [{"type": "text", "text": text}]):
+                messages = [{"role": t.role, "content": text(t.text)} for t in turns]
+                found = theirs.apply_chat_template(
+                    messages, add_generation_prompt=prompt, return_dict=False
+                )
+                assert found == expected, theirs.decode(found)
+    with pytest.raises(Exception, match="parts of type image"):
+        theirs.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+    # Generation stops where an answer ends, and the other settings are the folder's.
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "back")
+    end = template.end_token(tokenizer)[1]
+    ends = list(dict.fromkeys([end, tokenizer.end_of_turn_id, tokenizer.eos_id]))
+    assert generation.eos_token_id == ends and generation.max_new_tokens == 77
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    assert config.eos_token_id == ends and config.pad_token_id == tokenizer.pad_id
+    assert config.bos_token_id == tokenizer.bos_id
+
+
+def test_generation_stops_at_the_trained_end(ours: Path, tmp_path: Path) -> None:
+    """Transformers' generate with nothing but the folder ends at the token that we end at."""
+    import transformers
+
+    path = taught(ours, tmp_path / "run", CHATML)
+    export(models.open_checkpoint(path), tmp_path / "back", "qwen2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    end = model.generation_config.eos_token_id[0]
+    model.lm_head = torch.nn.Linear(60, families.VOCABULARY)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    torch.nn.init.zeros_(model.lm_head.bias).data[end] = 1
+    out = model.generate(torch.tensor([[7, 8, 9]]), do_sample=False)
+    assert out.tolist() == [[7, 8, 9, end]]
+
+
+def test_an_import_keeps_what_its_folder_says(ours: Path, tmp_path: Path) -> None:
+    export(models.open_checkpoint(ours), tmp_path / "back", "qwen2")
+    theirs = ours.parent / "theirs"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (theirs / name).read_bytes()
+    assert not (tmp_path / "back" / "chat_template.jinja").exists()
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config.get("eos_token_id") is None
+
+
+def test_a_moved_import_brings_its_tokenizer(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is exported from where it lies; without its tokenizer, or with another, it is refused."""
+    shutil.copytree(ours, tmp_path / "moved")
+    state = json.loads((tmp_path / "moved" / "state.json").read_text())["state"]
+    state["config"]["tokenizer"]["path"] = str(tmp_path / "gone")
+    models.write_state(tmp_path / "moved", state)
+    to = ["--to", str(tmp_path / "back"), "--format", "qwen2"]
+    assert main(["export", "--from", str(tmp_path / "moved"), *to]) == 0
+    assert load_file(tmp_path / "back" / "model.safetensors")
+    (tmp_path / "moved" / "tokenizer").rename(tmp_path / "elsewhere")
+    models.write_state(tmp_path / "moved", state)  # seals the files that are left
+    to[1] = str(tmp_path / "again")
+    assert main(["export", "--from", str(tmp_path / "moved"), *to]) == 2
+    assert "name it: --tokenizer" in capsys.readouterr().err
+    given = ["--tokenizer", str(tmp_path / "elsewhere")]
+    assert main(["export", "--from", str(tmp_path / "moved"), *to, *given]) == 0
+    other = train_byte_level_bpe(
+        tmp_path / "other",
+        ["x"],
+        vocab_size=300,
+        special_tokens=["<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    to[1] = str(tmp_path / "third")
+    given = ["--tokenizer", str(other)]
+    assert main(["export", "--from", str(tmp_path / "moved"), *to, *given]) == 2
+    assert "is not the tokenizer that" in capsys.readouterr().err
+
+
+def test_another_tokenisation_is_refused(ours: Path, tmp_path: Path) -> None:
+    """A folder in which Transformers writes other tokens would not answer as the model does."""
+    path = taught(ours, tmp_path / "run", CHATML)
+    saved = models.open_checkpoint(path)
+    talk = conversation(saved, None)
+    assert talk is not None
+    (tmp_path / "back").mkdir()
+    copy_tokenizer(talk.folder, tmp_path / "back")
+    write_conversation(tmp_path / "back", talk, reads_images=False)
+    (tmp_path / "back" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    check_conversation(tmp_path / "back", talk)
+    text = (tmp_path / "back" / FILE).read_text()
+    (tmp_path / "back" / FILE).write_text(text.replace("user\\n", "user"))
+    with pytest.raises(ValueError, match="the export would answer otherwise"):
+        check_conversation(tmp_path / "back", talk)
+
+
+def test_a_composite_talks_too(ours: Path, tmp_path: Path) -> None:
+    """NVLM-D: the ends are in its decoder's config, and images of a message are our markers."""
+    import transformers
+
+    families.nvlm_d(tmp_path / "theirs")
+    copy_tokenizer(ours / "tokenizer", tmp_path / "theirs")
+    imported = ["import", "--from", str(tmp_path / "theirs"), "--to", str(tmp_path / "ours")]
+    assert main(imported) == 0
+    run = taught(tmp_path / "ours", tmp_path / "run", CHATML)
+    saved = models.open_checkpoint(run)
+    export(saved, tmp_path / "back", "nvlm_d")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["llm_config"]["eos_token_id"] == [2, 0]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    content = [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]
+    messages = [{"role": "user", "content": content}]
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+    # The decoder alone reads none.
+    export(saved, tmp_path / "part", "qwen2", part="language")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "part")
+    with pytest.raises(Exception, match="parts of type image"):
+        theirs.apply_chat_template(messages, tokenize=False)
+    # An encoder has no conversation.
+    export(saved, tmp_path / "vision", "internvit", part="vision")
+    assert not (tmp_path / "vision" / "tokenizer.json").exists()
