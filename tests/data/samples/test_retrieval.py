@@ -346,6 +346,6 @@ def test_pictures_that_a_record_cannot_have(
     refused("the picture 'json' of query is no picture", query_image="json")
     refused("no field names the picture query.png", query_image=None)
     refused("1 negatives, 2 negative_images", negative_images=[None, None])
-    refused("query has a picture; data.train.build.tokens_per_tile", builder(tokenizer))
+    refused("member query.png is not read", builder(tokenizer))
     refused("the text has the placeholder <image>", query="a <image> bird")
     refused("no positive", positive_image=None)
