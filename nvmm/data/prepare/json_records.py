@@ -12,6 +12,8 @@ from typing import Any
 from nvmm.data.prepare.records import Files, check_media, read_lines, to_sample
 from nvmm.data.samples.decode import DECODERS, check_extension
 
+_IMAGES = ("image", "images")
+
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a JSON list, or of a `.jsonl` file with one object a line.
@@ -50,19 +52,24 @@ def samples(
         on_missing: leaves a record out whose file is missing, and is told which; None: an error.
 
     Raises ValueError for names that lead out of their folder, for extensions without a decoder,
-    and for keys that name files and are neither in `files` nor in `unread`.
+    for keys that name files and are neither in `files` nor in `unread`, and for keys in these two
+    that no record has.
     """
-    roots = files if isinstance(files, Mapping) else {"image": files, "images": files}
+    roots = files if isinstance(files, Mapping) else dict.fromkeys(_IMAGES, files)
     twice = sorted(set(roots) & set(unread))
     if twice:
         raise ValueError(f"{', '.join(twice)} cannot be both read and unread")
+    known = set().union(*records)
+    for option, keys in (("--unread", set(unread)), ("--files", roots.keys() - {*_IMAGES})):
+        if unknown := sorted(keys - known):
+            raise ValueError(f"{option} {unknown[0]} is no key of any record")
     for number, record in enumerate(records):
         where = f"record {number} (id {record.get('id')})"
         taken = Files(where)
         try:
             for key, root in roots.items():
                 for name in _names(record.get(key), f"{where}: {key}"):
-                    path = _file(Path(root), name, f"{where}: {key} {name}")
+                    path = _file(Path(root), name, f"{where}: {key} {name[:80]}")
                     taken.add(key, path.suffix[1:].lower(), path.read_bytes())
         except FileNotFoundError as error:
             if on_missing is None:

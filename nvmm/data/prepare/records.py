@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nvmm.data.samples.decode import DECODERS, IMAGES
+from nvmm.data.samples.record import MEDIA_KEYS, names_media, num_named
 
 _MAGIC = {
     b"\x89PNG": "png",
@@ -24,18 +26,20 @@ _MAGIC = {
     b"RIFF????WEBP": "webp",
     b"RIFF????WAVE": "wav",
 }
-_BASE64 = re.compile(r"(?:data:[\w.+-]+/[\w.+-]+;base64,|iVBORw0KGgo|/9j/|R0lGOD|UklGR)[\w+/=\s-]+")
+_DATA_URL = re.compile(r"\s*data:[^,\s]{0,200};base64,", re.IGNORECASE)
+_BASE64 = re.compile(r"[\w+/=\s-]{64,}", re.ASCII)
 _FILE_NAME = re.compile(
     r"\S+\.(png|jpe?g|jfif|webp|gif|bmp|tiff?|heic|heif|avif|svg|wav|flac|ogg|mp3|m4a|mp4|mov|avi"
     r"|mkv|webm|npy|npz|pt|pth)",
     re.IGNORECASE,
 )
-_MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+_UNREAD_MAGIC = (b"????ftyp", b"ID3", b"\x1aE\xdf\xa3", b"PK\3\4", b"%PDF", b"\0\0\0\x0cJXL ")
+"""The first bytes of media that nothing reads: HEIC, AVIF and MP4, MP3, Matroska, PDF ..."""
 _TEXT_KEYS = (
     *("id", "question", "answer", "answers", "choices", "hint", "caption", "text", "texts"),
     *("text_list", "words", "conversations", "messages"),
 )
-_NAME_KEYS = ("url", "path", "file", "file_name", "name", *_MEDIA_KEYS)
+_NAME_KEYS = ("url", "path", "file", "file_name", "name", *MEDIA_KEYS)
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -71,7 +75,10 @@ def to_sample(
     default: returns something that JSON knows for a value that it does not know.
     """
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=default)
-    sample: dict[str, bytes | str] = {"__key__": key, "json": text.encode("utf-8")}
+    try:
+        sample: dict[str, bytes | str] = {"__key__": key, "json": text.encode("utf-8")}
+    except UnicodeEncodeError as error:
+        raise ValueError(f"sample {key}: half a character in a text ({error})") from error
     images = []
     for name, extension, content in files:
         if extension in IMAGES:
@@ -83,6 +90,9 @@ def to_sample(
     for number, (extension, content) in enumerate(images):
         sample[extension if len(images) == 1 else f"{number}.{extension}"] = content
     return sample
+
+
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 class _Taken(str):
@@ -102,7 +112,8 @@ class Files:
 
     def add(self, key: str, extension: str, content: bytes) -> str:
         """Keep a file of a key, and return the text that stands for it in the record."""
-        name = key.replace(".", "_").lower()
+        # A dot or a slash would begin another name, and webdataset leaves out what begins with _.
+        name = re.sub(r"[^\w-]", "_", key).lower().lstrip("_") or "file"
         place = self._counts[name]
         self._counts[name] += 1
         self.contents.append((f"{name}{place or ''}", extension, content))
@@ -120,7 +131,7 @@ class Files:
         if isinstance(value, bytes):
             return self.add(key, self._kind(key, value), value)
         if isinstance(value, str):
-            content = _decoded(value) if _BASE64.fullmatch(value) and len(value) > 64 else None
+            content = self._decoded(key, value)
             return value if content is None else self.add(key, self._kind(key, content), content)
         if isinstance(value, list | tuple):
             return [self.taken(key, item) for item in value]
@@ -138,11 +149,39 @@ class Files:
         rest = {name: item for name, item in value.items() if name not in ("bytes", "path")}
         return {**rest, "file": text} if rest else text
 
+    def _decoded(self, key: str, text: str) -> bytes | None:
+        """Return the file that a text is in base64; None for a text.
+
+        Raises ValueError for a data URL that is damaged, or stands within a text.
+        """
+        url = _DATA_URL.match(text)
+        if url is None and not _BASE64.fullmatch(text):
+            if ";base64," in text.lower():
+                raise ValueError(
+                    f"{self.where}, column {key}: a file in base64 stands within a text; give it a"
+                    f" key of its own, or leave the column out by --unread {key}"
+                )
+            return None
+        payload = "".join(text[url.end() if url else 0 :].split()).translate(_URL_SAFE)
+        payload += "=" * (-len(payload) % 4)
+        with contextlib.suppress(binascii.Error):
+            # Words alone may look like base64, too: a file begins as one.
+            head = base64.b64decode(payload[:24])
+            magics = (*_MAGIC, *_UNREAD_MAGIC, b"BM????\0\0\0\0")
+            if url or any(_begins(head, magic) for magic in magics):
+                return base64.b64decode(payload, validate=True)
+            return None
+        if url:
+            raise ValueError(
+                f"{self.where}, column {key}: a data URL whose base64 is damaged; leave the column"
+                f" out by --unread {key}"
+            )
+        return None
+
     def _kind(self, key: str, data: bytes) -> str:
         """Return the extension of a file, told from its first bytes."""
         for magic, extension in _MAGIC.items():
-            same = (a == b or b == ord("?") for a, b in zip(data, magic, strict=False))
-            if len(data) >= len(magic) and all(same):
+            if _begins(data, magic):
                 return extension
         if data[:2] == b"BM" and int.from_bytes(data[2:6], "little") == len(data):
             return "bmp"
@@ -153,13 +192,10 @@ class Files:
         )
 
 
-def _decoded(text: str) -> bytes | None:
-    """Return the content of base64 text, None where it is none after all."""
-    try:
-        payload = text.partition(",")[2] if text.startswith("data:") else text
-        return base64.b64decode("".join(payload.split()), validate=True)
-    except binascii.Error:
-        return None
+def _begins(data: bytes, magic: bytes) -> bool:
+    """Return whether data begin with `magic`, where ? stands for any byte."""
+    same = (a == b or b == ord("?") for a, b in zip(data, magic, strict=False))
+    return len(data) >= len(magic) and all(same)
 
 
 def check_media(record: Mapping[str, Any], read: Collection[str], where: str) -> None:
@@ -173,7 +209,8 @@ def check_media(record: Mapping[str, Any], read: Collection[str], where: str) ->
         if unread:
             raise ValueError(
                 f"{where}: {key} names files that are not read ({unread[0][:80]}); say where they"
-                f" are (jsonl --files {key}=FOLDER), or leave them out by --unread {key}"
+                f" are (jsonl --files {key}=FOLDER, for names that are the key's own value), or"
+                f" leave them out by --unread {key}"
             )
 
 
@@ -182,7 +219,7 @@ def _named(key: str, value: Any, top: bool = True, media: bool = False) -> Itera
 
     top: whether it is the record's own. media: whether it is inside a value of media.
     """
-    media = media or key in _MEDIA_KEYS or (key == "image_url" and not top)
+    media = media or key in MEDIA_KEYS or (key == "image_url" and not top)
     if isinstance(value, list):
         for item in value:
             yield from _named(key, item, top, media)
@@ -190,9 +227,12 @@ def _named(key: str, value: Any, top: bool = True, media: bool = False) -> Itera
         for name, item in value.items():
             if not media or name in _NAME_KEYS:
                 yield from _named(name, item, False, media)
+    elif key in MEDIA_KEYS and isinstance(value, int | float) and num_named(key, value):
+        yield str(value)
     elif isinstance(value, str) and value and not isinstance(value, _Taken):
         is_name = bool(_FILE_NAME.fullmatch(value)) and "://" not in value
-        if media or (top and key not in _TEXT_KEYS and is_name):
+        is_name = is_name and top and key not in _TEXT_KEYS
+        if media or is_name or (names_media(key) and num_named(key, value)):
             yield value
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from nvmm.config.choices import require
 from nvmm.data.samples.chat import DOCUMENT, IMAGE_MARKER, Turn
 from nvmm.data.samples.images import ImageOrSize
-from nvmm.data.samples.record import Record
+from nvmm.data.samples.record import Record, num_named
 
 ROLES = {
     "system": "system",
@@ -35,8 +35,16 @@ TOOL_RESULT = "<tool_response>\n{text}\n</tool_response>"
 """A tool's result in the turn of a user, as Qwen's template writes it."""
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_UNREAD_PARTS = ("tool_calls", "function_call", "video", "videos", "audio", "audios")
+_UNREAD_PARTS = (
+    *("tool_calls", "function_call", "video", "videos", "audio", "audios"),
+    *("refusal", "reasoning_content", "reasoning", "thinking"),
+)
 """Keys of a turn that would be lost, as nothing reads them."""
+_UNREAD_BESIDE = ("system", "tools", "functions", "history")
+"""Keys beside the turns that would be lost."""
+_CONTENTS = ("question", "conversations", "messages")
+_TRAINED = ("weight", "loss", "train", "trainable", "loss_weight")
+"""Keys of a turn that say whether it is trained."""
 Choice = Literal["heaviest", "drawn"]
 AnswerIs = Literal["letter", "number", "choice"]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -99,7 +107,18 @@ class Chat:
         require("form.choice", self.choice, Choice)
 
     def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
-        if record.get("question") is not None:
+        lost = record.lost(_UNREAD_BESIDE)
+        if lost:
+            raise record.bad(
+                f"{', '.join(lost)} beside the turns is not read; make it a turn, or leave it out"
+                f" by build.unread=[{','.join(lost)}]"
+            )
+        given = [name for name in _CONTENTS if record.get(name) is not None]
+        if len(given) > 1:
+            raise record.bad(
+                f"it has {' and '.join(given)}; leave out what is not to be trained by build.unread"
+            )
+        if given == ["question"]:
             answers, weights = self._answers(record)
             answer = self._choose(answers, weights, record) if answers else None
             question = record.text("question")
@@ -160,21 +179,25 @@ def _turn(record: Record, message: Any) -> Turn:
     """Return a turn of a conversation; raise BadSample where it is malformed."""
     if not isinstance(message, dict):
         raise record.bad(f"a turn must be an object, got {message!r}")
-    name = message.get("from", message.get("role"))
+    name = _either(record, message, "from", "role")
     if not isinstance(name, str) or name not in ROLES:
         raise record.bad(f"role {name!r} is unknown; use one of {', '.join(ROLES)}")
     lost = [key for key in _UNREAD_PARTS if message.get(key)]
     if lost:
         raise record.bad(f"a turn has {', '.join(lost)}, which are not read")
-    text = message.get("value", message.get("content"))
+    text = _either(record, message, "value", "content")
     if isinstance(text, list):
         text = _joined(record, text)
     if not isinstance(text, str):
         raise record.bad(f"turn must be text, got {text!r}")
     # Pictures that a turn lists, without a mark of their place, come first.
-    pictures = [message.get(key) or [] for key in ("image", "images")]
-    count = sum(len(value) if isinstance(value, list) else 1 for value in pictures)
-    if count and IMAGE_MARKER not in text:
+    count = sum(
+        num_named(key, value) for key, value in message.items() if key in ("image", "images")
+    )
+    markers = text.count(IMAGE_MARKER)
+    if count > markers > 0:
+        raise record.bad(f"a turn names {count} pictures, and its text has {markers} markers")
+    if count and not markers:
         text = f"{IMAGE_MARKER}\n" * count + text
     role = ROLES[name]
     if role == "assistant" and not text.strip():
@@ -182,6 +205,14 @@ def _turn(record: Record, message: Any) -> Turn:
     if role == "tool":
         return Turn("user", TOOL_RESULT.format(text=text))
     return Turn(role, text, _is_trained(record, message))
+
+
+def _either(record: Record, message: dict[str, Any], first: str, second: str) -> Any:
+    """Return the value of two keys of one meaning, of which tables leave one null."""
+    values = [message[key] for key in (first, second) if message.get(key) is not None]
+    if len(values) == 2 and values[0] != values[1]:
+        raise record.bad(f"a turn has {first} and {second}, which differ")
+    return values[0] if values else None
 
 
 def _joined(record: Record, parts: list[Any]) -> str:
@@ -210,7 +241,7 @@ def _joined(record: Record, parts: list[Any]) -> str:
 def _is_trained(record: Record, message: dict[str, Any]) -> bool:
     """Return whether the loss is on a turn: not with `weight` 0 (OpenAI's) or `loss` false."""
     trained = True
-    for key in ("weight", "loss"):
+    for key in _TRAINED:
         value = message.get(key)
         if value is not None and value not in (0, 1):
             raise record.bad(f"{key} {value!r} of a turn must be 0 or 1")
@@ -284,6 +315,8 @@ class MultipleChoice:
         if is_number or (isinstance(answer, str) and re.fullmatch("[0-9]{1,3}", answer)):
             if 0 <= int(answer) < len(letters):
                 found["number"] = letters[int(answer)]
+        if choices.count(answer) > 1 and self.answer_is in (None, "choice"):
+            raise record.bad(f"answer {answer!r} is more than one of {choices}")
         if answer in choices:
             found["choice"] = letters[choices.index(answer)]
         if self.answer_is is not None:

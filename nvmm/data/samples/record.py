@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -29,6 +31,35 @@ PLAIN = "__plain__"
 """An entry of members that are a question of no data set's: they have our names of fields."""
 PSEUDO = ("__url__", "__key__", PLAIN)
 """Entries of a sample's members that are no members: its shard, its key and `PLAIN`."""
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+"""Keys of a record whose values are files, whatever they look like."""
+_FILE = re.compile(r".+\.[a-zA-Z]\w{1,4}")
+_MEDIA = re.compile(
+    r"(image|img|picture|photo|(video|audio|sound))s?(_?(path|file|name|file_?name))?s?",
+    re.IGNORECASE,
+)
+
+
+def names_media(key: str) -> str:
+    """Return the kind of media that a record's key names by its name: "image", "other" (sounds and
+    videos) or "" for none.
+    """
+    match = _MEDIA.fullmatch(key)
+    return "" if match is None else "other" if match[2] else "image"
+
+
+def num_named(key: str, value: Any) -> int:
+    """Return how many files a value of such a key names; null, NaN, "" and false name none.
+
+    Of keys that are not of `MEDIA_KEYS`, a text must look like a file's name.
+    """
+    if isinstance(value, list):
+        return sum(num_named(key, item) for item in value)
+    if isinstance(value, float) and math.isnan(value):
+        return 0
+    if key not in MEDIA_KEYS:
+        return int(isinstance(value, str) and bool(_FILE.fullmatch(value)))
+    return int(bool(value))
 
 
 def is_picture(member: str) -> bool:
@@ -44,19 +75,29 @@ def is_listed(member: str, patterns: Sequence[str]) -> bool:
 def check_fields(fields: Fields, names: Sequence[str], unread: Sequence[str] = ()) -> None:
     """Raise ValueError for a name that no form reads, for members that cannot be decoded, and for
     a place that is named as unread too."""
+    for place in unread:
+        if not isinstance(place, str) or not place:
+            raise ValueError(f"build.unread={list(unread)}: {place!r} is no member and no key")
+        if not place.startswith(".") and ("*" in place or is_picture(place) or place == "json"):
+            raise ValueError(f"build.unread={list(unread)}: write the member {place} as .{place}")
     for name, places in fields.items():
         if name not in ("record", "image", *names):
             allowed = ", ".join(("record", "image", *names))
             raise ValueError(f"build.fields.{name} is unknown; use one of {allowed}")
         if not isinstance(places, str) and name != "image":
             raise ValueError(f"build.fields.{name}={places} must be one place")
-        for place in [places] if isinstance(places, str) else places:
+        listed = [places] if isinstance(places, str) else list(places)
+        if not listed or len(set(listed)) < len(listed):
+            raise ValueError(f"build.fields.{name}={places} must name each place once")
+        for place in listed:
             if place in unread or is_listed(place[1:], unread):
                 raise ValueError(f"build.fields.{name}={place} is in build.unread too")
             if place != place.lower() and place.startswith("."):
                 raise ValueError(f"build.fields.{name}={place}: write members in lower case")
             if place.startswith("."):
                 check_extension(place.rpartition(".")[2])
+                if name == "image" and not is_picture(place[1:]):
+                    raise ValueError(f"build.fields.image={place} is no picture")
             elif name in ("record", "image"):
                 raise ValueError(f"build.fields.{name}={place} must be a member, as .{place}")
 
@@ -78,6 +119,7 @@ class Record:
         self.key = str(members.get("__key__", ""))
         self.source = f"{members.get('__url__', '')}:{self.key}"
         self._members = {name: v for name, v in members.items() if not is_listed(name, unread)}
+        self._left_out = members.keys() - self._members.keys()
         self._fields = fields
         self._limits = limits
         self._unread = unread
@@ -108,6 +150,10 @@ class Record:
                 return None
             value = value[key]
         return value
+
+    def lost(self, keys: Sequence[str]) -> list[str]:
+        """Return those of `keys` that the record has with a content, and that no field is."""
+        return [key for key in keys if self._object.get(key) and key not in self._fields.values()]
 
     def text(self, name: str) -> str:
         """Return a text that is not empty."""
@@ -177,20 +223,33 @@ class Record:
                 raise self.bad(f"has {', '.join(names)}, but not {lacking} of build.fields.image")
         else:
             names = self._numbered_images()
-        if not names:
-            self._check_text_only()
+        self._check_named(names)
         return names
 
-    def _check_text_only(self) -> None:
-        """Raise BadSample where the record names a picture, of which the sample has none."""
-        for key in ("image", "images"):
-            value = self._object.get(key)
-            items = value if isinstance(value, list) else [value]
-            mapped = key in self._fields.values() or key in self._unread
-            if not mapped and any(isinstance(item, str | dict) and item for item in items):
+    def _check_named(self, images: Sequence[str]) -> None:
+        """Raise BadSample where the record names more pictures than the sample has, or a sound or
+        video that is no member.
+        """
+        # Members that `unread` lists are not missing, unless no picture is left.
+        size = len(images) + (sum(map(is_picture, self._left_out)) if images else 0)
+        for key, value in self._object.items():
+            kind = names_media(key)
+            if not kind or key in self._fields.values():
+                continue
+            if kind == "image" and num_named(key, value) > size:
+                has = f"{len(images)} of them" if images else "none"
                 raise self.bad(
-                    f"{key}={value!r} names a picture, and the sample has none; pack it as a"
+                    f"{key}={value!r} names a picture, and the sample has {has}; pack it as a"
                     f" member, or name {key} in build.unread"
+                )
+            packed = any(
+                not is_picture(name) and name.rpartition(".")[2] not in ("json", "txt")
+                for name in (*self.members, *self._left_out)
+            )
+            if kind == "other" and num_named(key, value) and not packed:
+                raise self.bad(
+                    f"{key}={value!r} is not read, and a sample must not lose what it has; leave"
+                    f" it out by build.unread=[{key}]"
                 )
 
     def _numbered_images(self) -> list[str]:
@@ -226,4 +285,4 @@ class Record:
             value = {"conversations": value}
         if not isinstance(value, dict):
             raise self.bad(f"member {place} must be an object, got {type(value).__name__}")
-        return value
+        return {key: item for key, item in value.items() if key not in self._unread}

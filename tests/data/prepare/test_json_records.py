@@ -192,3 +192,40 @@ def test_pictures_in_base64_become_members(images: Path) -> None:
     kept = json.loads(found["json"])
     assert kept["picture"] == "image 0"
     assert kept["messages"][0]["content"][0]["image_url"] == {"url": "image 1"}
+
+
+def test_base64_of_every_kind(images: Path) -> None:
+    def read(text: str) -> dict[str, Any]:
+        [found] = json_records.samples([{"picture": text}], {})
+        return found
+
+    noisy = bytes(range(256)) * 2
+    for kind in ("png", "jpg", "bmp", "tiff", "webp", "gif"):
+        data = image_bytes(32, 32, kind=kind)
+        plain = base64.b64encode(data).decode()
+        safe = base64.urlsafe_b64encode(data).decode().rstrip("=")
+        for text in (
+            plain,
+            safe,
+            f"data:image/x;charset=utf-8;base64,{plain}",
+            f"DATA:;base64,{safe}",
+        ):
+            assert [data] == [
+                found for name, found in read(text).items() if name not in ("__key__", "json")
+            ]
+    for head in (b"\0\0\0\x18ftypheic", b"\0\0\0\x1cftypavif", b"ID3\4", b"%PDF-1.7"):
+        with pytest.raises(ValueError, match=r"column picture: 5.. bytes of no known format"):
+            read(base64.b64encode(head + noisy).decode())
+    with pytest.raises(ValueError, match="column picture: a data URL whose base64 is damaged"):
+        read("data:image/png;base64,iVBORw0KGgoAA")
+    with pytest.raises(ValueError, match="column picture: a file in base64 stands within a text"):
+        read(f"See ![](data:image/png;base64,{base64.b64encode(noisy).decode()})")
+    words = "many words without a comma or a stop " * 4
+    assert json.loads(read(words)["json"]) == {"picture": words}
+
+
+def test_keys_of_no_record_are_typing_errors(images: Path) -> None:
+    with pytest.raises(ValueError, match="--unread vidoe is no key of any record"):
+        list(json_records.samples(RECORDS, images, unread=["vidoe"]))
+    with pytest.raises(ValueError, match="--files imgae is no key of any record"):
+        list(json_records.samples(RECORDS, {"image": images, "imgae": images}))

@@ -195,6 +195,8 @@ FILE = {"bytes": PNG, "path": "a.png"}
             ["png"],
             {"pages": {"image": ["image 0"], "id": [3]}},
         ),
+        ({"images": [[PNG], [None]]}, ["png"], {"images": [["image 0"], [None]]}),
+        ({"a/b": PNG, "": PNG}, ["0.png", "1.png"], {}),
     ],
 )
 def test_pictures_anywhere_in_a_row(
@@ -207,6 +209,32 @@ def test_pictures_anywhere_in_a_row(
     assert sorted(found) == sorted(["__key__", "json", *members])
     assert all(found[member] == PNG for member in members)
     assert json.loads(found["json"]) == record
+
+
+def test_members_stay_in_their_sample(tmp_path: Path) -> None:
+    rows = [
+        {"a/b": b"fLaC1", "c.d": b"fLaC2", "": b"fLaC3", "_e": b"fLaC4", "q": str(i)}
+        for i in range(2)
+    ]
+    write_shards(tmp_path, "t", samples(rows))
+    dataset = Dataset(str(tmp_path / "t-*.tar"), build=dict)
+    assert len(dataset) == 2
+    assert sorted(set(dataset.members(1)) - {"__url__", "__key__"}) == [
+        *("a_b.flac", "c_d.flac", "e.flac", "file.flac", "json")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": list(PNG[:9])}, r"image names files that are not read \(137\)"),
+        ({"meta": {"img_path": "a b.png"}}, r"meta names files that are not read \(a b\.png\)"),
+        ({"text": "half \ud800"}, "half a character"),
+    ],
+)
+def test_what_is_no_json_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(samples([row]))
 
 
 def test_columns_that_are_not_read(tmp_path: Path) -> None:

@@ -266,6 +266,11 @@ ONE_IMAGE = [{"matched_text_index": 0}]
         (Chat(), {"question": "x", "answers": ["x"], "weights": [0]}, "every answer has weight 0"),
         (MultipleChoice(), QUESTION | {"answer": 2}, "answer 2 is none of 2 choices"),
         (MultipleChoice(), QUESTION | {"answer": "AB"}, "answer 'AB' is none of 2 choices"),
+        (
+            MultipleChoice(),
+            {"question": "x", "choices": ["a", "a"], "answer": "a"},
+            "more than one",
+        ),
         (MultipleChoice(), {"question": "x", "choices": []}, "choices must be a list that is not"),
         (Ocr(), WORD | {"boxes": []}, "boxes must be a list of 1"),
         (Ocr(), WORD | {"boxes": [[0, 0, 33, 8]]}, "leaves the image of 32x32 pixels"),
@@ -323,7 +328,16 @@ def test_a_tool_speaks_in_a_turn_of_the_user(tiny: Tokenizer) -> None:
         assert trained(tiny, built) == "7<|im_end|>"
 
 
-@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"loss": False}])
+def test_tables_leave_the_other_spelling_null(tiny: Tokenizer) -> None:
+    null = {"from": None, "value": None, "weight": None, "video": None}
+    turns = [{"role": role, "content": role} | null for role in ("user", "assistant")]
+    built = builder(tiny, Chat())(sample({"messages": turns, "conversations": None}))
+    assert trained(tiny, built) == "assistant<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "off", [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"train": False}, {"loss_weight": 0}]
+)
 def test_turns_without_weight_are_not_trained(tiny: Tokenizer, off: dict[str, Any]) -> None:
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -343,6 +357,10 @@ def test_turns_without_weight_are_not_trained(tiny: Tokenizer, off: dict[str, An
     [
         ({"content": "a", "weight": 0.5}, r"weight 0\.5 of a turn must be 0 or 1"),
         ({"content": "a", "tool_calls": [{"id": 1}]}, "a turn has tool_calls, which are not read"),
+        ({"content": "a", "reasoning_content": "hm"}, "a turn has reasoning_content"),
+        ({"content": "a", "value": "b"}, "value and content, which differ"),
+        ({"content": "a", "from": "gpt"}, "from and role, which differ"),
+        ({"content": "<image>", "images": ["a", "b"]}, "names 2 pictures, and its text has 1"),
         ({"content": [{"type": "video"}]}, "neither a text nor an image"),
         ({"content": [3]}, "neither a text nor an image"),
         ({"content": [{"type": "text", "text": "<image>"}]}, "<image> is written in the text"),

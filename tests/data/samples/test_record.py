@@ -64,7 +64,7 @@ def test_unread_members_are_left_out(tiny: Tokenizer) -> None:
         builder(tiny, fields={"image": ".IMG.jpg"})
 
 
-@pytest.mark.parametrize("named", ["a.jpg", ["a.jpg"], [{"path": "a.jpg"}]])
+@pytest.mark.parametrize("named", ["a.jpg", ["a.jpg"], [{"path": "a.jpg"}], [["a.jpg"]], 5])
 def test_a_record_that_names_a_picture_has_one(tiny: Tokenizer, named: Any) -> None:
     for key in ("image", "images"):
         record = {"question": "What?", "answer": "7", key: named}
@@ -74,7 +74,60 @@ def test_a_record_that_names_a_picture_has_one(tiny: Tokenizer, named: Any) -> N
         assert IMAGE in builder(tiny)(members | {"png": PNG}).text.media
         assert not builder(tiny, unread=[key])(members).text.media
     nothing = {"question": "What?", "answer": "7", "image": None, "images": [], "id": "a.jpg"}
+    nothing |= {"img": "none", "video": "", "audios": [None], "picture": float("nan")}
     assert not builder(tiny)(vqa() | {"json": json.dumps(nothing).encode()}).text.media
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"images": ["a.png", "b.png"]}, "names a picture, and the sample has 1 of them"),
+        ({"image_paths": ["a.png", "b c.png"]}, "names a picture, and the sample has 1 of them"),
+        ({"video": "a"}, r"video='a' is not read, .*build\.unread=\[video\]"),
+        ({"audios": ["a.wav"]}, "audios=.* is not read"),
+        ({"sound_file": "a.wav"}, "sound_file=.* is not read"),
+    ],
+)
+def test_a_record_loses_none_of_several_files(tiny: Tokenizer, more: Any, message: str) -> None:
+    record = {"question": "What?", "answer": "7"} | more
+    members = {"__url__": "s.tar", "__key__": "k0", "json": json.dumps(record).encode(), "png": PNG}
+    with pytest.raises(BadSample, match=f"k0: .*{message}"):
+        builder(tiny)(members)
+    assert IMAGE in builder(tiny, unread=list(more))(members).text.media
+    # The files that are members are not missing, read or not.
+    packed = members | {"b.png": PNG, "a.wav": b""}
+    assert IMAGE in builder(tiny, unread=[".b.png", ".a.wav"])(packed).text.media
+
+
+def test_unread_keys_are_left_out(tiny: Tokenizer) -> None:
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    record = {"question": "What?", "answer": "7", "conversations": talk, "system": "Be brief."}
+    members = {"__url__": "s.tar", "__key__": "k0", "json": json.dumps(record).encode()}
+    for key in ("question", "conversations"):
+        with pytest.raises(BadSample, match=r"system beside the turns is not read; .*\[system\]"):
+            builder(tiny, unread=[key])(members)
+    with pytest.raises(BadSample, match="it has question and conversations"):
+        builder(tiny, unread=["system"])(members)
+    for key, expected in (("question", "b"), ("conversations", "7")):
+        build = builder(tiny, unread=["system", key])
+        assert build.references(members) == [expected]
+        assert "Be brief" not in text(tiny, build(members).text.tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unread": ["png"]}, r"write the member png as \.png"),
+        ({"unread": ["*.png"]}, r"write the member \*\.png"),
+        ({"unread": [None]}, "None is no member and no key"),
+        ({"fields": {"image": []}}, r"image=\[\] must name each place once"),
+        ({"fields": {"image": [".a.png", ".a.png"]}}, "must name each place once"),
+        ({"fields": {"image": ".wav"}}, r"image=\.wav is no picture"),
+    ],
+)
+def test_places_that_would_not_be_heard(tiny: Tokenizer, options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"build\.\w+.*{message}"):
+        builder(tiny, **options)
 
 
 def test_text_builders_lose_no_picture(tiny: Tokenizer) -> None:
