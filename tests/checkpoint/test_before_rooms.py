@@ -92,7 +92,8 @@ def test_its_weights_export(before: Path, tmp_path: Path) -> None:
     from nvmm.convert.exporting import export
     from nvmm.convert.models import open_checkpoint
 
-    export(open_checkpoint(before / "d"), tmp_path / "exported", "nvlm_d")
+    words = before / "data" / "tokenizer"
+    export(open_checkpoint(before / "d"), tmp_path / "exported", "nvlm_d", tokenizer=words)
     assert (tmp_path / "exported" / "model.safetensors").stat().st_size > 100_000
 
 
@@ -117,6 +118,7 @@ def test_its_weights_are_compared_with_their_sums(before: Path, tmp_path: Path) 
     from nvmm.convert.models import open_checkpoint
     from nvmm.convert.verify import verified
 
+    words = before / "data" / "tokenizer"
     path = Path(shutil.copytree(find(before / "d"), tmp_path / "d" / "step_00000004"))
     assert verified(path) == (
         True,
@@ -133,11 +135,11 @@ def test_its_weights_are_compared_with_their_sums(before: Path, tmp_path: Path) 
     with pytest.raises(RuntimeError, match=rf"{name} is not what was saved"):
         run_ranks(load_chunks, 1, path)
     with pytest.raises(ValueError, match=rf"{name} is not what was saved"):
-        export(open_checkpoint(path), tmp_path / "exported", "nvlm_d")
+        export(open_checkpoint(path), tmp_path / "exported", "nvlm_d", tokenizer=words)
     assert not (tmp_path / "exported").exists()
     (path / "weights.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no checksum in weights\.json"):
-        export(open_checkpoint(path), tmp_path / "exported", "nvlm_d")
+        export(open_checkpoint(path), tmp_path / "exported", "nvlm_d", tokenizer=words)
 
 
 def test_every_old_name_leads_to_a_constructor_with_the_keys_that_were_saved(before: Path) -> None:

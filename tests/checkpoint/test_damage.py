@@ -400,7 +400,7 @@ def test_merged_adapters_come_from_verified_bits(copy: Path) -> None:
     """The linear with the adapter, and its factors, all read through the digests."""
     source = open_checkpoint(copy).source
     flip(*data_byte(copy, WEIGHT, random.Random(6)))
-    merged = MergedLora(source, {}, 1.0, None)
+    merged = MergedLora(source, {}, 1.0)
     with pytest.raises(DamagedError, match=WEIGHT):
         read(merged, WEIGHT)
 

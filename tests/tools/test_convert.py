@@ -184,7 +184,8 @@ def test_refusals(
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"layer_types": ["sliding_attention"] * 2}, "without a sliding_window"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "hf: config.json: Transformers refuses it"),
         ({"rope_theta": None, "rope_parameters": None}, "has no rope_theta"),
