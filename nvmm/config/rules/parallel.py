@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nvmm.config.problem import Problem, View, divisors
 from nvmm.config.rules import precision
@@ -50,7 +50,8 @@ def _widths(view: View) -> Iterator[Problem]:
         widths["model.pooling.ffn_hidden_size"] = 4 * hidden
     widths["model.cross_attention.ffn_hidden_size"] = None
     encoders = {"model.vision": "model.connector"}
-    for modality in view.get("model.encoders") or {}:
+    more = view.get("model.encoders")
+    for modality in more if isinstance(more, Mapping) else ():
         part = f"model.encoders.{modality}"
         encoders[f"{part}.encoder"] = f"{part}.connector"
     for encoder, connector in encoders.items():
