@@ -21,7 +21,7 @@ from nvmm.config import changes as resuming
 from nvmm.config import check as configs
 from nvmm.config import compose
 from nvmm.config.problem import Problem, View
-from nvmm.io.files import hold, write
+from nvmm.io.files import disk_error, hold, write
 from nvmm.parallel import environment
 
 _NO_PATHS = {("resume", "auto"), ("resume", "never")}
@@ -127,7 +127,10 @@ def train(job: compose.Job) -> dict[str, Any]:
         summary["steps"] > summary["first_step"] or _recorded_steps(run_dir) != summary["steps"]
     ):
         update_summary(run_dir, **summary, git_revision=git_revision(), machine=machine())
-        write_report(run_dir)
+        try:
+            write_report(run_dir)
+        except OSError as error:
+            raise disk_error(run_dir / "report.html", error) from error
     setup.shutdown()
     return summary
 
@@ -225,13 +228,15 @@ def _claim(mark: Path, owner: dict[str, Any]) -> bool:
     Linking a written file is atomic, also where several processes do it at once.
     """
     temporary = mark.with_name(f".{mark.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    temporary.write_text(json.dumps(owner))
     try:
+        temporary.write_text(json.dumps(owner))
         os.link(temporary, mark)
     except FileExistsError:
         return bool(json.loads(mark.read_text()) == owner)
+    except OSError as error:
+        raise disk_error(mark, error) from error
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 

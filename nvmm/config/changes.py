@@ -15,7 +15,6 @@ FREE = (
     "logger",
     "run",
     "resume",
-    "init_from",
     "checkpoint",
     "debug",
     "kernels",

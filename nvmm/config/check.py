@@ -125,6 +125,7 @@ def check(
     # 2. Keys outside any constructor, which only the primary YAML may name.
     schema = _schema(entry)
     problems += _unknown_keys(plain, schema, "", f"configs/{entry}.yaml")
+    problems += [Problem(k, None, "is missing; leave out the ~") for k in schema.keys() - plain]
     # 3. Every `_target_` against its constructor's signature.
     for key, value in plain.items():
         problems += _check_node(value, key)

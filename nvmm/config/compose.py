@@ -6,6 +6,7 @@ Nothing here imports torch or megatron.core: --help, --cfg and every refusal com
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -243,8 +244,9 @@ def failures(name: str) -> Iterator[None]:
         if "DataLoader worker" in message:
             _end(name, f"a loader process died ({message}); try fewer data.num_workers", FAILED)
         if isinstance(error, OSError) and error.filename is not None:
-            absent = isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
-            code = BAD_CONFIG if absent else FAILED
+            path = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+            refused = isinstance(error, (*path, PermissionError)) or error.errno == errno.EROFS
+            code = BAD_CONFIG if refused else FAILED
             _end(name, f"{error.filename}: {error.strerror}", code)
         if isinstance(error, OSError | FloatingPointError) or kinds & {"DistError"}:
             _end(name, message, FAILED)

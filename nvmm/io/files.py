@@ -143,9 +143,12 @@ def hold(path: Path, wait: float = 0.0) -> str | None:
             file.close()
             return holder or "another process"
         time.sleep(1.0)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise disk_error(path, error) from error
     _HELD.append(file)
     return None
 

@@ -39,7 +39,7 @@ def local_rank() -> int:
 
 def launch_problem() -> str | None:
     """Return what is wrong with the launcher's variables and what to do; None when nothing is."""
-    for names in _RANKS.values():
+    for names in (*_RANKS.values(), ("MASTER_PORT",)):
         for name in names:
             text = os.environ.get(name, "")
             if text and not text.isdecimal():

@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from nvmm.kernels.adamw import FusedAdam
 from nvmm.kernels.multi_tensor import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
+from nvmm.modules.lora import FACTORS
 from nvmm.parallel.parameters import (
     match,
     names_on_all_ranks,
@@ -26,11 +27,13 @@ from nvmm.training.optim import MOMENTS, Group, Optim
 def freeze(models: Sequence[Module], patterns: Sequence[str]) -> list[str]:
     """Set requires_grad to False by pattern, before `wrap`: frozen parameters then hold no
     gradient buffer, fp32 copy or optimizer state. Collective; returns the whole model's frozen
-    global names. Raises ValueError for a pattern that matches nothing on any pipeline stage.
+    global names. Raises ValueError for a pattern that matches nothing on any pipeline stage, or
+    adapters alone: they are trained, whatever freezes their base.
     """
     parameters = sharded_parameters(models)
     names = names_on_all_ranks(parameter.name for parameter in parameters)
-    refuse_unmatched("optim.freeze", patterns, names, "no parameter")
+    base = [name for name in names if not name.endswith(FACTORS)]
+    refuse_unmatched("optim.freeze", patterns, base, "no parameter that it can freeze")
     for parameter in parameters:
         if any(match(pattern, parameter.name) for pattern in patterns):
             parameter.parameter.requires_grad_(False)

@@ -45,6 +45,12 @@ def test_a_longer_longest_sequence_is_free() -> None:
     assert compare(SAVED, longer) == ([], [])
 
 
+def test_other_weights_at_the_start_are_listed() -> None:
+    """A finished run does not take `init_from` of another one for its own."""
+    _, notable = compare(_changed(init_from="runs/a"), _changed(init_from="runs/b"))
+    assert [str(change) for change in notable] == ["init_from: 'runs/a' -> 'runs/b'"]
+
+
 def test_training_changes_are_listed() -> None:
     current = _changed(
         optim={"learning_rate": 2.0},

@@ -420,6 +420,7 @@ def test_a_sweep_keeps_its_texts() -> None:
 
 SLURM = [({"SLURM_NTASKS": "2"}, "Slurm"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR")]
 SLURM += [({"SLURM_PROCID": "1"}, "SLURM_PROCID=1 must be below"), ({"RANK": "x"}, "RANK=x in")]
+SLURM += [({"MASTER_ADDR": "a", "MASTER_PORT": "abc"}, "MASTER_PORT=abc in")]
 SLURM += [({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None)]
 SLURM += [({"SLURM_NTASKS": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None)]
 
@@ -444,6 +445,8 @@ def test_a_launcher_that_is_half_there_is_named(
         (KeyboardInterrupt(), 130, "nvmm.train: interrupted"),
         (OSError(28, "No space left on device", "/full"), 1, "/full: No space left on device"),
         (OSError(2, "No such file or directory", "/nope"), 2, "/nope: No such file"),
+        (OSError(30, "Read-only file system", "/a"), 2, "/a: Read-only file system"),
+        (OSError(17, "File exists", "/a/file"), 2, "/a/file: File exists"),
         (FloatingPointError("step 3: loss nan"), 1, "nvmm.train: step 3: loss nan"),
         (TimeoutError("ranks [1] did not come"), 1, "ranks [1]"),
         (InstantiationException("Error in call\nfull_key: model"), 2, "full_key: model"),
@@ -473,3 +476,12 @@ def test_a_value_error_of_ours_is_a_refusal_and_a_fault_keeps_its_traceback(
     assert "optim.schedule=wsd" in capsys.readouterr().err
     with pytest.raises(ValueError, match="a fault"), compose.failures("train"):
         raise ValueError("a fault")
+
+
+@pytest.mark.parametrize("key", ["seed", "resume", "run", "kernels"])
+def test_a_key_that_was_taken_away_is_missing(key: str) -> None:
+    from nvmm.config.compose import composed
+
+    given = ["experiment=language/tiny", "tokenizer.path=t", "data.train.shards=a.tar"]
+    problems = [str(problem) for problem in check(composed("train", [*given, f"~{key}"]))]
+    assert f"{key}=null is missing; leave out the ~" in problems

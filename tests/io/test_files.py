@@ -2,12 +2,15 @@
 
 import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from nvmm.io import files
 from nvmm.io.files import lock, publish, write
 
 CRASH = """
@@ -37,6 +40,19 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     # Whatever else is raised stays what it is.
     with pytest.raises(KeyError), publish(tmp_path / "name"):
         raise KeyError
+
+
+def test_a_lock_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.os, "getpid", lambda: "p" * 4096)  # more than the limit below
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"\.lock cannot be written .*bytes are free"):
+            files.hold(tmp_path / ".lock")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_write_replaces_a_file(tmp_path: Path) -> None:

@@ -114,6 +114,10 @@ def test_optim_freeze_does_not_reach_adapters() -> None:
     whole = {name for name in trained if not name.endswith(FACTORS)}
     assert whole == {"connector.linear_fc1.weight"}  # not its norm, which is frozen
     assert len(trained - whole) == 2 * (4 * 4 + 2)
+    # A pattern of adapters alone would not be heard.
+    for pattern in ("*lora*", "*.lora_a"):
+        with pytest.raises(ValueError, match=r"optim.freeze: .* matches no parameter that it can"):
+            freeze([net], ["vision.*", pattern])
 
 
 @pytest.mark.usefixtures("world")

@@ -134,8 +134,8 @@ def blend(view: View) -> Iterator[Problem]:
         yield from _blend_entries(entries, "data.blend")
     elif isinstance(train := view.get("data.train"), Mapping):
         named = "shards" in train or "blend" in view.get("data")
-        if named and train.get("shards") is None:
-            yield Problem("data.train.shards", None, "must name files, or give data.blend")
+        if named and train.get("shards") in (None, []):
+            yield Problem("data.train.shards", shards, "must name files, or give data.blend")
 
 
 def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
@@ -186,6 +186,8 @@ def asking(view: View) -> Iterator[Problem]:
     top_p = view.number("top_p")
     if top_p is not None and not 0 < top_p <= 1:
         yield Problem("top_p", top_p, "must be above 0 and at most 1")
+    elif top_p is not None and top_p < 1 and temperature == 0:
+        yield Problem("top_p", top_p, "needs temperature > 0: a greedy answer draws nothing")
 
 
 def longest(view: View) -> Iterator[Problem]:

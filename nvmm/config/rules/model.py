@@ -86,7 +86,17 @@ def _cross_attention(view: View) -> Iterator[Problem]:
         )
 
 
+def _connector(view: View) -> Iterator[Problem]:
+    key = "model.connector.activation_func"
+    path = view.get(f"{key}.path")
+    inherited = path in (None, "torch.nn.functional.gelu")  # as by default
+    if not inherited and view.get("model.connector.hidden_size") is None:
+        allowed = "needs model.connector.hidden_size: one layer has no activation"
+        yield Problem(f"{key}.path", path, allowed)
+
+
 RULES = (
+    _connector,
     _transformer_shapes,
     _vocabulary,
     _backend,

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from nvmm.config.problem import MISSING, Problem, View
+from nvmm.config.signatures import default_of
 
 _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
+_COMPANIONS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "data.window": ("data.pack", lambda pack: pack is True, "true"),
+    "data.max_bad_fraction": ("data.on_error", lambda what: what == "skip", "skip"),
+    "optim.decay_steps": ("optim.schedule", lambda name: name != "constant", "cosine or linear"),
+    "trainer.max_consecutive_skips": ("trainer.on_nonfinite", lambda do: do == "skip", "skip"),
+    "trainer.max_skips": ("trainer.on_nonfinite", lambda do: do == "skip", "skip"),
+    "objective.teacher_temperature": (
+        "objective.distillation_weight",
+        lambda weight: weight != 0,
+        "above 0",
+    ),
+    "logger.wandb_project": ("logger.wandb", lambda wanted: wanted is True, "true"),
+}
+"""Key -> the key without which it does nothing, the values at which it acts, and their words."""
 
 
 def _positive_sizes(view: View) -> Iterator[Problem]:
@@ -34,6 +50,23 @@ def _positive_sizes(view: View) -> Iterator[Problem]:
         value = view.integer(key)
         if value is not None and value < 1:
             yield Problem(key, value, "must be at least 1")
+    patience, most = (view.number(k) for k in ("parallel.timeout_minutes", "trainer.max_minutes"))
+    if patience is not None and patience <= 0:
+        yield Problem("parallel.timeout_minutes", patience, "must be above 0")
+    if most is not None and most < 0:
+        yield Problem("trainer.max_minutes", most, "must be at least 0, which is one step")
+
+
+def _companions(view: View) -> Iterator[Problem]:
+    """Refuse what is given and would not be heard."""
+    for key, (other, acts, word) in _COMPANIONS.items():
+        parent, _, name = key.rpartition(".")
+        node = view.get(parent)
+        if not isinstance(node, Mapping) or node.get(name, MISSING) == MISSING:
+            continue
+        default = default_of(str(node.get("_target_")), name)
+        if node[name] not in (None, default) and not acts(view.get(other)):
+            yield Problem(key, node[name], f"needs {other} to be {word}; or leave it out")
 
 
 def _seed(view: View) -> Iterator[Problem]:
@@ -54,6 +87,12 @@ def _schedule(view: View) -> Iterator[Problem]:
         for name in flat[prefix].keys() - _GROUP_KEYS:
             allowed = f"is unknown; use {', '.join(sorted(_GROUP_KEYS))}"
             yield Problem(f"{prefix}.{name}", flat[prefix][name], allowed)
+        for name in sorted(flat[prefix].keys() & _GROUP_KEYS):
+            value = flat[prefix][name]
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (isinstance(value, str) if name == "pattern" else number):
+                what = "a pattern of names" if name == "pattern" else "a number"
+                yield Problem(f"{prefix}.{name}", value, f"must be {what}")
     for prefix in prefixes:
         low, high = flat[prefix].get("min_learning_rate"), flat[prefix].get("learning_rate")
         if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
@@ -161,6 +200,7 @@ RULES = (
     _run,
     _validation,
     _positive_sizes,
+    _companions,
     _seed,
     _schedule,
     _lora,

@@ -100,6 +100,12 @@ DECIDED_ELSEWHERE = {
 }
 """Fields that the trainer fills in -> the key that decides them."""
 _HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
+_OURS = {"calculate_per_token_loss": True}
+"""Fields that have another value than mcore's default in every model of ours."""
+_COUNTS = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "ffn_hidden_size"),
+)
 _POSITIONS = ("rotary_interleaved", "fused_single_qkv_rope", "flash_decode")
 
 
@@ -139,13 +145,17 @@ def _fields(view: View) -> Iterator[Problem]:
             if name in DECIDED_ELSEWHERE:
                 allowed = f"must not be given here; set {DECIDED_ELSEWHERE[name]}"
                 yield Problem(f"{prefix}.{name}", value, allowed)
-            elif name not in read and name not in _HYDRA and value != default_of(TARGET, name):
+            elif name not in read and name not in _HYDRA and value != _default(name):
                 if not (name in ENGINE_FIELDS and has_transformer_engine(view)):
                     yield Problem(f"{prefix}.{name}", value, _unread(name))
 
 
+def _default(name: str) -> Any:
+    return _OURS.get(name, default_of(TARGET, name))
+
+
 def _unread(name: str) -> str:
-    default = default_of(TARGET, name)
+    default = _default(name)
     value = {None: "null", True: "true", False: "false"}.get(default, default)
     if name in _POSITIONS:
         return "must be false: positions are applied by kernels.rope, in halves"
@@ -153,11 +163,49 @@ def _unread(name: str) -> str:
         return f"needs backend=transformer_engine (mcore ignores it otherwise); use {value}"
     if name in LANGUAGE_FIELDS:
         return f"must be {value}: only the language model's layers read it"
+    if name in _OURS:
+        return f"must be {value}, as in every model of nvmm's, or left out"
     return f"must be {value}, mcore's default, or left out: nvmm's layers do not read it"
 
 
 def _language(view: View) -> str:
     return f"{view.language}.transformer"
+
+
+def _ranges(view: View) -> Iterator[Problem]:
+    """Numbers that no model can have; mcore builds some of them all the same."""
+    for prefix in transformers(view):
+        for key in (f"{prefix}.{name}" for name in _COUNTS):
+            count = view.integer(key)
+            if count is not None and count < 1:
+                yield Problem(key, count, "must be at least 1")
+        for key in (f"{prefix}.attention_dropout", f"{prefix}.hidden_dropout"):
+            share = view.number(key)
+            if share is not None and not 0 <= share < 1:
+                yield Problem(key, share, "must be at least 0 and less than 1")
+        for key in (f"{prefix}.init_method_std", f"{prefix}.layernorm_epsilon"):
+            value = view.number(key)
+            if value is not None and value < 0:
+                yield Problem(key, value, "must not be negative")
+        scale, function = (view.get(f"{prefix}.{n}") for n in ("softmax_scale", "activation_func"))
+        if scale == 0:
+            yield Problem(f"{prefix}.softmax_scale", scale, "must not be 0; null for the usual one")
+        if function is not None and not isinstance(function, Mapping):
+            example = "{_target_: hydra.utils.get_method, path: torch.nn.functional.silu}"
+            yield Problem(f"{prefix}.activation_func", function, f"must be a function: {example}")
+    if view.language is None:
+        return
+    for name in ("rotary_base", "rope_scaling_factor", "seq_len_interpolation_factor"):
+        value = view.number(f"{view.language}.{name}")
+        if value is not None and value <= 0:
+            yield Problem(f"{view.language}.{name}", value, "must be above 0")
+    share = view.number(f"{view.language}.rotary_percent")
+    if share is not None and not 0 < share <= 1:
+        yield Problem(f"{view.language}.rotary_percent", share, "must be above 0 and at most 1")
+    channels = view.integer(f"{_language(view)}.kv_channels")
+    if channels is not None and channels % 2:
+        allowed = "must be even: positions rotate pairs of channels"
+        yield Problem(f"{_language(view)}.kv_channels", channels, allowed)
 
 
 def _window(view: View) -> Iterator[Problem]:
@@ -214,4 +262,4 @@ def _scaling(view: View) -> Iterator[Problem]:
         yield Problem(key, factor, allowed)
 
 
-RULES = (_fields, _window, _positions, _gates, _scaling)
+RULES = (_fields, _ranges, _window, _positions, _gates, _scaling)
