@@ -317,6 +317,9 @@ def _place(name: str, overrides: list[str]) -> tuple[DictConfig | None, list[str
     unwritten: list[str] = []
     problems: list[object] = []
     groups = False
+    for text in overrides:
+        if (value := _plain_value(text)) is not None and loader.get_group_options(_key(text)):
+            return None, [], [_unknown_option(f"{_key(text)}={value}", (), loader)]
     # Hydra stops at the first override that it cannot place. That one is set aside and the rest is
     # composed again, until all have a place; then constructors may know the keys set aside.
     while True:

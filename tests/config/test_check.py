@@ -343,6 +343,7 @@ def test_which_keys_a_config_may_have(key: str, accepted: bool) -> None:
     ("arguments", "says"),
     [
         ([], "model=??? is not chosen; add experiment=..."),
+        (["data=null"], "data=null does not exist"),
         (["experiment=language/tini"], "did you mean language/tiny?"),
         (["model=langage_tiny"], "did you mean language_tiny?"),
         (["model=internvit_6b"], "model=internvit_6b does not exist"),
