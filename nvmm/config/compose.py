@@ -238,6 +238,9 @@ def failures(name: str) -> Iterator[None]:
         of_input = (ValueError, TypeError, AssertionError, ImportError, OSError)
         if "InstantiationException" in kinds and isinstance(error.__cause__, of_input):
             _end(name, " ".join(message.split()), BAD_CONFIG)  # it names the key and the target
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nvmm"):
+            extras = "nvmm's extras are listed in pyproject.toml"
+            _end(name, f"{message}: install the package that has it ({extras})", BAD_CONFIG)
         if "OutOfMemoryError" in kinds:
             first = message.partition("\n")[0]
             _end(name, f"out of memory: {first}; try a smaller micro-batch or more ranks", FAILED)

@@ -448,6 +448,7 @@ def test_a_launcher_that_is_half_there_is_named(
         (OSError(2, "No such file or directory", "/nope"), 2, "/nope: No such file"),
         (OSError(30, "Read-only file system", "/a"), 2, "/a: Read-only file system"),
         (OSError(17, "File exists", "/a/file"), 2, "/a/file: File exists"),
+        (ModuleNotFoundError("No module named 'faiss'", name="faiss"), 2, "'faiss': install the"),
         (FloatingPointError("step 3: loss nan"), 1, "nvmm.train: step 3: loss nan"),
         (TimeoutError("ranks [1] did not come"), 1, "ranks [1]"),
         (InstantiationException("Error in call\nfull_key: model"), 2, "full_key: model"),

@@ -86,6 +86,7 @@ DECIDED_ELSEWHERE = {
         for name in ("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype")
     },
     **dict.fromkeys(precision.FIELDS, "precision.fp8"),
+    "calculate_per_token_loss": "objective, whose sums are divided by the global count",
     **{
         name: "parallel.pipeline_model_parallel_size"
         for name in (
@@ -100,8 +101,6 @@ DECIDED_ELSEWHERE = {
 }
 """Fields that the trainer fills in -> the key that decides them."""
 _HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
-_OURS = {"calculate_per_token_loss": True}
-"""Fields that have another value than mcore's default in every model of ours."""
 _COUNTS = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "ffn_hidden_size"),
@@ -145,17 +144,13 @@ def _fields(view: View) -> Iterator[Problem]:
             if name in DECIDED_ELSEWHERE:
                 allowed = f"must not be given here; set {DECIDED_ELSEWHERE[name]}"
                 yield Problem(f"{prefix}.{name}", value, allowed)
-            elif name not in read and name not in _HYDRA and value != _default(name):
+            elif name not in read and name not in _HYDRA and value != default_of(TARGET, name):
                 if not (name in ENGINE_FIELDS and has_transformer_engine(view)):
                     yield Problem(f"{prefix}.{name}", value, _unread(name))
 
 
-def _default(name: str) -> Any:
-    return _OURS.get(name, default_of(TARGET, name))
-
-
 def _unread(name: str) -> str:
-    default = _default(name)
+    default = default_of(TARGET, name)
     value = {None: "null", True: "true", False: "false"}.get(default, default)
     if name in _POSITIONS:
         return "must be false: positions are applied by kernels.rope, in halves"
@@ -163,8 +158,6 @@ def _unread(name: str) -> str:
         return f"needs backend=transformer_engine (mcore ignores it otherwise); use {value}"
     if name in LANGUAGE_FIELDS:
         return f"must be {value}: only the language model's layers read it"
-    if name in _OURS:
-        return f"must be {value}, as in every model of nvmm's, or left out"
     return f"must be {value}, mcore's default, or left out: nvmm's layers do not read it"
 
 
