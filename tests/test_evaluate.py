@@ -543,6 +543,8 @@ def test_generate_answers_with_and_without_pictures(folder: Path, tmp_path: Path
     ]
     answers = [run_ranks(ask, 1, plain | change)[0] for change in changes]
     assert len(set(answers)) == len(changes)
+    with pytest.raises(RuntimeError, match="is of LoRA checkpoints"):
+        run_ranks(ask, 1, plain | {"base": str(folder / "run")})
     done = subprocess.run(
         [
             *(sys.executable, "-m", "nvmm.generate", f"checkpoint={folder / 'run'}"),

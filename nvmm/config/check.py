@@ -187,7 +187,7 @@ def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], lis
         if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_missing(node, name):
             # A key of the top level is a group, which is chosen; any other is set.
             unset = f"is not set; add {key}=... to the command"
-            if "." not in key:
+            if "." not in key and "trainer" in config:
                 unset = f"is not chosen; add experiment=... or {key}=... to the command"
                 unset += " (--help lists both)"
             problems.append(Problem(key, MISSING, unset))

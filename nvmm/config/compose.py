@@ -238,6 +238,9 @@ def failures(name: str) -> Iterator[None]:
         of_input = (ValueError, TypeError, AssertionError, ImportError, OSError)
         if "InstantiationException" in kinds and isinstance(error.__cause__, of_input):
             _end(name, " ".join(message.split()), BAD_CONFIG)  # it names the key and the target
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nvmm"):
+            extras = "nvmm's extras are listed in pyproject.toml"
+            _end(name, f"{message}: install the package that has it ({extras})", BAD_CONFIG)
         if "OutOfMemoryError" in kinds:
             first = message.partition("\n")[0]
             _end(name, f"out of memory: {first}; try a smaller micro-batch or more ranks", FAILED)
@@ -317,6 +320,9 @@ def _place(name: str, overrides: list[str]) -> tuple[DictConfig | None, list[str
     unwritten: list[str] = []
     problems: list[object] = []
     groups = False
+    for text in overrides:
+        if (value := _plain_value(text)) is not None and loader.get_group_options(_key(text)):
+            return None, [], [_unknown_option(f"{_key(text)}={value}", (), loader)]
     # Hydra stops at the first override that it cannot place. That one is set aside and the rest is
     # composed again, until all have a place; then constructors may know the keys set aside.
     while True:

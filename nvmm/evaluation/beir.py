@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -48,6 +49,9 @@ class Retrieval(Benchmark):
         """Embed corpus and queries, and score the rankings; ranks share the texts."""
         refuse_settings(settings, keep=("batch_size", "seed"))
         from nvmm.data.prepare import retrieval_sets
+
+        if self.judge == "mteb" and find_spec("mteb") is None:  # not after all has been embedded
+            raise ValueError("benchmark.judge=mteb needs pip install 'nvmm[embed]'")
 
         try:
             queries = retrieval_sets.read_queries(self.folder)

@@ -176,6 +176,8 @@ def restore(
     path = find(checkpoint)
     check_files(path, read_record(path))
     state = read_state(path)
+    if base is not None and not state.get("base"):
+        raise ValueError(f"base={base} is of LoRA checkpoints, and {path} is none; leave it out")
     saved = state["config"]
     train = (saved.get("data") or {}).get("train") or {}
     if not isinstance(train.get("build"), Mapping):

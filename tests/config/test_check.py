@@ -343,6 +343,7 @@ def test_which_keys_a_config_may_have(key: str, accepted: bool) -> None:
     ("arguments", "says"),
     [
         ([], "model=??? is not chosen; add experiment=..."),
+        (["data=null"], "data=null does not exist"),
         (["experiment=language/tini"], "did you mean language/tiny?"),
         (["model=langage_tiny"], "did you mean language_tiny?"),
         (["model=internvit_6b"], "model=internvit_6b does not exist"),
@@ -447,6 +448,7 @@ def test_a_launcher_that_is_half_there_is_named(
         (OSError(2, "No such file or directory", "/nope"), 2, "/nope: No such file"),
         (OSError(30, "Read-only file system", "/a"), 2, "/a: Read-only file system"),
         (OSError(17, "File exists", "/a/file"), 2, "/a/file: File exists"),
+        (ModuleNotFoundError("No module named 'faiss'", name="faiss"), 2, "'faiss': install the"),
         (FloatingPointError("step 3: loss nan"), 1, "nvmm.train: step 3: loss nan"),
         (TimeoutError("ranks [1] did not come"), 1, "ranks [1]"),
         (InstantiationException("Error in call\nfull_key: model"), 2, "full_key: model"),

@@ -305,7 +305,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (
         {f"{T}calculate_per_token_loss": False},
         f"{LM}.transformer.calculate_per_token_loss=False",
-        "must be true, as in every model",
+        "must not be given here; set objective",
     ),
     ({"model__language__rotary_percent": 1.5}, f"{LM}.rotary_percent=1.5", "at most 1"),
     ({"model__language__rotary_base": 0}, f"{LM}.rotary_base=0", "above 0"),

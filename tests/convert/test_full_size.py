@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nvmm.config.check import config_dir
+from nvmm.config.signatures import completed
 from nvmm.convert.formats import nvlm_d
 from nvmm.convert.formats.all import FORMATS
 from nvmm.convert.formats.config import mismatches
@@ -168,6 +169,8 @@ def test_backbones_have_the_published_size_and_keys(model: str) -> None:
     ours = config_of(model)
     family = FORMATS[kind]
     hf = family.from_model(ours)
+    # A run keeps the constructors' defaults in its config.
+    assert family.from_model(completed(ours)) == hf
     if "vocab_size" in fields:
         hf["vocab_size"] = fields["vocab_size"]
     assert {key: hf[key] for key in fields} == fields

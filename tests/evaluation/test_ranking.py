@@ -95,3 +95,13 @@ def test_mteb_gives_the_same_scores(instruction: str | None, ignore: bool) -> No
         for name in ("ndcg", "recall", "hit_rate", "mrr"):
             key = f"{name}_at_{k}"
             assert theirs[key] == pytest.approx(ours[key], abs=2e-5), key
+
+
+def test_a_judge_that_is_not_installed_is_named_before_anything_is_embedded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from nvmm.evaluation.benchmark import Settings
+
+    monkeypatch.setattr(beir, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"benchmark.judge=mteb needs pip install"):
+        beir.Retrieval("folder", judge="mteb").run(None, Settings(), None)  # type: ignore[arg-type]

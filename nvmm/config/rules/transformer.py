@@ -86,6 +86,7 @@ DECIDED_ELSEWHERE = {
         for name in ("bf16", "fp16", "params_dtype", "pipeline_dtype", "autocast_dtype")
     },
     **dict.fromkeys(precision.FIELDS, "precision.fp8"),
+    "calculate_per_token_loss": "objective, whose sums are divided by the global count",
     **{
         name: "parallel.pipeline_model_parallel_size"
         for name in (
@@ -100,8 +101,6 @@ DECIDED_ELSEWHERE = {
 }
 """Fields that the trainer fills in -> the key that decides them."""
 _HYDRA = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")
-_OURS = {"calculate_per_token_loss": True}
-"""Fields that have another value than mcore's default in every model of ours."""
 _COUNTS = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "ffn_hidden_size"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nvmm.config.nested import differences
+from nvmm.config.signatures import value_of
 
 _GET_METHOD = "hydra.utils.get_method"
 SILU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.silu"}
@@ -215,7 +216,9 @@ def mismatches(
     """
     return [
         f"model.{key}={first!r} in {here}, {second!r} in {there}"
-        for key, first, second in differences(_comparable(derived), _comparable(configured))
+        for key, first, second in differences(
+            _comparable(derived), _comparable(configured), get=value_of
+        )
         if key.rpartition(".")[2] not in free
     ]
 
