@@ -108,7 +108,9 @@ def _parquet_files(folder: Path, split: str | None, config: str | None) -> list[
             " --from PATTERN"
         )
     if split is not None and split not in splits:
-        raise ValueError(f"{folder}: nor Parquet files of split {split}; it has {', '.join(splits)}")
+        raise ValueError(
+            f"{folder}: nor Parquet files of split {split}; it has {', '.join(splits)}"
+        )
     return [folder / name for name in chosen if split in (None, places[name][1])]
 
 
