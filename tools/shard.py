@@ -124,6 +124,8 @@ def samples(
     """Return the samples that a command line asks for."""
     if options.command in ("llava", "jsonl"):
         files = options.images if options.command == "llava" else dict(options.files)
+        if options.command == "jsonl" and len(files) < len(options.files):
+            raise ValueError("--files names a key twice; a key's files are in one folder")
         return json_records.samples(
             json_records.read_records(options.json),
             files,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -350,12 +351,16 @@ class Questions(Benchmark):
     def score(self, prediction: str, answers: Sequence[str], kind: str) -> float:
         """Return the score of one answer under the metric of its kind.
 
-        Raises ValueError without accepted answers: such a question has no score.
+        Raises ValueError without accepted answers, as such a question has no score, and for a score
+        that is no finite number.
         """
         if not answers:
             raise ValueError("a question without an accepted answer has no score")
         metric = self.metric_by_kind.get(kind, self.metric)
-        return float(metric(prediction=prediction, answers=answers))
+        score = float(metric(prediction=prediction, answers=answers))
+        if not math.isfinite(score):
+            raise ValueError(f"benchmark.metric gives {score} for {prediction!r} and {answers}")
+        return score
 
 
 def _known(journal: Journal, dataset: Any) -> tuple[list[Prediction], list[Skipped]]:
@@ -364,7 +369,9 @@ def _known(journal: Journal, dataset: Any) -> tuple[list[Prediction], list[Skipp
     if torch.distributed.get_rank() == 0:
         try:
             lines, left_out = journal.start(dataset.fingerprint)
-            found = [([Prediction(**line) for line in lines], [Skipped(**x) for x in left_out])]
+            known = [Prediction(**line) for line in lines], [Skipped(**line) for line in left_out]
+            _check_known(journal, *known)
+            found = [known]
         except (ValueError, TypeError, OSError) as error:
             found = [str(error)]
     # A refusal must reach every rank, or the others would wait for ever.
@@ -373,6 +380,23 @@ def _known(journal: Journal, dataset: Any) -> tuple[list[Prediction], list[Skipp
         raise ValueError(found[0])
     predictions, skipped = found[0]
     return predictions, skipped
+
+
+def _check_known(
+    journal: Journal, predictions: Sequence[Prediction], skipped: Sequence[Skipped]
+) -> None:
+    """Raise ValueError for lines that were edited: without a number, or of a question twice."""
+    seen: set[int] = set()
+    lines: list[Prediction | Skipped] = [*predictions, *skipped]
+    for line in lines:
+        score = getattr(line, "score", 0.0)
+        plain = type(line.sample_id) is int and isinstance(score, int | float)
+        if not plain or not math.isfinite(score) or line.sample_id in seen:
+            raise ValueError(
+                f"{journal.folder}: the line of question {line.sample_id!r} is damaged, or not the"
+                " only one; remove the folder to begin anew, or name another with output=DIR"
+            )
+        seen.add(line.sample_id)
 
 
 def _gathered(local: Sequence[Prediction | Skipped]) -> list[Prediction | Skipped]:

@@ -62,12 +62,14 @@ class UniversalRetrieval(Benchmark):
             prompts = mbeir.read_instructions(self.instructions)
         except OSError as error:
             raise ValueError(f"a file of benchmark.* cannot be read ({error})") from error
-        relevant = {query: docs for query, docs in judged(qrels).items() if query in queries}
+        relevant = judged(qrels)
+        strange = [query for query in relevant if query not in queries]
         unknown = [doc for documents in relevant.values() for doc in documents if doc not in pool]
-        if unknown or not relevant:
+        if unknown or strange or not relevant:
             raise ValueError(
-                f"{self.qrels}: {len(relevant)} judged queries of {self.queries}; {len(unknown)}"
-                f" candidates are not in {self.pool}: {unknown[:5]}"
+                f"{self.qrels}: of {len(relevant)} judged queries {len(strange)} are not in"
+                f" {self.queries}: {strange[:5]}; {len(unknown)} candidates are not in {self.pool}:"
+                f" {unknown[:5]}"
             )
         target = {query: pool[next(iter(docs))].modality for query, docs in relevant.items()}
         # 2. Embed the pool, then the queries of each instruction together.
@@ -95,7 +97,13 @@ class UniversalRetrieval(Benchmark):
         )
         text = "\n".join(f"{name:<24} {value:8.4f}" for name, value in scores.items())
         return Result(
-            {"queries": len(relevant), **scores}, {f"{self.name}_retrieval": scores}, text
+            {
+                "queries": len(relevant),
+                "num_without_answer": len(queries) - len(relevant),
+                **scores,
+            },
+            {f"{self.name}_retrieval": scores},
+            text,
         )
 
     def _content(self, item: Item) -> TextAndImage:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from nvmm.evaluation.benchmark import (
     Questions,
     Settings,
     Skipped,
+    _check_known,
     summarize,
     table,
 )
@@ -255,6 +257,20 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
     (folder / "evaluation.json").unlink()
     with pytest.raises(ValueError, match=r"has predictions\.jsonl of an evaluation that does not"):
         Journal(folder, config, checkpoint).start(["a.tar", 3])
+
+
+def test_numbers_that_are_none_are_no_scores(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf")):
+        benchmark = Questions("b", "*.tar", lambda value=value, **_: value)
+        with pytest.raises(ValueError, match=f"metric gives {value} for 'a'"):
+            benchmark.score("a", ["a"], "all")
+    journal = Journal(tmp_path, {}, tmp_path)
+    line = Prediction(0, "s", "all", "q", ["a"], "a", 1.0)
+    skipped = Skipped(1, "s", True, "r")
+    _check_known(journal, [line], [skipped])
+    for wrong in ({"score": float("nan")}, {"score": "1"}, {"sample_id": "0"}, {"sample_id": 1}):
+        with pytest.raises(ValueError, match=r"the line of question .* remove the folder"):
+            _check_known(journal, [replace(line, **wrong)], [skipped])
 
 
 def test_a_kind_can_have_its_own_metric() -> None:

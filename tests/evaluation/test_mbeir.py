@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
+from nvmm.evaluation.benchmark import Settings
 from nvmm.evaluation.mbeir import UniversalRetrieval, evaluate, judged
 from tests import tiny
 from tests.ranks import run_ranks
@@ -38,6 +39,22 @@ def test_metrics_equal_their_definitions_on_random_runs() -> None:
         {f"hit_rate_at_{k}": hits[k] / 300 for k in hits}
         | {f"modality_accuracy_at_{k}": right[k] / 300 for k in right}
     )
+
+
+def test_judgements_of_other_queries_have_no_score(tmp_path: Path) -> None:
+    item = '"modality": "text", "txt": "a"'
+    (tmp_path / "pool").write_text(f'{{"did": "1:1", {item}}}\n')
+    (tmp_path / "queries").write_text('{"qid": "1:1", "query_modality": "text", "query_txt": "a"}')
+    (tmp_path / "instructions").write_text("dataset_id\tquery_modality\tcand_modality\n")
+    files = {name: str(tmp_path / name) for name in ("pool", "queries", "qrels", "instructions")}
+    model: Any = None
+    for line, message in (
+        ("1:2 0 1:1 1 0", r"of 2 judged queries 1 are not in .*: \['1:2'\]; 0 candidates"),
+        ("1:1 0 1:5 1 0", r"0 are not in .*; 1 candidates are not in .*: \['1:5'\]"),
+    ):
+        (tmp_path / "qrels").write_text(f"1:1 0 1:1 1 0\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            UniversalRetrieval(**files, folder=str(tmp_path)).run(model, Settings(), model)
 
 
 def test_oven_and_infoseek_keep_their_own_candidates() -> None:

@@ -44,6 +44,9 @@ def test_it_writes_once(
         ("classes", "{", r"a\.jsonl:1: no JSON"),
         ("triplets", '{"anchor": "a"}', r"row 1: needs texts anchor"),
         ("triplets", "", "there is no record to write"),
+        ("classes", '{"text": 5, "label": 1}', "row 1: text 5 of label 1 is no example"),
+        ("classes", '{"text": "a", "label": true}', "row 1: text 'a' of label True is no example"),
+        ("classes", '{"text": "a", "label": [1]}', "row 1: text 'a' of label .* is no example"),
         ("beir", "", "Not a directory"),
     ],
 )

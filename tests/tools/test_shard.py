@@ -42,5 +42,12 @@ def test_missing_pictures_and_earlier_shards(
     ):
         run(skipping)
     assert "6 samples in 1 shards" in run([*skipping, "--samples-per-shard", 9, "--replace"])
-    assert [path.name for path in (tmp_path / "to").iterdir()] == ["train-00000.tar"]
+    assert [path.name for path in (tmp_path / "to").glob("*.tar")] == ["train-00000.tar"]
     assert "5 with pictures; members: .json 6, .png 5" in run(["index", tmp_path / "to" / "*.tar"])
+    (tmp_path / "r.jsonl").write_text(json.dumps({"image": "gone.png"}) + "\n")
+    with pytest.raises(ValueError, match=r"no record to write: all 1 are left out; .* gone\.png"):
+        run([*skipping, "--replace"])
+    twice = ["--files", f"image={tmp_path}", "--files", f"image={tmp_path / 'images'}"]
+    with pytest.raises(ValueError, match="--files names a key twice"):
+        run(["jsonl", *command[1:3], *command[5:7], *twice])
+    assert [path.name for path in (tmp_path / "to").glob("*.tar")] == ["train-00000.tar"]

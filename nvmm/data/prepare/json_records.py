@@ -69,7 +69,7 @@ def samples(
         try:
             for key, root in roots.items():
                 for name in _names(record.get(key), f"{where}: {key}"):
-                    path = _file(Path(root), name, f"{where}: {key} {name[:80]}")
+                    path = file_below(Path(root), name, f"{where}: {key} {name[:80]}")
                     taken.add(key, path.suffix[1:].lower(), path.read_bytes())
         except FileNotFoundError as error:
             if on_missing is None:
@@ -91,7 +91,7 @@ def _names(value: Any, where: str) -> list[str]:
     return [name for name in names if name]
 
 
-def _file(root: Path, name: str, where: str) -> Path:
+def file_below(root: Path, name: str, where: str) -> Path:
     """Return the path of a record's file, which may be a link or lie in a linked folder.
 
     Raises FileNotFoundError for one that is not there, ValueError for a name that leads out of the

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvmm.data.prepare.json_records import file_below
 from nvmm.data.prepare.records import to_sample
 from nvmm.data.prepare.retrieval_sets import fields_of
+from nvmm.data.samples.decode import IMAGES
 
 MODALITIES = ("text", "image", "image,text")
 
@@ -55,8 +57,8 @@ def read_pool(path: str | Path) -> dict[str, Item]:
     Raises ValueError naming the line's id where modality and content disagree.
     """
     return {
-        line["did"]: _item(path, line["did"], line, ("txt", "img_path", "modality"))
-        for line in fields_of(path, "did")
+        name: _item(path, name, line, ("txt", "img_path", "modality"))
+        for name, line in _named(path, "did")
     }
 
 
@@ -67,18 +69,20 @@ def read_queries(path: str | Path) -> dict[str, Query]:
     Raises ValueError as `read_pool`.
     """
     queries = {}
-    for line in fields_of(path, "qid"):
+    for name, line in _named(path, "qid"):
         names = ("query_txt", "query_img_path", "query_modality")
-        item = _item(path, line["qid"], line, names)
-        lists = (tuple(line.get(f"{kind}_cand_list") or ()) for kind in ("pos", "neg"))
-        queries[line["qid"]] = Query(item.text, item.image, item.modality, *lists)
+        item = _item(path, name, line, names)
+        lists = [line.get(f"{kind}_cand_list") or [] for kind in ("pos", "neg")]
+        if not all(isinstance(ids, list) and all(map(_is_text, ids)) for ids in lists):
+            raise ValueError(f"{path}: {name} needs lists of ids, has {lists}")
+        queries[name] = Query(item.text, item.image, item.modality, *map(tuple, lists))
     return queries
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """Read qrels (`qid 0 did relevance task`): query id -> candidate id -> relevance above 0."""
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
         columns = line.split()
         if not columns:
             continue
@@ -92,7 +96,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
 def read_instructions(path: str | Path) -> dict[tuple[str, str, str], list[str]]:
     """Read query_instructions.tsv: (set, query modality, candidate modality) -> prompts."""
     instructions = {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             try:
                 key = (row["dataset_id"], row["query_modality"], row["cand_modality"])
@@ -182,10 +186,27 @@ def samples(
         yield sample
 
 
+def _named(path: str | Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (id, object) of a .jsonl file; raise ValueError for an id of another, or that is no
+    text."""
+    seen = set()
+    for line in fields_of(path, key):
+        if not _is_text(line[key]) or line[key] in seen:
+            raise ValueError(f"{path}: {key} {line[key]!r} is no text, or that of another line")
+        seen.add(line[key])
+        yield line[key], line
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _item(
     path: str | Path, name: str, line: Mapping[str, Any], names: tuple[str, str, str]
 ) -> Item:
     text, image, modality = (line.get(field) for field in names)
+    if not isinstance(text, str | None) or not isinstance(image, str | None):
+        raise ValueError(f"{path}: {name} needs {names[0]} and {names[1]} as texts, has {line}")
     formatted = format_string(text)
     has = [kind for kind, value in (("image", image), ("text", formatted)) if value]
     if modality not in MODALITIES or ",".join(has) != modality:
@@ -197,8 +218,13 @@ def _item(
 
 def _picture(folder: str | Path, image: str, label: str) -> tuple[str, str, bytes]:
     """Return (name, extension, bytes) of a picture."""
-    path = Path(folder) / image
     try:
-        return label, path.suffix.lstrip(".").lower(), path.read_bytes()
+        path = file_below(Path(folder), image, f"{Path(folder) / image}")
+        extension = path.suffix.lstrip(".").lower()
+        if extension not in IMAGES:
+            raise ValueError(f"{path} must be a picture: {', '.join(IMAGES)}")
+        return label, extension, path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(folder) / image} cannot be read (No such file)") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+        raise ValueError(f"{Path(folder) / image} cannot be read ({error.strerror})") from error

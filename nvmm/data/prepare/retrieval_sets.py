@@ -73,7 +73,7 @@ def read_qrels(folder: str | Path, split: str) -> dict[str, dict[str, int]]:
     """
     qrels: dict[str, dict[str, int]] = defaultdict(dict)
     path = Path(folder) / "qrels" / f"{split}.tsv"
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE):
             try:
                 relevance = int(row["score"])
@@ -147,8 +147,13 @@ def classes(
     texts get the instruction (our choice: the paper says so of similarity tasks). A text that is
     alone in its class is left out, a text of two classes is nobody's negative.
 
-    Raises ValueError for fewer than two labels.
+    Raises ValueError for fewer than two labels, and naming the row's number, from 1, for one whose
+    text is no text, or whose label is neither a text nor a whole number.
     """
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True), 1):
+        # As labels 1, 1.0 and true would be one.
+        if not isinstance(text, str) or type(label) not in (str, int):
+            raise ValueError(f"row {number}: text {text!r} of label {label!r} is no example")
     rng = random.Random(seed)
     # 1. List the texts of each class once; a class maps a text to its place in it.
     members: dict[Any, dict[str, int]] = defaultdict(dict)

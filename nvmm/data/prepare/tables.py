@@ -6,6 +6,7 @@ the json.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import glob
@@ -25,9 +26,31 @@ def parquet_rows(paths: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as parquet
 
     for path in paths:
-        with parquet.ParquetFile(path) as file:
+        with _readable(path), parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_BATCH):
                 yield from batch.to_pylist()
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Make a ValueError that names the file of what Arrow says against it."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except ArrowException as error:
+        raise ValueError(f"{path} is damaged, or no such table ({error})") from error
+
+
+def _facts(path: Path, *keys: str) -> dict[str, Any]:
+    """Return the object in a file of `datasets`; raise ValueError for one without `keys`."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(key), list) for key in keys):
+        raise ValueError(f"{path} is damaged: it has no {', '.join(keys)}")
+    return facts
 
 
 def folder_rows(
@@ -42,12 +65,12 @@ def folder_rows(
     """
     folder = Path(folder)
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = _facts(folder / "dataset_dict.json", "splits")["splits"]
         if split not in splits:
             raise ValueError(f"{folder}: --split {split} is none of {', '.join(splits)}")
         folder = folder / str(split)
     if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text())
+        state = _facts(folder / "state.json", "_data_files")
         if state.get("_indices_data_files"):
             raise ValueError(
                 f"{folder} holds a selection; call flatten_indices() before save_to_disk"
@@ -117,7 +140,11 @@ def _arrow_rows(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     import pyarrow
 
     for path in paths:
-        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+        with (
+            _readable(path),
+            pyarrow.memory_map(str(path)) as source,
+            pyarrow.ipc.open_stream(source) as stream,
+        ):
             for batch in stream:
                 for start in range(0, batch.num_rows, _BATCH):
                     yield from batch.slice(start, _BATCH).to_pylist()

@@ -48,7 +48,10 @@ def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], S
             yield sample
             progress.update()
         if not counts["samples"]:
-            raise ValueError("there is no record to write")
+            why = (
+                f": all {len(left_out)} are left out; the first: {left_out[0]}" if left_out else ""
+            )
+            raise ValueError(f"there is no record to write{why}")
 
     with contextlib.closing(progress):
         paths = write_shards(

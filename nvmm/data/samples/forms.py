@@ -141,7 +141,7 @@ class Chat:
     def _answers(self, record: Record) -> tuple[list[str], list[float]]:
         """Return the accepted answers and their weights; raise BadSample where they disagree."""
         answers = record.get("answers")
-        if answers is None:
+        if answers is None and not record.maps("answers"):
             answers = record.get("answer")
         if answers is None:
             return [], []

@@ -151,6 +151,10 @@ class Record:
             value = value[key]
         return value
 
+    def maps(self, name: str) -> bool:
+        """Return whether `fields` says where a value is: then it is nowhere else."""
+        return name in self._fields
+
     def lost(self, keys: Sequence[str]) -> list[str]:
         """Return those of `keys` that the record has with a content, and that no field is."""
         return [key for key in keys if self._object.get(key) and key not in self._fields.values()]

@@ -282,7 +282,10 @@ def _is_enough(folder: Path, config: dict[str, Any], fast: Backend) -> bool:
         config.get("tokenizer_class") in _PLAIN
         and not any((folder / other).exists() for other in others)
         and not any(config.get(key) for key in (*listed, "auto_map"))
-        and all(token is None or token in special for token in _texts(tokens.values()))
+        and all(
+            token is None or (isinstance(token, str) and token in special)
+            for token in _texts(tokens.values())
+        )
     )
 
 
@@ -309,7 +312,7 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"tokenizer.path={file.parent}: {file.name} is damaged ({error})"
         ) from error

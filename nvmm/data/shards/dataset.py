@@ -280,7 +280,7 @@ def write_shards(
 
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1")
-    if Path(name).name != name:
+    if not name or Path(name).name != name:
         raise ValueError(f"name={name} must be a file name, without folders")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """M-BEIR's files become samples of retrieval."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +115,33 @@ def test_what_the_set_cannot_have_is_named(files: dict[str, Any], tmp_path: Path
     refused(r"query 1:7: candidates \['1:[23]'\] are not in the pool", pool={})
     (tmp_path / "im" / "2.jpg").unlink()
     refused(r"2\.jpg cannot be read \(No such file")
+    for odd, message in (
+        ("../q.jpg", "lies outside"),
+        ("i.tsv", "must be one of png"),
+        ("t.txt", "a pic"),
+    ):
+        (tmp_path / "t.txt").write_text("no picture")
+        pool = {name: replace(item, image=odd) for name, item in files["pool"].items()}
+        refused(message, pool=pool, queries={"1:8": files["queries"]["1:8"]})
     for wrong in ({"modality": "image"}, {"modality": "video"}, {"txt": ""}):
         with pytest.raises(ValueError, match="1:1 has"):
             mbeir.read_pool(write(tmp_path / "w.jsonl", [POOL[0] | wrong]))
+    for field, value in (("did", 5), ("txt", 5), ("img_path", ["a.png"])):
+        with pytest.raises(ValueError, match=r"w\.jsonl: .*5 is no text|needs txt and img_path"):
+            mbeir.read_pool(write(tmp_path / "w.jsonl", [POOL[0] | {field: value}]))
+    with pytest.raises(ValueError, match="did '1:1' is no text, or that of another line"):
+        mbeir.read_pool(write(tmp_path / "w.jsonl", [POOL[0], POOL[0]]))
+    with pytest.raises(ValueError, match="1:7 needs lists of ids, has"):
+        mbeir.read_queries(write(tmp_path / "w.jsonl", [QUERIES[0] | {"neg_cand_list": "1:1"}]))
     with pytest.raises(ValueError, match="record 1 has no did"):
         mbeir.read_pool(write(tmp_path / "w.jsonl", [{"txt": "a"}]))
     (tmp_path / "qrels.txt").write_text("1:7 0 1:2 1 8\n1:7 0 1:3 0 8\n")
     assert mbeir.read_qrels(tmp_path / "qrels.txt") == {"1:7": {"1:2": 1}}
+    # A byte order mark is no part of the first query's id, or of the first column's name.
+    (tmp_path / "qrels.txt").write_text("1:7 0 1:2 1 8\r\n", encoding="utf-8-sig")
+    assert mbeir.read_qrels(tmp_path / "qrels.txt") == {"1:7": {"1:2": 1}}
+    (tmp_path / "i.tsv").write_text("\r\n".join(ROWS), encoding="utf-8-sig")
+    assert mbeir.read_instructions(tmp_path / "i.tsv") == files["instructions"]
     (tmp_path / "qrels.txt").write_text("1:7 1:2\n")
     with pytest.raises(ValueError, match=r"qrels\.txt:1: needs qid"):
         mbeir.read_qrels(tmp_path / "qrels.txt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_refusals(tmp_path: Path) -> None:
         list(folder_rows(tmp_path))
     with pytest.raises(ValueError, match=r"name=\.\./up must be a file name"):
         write_shards(tmp_path, "../up", [])
+    with pytest.raises(ValueError, match="name= must be a file name"):
+        write_shards(tmp_path, "", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.parquet", "PAR1 and no more"),
+        ("state.json", "{"),
+        ("state.json", "{}"),
+        ("state.json", '{"_data_files": [{"filename": "odd.arrow"}]}'),
+        ("dataset_dict.json", "[]"),
+        ("dataset_dict.json", '{"splits": null}'),
+    ],
+)
+def test_damaged_folders_are_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    (tmp_path / "odd.arrow").write_text("no table")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}/(odd|{name[:4]}).* damaged"):
+        list(folder_rows(tmp_path))
 
 
 def test_records_with_several_kinds_of_files(tmp_path: Path) -> None:

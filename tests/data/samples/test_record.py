@@ -114,6 +114,15 @@ def test_unread_keys_are_left_out(tiny: Tokenizer) -> None:
         assert "Be brief" not in text(tiny, build(members).text.tokens)
 
 
+def test_an_answer_is_where_fields_say(tiny: Tokenizer) -> None:
+    build = builder(tiny, fields={"answers": "truth"})
+    members = vqa()
+    assert builder(tiny).references(members)
+    assert build.references(members) == []
+    with pytest.raises(BadSample, match="no supervised token"):
+        build(members)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -208,6 +208,8 @@ def test_folders_that_no_template_works_with_are_refused(tiny: Tokenizer, tmp_pa
         ('{"split_special_tokens": true}', "split_special_tokens"),
         ("[]", "must hold an object"),
         ("{", r"tokenizer_config\.json is damaged"),
+        ('{"a": ' + "[" * 100_000, r"tokenizer_config\.json is damaged"),
+        ('{"tokenizer_class": "TokenizersBackend", "eos_token": ["a"]}', "cannot read .*eos_token"),
         ('{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["a.X", null]}}', "cannot read"),
         (
             '{"tokenizer_class": "TokenizersBackend", "added_tokens_decoder": {"4": 5}}',
