@@ -203,7 +203,7 @@ def test_image_fields_are_drawn_as_the_model_saw_them(tmp_path):
         placeholder_id=1,
         tokens_per_item=4,
     )
-    members = {"json": b"", "__key__": "a.b", "1.jpg": b"", "0.png": buffer.getvalue()}
+    members = {"json": b"{}", "__key__": "a.b", "1.jpg": b"", "0.png": buffer.getvalue()}
     fields = image_fields(Record(members, {}, Limits()), {IMAGE: media})
     assert fields["grid"] == [3, 1] and len(fields["tiles"]) == 4
     shown = Image.open(io.BytesIO(base64.b64decode(fields["image"])))

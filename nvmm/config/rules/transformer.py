@@ -144,17 +144,13 @@ def _fields(view: View) -> Iterator[Problem]:
             if name in DECIDED_ELSEWHERE:
                 allowed = f"must not be given here; set {DECIDED_ELSEWHERE[name]}"
                 yield Problem(f"{prefix}.{name}", value, allowed)
-            elif name not in read and name not in _HYDRA and value != _default(name):
+            elif name not in read and name not in _HYDRA and value != default_of(TARGET, name):
                 if not (name in ENGINE_FIELDS and has_transformer_engine(view)):
                     yield Problem(f"{prefix}.{name}", value, _unread(name))
 
 
-def _default(name: str) -> Any:
-    return _OURS.get(name, default_of(TARGET, name))
-
-
 def _unread(name: str) -> str:
-    default = _default(name)
+    default = default_of(TARGET, name)
     value = {None: "null", True: "true", False: "false"}.get(default, default)
     if name in _POSITIONS:
         return "must be false: positions are applied by kernels.rope, in halves"
@@ -162,8 +158,6 @@ def _unread(name: str) -> str:
         return f"needs backend=transformer_engine (mcore ignores it otherwise); use {value}"
     if name in LANGUAGE_FIELDS:
         return f"must be {value}: only the language model's layers read it"
-    if name in _OURS:
-        return f"must be {value}, as in every model of nvmm's, or left out"
     return f"must be {value}, mcore's default, or left out: nvmm's layers do not read it"
 
 
