@@ -37,7 +37,9 @@ def evaluate(
         show_progress_bar=False,
         encode_kwargs={"batch_size": 256},
     )
-    return dict(results.task_results[0].scores["test"][0])
+    scores = results.task_results[0].scores["test"][0]
+    # Names of subsets and languages stand among them.
+    return {key: float(value) for key, value in scores.items() if isinstance(value, int | float)}
 
 
 def _encoder(encode: Encode) -> Any:
