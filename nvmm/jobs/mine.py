@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -147,8 +147,8 @@ def search(
     return scores[:, :k], places[:, :k]
 
 
-@dataclass(frozen=True)
-class Mine(Job):
+@dataclass(frozen=True, kw_only=True)
+class Mine(Filters, Job):
     """Mine hard negatives with the vectors that two `encode` jobs wrote.
 
     A row has `query_id`, `ids` and `scores` of its negatives, best first, and `positive_score`
@@ -176,18 +176,13 @@ class Mine(Job):
     split: str = "train"
     num_negatives: int = 7
     strategy: Strategy = "top"
-    range_min: int = 0
-    range_max: int = 100
-    max_score: float | None = None
-    min_score: float | None = None
-    absolute_margin: float | None = None
-    relative_margin: float | None = None
     modality_floor: int | None = None
     seed: int = 1234
     part_size: int = 1024
     name: str = "mine"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require("job.strategy", self.strategy, Strategy)
         if self.num_negatives < 1:
             raise ValueError(f"job.num_negatives={self.num_negatives} must be at least 1")
@@ -196,13 +191,6 @@ class Mine(Job):
                 f"job.modality_floor={self.modality_floor} must be at least 0 and below"
                 f" job.range_max={self.range_max}"
             )
-        _ = self.filters
-
-    @property
-    def filters(self) -> Filters:
-        """The filters among the parameters."""
-        names = Filters.__dataclass_fields__
-        return Filters(**{name: value for name, value in asdict(self).items() if name in names})
 
     def prepare(self, model: Restored | None) -> Work:
         """Open vectors and qrels. Raises ValueError for qrels of ids that have no vector."""
@@ -273,14 +261,14 @@ class Mine(Job):
         modality: Mapping[str, str],
     ) -> list[Hit]:
         """Return the negatives of one query."""
-        filters, seed = self.filters, (self.seed, query)
+        seed = self.seed, query
         if self.modality_floor is None:
             hits = [hit for hit in ranking if hit.document not in relevant]
-            hits = [hit for hit in hits if filters.accepts(hit, positive)]
+            hits = [hit for hit in hits if self.accepts(hit, positive)]
             return choose(hits, self.num_negatives, self.strategy, seed)
         target = modality[next(iter(relevant))]
         kinds = modality_aware(ranking, relevant, modality, target, self.modality_floor)
-        wrong, weak = ([h for h in hits if filters.accepts(h, positive)] for hits in kinds)
+        wrong, weak = ([h for h in hits if self.accepts(h, positive)] for hits in kinds)
         return choose_from_both(wrong, weak, self.num_negatives, seed)
 
 

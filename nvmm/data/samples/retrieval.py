@@ -250,10 +250,6 @@ class RetrievalBuilder(Builder):
         )
         return Sample((text,), sample_id, "blank")
 
-    def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
-        """Return tokens and tiles of all texts."""
-        return super().measure(members)
-
     def _instruction(self, record: Record) -> str | None:
         """Return the record's instruction, else the builder's."""
         instruction = record.get("instruction")
