@@ -3,8 +3,9 @@
 python tools/bench_embed.py [--queries N] [--chunk N] [--length N] [--steps N]
 
 One model with the same weights, one batch of queries and positives of random tokens, AdamW; each
-case runs in a process of its own. The best step of several counts; memory is the peak of the
-process above what it held before the first step. The first losses must agree.
+case runs in a process of its own. The best step of several counts, with the CPU seconds that the
+process (user) and the operating system (system: fresh pages of memory) took of it; memory is the
+peak of the process above what it held before the first step. The first losses must agree.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ LEARNING_RATE = 1e-4
 
 
 def timed(step: Callable[[], float], steps: int) -> dict[str, float]:
-    """Return seconds of the fastest step, the first loss, and MiB of the peak above the start."""
+    """Return the fastest step's times, the first loss, and MiB of the peak above the start."""
     before = resident()
-    losses, seconds = [], []
+    losses, times = [], []
     for _ in range(steps):
-        begin = time.perf_counter()
+        used, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         losses.append(step())
-        seconds.append(time.perf_counter() - begin)
+        seconds, now = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF)
+        times.append((seconds, now.ru_utime - used.ru_utime, now.ru_stime - used.ru_stime))
+    seconds, user, system = min(times)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": min(seconds), "loss": losses[0], "mib": peak - before}
+    measured = {"seconds": seconds, "user": user, "system": system}
+    return {**measured, "loss": losses[0], "mib": peak - before}
 
 
 def resident() -> float:
@@ -199,12 +203,13 @@ def main() -> None:
         (f"sentence-transformers, Cached, chunks of {chunk}", theirs, chunk),
     ]
     print(f"{whole} queries and positives of {options.length} tokens, torch {torch.__version__}")
-    print("| case | s / step | peak MiB | first loss |\n|---|---|---|---|")
+    print("| case | s / step | user | system | peak MiB | first loss |\n|---|---|---|---|---|---|")
     found = []
     for name, function, size in cases:
         [result] = run_ranks(function, 1, config, ids, size, options.steps, timeout=3600)
         found.append(result)
-        print(f"| {name} | {result['seconds']:.2f} | {result['mib']:.0f} | {result['loss']:.5f} |")
+        times = " | ".join(f"{result[key]:.2f}" for key in ("seconds", "user", "system"))
+        print(f"| {name} | {times} | {result['mib']:.0f} | {result['loss']:.5f} |")
         sys.stdout.flush()
     seconds = [result["seconds"] for result in found]
     print(f"GradCache takes {seconds[1] / seconds[0]:.2f} x our whole batch's time,")
