@@ -103,6 +103,15 @@ def embedder(pooling: str = "LatentAttention", **changes: Any) -> dict[str, Any]
     }
 
 
+def two_towers(language: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A query tower and a context tower, each an embedder as above."""
+    return {
+        "_target_": "nvmm.models.two_towers.TwoTowers",
+        "_partial_": True,
+        "language": language or embedder("Mean"),
+    }
+
+
 def contrastive(model: dict[str, Any], objective: dict[str, Any], **optim: Any) -> dict[str, Any]:
     """`config` with the contrastive objective; its temperature keeps rounding small."""
     target = "nvmm.objectives.contrastive.Contrastive"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nvmm.batch import Sample
+from nvmm.batch import POSITIVE, Sample
 from nvmm.data.collate import collate
 from nvmm.data.samples.images import decode_image
 from nvmm.data.samples.retrieval import Content, RetrievalBuilder
@@ -41,11 +41,15 @@ class TextEncoder:
     batch_size: int = 32
 
     def __call__(
-        self, items: Sequence[str | TextAndImage], instruction: str | None = None
+        self,
+        items: Sequence[str | TextAndImage],
+        instruction: str | None = None,
+        role: int = POSITIVE,
     ) -> Tensor:
-        """Return unit vectors, fp32 [items, h] on the CPU, the same on every rank; collective.
+        """Return vectors, fp32 [items, h] on the CPU, the same on every rank; collective.
 
         instruction: the task's instruction, put before every item; None for documents.
+        role: QUERY or, of documents, POSITIVE; it decides the tower of a model of two.
 
         Raises ValueError naming a picture that cannot be read.
         """
@@ -53,17 +57,23 @@ class TextEncoder:
 
         size = parallel_state.get_data_parallel_world_size()
         numbers = share(len(items), parallel_state.get_data_parallel_rank(), size)
-        local = self.local([items[number] for number in numbers], instruction)
+        local = self.local([items[number] for number in numbers], instruction, role)
         return torch.stack(gather(list(local), len(items)))
 
-    def local(self, items: Sequence[str | TextAndImage], instruction: str | None = None) -> Tensor:
-        """Return unit vectors as above, of items that this model-parallel group alone encodes."""
+    def local(
+        self,
+        items: Sequence[str | TextAndImage],
+        instruction: str | None = None,
+        role: int = POSITIVE,
+    ) -> Tensor:
+        """Return vectors as above, of items that this model-parallel group alone encodes."""
         config: Any = self.model[0].config
         result = torch.empty(len(items), config.hidden_size)
         device = next(self.model[0].parameters()).device
         window = self.batch_size * _BATCHES
         for first in range(0, len(items), window):
-            samples = [self._sample(item, instruction) for item in items[first : first + window]]
+            chosen_items = items[first : first + window]
+            samples = [self._sample(item, instruction, role) for item in chosen_items]
             # Texts of like length share a batch.
             order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
             for start in range(0, len(order), self.batch_size):
@@ -73,10 +83,10 @@ class TextEncoder:
                 result[[first + i for i in chosen]] = vectors
         return result
 
-    def _sample(self, item: str | TextAndImage, instruction: str | None) -> Sample:
+    def _sample(self, item: str | TextAndImage, instruction: str | None, role: int) -> Sample:
         if isinstance(item, str) or item.image is None:
             text = item if isinstance(item, str) else item.text
-            return self.builder.text(text, instruction)
+            return self.builder.text(text, instruction, role)
         if self.builder.tokens_per_tile is None:
             raise ValueError(f"{item.image}: the checkpoint embeds texts alone, no pictures")
         try:
@@ -85,4 +95,4 @@ class TextEncoder:
             raise ValueError(f"{item.image} cannot be read ({error.strerror})") from error
         limit = self.builder.limits.max_pixels
         image = decode_image(data, source=str(item.image), max_pixels=limit)
-        return self.builder.text(Content(item.text, image), instruction)
+        return self.builder.text(Content(item.text, image), instruction, role)

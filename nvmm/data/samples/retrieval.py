@@ -220,13 +220,20 @@ class RetrievalBuilder(Builder):
             raise ValueError(f"a query to embed takes no suffix, got {suffix!r}")
         record = self.record(members)
         query = self._content(record, "query", record.get("query"), record.get("query_image"))
-        text = self._text(query, self._instruction(record), record.source)
+        role = torch.tensor(QUERY)
+        text = self._text(query, self._instruction(record), record.source, role=role)
         return Sample((text,), source=record.source)
 
-    def text(self, content: str | Content, instruction: str | None = None) -> Sample:
-        """Return one text, picture or both to embed, behind an instruction if there is one."""
+    def text(
+        self, content: str | Content, instruction: str | None = None, role: int = POSITIVE
+    ) -> Sample:
+        """Return one text, picture or both to embed, behind an instruction if there is one.
+
+        role: QUERY or, of a document, POSITIVE.
+        """
         content = Content(content) if isinstance(content, str) else content
-        return Sample((self._text(content, instruction, "a text to embed"),))
+        given = torch.tensor(role)
+        return Sample((self._text(content, instruction, "a text to embed", role=given),))
 
     def reads(self, member: str) -> bool:
         """Return whether it is the record's, one that `fields` names, or a picture."""
