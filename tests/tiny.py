@@ -112,6 +112,35 @@ def two_towers(language: dict[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
+def bidirectional(pooling: str = "CLS", **changes: Any) -> dict[str, Any]:
+    """BERT in small: post-norm layers, learned positions, token types; not normalised."""
+    return {
+        "_target_": "nvmm.models.bidirectional.BidirectionalEncoder",
+        "_partial_": True,
+        "transformer": {
+            "_target_": "megatron.core.transformer.transformer_config.TransformerConfig",
+            "_partial_": True,
+            "num_layers": 4,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 128,
+            "normalization": "LayerNorm",
+            "layernorm_epsilon": 1e-12,
+            "activation_func": method("torch.nn.functional.gelu"),
+            "add_bias_linear": True,
+            "attention_dropout": 0.0,
+            "hidden_dropout": 0.0,
+            "init_method_std": 0.1,
+        },
+        "vocab_size": 150,
+        "padded_vocab_size": 160,
+        "max_sequence_length": 64,
+        "pooling": {"_target_": f"nvmm.modules.pooling.{pooling}", "_partial_": True},
+        "normalize": False,
+        **changes,
+    }
+
+
 def contrastive(model: dict[str, Any], objective: dict[str, Any], **optim: Any) -> dict[str, Any]:
     """`config` with the contrastive objective; its temperature keeps rounding small."""
     target = "nvmm.objectives.contrastive.Contrastive"

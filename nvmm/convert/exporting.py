@@ -21,6 +21,7 @@ from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, w
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.mapping import Row
 from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
+from nvmm.convert.pooling_modules import write_modules
 from nvmm.convert.processor import processor
 from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
 from nvmm.convert.sentence_transformers import write_embedder
@@ -29,6 +30,8 @@ from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
 
 log = logging.getLogger("nvmm")
+_EMBEDDERS = ("nv_embed", "bert")
+"""Formats of models that take no part in a conversation."""
 
 
 def export(
@@ -65,7 +68,7 @@ def export(
     stored = next(iter(converted.spec.values())).dtype
     talk = None if "vocab_size" not in language_of(config) else conversation(saved, tokenizer)
     whole_config = exported_config(config, original, stored)
-    if talk is not None and talk.trained and format_name != "nv_embed":
+    if talk is not None and talk.trained and format_name not in _EMBEDDERS:
         _set_ends(language_of(whole_config), talk)
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
@@ -79,7 +82,7 @@ def export(
         check_written(SafetensorsSource(temporary), converted, written)
         if talk is not None:
             copy_tokenizer(talk.folder, temporary)
-            if format_name != "nv_embed":
+            if format_name not in _EMBEDDERS:
                 reads_images = part is None and "vision" in saved.model
                 write_conversation(temporary, talk, reads_images=reads_images)
         write_folder(
@@ -88,10 +91,12 @@ def export(
             _card(saved, format_name, part, converted),
             processor(_model(saved, part), format_name),
         )
-        if talk is not None and format_name != "nv_embed":
+        if talk is not None and format_name not in _EMBEDDERS:
             check_conversation(temporary, talk)
         if format_name == "nv_embed":
             write_embedder(temporary, saved.state["config"], config["hidden_size"])
+        if format_name == "bert" and talk is not None:
+            write_modules(temporary, saved.state["config"], config["hidden_size"])
 
 
 def layout(

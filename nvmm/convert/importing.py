@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nvmm.config.check import option
+from nvmm.convert import pooling_modules
 from nvmm.convert.files import publish
-from nvmm.convert.formats import nvlm_d
+from nvmm.convert.formats import bert, nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.models import PARTS, HubFolder, write_state, write_weights
@@ -60,7 +61,10 @@ def check_given(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> N
         if part and not isinstance(model.get(part), Mapping):
             raise ValueError(f"--from {part}={folder.path}: the given model has no {part}")
         configured = model[part] if part else model
-        lines = mismatches(folder.model(), configured, str(folder.path), "the given config")
+        derived = folder.model()
+        if folder.format == "bert":
+            derived |= {k: configured[k] for k in bert.unsaid(folder.config) if k in configured}
+        lines = mismatches(derived, configured, str(folder.path), "the given config")
         problems += [f"{part}: {line}" if part else line for line in lines]
     if problems:
         raise ValueError("the sources are not the given model:\n  " + "\n  ".join(problems))
@@ -124,6 +128,12 @@ def import_folders(
     }
     # 4. Weights, tokenizer and state.json, which completes the checkpoint.
     language_folder = folders.get("") or folders.get("language")
+    if language_folder is not None and language_folder.format == "bert":
+        modules = language_folder.config.get(bert.MODULES)
+        given = pooling_modules.data(modules, model["max_sequence_length"])
+        saved["data"] = saved["data"] or given
+        options = pooling_modules.tokenizer_options(language_folder.path)
+        saved["tokenizer"] = saved["tokenizer"] or options
     with publish(to) as temporary:
         write_weights(temporary, cast, "import", workers)
         digest = None

@@ -17,9 +17,10 @@ from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.checkpoint.record import read_record, write_record
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
-from nvmm.convert.formats import megatron
+from nvmm.convert.formats import bert, megatron
 from nvmm.convert.formats.all import FORMATS, detect, read_config
 from nvmm.convert.formats.decoder import EMBEDDING, HEAD
+from nvmm.convert.pooling_modules import read_modules
 from nvmm.convert.safetensors import SafetensorsSource
 from nvmm.convert.sources import Cast, Source, SubModel, at_row, compare_shapes, read, refuse
 from nvmm.convert.table import ToOurs
@@ -84,6 +85,8 @@ def open_folder(path: Path) -> HubFolder:
     try:
         config = FORMATS[format_name].complete(config, source.spec)
         config = untied(config, source)
+        if format_name == "bert":
+            config |= {bert.MODULES: read_modules(path)}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)

@@ -48,8 +48,11 @@ class TextEncoder:
     ) -> Tensor:
         """Return vectors, fp32 [items, h] on the CPU, the same on every rank; collective.
 
+        They have the length 1 unless the model has `normalize: false`.
+
         instruction: the task's instruction, put before every item; None for documents.
-        role: QUERY or, of documents, POSITIVE; it decides the tower of a model of two.
+        role: QUERY for queries, POSITIVE for documents, which may have prefixes, and of which each
+            may have a tower of its own.
 
         Raises ValueError naming a picture that cannot be read.
         """

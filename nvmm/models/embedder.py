@@ -38,6 +38,7 @@ class EmbeddingModel(LanguageModel):
             LanguageModel.
         pooling: partial of a class of `nvmm.modules.pooling`; hidden_size and chunk are added.
         causal: keep the decoder's causal mask; False (NV-Embed) lets a token see its whole text.
+        normalize: give every vector the length 1; False leaves a dot product its lengths.
         chunk: which part of the model this rank builds.
     """
 
@@ -52,6 +53,7 @@ class EmbeddingModel(LanguageModel):
         rotary_base: float = 10000,
         max_sequence_length: int = 4096,
         causal: bool = False,
+        normalize: bool = True,
         *,
         chunk: Chunk,
     ) -> None:
@@ -68,6 +70,7 @@ class EmbeddingModel(LanguageModel):
             chunk=chunk,
         )
         self.is_causal = causal
+        self.normalize = normalize
         # Known to the first stage too, which counts FLOPs; the pooling itself is on the last.
         self.latent_sizes = latent_sizes(pooling, self.config.hidden_size)
         if self.post_process:
@@ -78,8 +81,7 @@ class EmbeddingModel(LanguageModel):
         """Run this chunk.
 
         batch: one text a row or packed segment; `extras["pool_from"]` as `pooling.pool_mask` says.
-        output: the last stage's result: "embedding" (fp32 [texts, h], each of length 1) or
-            "hidden" ([s, b, h]).
+        output: the last stage's result: "embedding" (fp32 [texts, h]) or "hidden" ([s, b, h]).
 
         Returns: on the last stage as `output` says; else hidden states [s, b, h] for the next one.
         """
@@ -89,15 +91,7 @@ class EmbeddingModel(LanguageModel):
         hidden = super().forward(batch, output="hidden", **options)
         if not self.post_process:
             return hidden
-        if self.config.sequence_parallel:
-            # The pooling's input gradient is whole on every rank: backward takes a part of it.
-            hidden = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=False
-            )
-        if output == "hidden":
-            return hidden
-        pooled = self.pooling(hidden, batch, spans, packed_seq_params(batch))
-        return F.normalize(pooled.float(), dim=-1)
+        return embed_texts(self, hidden, batch, spans, output)
 
     def count_flops(self, batch: Batch, training: Training) -> float:
         """Count model FLOPs of a micro-batch's forward and backward, latent attention among them.
@@ -129,6 +123,25 @@ class EmbeddingModel(LanguageModel):
     ) -> dict[str, Any]:
         """Return mcore's for any module: the one for language models asks for an output layer."""
         return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+
+
+def embed_texts(
+    model: Any, hidden: Tensor, batch: Batch, spans: Tensor | None, output: str
+) -> Tensor:
+    """Pool the last hidden states [s, b, h], [s / tp, b, h] with SP, to fp32 [texts, h].
+
+    model: its `config`, `pooling` and `normalize` are read.
+    output: "embedding", or "hidden" for the states [s, b, h] themselves.
+    """
+    if model.config.sequence_parallel:
+        # The pooling's input gradient is whole on every rank: backward takes a part of it.
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=False
+        )
+    if output == "hidden":
+        return hidden
+    pooled: Tensor = model.pooling(hidden, batch, spans, packed_seq_params(batch)).float()
+    return F.normalize(pooled, dim=-1) if model.normalize else pooled
 
 
 def latent_sizes(pooling: Callable[..., Any], hidden_size: int) -> dict[str, int] | None:

@@ -1,4 +1,4 @@
-"""Poolings of the hidden states of a text's tokens: last token, mean, latent attention.
+"""Poolings of the hidden states of a text's tokens: first or last token, mean, latent attention.
 
 NV-Embed (arXiv:2405.17428) section 3.1 and its released model. A pooling takes the whole sequence
 on every tensor-parallel rank and leaves L2 normalisation to the model.
@@ -56,6 +56,21 @@ def pool_mask(batch: Batch) -> Tensor:
         start = F.pad(start, (0, batch.lengths.numel() - start.numel()))
         mask = mask & (batch.position_ids >= start[text])
     return mask
+
+
+class CLS(Module):
+    """The first token of each text."""
+
+    def __init__(self, *, hidden_size: int, chunk: Chunk) -> None:
+        super().__init__()
+
+    def forward(
+        self, hidden: Tensor, batch: Batch, spans: Tensor | None, packed: PackedSeqParams | None
+    ) -> Tensor:
+        """hidden [s, b, h] -> [texts, h]."""
+        if batch.cu_seqlens is None:
+            return hidden[0, : num_texts(batch)]
+        return hidden[batch.cu_seqlens[: num_texts(batch)].long(), 0]
 
 
 class EOS(Module):

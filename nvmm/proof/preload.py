@@ -14,6 +14,7 @@ import megatron.core.distributed
 import megatron.core.models.gpt
 import megatron.core.optimizer
 
+import nvmm.models.bidirectional
 import nvmm.models.cross_attending
 import nvmm.models.embedder
 import nvmm.models.two_towers

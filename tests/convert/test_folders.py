@@ -356,6 +356,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     ],
     "llava_next": [{"model_type": "llava_next"}],
     "nv_embed": [{"text_config": {"model_type": "bidir_mistral", "sliding_window": None}}],
+    "bert": [{"model_type": "bert"}],
 }
 
 

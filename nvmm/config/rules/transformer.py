@@ -139,7 +139,7 @@ def _fields(view: View) -> Iterator[Problem]:
             continue
         if node.get("_args_"):
             yield Problem(f"{prefix}._args_", node["_args_"], "must be left out; name the fields")
-        read = LANGUAGE_FIELDS if prefix == _language(view) else ENCODER_FIELDS
+        read = LANGUAGE_FIELDS if prefix == _language(view) and _decodes(view) else ENCODER_FIELDS
         for name, value in node.items():
             if name in DECIDED_ELSEWHERE:
                 allowed = f"must not be given here; set {DECIDED_ELSEWHERE[name]}"
@@ -159,6 +159,12 @@ def _unread(name: str) -> str:
     if name in LANGUAGE_FIELDS:
         return f"must be {value}: only the language model's layers read it"
     return f"must be {value}, mcore's default, or left out: nvmm's layers do not read it"
+
+
+def _decodes(view: View) -> bool:
+    """Return False for a bidirectional encoder, whose layers are no decoder's."""
+    node = view.get(view.language) if view.language else None
+    return not str((node or {}).get("_target_", "")).endswith(".BidirectionalEncoder")
 
 
 def _language(view: View) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from nvmm.config.nested import merged
 from nvmm.convert.formats import (
+    bert,
     clip,
     internvit,
     llama,
@@ -43,6 +44,7 @@ FORMATS: dict[str, ModuleType] = {
     megatron.LEGACY: megatron,
     megatron.DISTRIBUTED: megatron,
     "nv_embed": nv_embed,
+    "bert": bert,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -59,6 +61,7 @@ _MODEL_TYPES = {
     "NVLM_D": "nvlm_d",
     "llava_next": "llava_next",
     "nvembed": "nv_embed",
+    "bert": "bert",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -67,6 +70,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
 )

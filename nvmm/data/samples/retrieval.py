@@ -72,6 +72,8 @@ class RetrievalBuilder(Builder):
         key, one with fewer gives those.
     in_batch_negatives: whether other samples' documents are negatives where a record does not say.
     instruction: the instruction of records that have none; None: no instruction.
+    query_prefix, document_prefix: plain text before every query, and before every document (E5:
+        "query: ", "passage: "). It stands behind an instruction and is pooled with the text.
     num_answers: ids of `positive_ids` that are kept beside `positive_id`, the first ones of more.
     masking: tokens of an instruction that are not pooled, though all are attended to:
         "sentence_transformers": BOS and the whole prefix, as that library does;
@@ -89,6 +91,8 @@ class RetrievalBuilder(Builder):
         {"role", "document_id", "text_hash", "answers", "in_batch", "teacher", "pool_from"}
     )
 
+    query_prefix = ""
+    document_prefix = ""
     tokens_per_tile: int | None = None
     tile_size: int
     max_tiles: int
@@ -107,6 +111,8 @@ class RetrievalBuilder(Builder):
         use_thumbnail: bool = True,
         fields: Fields | None = None,
         unread: Sequence[str] = (),
+        query_prefix: str = "",
+        document_prefix: str = "",
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -130,8 +136,12 @@ class RetrievalBuilder(Builder):
         self.in_batch_negatives = in_batch_negatives
         self.instruction = instruction
         self.masking = masking
+        # Attributes that are always there would change the digest of token counts.
+        if query_prefix:
+            self.query_prefix = query_prefix
+        if document_prefix:
+            self.document_prefix = document_prefix
         if tokens_per_tile is not None:
-            # Attributes that are always there would change the digest of token counts.
             self.tokens_per_tile = tokens_per_tile
             self.tile_size = tile_size
             self.max_tiles = max_tiles
@@ -202,7 +212,7 @@ class RetrievalBuilder(Builder):
                     content,
                     document_instruction if number else instruction,
                     record.source,
-                    role=torch.tensor(roles[number]),
+                    roles[number],
                     document_id=torch.tensor(_hash(str(names[number]))),
                     text_hash=torch.tensor(_hash(content.name)),
                     answers=answers[number],
@@ -220,8 +230,7 @@ class RetrievalBuilder(Builder):
             raise ValueError(f"a query to embed takes no suffix, got {suffix!r}")
         record = self.record(members)
         query = self._content(record, "query", record.get("query"), record.get("query_image"))
-        role = torch.tensor(QUERY)
-        text = self._text(query, self._instruction(record), record.source, role=role)
+        text = self._text(query, self._instruction(record), record.source, QUERY)
         return Sample((text,), source=record.source)
 
     def text(
@@ -229,11 +238,10 @@ class RetrievalBuilder(Builder):
     ) -> Sample:
         """Return one text, picture or both to embed, behind an instruction if there is one.
 
-        role: QUERY or, of a document, POSITIVE.
+        role: QUERY, or POSITIVE for a document, each of which may have a prefix.
         """
         content = Content(content) if isinstance(content, str) else content
-        given = torch.tensor(role)
-        return Sample((self._text(content, instruction, "a text to embed", role=given),))
+        return Sample((self._text(content, instruction, "a text to embed", role),))
 
     def reads(self, member: str) -> bool:
         """Return whether it is the record's, one that `fields` names, or a picture."""
@@ -287,12 +295,18 @@ class RetrievalBuilder(Builder):
             raise record.bad(f"no field names the picture {unnamed[0]}")
 
     def _text(
-        self, content: Content, instruction: str | None, source: str, **extras: torch.Tensor
+        self,
+        content: Content,
+        instruction: str | None,
+        source: str,
+        role: int,
+        **extras: torch.Tensor,
     ) -> Text:
         """Return a text with its picture. Raises BadSample where the picture does not fit."""
         tiles = None if content.image is None else self._tiles(content.image)
         count = 0 if tiles is None else len(tiles.tiles)
-        ids, pool_from = self.encode(content.text, instruction, count, source)
+        before = self.query_prefix if role == QUERY else self.document_prefix
+        ids, pool_from = self.encode(before + content.text, instruction, count, source)
         media = {}
         if tiles is not None and self.tokens_per_tile is not None:
             first = ids.index(self.tokenizer.image_id)
@@ -304,7 +318,7 @@ class RetrievalBuilder(Builder):
                 placeholder_id=self.tokenizer.image_id,
                 tokens_per_item=self.tokens_per_tile,
             )
-        extras["pool_from"] = torch.tensor(pool_from)
+        extras |= {"role": torch.tensor(role), "pool_from": torch.tensor(pool_from)}
         return Text(torch.tensor(ids), torch.ones(len(ids)), media, extras)
 
     def _tiles(self, image: Image.Image) -> Tiles:

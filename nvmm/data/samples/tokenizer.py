@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -30,7 +30,8 @@ class Tokenizer:
     end_of_turn: the token that ends a turn of a chat.
     extra_tokens: special tokens added after the vocabulary where the folder lacks them.
 
-    `vocab_size` counts added tokens; every id is below it. `bos_id` may be None.
+    `vocab_size` counts added tokens; every id is below it. `bos_id` may be None. A tokenizer that
+    names no BOS or EOS but the tokens that frame a text (BERT's [CLS] and [SEP]) has those instead.
     """
 
     def __init__(
@@ -217,6 +218,7 @@ def _digest(backend: Backend) -> str:
 
 
 _NAMED = ("bos_token", "eos_token", "pad_token")
+_FRAMES = {"bos_token": "cls_token", "eos_token": "sep_token"}
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -234,7 +236,7 @@ def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
         )
     fast = _read_file(folder)
     if fast is not None and _is_enough(folder, config, fast):
-        return fast, dict(zip(_NAMED, _texts(config.get(key) for key in _NAMED), strict=True))
+        return fast, _named(config.get)
     from transformers import AutoTokenizer
 
     try:
@@ -253,7 +255,13 @@ def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
     # be another digest for the same ids.
     if fast is not None and _splitter(fast) == _splitter(backend):
         backend.pre_tokenizer = fast.pre_tokenizer
-    return backend, {key: getattr(read, key) for key in _NAMED}
+    return backend, _named(lambda key: getattr(read, key, None))
+
+
+def _named(get: Callable[[str], Any]) -> dict[str, str | None]:
+    """Return the text of the tokens that begin, end and pad a text, where a folder names them."""
+    found = [get(key) or get(_FRAMES.get(key, key)) for key in _NAMED]
+    return dict(zip(_NAMED, _texts(found), strict=True))
 
 
 def _read_file(folder: Path) -> Backend | None:
