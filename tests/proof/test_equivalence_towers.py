@@ -37,7 +37,10 @@ LAYOUTS = {
 RAW = {"temperature": 1.0, "normalize": False}
 MODELS: dict[str, dict[str, Any]] = {
     "mean": double(tiny.contrastive(tiny.two_towers(), {})),
-    "latent_raw": double(tiny.contrastive(tiny.two_towers(tiny.embedder()), RAW)),
+    "cls_raw": double(
+        tiny.contrastive(tiny.two_towers(tiny.bidirectional(**tiny.SYNTHETIC_WORDS)), RAW)
+    ),
+    "decoder": double(tiny.contrastive(tiny.two_towers(tiny.embedder()), {})),
     "frozen_context": double(tiny.contrastive(tiny.two_towers(), {}, freeze=["context.*"])),
     "lora": double(
         tiny.contrastive(tiny.two_towers(), {})
@@ -67,12 +70,14 @@ def slow(*row: Any) -> Any:
 
 ROWS = [
     ("mean", "tp2_sp", True),
-    ("mean", "pp2", False),
+    ("cls_raw", "pp2", False),
     *(slow("mean", name, False) for name in ("one", "dp2", "dp2_overlap", "tp2", "tp2_sp")),
-    *(slow("mean", name, False) for name in ("pp2_vp2", "tp2_sp_pp2", "pp2_dp2", "recompute")),
+    *(slow("mean", name, False) for name in ("pp2", "pp2_vp2", "tp2_sp_pp2", "recompute")),
     *(slow("mean", name, True) for name in ("one", "dp2", "pp2", "pp2_vp2", "tp2_sp_pp2")),
-    *(slow("latent_raw", name, False) for name in ("dp2", "tp2", "pp2", "pp2_recompute")),
-    *(slow("latent_raw", name, True) for name in ("tp2_sp", "pp2_dp2")),
+    *(slow("cls_raw", name, False) for name in ("dp2", "tp2", "pp2_recompute")),
+    *(slow("cls_raw", name, True) for name in ("tp2_sp", "pp2_dp2")),
+    *(slow("decoder", name, True) for name in ("tp2_sp", "pp2_vp2")),
+    slow("decoder", "pp2_dp2", False),
     *(slow("frozen_context", name, True) for name in ("dp2_overlap", "tp2_sp", "pp2")),
     *(slow("lora", name, False) for name in ("dp2", "tp2_sp", "pp2")),
 ]
