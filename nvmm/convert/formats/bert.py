@@ -41,7 +41,7 @@ _HEADS = (
 
 
 def unsaid(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the keys of our config that a folder does not tell: its vector's, without modules.json.
+    """Return the keys of our config a folder without modules.json does not tell.
 
     `to_model` gives those of Dragon's BertModels then.
     """
