@@ -103,6 +103,19 @@ def embedder(pooling: str = "LatentAttention", **changes: Any) -> dict[str, Any]
     }
 
 
+SYNTHETIC_WORDS = {"vocab_size": 509, "padded_vocab_size": 512}
+"""The vocabulary of `nvmm.proof.synthetic`."""
+
+
+def two_towers(language: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A query tower and a context tower of an embedder; by default of E5's kind."""
+    return {
+        "_target_": "nvmm.models.two_towers.TwoTowers",
+        "_partial_": True,
+        "language": language or bidirectional("Mean", normalize=True, **SYNTHETIC_WORDS),
+    }
+
+
 def bidirectional(pooling: str = "CLS", **changes: Any) -> dict[str, Any]:
     """BERT in small: post-norm layers, learned positions, token types; not normalised."""
     return {

@@ -5,25 +5,30 @@ python tools/retrieval_data.py mbeir --from QUERIES.jsonl --pool POOL.jsonl --in
     --images FOLDER --to SHARDS [--num-negatives 1 --negatives FILE]
 python tools/retrieval_data.py triplets --from FILE.jsonl --to SHARDS
 python tools/retrieval_data.py classes --from FILE.jsonl --to SHARDS --instruction TEXT
+python tools/retrieval_data.py dialogues --from DIALOGUES.jsonl --documents FILE.jsonl --to SHARDS
+    [--words 300 --beir FOLDER --split test]
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from nvmm.config.compose import failures
-from nvmm.data.prepare import mbeir, retrieval_sets
+from nvmm.data.prepare import dialogues, mbeir, retrieval_sets
 from nvmm.data.prepare.retrieval_sets import fields_of
 from nvmm.data.prepare.write import add_options, write
+from nvmm.data.samples.dialogue import Dialogue
 
 
 def main() -> None:
     options = _parser().parse_args()
     if options.command == "mbeir":
         write(options, lambda _: _mbeir(options))
+    elif options.command == "dialogues":
+        write(options, lambda left_out: _dialogues(options, left_out))
     else:
         write(options, lambda _: retrieval_sets.members(_records(options)))
 
@@ -54,6 +59,16 @@ def _mbeir(options: argparse.Namespace) -> Any:
     )
 
 
+def _dialogues(options: argparse.Namespace, left_out: Callable[[str], None]) -> Any:
+    rules = dialogues.Rules(options.words, options.answer_recall, options.min_recall)
+    form = Dialogue(options.user_word, options.agent_word)
+    chunks = dialogues.cut_documents(fields_of(options.documents), rules.words)
+    asked = list(dialogues.questions(fields_of(options.source), chunks, rules, left_out))
+    if options.beir and asked:
+        dialogues.write_beir(options.beir, options.split, chunks, asked, rules, form)
+    return retrieval_sets.members(dialogues.records(asked, options.set_name, rules))
+
+
 def _records(options: argparse.Namespace) -> Any:
     if options.command == "beir":
         return retrieval_sets.beir(options.source, options.split, _mined(options))
@@ -79,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "mbeir": "M-BEIR's queries, a pool, instructions and pictures",
         "triplets": "lines of anchor, positive, negative, negative_2, ...",
         "classes": "lines of text and label; positives and negatives are other examples",
+        "dialogues": "dialogues over documents; positives by 4-gram recall, negatives beside them",
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text)
@@ -96,11 +112,26 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--num-negatives", type=int, default=0)
             command.add_argument("--negatives", help="as of beir; else each query's neg_cand_list")
             command.add_argument("--seed", type=int, default=0)
+        if name == "dialogues":
+            _add_dialogues(command)
         if name == "classes":
             command.add_argument("--instruction", required=True)
             command.add_argument("--num-negatives", type=int, default=7)
             command.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_dialogues(command: argparse.ArgumentParser) -> None:
+    rules, form = dialogues.Rules(), Dialogue()
+    command.add_argument("--documents", required=True, help="lines of _id, title, text")
+    command.add_argument("--set-name", required=True, help="before the ids of its documents")
+    command.add_argument("--words", type=int, default=rules.words, help="most words of a chunk")
+    command.add_argument("--answer-recall", type=float, default=rules.answer_recall)
+    command.add_argument("--min-recall", type=float, default=rules.min_recall)
+    command.add_argument("--beir", help="write all chunks and the questions there too")
+    command.add_argument("--split", default="test", help="name of the qrels in --beir")
+    command.add_argument("--user-word", default=form.user_word, help="of the queries in --beir")
+    command.add_argument("--agent-word", default=form.agent_word)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from nvmm.batch import POSITIVE, QUERY
 from nvmm.evaluation.benchmark import (
     Benchmark,
     Encode,
@@ -105,11 +106,12 @@ def evaluate(
     if unknown or not asked:
         raise ValueError(f"qrels name {len(unknown)} unknown ids ({unknown[:5]}) of {len(asked)}")
     ids = list(corpus)
-    documents = finite(encode(list(corpus.values()), None), "documents")
+    documents = finite(encode(list(corpus.values()), None, POSITIVE), "documents")
     totals = dict.fromkeys((f"{name}_at_{k}" for name in METRICS for k in cutoffs), 0.0)
     for start in range(0, len(asked), _QUERIES):
         some = asked[start : start + _QUERIES]
-        vectors = finite(encode([queries[query] for query in some], instruction), "queries")
+        texts = [queries[query] for query in some]
+        vectors = finite(encode(texts, instruction, QUERY), "queries")
         scores = vectors @ documents.t()
         # One more than is scored, as the document with the query's own id may be left out.
         best = torch.topk(scores, min(max(cutoffs) + 1, len(ids)), dim=1).indices.tolist()

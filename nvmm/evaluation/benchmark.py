@@ -31,8 +31,8 @@ _FAULTS = (
 _NAMED = 20
 """The number of questions without a score that metrics.json names; skipped.jsonl has all."""
 
-Encode = Callable[[Sequence[str], str | None], Tensor]
-"""A function from (texts, instruction or None) to unit vectors [texts, h]."""
+Encode = Callable[[Sequence[str], str | None, int], Tensor]
+"""A function from (texts, instruction or None, QUERY or POSITIVE) to vectors [texts, h]."""
 
 
 def finite(vectors: Tensor, what: str) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nvmm.batch import QUERY
 from nvmm.data.prepare import mbeir
 from nvmm.data.prepare.mbeir import Item
 from nvmm.evaluation.benchmark import Benchmark, Result, Settings, finite, refuse_settings
@@ -83,7 +84,7 @@ class UniversalRetrieval(Benchmark):
         for prompt in dict.fromkeys(chosen.values()):
             names = [query for query in relevant if chosen[query] == prompt]
             contents = [self._content(queries[query]) for query in names]
-            encoded = finite(embed(contents, prompt), "queries")
+            encoded = finite(embed(contents, prompt, QUERY), "queries")
             vectors |= dict(zip(names, encoded, strict=True))
         # 3. Rank and score.
         scores = evaluate(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nvmm.batch import POSITIVE, QUERY
 from nvmm.evaluation.benchmark import Encode, finite
 
 
@@ -45,13 +46,20 @@ def evaluate(
 def _encoder(encode: Encode) -> Any:
     """Return an encoder as mteb wants it."""
     from mteb.models.abs_encoder import AbsEncoder
-    from mteb.models.model_meta import ModelMeta
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import PromptType
 
     class Model(AbsEncoder):
         """An encoder whose queries' instructions go to `encode`, which knows their template."""
 
-        mteb_model_meta = ModelMeta.create_empty({"name": "nvmm/checkpoint", "revision": "local"})
+        # The dot product ranks unit vectors as the cosine does, and others as they were trained.
+        mteb_model_meta = ModelMeta.create_empty(
+            {
+                "name": "nvmm/checkpoint",
+                "revision": "local",
+                "similarity_fn_name": ScoringFunction.DOT_PRODUCT,
+            }
+        )
 
         def encode(
             self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **options: Any
@@ -60,7 +68,8 @@ def _encoder(encode: Encode) -> Any:
             texts = [text for batch in inputs for text in batch["text"]]
             prompt = (task_metadata.prompt or {}).get("query")
             query = prompt_type == PromptType.query
-            vectors = encode(texts, prompt if query else None)
+            role = QUERY if query else POSITIVE
+            vectors = encode(texts, prompt if query else None, role)
             return finite(vectors, "queries" if query else "documents").numpy()
 
     return Model()

@@ -51,7 +51,8 @@ class TextEncoder:
         They have the length 1 unless the model has `normalize: false`.
 
         instruction: the task's instruction, put before every item; None for documents.
-        role: QUERY for queries, POSITIVE for documents, which may have prefixes.
+        role: QUERY for queries, POSITIVE for documents, which may have prefixes, and of which each
+            may have a tower of its own.
 
         Raises ValueError naming a picture that cannot be read.
         """

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from nvmm.batch import POSITIVE, QUERY
 from nvmm.config.choices import require
 from nvmm.data.prepare import retrieval_sets
 from nvmm.inference.restore import Restored
@@ -24,7 +25,8 @@ Dtype = Literal["fp32", "fp16"]
 class Encode(Job):
     """Embed a side of a folder in BEIR's layout with an embedder.
 
-    A row has `id` and `vector`, of unit length.
+    A row has `id` and `vector`, of unit length where the model says so. Of two towers, queries go
+    through the query tower and the corpus through the context tower.
 
     Args:
         folder: folder with corpus.jsonl and queries.jsonl.
@@ -55,14 +57,14 @@ class Encode(Job):
         read = {"corpus": retrieval_sets.read_corpus, "queries": retrieval_sets.read_queries}
         texts = read[self.side](self.folder)
         ids = list(texts)
-        instruction = None
+        instruction, role = None, QUERY if self.side == "queries" else POSITIVE
         if self.side == "queries":
             instruction = self.instruction or encoder.builder.instruction
         number_format: Any = np.float16 if self.dtype == "fp16" else np.float32
 
         def rows(numbers: range) -> pa.Table:
             chosen = [ids[number] for number in numbers]
-            vectors = encoder.local([texts[name] for name in chosen], instruction).numpy()
+            vectors = encoder.local([texts[name] for name in chosen], instruction, role).numpy()
             flat = pa.array(vectors.astype(number_format).reshape(-1))
             return pa.table(
                 {

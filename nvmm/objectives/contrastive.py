@@ -29,19 +29,22 @@ METRICS = ("loss", "accuracy", "negatives")
 class Contrastive(Objective):
     """Mean over queries of -log softmax of the positive's score among its candidates.
 
-    Scores are dot products of unit vectors over a temperature. Candidates of a query are its own
-    documents and, where `in_batch` says so, every other document of the loss, of all data-parallel
-    ranks. One loss covers a micro-batch of every rank, or with `grad_cache` the global batch.
+    Scores are dot products over a temperature, of unit vectors unless `normalize` is false.
+    Candidates of a query are its own documents and, where `in_batch` says so, every other document
+    of the loss, of all data-parallel ranks. One loss covers a micro-batch of every rank, or with
+    `grad_cache` the global batch.
 
     Args:
         temperature: divisor of the scores. NV-Embed's paper gives none; 0.02 is E5-Mistral's.
+        normalize: bring every vector to length 1. False takes the model's vectors as they are: with
+            `model.normalize=false` and temperature 1, Dragon's dot product (arXiv:2302.07452).
         cross_rank_negatives: take other data-parallel ranks' documents as candidates.
         mask_false_negatives: drop candidates that are a positive of the same query text, by
             document id or by text, or one of the query's `answers`.
         symmetric: average with the loss of choosing the query for each positive, where there are
             other queries to choose from.
-        matryoshka_dims: prefixes of the vector, each normalised anew, whose losses are averaged
-            (arXiv:2205.13147); () is the whole vector.
+        matryoshka_dims: prefixes of the vector, each normalised anew unless `normalize` is false,
+            whose losses are averaged (arXiv:2205.13147); () is the whole vector.
         distillation_weight: weight of KL(teacher || model) over a query's own documents; the rest
             has 1 minus it. A query without teacher scores has no such term.
         teacher_temperature: divisor of the teacher's scores.
@@ -56,6 +59,7 @@ class Contrastive(Objective):
     def __init__(
         self,
         temperature: float = 0.02,
+        normalize: bool = True,
         cross_rank_negatives: bool = True,
         mask_false_negatives: bool = True,
         symmetric: bool = False,
@@ -76,6 +80,7 @@ class Contrastive(Objective):
         if any(dim < 1 for dim in matryoshka_dims):
             raise ValueError(f"objective.matryoshka_dims={list(matryoshka_dims)} must be positive")
         self.temperature = temperature
+        self.normalize = normalize
         self.cross_rank_negatives = cross_rank_negatives
         self.mask_false_negatives = mask_false_negatives
         self.symmetric = symmetric
@@ -116,7 +121,7 @@ class Contrastive(Objective):
     def loss(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return (sum over this rank's queries, their number, metrics).
 
-        output: [texts, h], unit vectors.
+        output: [texts, h], the vectors of the texts.
 
         The metric accuracy is the share of queries whose positive scores highest; negatives is the
         number of candidates that a query has beside its positive.
@@ -162,7 +167,7 @@ class Contrastive(Objective):
                 f" {embeddings.shape[1]}"
             )
         losses = [self._loss(texts, candidates, dim) for dim in dims]
-        scores = candidates.scores(texts.embeddings.detach())
+        scores = candidates.scores(self._vectors(texts.embeddings.detach()))
         scores = scores.masked_fill(~candidates.mask, -torch.inf)
         correct = scores.argmax(1) == candidates.target
         negatives = candidates.mask.sum(1) - 1
@@ -170,7 +175,7 @@ class Contrastive(Objective):
 
     def _loss(self, texts: _Texts, candidates: _Candidates, dim: int) -> Tensor:
         """Return fp32 [local queries], the loss on the first `dim` axes."""
-        embeddings = F.normalize(texts.embeddings[:, :dim], dim=-1)
+        embeddings = self._vectors(texts.embeddings[:, :dim])
         scores = candidates.scores(embeddings) / self.temperature
         loss = _choose(scores, candidates.mask, candidates.target)
         if self.symmetric:
@@ -183,6 +188,9 @@ class Contrastive(Objective):
             weight = self.distillation_weight * candidates.is_taught
             loss = (1 - weight) * loss + weight * self._distillation(scores, texts, candidates)
         return loss
+
+    def _vectors(self, embeddings: Tensor) -> Tensor:
+        return F.normalize(embeddings, dim=-1) if self.normalize else embeddings
 
     def _distillation(self, scores: Tensor, texts: _Texts, candidates: _Candidates) -> Tensor:
         """Return fp32 [local queries], KL(teacher || model) over each query's own documents."""

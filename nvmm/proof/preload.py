@@ -17,6 +17,7 @@ import megatron.core.optimizer
 import nvmm.models.bidirectional
 import nvmm.models.cross_attending
 import nvmm.models.embedder
+import nvmm.models.two_towers
 import nvmm.objectives.contrastive
 import nvmm.proof.equivalence
 import nvmm.training.trainer

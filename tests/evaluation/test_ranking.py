@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvmm.batch import POSITIVE, QUERY
 from nvmm.evaluation import beir, mteb_task
 from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
 
@@ -35,21 +36,25 @@ QUERIES = {f"q{i}": f"ask for {i}" for i in range(5)}
 QRELS = {f"q{i}": {f"d{i}": 2, f"d{(3 * i + 1) % 12}": 1} for i in range(5)}
 
 
-def encode(texts: Sequence[str], instruction: str | None) -> Tensor:
-    """Random unit vectors that depend on text and instruction, a little alike by number."""
+def encode(texts: Sequence[str], instruction: str | None, role: int) -> Tensor:
+    """Random vectors that depend on text and instruction, a little alike by number.
+
+    Those of documents have other lengths, so that a cosine would rank them in another order.
+    """
     rows = []
     for text in texts:
         seed = sum(map(ord, text + (instruction or "")))
         row = torch.randn(16, generator=torch.Generator().manual_seed(seed))
         number = next(int(word) for word in text.split() if word.isdigit())
         row[number] += 2.0
-        rows.append(row)
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+        rows.append(row / row.norm() * (1 + number / 9 if role == POSITIVE else 1))
+    return torch.stack(rows)
 
 
 def test_the_runner_ranks_all_documents() -> None:
     scores = beir.evaluate(encode, CORPUS, QUERIES, QRELS, instruction="find", cutoffs=(1, 10))
-    similarity = encode(list(QUERIES.values()), "find") @ encode(list(CORPUS.values()), None).t()
+    documents = encode(list(CORPUS.values()), None, POSITIVE)
+    similarity = encode(list(QUERIES.values()), "find", QUERY) @ documents.t()
     first = [list(CORPUS)[i] for i in similarity.argmax(1).tolist()]
     hits = [doc in QRELS[query] for doc, query in zip(first, QUERIES, strict=True)]
     assert scores["hit_rate_at_1"] == sum(hits) / 5
@@ -61,10 +66,11 @@ def test_the_runner_ranks_all_documents() -> None:
 
 
 def test_vectors_that_are_not_finite_have_no_ranking() -> None:
-    def broken(texts: Sequence[str], instruction: str | None) -> Tensor:
-        vectors = encode(texts, instruction)
-        vectors[1, 3] = float("nan")
-        return vectors if instruction is None else encode(texts, None)
+    def broken(texts: Sequence[str], instruction: str | None, role: int) -> Tensor:
+        vectors = encode(texts, instruction, role)
+        if role == POSITIVE:
+            vectors[1, 3] = float("nan")
+        return vectors
 
     with pytest.raises(ValueError, match="1 of 12 vectors of documents are not finite"):
         beir.evaluate(broken, CORPUS, QUERIES, QRELS, instruction="find")

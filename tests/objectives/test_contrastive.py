@@ -171,6 +171,30 @@ def test_matryoshka_averages_normalised_prefixes() -> None:
         losses(local(matryoshka_dims=[9]), batch, embeddings)
 
 
+def test_raw_dot_products_keep_the_lengths_of_vectors() -> None:
+    """By hand: the query's products with its positive and the other documents are 6, 1, 4, -3."""
+    embeddings = torch.tensor([[2.0, 1.0], [3.0, 0.0], [0.5, 0.0], [0, 1.0], [1.0, 2.0], [0, -3.0]])
+    batch = batch_of(ROLES, 2)
+    raw = local(normalize=False)
+    found = losses(raw, batch, embeddings)
+    assert found[0] == pytest.approx(-6 + math.log(sum(map(math.exp, (6, 1, 4, -3)))), rel=1e-6)
+    assert found[1] == pytest.approx(-2 + math.log(sum(map(math.exp, (0, 0, 2, -3)))), rel=1e-6)
+    # Of unit vectors the second query's positive has the cosine 2 / sqrt(5), and a prefix is raw.
+    unit, cos = losses(local(), batch, embeddings), 2 / math.sqrt(5)
+    assert unit[1] == pytest.approx(-cos + math.log(2 + math.exp(cos) + math.exp(-1)), rel=1e-6)
+    prefix = losses(local(normalize=False, matryoshka_dims=[1]), batch, embeddings)
+    assert prefix[0] == pytest.approx(-6 + math.log(sum(map(math.exp, (6, 1, 2, 0)))), rel=1e-6)
+
+
+def test_accuracy_ranks_by_the_scores_of_the_loss() -> None:
+    """The longest vector wins by its length alone."""
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [9.0, 9.0], [0, 1.0], [0, 2.0], [0, -0.5]])
+    batch = batch_of(ROLES, 2)
+    for normalize, wanted in ((True, [1.0, 1.0]), (False, [0.0, 0.0])):
+        accuracy = local(normalize=normalize).per_query(embeddings, [batch])[:, 1]
+        assert accuracy.tolist() == wanted
+
+
 def test_distillation_from_a_teacher_s_scores() -> None:
     nan = float("nan")
     batch = batch_of(ROLES, 2, teacher=torch.tensor([nan, 2.0, 1.0, nan, 1.0, nan]))

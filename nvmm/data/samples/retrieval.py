@@ -3,6 +3,7 @@
 The member `json` holds
 
 - `query`, `positive`, `negatives` (a list, in order of preference);
+- of a builder with `dialogue`, `messages` instead of `query`: turns, the last one the user's;
 - optionally `instruction` (the task's, put before the query), `symmetric` (true: before the
   documents too, as NV-Embed does for similarity tasks), `in_batch_negatives` (else the builder's),
   `positive_id` and `negative_ids` (else a document is known by its text), `positive_ids` (every
@@ -31,6 +32,7 @@ from nvmm.batch import IMAGE, NEGATIVE, POSITIVE, QUERY, MediaKind, Sample, Text
 from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
+from nvmm.data.samples.dialogue import Dialogue
 from nvmm.data.samples.images import Tiles, tile_image
 from nvmm.data.samples.record import Fields, Record, check_fields, is_picture
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -39,7 +41,15 @@ TEMPLATE = "Instruct: {instruction}\nQuery: "
 """NV-Embed's prefix of a text; a text without an instruction has none."""
 
 FIELDS = (
-    *("query", "positive", "negatives", "instruction", "symmetric", "in_batch_negatives"),
+    *(
+        "query",
+        "messages",
+        "positive",
+        "negatives",
+        "instruction",
+        "symmetric",
+        "in_batch_negatives",
+    ),
     *("positive_id", "negative_ids", "positive_ids", "scores"),
     *("query_image", "positive_image", "negative_images"),
 )
@@ -74,6 +84,8 @@ class RetrievalBuilder(Builder):
     instruction: the instruction of records that have none; None: no instruction.
     query_prefix, document_prefix: plain text before every query, and before every document (E5:
         "query: ", "passage: "). It stands behind an instruction and is pooled with the text.
+    dialogue: the form of queries that are dialogues, `nvmm.data.samples.dialogue.Dialogue`: of
+        `messages`, or rendered before as `query` or a text to embed; None: queries are plain texts.
     num_answers: ids of `positive_ids` that are kept beside `positive_id`, the first ones of more.
     masking: tokens of an instruction that are not pooled, though all are attended to:
         "sentence_transformers": BOS and the whole prefix, as that library does;
@@ -93,6 +105,7 @@ class RetrievalBuilder(Builder):
 
     query_prefix = ""
     document_prefix = ""
+    dialogue: Dialogue | None = None
     tokens_per_tile: int | None = None
     tile_size: int
     max_tiles: int
@@ -113,6 +126,7 @@ class RetrievalBuilder(Builder):
         unread: Sequence[str] = (),
         query_prefix: str = "",
         document_prefix: str = "",
+        dialogue: Dialogue | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -141,6 +155,10 @@ class RetrievalBuilder(Builder):
             self.query_prefix = query_prefix
         if document_prefix:
             self.document_prefix = document_prefix
+        if dialogue is not None:
+            self.dialogue = dialogue
+        elif "messages" in self.fields:
+            raise ValueError("build.fields.messages is read with build.dialogue alone; give both")
         if tokens_per_tile is not None:
             self.tokens_per_tile = tokens_per_tile
             self.tile_size = tile_size
@@ -166,7 +184,7 @@ class RetrievalBuilder(Builder):
         images = _list(record, "negative_images") or [None] * len(negatives)
         if len(images) != len(negatives):
             raise record.bad(f"{len(negatives)} negatives, {len(images)} negative_images")
-        query = self._content(record, "query", record.get("query"), record.get("query_image"))
+        query = self._query(record)
         documents = [
             self._content(record, "positive", record.get("positive"), record.get("positive_image")),
             *(
@@ -229,7 +247,7 @@ class RetrievalBuilder(Builder):
         if suffix:
             raise ValueError(f"a query to embed takes no suffix, got {suffix!r}")
         record = self.record(members)
-        query = self._content(record, "query", record.get("query"), record.get("query_image"))
+        query = self._query(record)
         text = self._text(query, self._instruction(record), record.source, QUERY)
         return Sample((text,), source=record.source)
 
@@ -274,6 +292,19 @@ class RetrievalBuilder(Builder):
             raise record.bad(f"instruction must be text, got {instruction!r}")
         return instruction
 
+    def _query(self, record: Record) -> Content:
+        """Return the record's query, a dialogue's turns as one text."""
+        messages = None if self.dialogue is None else record.get("messages")
+        if self.dialogue is None or messages is None:
+            return self._content(record, "query", record.get("query"), record.get("query_image"))
+        for name in ("query", "query_image"):
+            if record.get(name) is not None:
+                raise record.bad(f"it has messages and {name}; leave one out by build.unread")
+        try:
+            return Content(self.dialogue.render(messages))
+        except ValueError as error:
+            raise record.bad(str(error)) from error
+
     def _content(self, record: Record, name: str, text: Any, member: Any) -> Content:
         """Return a text and its picture, either of which may be missing."""
         if member is None:
@@ -305,8 +336,11 @@ class RetrievalBuilder(Builder):
         """Return a text with its picture. Raises BadSample where the picture does not fit."""
         tiles = None if content.image is None else self._tiles(content.image)
         count = 0 if tiles is None else len(tiles.tiles)
+        text = content.text
+        if role == QUERY and self.dialogue is not None:
+            text = self.dialogue.cut(text, lambda part: self._fits(part, instruction))
         before = self.query_prefix if role == QUERY else self.document_prefix
-        ids, pool_from = self.encode(before + content.text, instruction, count, source)
+        ids, pool_from = self.encode(before + text, instruction, count, source)
         media = {}
         if tiles is not None and self.tokens_per_tile is not None:
             first = ids.index(self.tokenizer.image_id)
@@ -320,6 +354,12 @@ class RetrievalBuilder(Builder):
             )
         extras |= {"role": torch.tensor(role), "pool_from": torch.tensor(pool_from)}
         return Text(torch.tensor(ids), torch.ones(len(ids)), media, extras)
+
+    def _fits(self, query: str, instruction: str | None) -> bool:
+        """Return whether a query without a picture loses nothing to the sequence length."""
+        prefix = TEMPLATE.format(instruction=instruction) if instruction else ""
+        ids = self.tokenizer.encode(prefix + self.query_prefix + query)
+        return len(ids) + 1 + (self.tokenizer.bos_id is not None) <= self.sequence_length
 
     def _tiles(self, image: Image.Image) -> Tiles:
         return tile_image(
