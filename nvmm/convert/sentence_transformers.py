@@ -31,6 +31,7 @@ _MODULES = {
 }
 _NATIVE = ("sentence_transformers", "none")
 """The maskings that sentence-transformers' Pooling has."""
+_FORMATS = "nvmm.convert.formats"
 _CODE = {
     "nv_embed": ("modeling_nvembed",),
     "mm_embed": (
@@ -91,8 +92,9 @@ def write_embedder(
     build, length = _trained(config)
     masking = build.get("masking", _NATIVE[0])
     for name in _CODE.get(format_name, ()):
-        source = files("nvmm.convert.formats") / f"{name}.py"
-        (folder / f"{name}.py").write_text(source.read_text(encoding="utf-8"))
+        source = (files(_FORMATS) / f"{name}.py").read_text(encoding="utf-8")
+        # Transformers takes along the files beside one that it imports by a relative name.
+        (folder / f"{name}.py").write_text(source.replace(f"from {_FORMATS}.", "from ."))
     if format_name in _CODE:
         _update(folder / "config.json", {"instruction_masking": masking})
     if format_name == "mm_embed":

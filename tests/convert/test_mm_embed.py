@@ -122,13 +122,13 @@ def test_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None
     assert (ours[3] - ours[5]).norm() > 1e-2, "a picture changes a vector"
 
 
+@pytest.mark.slow
 def test_sentence_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None:
     """Texts, pictures, both, and all of them in one batch; pictures by their path too."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
     folder, items, expected = exported
-    model = sentence_transformers.SentenceTransformer(
-        str(folder), trust_remote_code=True, device="cpu"
-    )
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     given = [foreign(item) for item in items]
     assert model.supports("image") and model.supports(("image", "text"))
     assert model.get_embedding_dimension() == 64 and model.max_seq_length == 64
@@ -188,6 +188,9 @@ def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any, Any], tmp_pa
                 assert json.loads(there.read_text()) == json.loads(file.read_text()), file.name
             else:
                 assert there.read_bytes() == file.read_bytes(), file.name
+    for file in folder.glob("*.py"):
+        lines = file.read_text().splitlines()
+        assert not any(line.startswith(("import nvmm", "from nvmm")) for line in lines), file.name
     names = load_file(folder / "model.safetensors").keys()
     for start in ("vision_tower.vision_model.", "multi_modal_projector.linear_1."):
         assert any(name.startswith(start) for name in names)

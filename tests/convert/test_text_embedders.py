@@ -29,6 +29,8 @@ KINDS: list[tuple[str, str, bool, str]] = [
     ("qwen3", "Mean", True, "sentence_transformers"),
     ("mistral", "EOS", False, "sentence_transformers"),
 ]
+QUICK = [KINDS[0], KINDS[2]]
+"""The others are slow together."""
 
 
 def embedder(kind: str, pooling: str, causal: bool, masking: str, folder: Path) -> dict[str, Any]:
@@ -40,7 +42,17 @@ def embedder(kind: str, pooling: str, causal: bool, masking: str, folder: Path) 
     return config
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=["-".join(map(str, kind)) for kind in KINDS])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            kind,
+            id="-".join(map(str, kind)),
+            marks=() if kind in QUICK else pytest.mark.slow,
+        )
+        for kind in KINDS
+    ],
+)
 def exported(
     request: pytest.FixtureRequest, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, str, Path, list[Tensor]]:
@@ -75,12 +87,14 @@ def test_transformers_gives_our_vectors(exported: tuple[str, str, Path, list[Ten
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sentence_transformers_gives_our_vectors(
     exported: tuple[str, str, Path, list[Tensor]],
 ) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
     folder = exported[2]
-    model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    model = SentenceTransformer(str(folder), device="cpu")
     assert model.max_seq_length == 64
     for name, expected in zip(("query", "document"), exported[3], strict=True):
         found = model.encode(TEXTS, prompt_name=name, convert_to_tensor=True)

@@ -1,6 +1,7 @@
 """MM-Embed for Transformers: copied into exported folders, where `trust_remote_code` runs it.
 
-It uses nothing of nvmm. `processing_mm_embed.py` beside it writes its inputs.
+It uses nothing of nvmm: the import below becomes one of the file beside it.
+`processing_mm_embed.py` writes its inputs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .modeling_nvembed import LatentAttentionModel, decoder, pooled, visible
+from nvmm.convert.formats.modeling_nvembed import LatentAttentionModel, decoder, pooled, visible
 
 
 class MMEmbedConfig(PretrainedConfig):

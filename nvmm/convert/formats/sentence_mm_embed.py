@@ -1,6 +1,7 @@
 """MM-Embed for sentence-transformers: copied into exported folders, run by `trust_remote_code`.
 
-It uses nothing of nvmm. One module reads texts, pictures and both, and gives unit vectors.
+It uses nothing of nvmm: the import below becomes one of the file beside it. One
+module reads texts, pictures and both, and gives unit vectors.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules.input_module import InputModule
 from transformers import AutoProcessor
 
-from .modeling_mm_embed import MMEmbedModel
+from nvmm.convert.formats.modeling_mm_embed import MMEmbedModel
 
 PREFIX, SUFFIX = "Instruct: ", "\nQuery: "
 KINDS = ("text", "image", ("image", "text"))
