@@ -19,19 +19,18 @@ from nvmm.convert.chat_template import (
 from nvmm.convert.files import publish
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.formats.config import mismatches
+from nvmm.convert.formats.decoder import POOLING
 from nvmm.convert.mapping import Row
 from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
 from nvmm.convert.pooling_modules import write_modules
 from nvmm.convert.processor import processor
 from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
-from nvmm.convert.sentence_transformers import write_embedder
+from nvmm.convert.sentence_transformers import check_embedder, write_embedder
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
 
 log = logging.getLogger("nvmm")
-_EMBEDDERS = ("nv_embed", "bert")
-"""Formats of models that take no part in a conversation."""
 
 
 def export(
@@ -61,6 +60,10 @@ def export(
             " export them alone with `adapter export`"
         )
     # 1. Every key and shape is checked here, before anything is written.
+    model = _model(saved, part)
+    embeds = "pooling" in (model.get("language") or model)
+    if embeds:
+        check_embedder(saved.state["config"], format_name, model)
     config, rows = layout(saved, format_name, part, vocab_size)
     source: Source = saved.source if part is None else SubModel(saved.source, f"{part}.")
     original = _original(saved, format_name, part)
@@ -68,7 +71,7 @@ def export(
     stored = next(iter(converted.spec.values())).dtype
     talk = None if "vocab_size" not in language_of(config) else conversation(saved, tokenizer)
     whole_config = exported_config(config, original, stored)
-    if talk is not None and talk.trained and format_name not in _EMBEDDERS:
+    if talk is not None and talk.trained and not embeds:
         _set_ends(language_of(whole_config), talk)
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
@@ -82,21 +85,22 @@ def export(
         check_written(SafetensorsSource(temporary), converted, written)
         if talk is not None:
             copy_tokenizer(talk.folder, temporary)
-            if format_name not in _EMBEDDERS:
+            if not embeds:
                 reads_images = part is None and "vision" in saved.model
                 write_conversation(temporary, talk, reads_images=reads_images)
         write_folder(
             temporary,
             whole_config,
             _card(saved, format_name, part, converted),
-            processor(_model(saved, part), format_name),
+            processor(model, format_name),
         )
-        if talk is not None and format_name not in _EMBEDDERS:
+        if talk is not None and not embeds:
             check_conversation(temporary, talk)
-        if format_name == "nv_embed":
-            write_embedder(temporary, saved.state["config"], config["hidden_size"])
-        if format_name == "bert" and talk is not None:
-            write_modules(temporary, saved.state["config"], config["hidden_size"])
+        if format_name == "bert":
+            if talk is not None:
+                write_modules(temporary, saved.state["config"], config["hidden_size"])
+        elif embeds and "hidden_size" in config:
+            write_embedder(temporary, saved.state["config"], format_name, config)
 
 
 def layout(
@@ -105,6 +109,8 @@ def layout(
     """Return config.json of a checkpoint's model or part in a format, and the format's table."""
     model, family = _model(saved, part), FORMATS[format_name]
     config = family.from_model(model)
+    if config.get(POOLING) is not None:
+        config["architectures"] = [config["architectures"][0].replace("ForCausalLM", "Model")]
     _set_vocabulary(config, model, _original(saved, format_name, part), vocab_size)
     return config, family.table(model, config)
 

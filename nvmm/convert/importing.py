@@ -18,7 +18,8 @@ from nvmm.convert.files import publish
 from nvmm.convert.formats import bert, nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
-from nvmm.convert.models import PARTS, HubFolder, write_state, write_weights
+from nvmm.convert.models import PARTS, SOURCES, HubFolder, write_state, write_weights
+from nvmm.convert.sentence_transformers import read_data
 from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
@@ -31,25 +32,46 @@ _PLACEHOLDER = "<|vision_pad|>"
 def derive(folders: Mapping[str, HubFolder]) -> dict[str, Any]:
     """Return our model config of one folder (part "") or of several that compose a model.
 
-    Raises ValueError when the parts are not those of NVLM-D.
+    Raises ValueError when the parts are not those of NVLM-D or MM-Embed.
     """
     if "" in folders:
         if len(folders) > 1:
             raise ValueError("several --from need their parts: --from language=DIR --from ...")
         return folders[""].model()
-    if set(folders) != set(PARTS):
+    if not set(PARTS) <= set(folders):
         raise ValueError(
             f"--from gives {', '.join(sorted(folders))}; without model= or experiment= it must give"
-            f" {' and '.join(PARTS)}"
+            f" {' and '.join(PARTS)}, and for MM-Embed connector"
         )
-    language, vision = (folders[part].model() for part in PARTS)
-    return {
-        "_target_": "nvmm.models.multimodal.MultimodalModel",
-        "_partial_": True,
-        "language": language,
-        "vision": vision,
-        "connector": nvlm_d.connector(language["transformer"]["ffn_hidden_size"], 1e-6),
-    }
+    models = {part: folders[part].model() for part in SOURCES if part in folders}
+    if "connector" not in models:
+        width = models["language"]["transformer"]["ffn_hidden_size"]
+        models["connector"] = nvlm_d.connector(width, 1e-6)
+    target = "nvmm.models.multimodal.MultimodalModel"
+    return {"_target_": target, "_partial_": True, **models}
+
+
+def opened(
+    folders: Mapping[str, HubFolder], model: Mapping[str, Any] | None
+) -> dict[str, HubFolder]:
+    """Return the folders of parts as the composed model takes them.
+
+    A connector is read alone out of its folder. Beside one, or where the given model has a layer
+    less than the folder, CLIP's last layer is left out, as LLaVA leaves it.
+    """
+    parts = dict(folders)
+    if "connector" in parts:
+        parts["connector"] = parts["connector"].connector()
+    vision = parts.get("vision")
+    if vision is not None and vision.format == "clip":
+        if model is None:
+            shorter = "connector" in parts
+        else:
+            layers = (model.get("vision") or {}).get("transformer", {}).get("num_layers")
+            shorter = layers == vision.model()["transformer"]["num_layers"] - 1
+        if shorter:
+            parts["vision"] = vision.before_last_layer()
+    return parts
 
 
 def check_given(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> None:
@@ -135,13 +157,15 @@ def import_folders(
         saved["data"] = saved["data"] or given
         options = pooling_modules.tokenizer_options(language_folder.path)
         saved["tokenizer"] = saved["tokenizer"] or options
+    elif language_folder is not None and saved["data"] is None:
+        saved["data"] = read_data(language_folder.path, language_folder.format, model)
     with publish(to) as temporary:
         write_weights(temporary, cast, "import", workers)
         digest = None
         if language_folder is not None and copy_tokenizer(
             language_folder.path, temporary / "tokenizer"
         ):
-            saved, digest = _with_tokenizer(saved, language_folder.path, to / "tokenizer")
+            saved, digest = _with_tokenizer(saved, language_folder, to / "tokenizer")
         write_state(
             temporary,
             {
@@ -156,7 +180,7 @@ def import_folders(
 
 
 def _with_tokenizer(
-    saved: Mapping[str, Any], source: Path, final: Path
+    saved: Mapping[str, Any], source: HubFolder, final: Path
 ) -> tuple[dict[str, Any], str]:
     """Return the saved config with its tokenizer, and the tokenizer's digest.
 
@@ -164,17 +188,17 @@ def _with_tokenizer(
     """
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
-        copy_tokenizer(source, here)
-        return _with_local_tokenizer(saved, here, final)
+        copy_tokenizer(source.path, here)
+        return _with_local_tokenizer(saved, here, final, source.config.get("image_token_index"))
 
 
 def _with_local_tokenizer(
-    saved: Mapping[str, Any], here: Path, final: Path
+    saved: Mapping[str, Any], here: Path, final: Path, image_id: int | None
 ) -> tuple[dict[str, Any], str]:
     configured = dict(saved["tokenizer"] or {"_target_": "nvmm.data.samples.tokenizer.Tokenizer"})
     options = {k: v for k, v in configured.items() if k not in ("_target_", "path")}
     if not options:
-        options = _tokenizer_options(here)
+        options = _tokenizer_options(here, image_id)
     tokenizer = Tokenizer(str(here), **options)
     out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
@@ -182,12 +206,16 @@ def _with_local_tokenizer(
     return out, tokenizer.digest
 
 
-def _tokenizer_options(folder: Path) -> dict[str, Any]:
+def _tokenizer_options(folder: Path, image_id: int | None) -> dict[str, Any]:
+    """Return the tokens of a turn's end and of a picture: the folder's, or one that is added."""
     vocabulary = Tokenizer(str(folder), end_of_turn=_PLACEHOLDER, extra_tokens=[_PLACEHOLDER])
     ends = [token for token in _TURN_ENDS if vocabulary.token_id(token) is not None]
     if not ends:
         eos = [vocabulary.decode([vocabulary.eos_id], skip_special_tokens=False)]
         ends = eos if vocabulary.token_id(eos[0]) is not None else [_PLACEHOLDER]
+    image = "" if image_id is None else vocabulary.decode([image_id], skip_special_tokens=False)
+    if image != _PLACEHOLDER and vocabulary.token_id(image) == image_id is not None:
+        return {"image_token": image, "end_of_turn": ends[0]}
     return {
         "image_token": _PLACEHOLDER,
         "end_of_turn": ends[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.checkpoint.record import read_record, write_record
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
-from nvmm.convert.formats import bert, megatron
+from nvmm.convert.formats import bert, clip, megatron, projector
 from nvmm.convert.formats.all import FORMATS, detect, read_config
-from nvmm.convert.formats.decoder import EMBEDDING, HEAD
+from nvmm.convert.formats.decoder import EMBEDDING, HEAD, POOLING
 from nvmm.convert.pooling_modules import read_modules
 from nvmm.convert.safetensors import SafetensorsSource
+from nvmm.convert.sentence_transformers import read_pooling
 from nvmm.convert.sources import Cast, Source, SubModel, at_row, compare_shapes, read, refuse
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
@@ -29,6 +30,8 @@ from nvmm.io.progress import progress
 log = logging.getLogger("nvmm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
+SOURCES = (*PARTS, "connector")
+"""The parts of a composed model that a folder of their own may give."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,24 @@ class HubFolder:
             return FORMATS[self.format].to_model(self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+
+    def connector(self) -> HubFolder:
+        """Return the projector of a whole model's folder as a folder of its own.
+
+        Raises ValueError for a format whose projector is not read alone.
+        """
+        fields = getattr(FORMATS[self.format], "projector_config", None)
+        if fields is None:
+            raise ValueError(
+                f"--from connector={self.path}: a {self.format} folder gives no projector; name one"
+                " of LLaVA-NeXT or MM-Embed"
+            )
+        source = SubModel(self.source, projector.PREFIX)
+        return replace(self, format="projector", config=fields(self.config), source=source)
+
+    def before_last_layer(self) -> HubFolder:
+        """Return a CLIP folder as LLaVA reads it: without its last layer."""
+        return replace(self, config={**self.config, clip.FEATURE_LAYER: -2})
 
     def to_ours(self, model: Mapping[str, Any]) -> ToOurs:
         """Return its tensors under our names."""
@@ -87,6 +108,8 @@ def open_folder(path: Path) -> HubFolder:
         config = untied(config, source)
         if format_name == "bert":
             config |= {bert.MODULES: read_modules(path)}
+        elif EMBEDDING in config:
+            config[POOLING] = read_pooling(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)

@@ -213,6 +213,12 @@ WHOLE: dict[str, Any] = {
         "text_config": families._SHAPE | {"model_type": "mistral"},
         "latent_attention_config": {},
     },
+    "mm_embed": {
+        "model_type": "mm_embed",
+        "text_config": families._SHAPE | {"model_type": "mistral"},
+        "vision_config": VISION | {"model_type": "clip_vision_model"},
+        "latent_attention_config": {},
+    },
     "siglip": {"model_type": "siglip", "vision_config": VISION, "text_config": {}},
 }
 

@@ -342,7 +342,10 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "qwen3": [{"model_type": "qwen3"}],
     "llama": [{"model_type": "llama"}],
     "yi": [{"model_type": "llama"}],
-    "mistral": [{"model_type": "mistral", "sliding_window": None}],
+    "mistral": [
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": None, "sentence_pooling": "lasttoken"},
+    ],
     "nemotron": [{"model_type": "nemotron"}],
     "internvit": [{"model_type": "intern_vit_6b"}],
     "clip": [
@@ -357,6 +360,15 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "llava_next": [{"model_type": "llava_next"}],
     "nv_embed": [{"text_config": {"model_type": "bidir_mistral", "sliding_window": None}}],
     "bert": [{"model_type": "bert"}],
+    "mm_embed": [
+        {
+            "text_config": {"model_type": "mistral", "sliding_window": None},
+            "vision_config": {"model_type": "clip_vision_model"},
+            "latent_attention_config": latent,
+        }
+        for latent in ({}, None)
+    ],
+    "projector": [{"text_config": {"model_type": "llama"}}],
 }
 
 

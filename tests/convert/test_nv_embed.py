@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ from torch import Tensor
 from nvmm.convert import exporting, importing, models
 from nvmm.convert.formats import nv_embed
 from nvmm.convert.sentence_transformers import write_embedder
-from nvmm.data.samples.retrieval import RetrievalBuilder
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.evaluation import beir
-from nvmm.inference.embedding import TextEncoder
+from nvmm.inference.embedding import TextAndImage, TextEncoder
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -55,9 +55,15 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def save(
-    rank: int, world: int, init: str, layout: dict[str, int], config: dict[str, Any], to: Path
+    rank: int,
+    world: int,
+    init: str,
+    layout: dict[str, int],
+    config: dict[str, Any],
+    to: Path,
+    items: Sequence[str | TextAndImage] = tuple(TEXTS),
 ) -> list[Tensor] | None:
-    """Write a checkpoint of random weights; the vectors of TEXTS as queries and documents."""
+    """Write a checkpoint of random weights; the vectors of items as queries and documents."""
     from nvmm.checkpoint.save import Checkpoint
     from nvmm.parallel.parameters import build_chunks, sharded_parameters
     from nvmm.parallel.setup import Parallel, Precision, shutdown
@@ -86,17 +92,10 @@ def save(
     state = {"config": config, "tokenizer_digest": tokenizer.digest, "step": 1}
     checkpoint.save(1, chunks, optimizer, state)
     checkpoint.finalize(blocking=True)
-    build = config["data"]["train"]["build"]
-    builder = RetrievalBuilder(
-        1,
-        True,
-        INSTRUCTION,
-        build["masking"],
-        tokenizer=tokenizer,
-        sequence_length=config["data"]["sequence_length"],
-    )
+    make = instantiate(config["data"]["train"]["build"], _convert_="all")
+    builder = make(tokenizer=tokenizer, sequence_length=config["data"]["sequence_length"])
     encoder = TextEncoder([chunk.eval() for chunk in chunks], builder, batch_size=2)
-    found = [encoder(TEXTS, INSTRUCTION), encoder(TEXTS)]
+    found = [encoder(items, INSTRUCTION), encoder(items)]
     shutdown()
     return found
 
@@ -255,7 +254,7 @@ def test_a_masking_that_sentence_transformers_lacks_is_named(
     config["data"]["train"]["build"]["masking"] = "nv_embed"
     shutil.copytree(exported[0], tmp_path / "hf")
     shutil.rmtree(tmp_path / "hf" / "2_Normalize")
-    write_embedder(tmp_path / "hf", config, 64)
+    write_embedder(tmp_path / "hf", config, "nv_embed", {"hidden_size": 64})
     assert "not masking=nv_embed" in caplog.text
 
 

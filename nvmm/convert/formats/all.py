@@ -14,14 +14,17 @@ from nvmm.config.nested import merged
 from nvmm.convert.formats import (
     bert,
     clip,
+    decoder,
     internvit,
     llama,
     llava_next,
     megatron,
     mistral,
+    mm_embed,
     nemotron,
     nv_embed,
     nvlm_d,
+    projector,
     qwen2,
     qwen3,
     siglip,
@@ -45,6 +48,8 @@ FORMATS: dict[str, ModuleType] = {
     megatron.DISTRIBUTED: megatron,
     "nv_embed": nv_embed,
     "bert": bert,
+    "mm_embed": mm_embed,
+    "projector": projector,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -62,6 +67,7 @@ _MODEL_TYPES = {
     "llava_next": "llava_next",
     "nvembed": "nv_embed",
     "bert": "bert",
+    mm_embed.MODEL_TYPE: "mm_embed",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -92,6 +98,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def detect(hf: Mapping[str, Any], folder: Path) -> str:
     """Return a folder's format by its model_type. Raises ValueError when that has no table."""
+    if mm_embed.is_released(hf):
+        return "mm_embed"
     model_type = hf.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
@@ -116,6 +124,7 @@ def exported_config(
     derived: Mapping[str, Any], source: Mapping[str, Any] | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return config.json of an export: the model's fields over those of an imported one."""
+    derived = {key: value for key, value in derived.items() if key not in decoder.INTERNAL}
     config: dict[str, Any] = merged(source or {}, derived, drop=_STALE)
     return config | {"torch_dtype": str(dtype).removeprefix("torch.")}
 

@@ -29,6 +29,9 @@ MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
 PREFIX = "tower_prefix"
 """A key that no config.json has; `complete` finds its value in the names."""
+FEATURE_LAYER = "vision_feature_layer"
+"""LLaVA's name of the layer whose output is taken: -1 (where it is not given) or -2, the one before
+the last. The layer behind it is left out."""
 _ACTIVATIONS: dict[str, dict[str, Any]] = {
     "quick_gelu": QUICK_GELU,
     "gelu": GELU,
@@ -40,10 +43,10 @@ _FIELDS = (
     *("image_size", "patch_size", "num_channels", "hidden_act", "layer_norm_eps"),
     # Of pooled features, which our encoder does not compute, and of LLaVA's folders.
     *("projection_dim", "vision_use_head", "vocab_size"),
-    PREFIX,
+    *(PREFIX, FEATURE_LAYER),
 )
 _WHOLE = (
-    *("vision_config", "vision_config_dict", PREFIX),
+    *("vision_config", "vision_config_dict", PREFIX, FEATURE_LAYER),
     # Of the text encoder and of pooled features.
     *("text_config", "text_config_dict", "projection_dim", "logit_scale_init_value"),
 )
@@ -111,14 +114,16 @@ def encoder(hf: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn config.json into our model config, with all layers and without the norm."""
-    return encoder(
+    """Turn config.json into our model config: the layers up to FEATURE_LAYER, without the norm."""
+    model = encoder(
         vision_config(hf),
         patch_bias=False,
         pre_layernorm=True,
         image_mean=MEAN,
         image_std=STD,
     )
+    model["transformer"]["num_layers"] += 1 + only(hf, FEATURE_LAYER, -1, -2)
+    return model
 
 
 def encoder_fields(model: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -217,4 +222,17 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         ]
     # Folders of CLIPVisionModelWithProjection have it too.
     others = text_encoder_rows(hf) or [Row(None, ("visual_projection.weight",), Drop())]
-    return [*rows, *layers(model, prefix), *others]
+    return [*rows, *layers(model, prefix), *_behind(model, hf, prefix), *others]
+
+
+def _behind(model: Mapping[str, Any], hf: Mapping[str, Any], prefix: str) -> list[Row]:
+    """Return rows that drop the layer behind the one whose output is taken."""
+    if hf.get(FEATURE_LAYER, -1) == -1:
+        return []
+    linears = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
+    layer = f"{prefix}encoder.layers.{model['transformer']['num_layers']}"
+    return [
+        Row(None, (f"{layer}.{part}.{kind}",), Drop())
+        for part in (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
+        for kind in _PARTS
+    ]

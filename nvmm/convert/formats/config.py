@@ -183,6 +183,8 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
         return {**model, **parts, "connector": connector}
+    if "transformer" not in model:
+        return {**_CONNECTOR_DEFAULTS, **model}
     fields = dict(model["transformer"])
     heads = fields["num_attention_heads"]
     filled = {

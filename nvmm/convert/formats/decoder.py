@@ -25,12 +25,18 @@ from nvmm.convert.mapping import QKV, Drop, GatedMLP, PadVocabulary, Rename, Row
 
 _PREFIX, EMBEDDING, HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
 """Keys that no config.json has; `complete` finds their values in the names."""
+POOLING = "sentence_pooling"
+"""A key that no config.json has: the one pooling of a folder's sentence-transformers files."""
+INTERNAL = frozenset({_PREFIX, EMBEDDING, HEAD, POOLING})
+POOLINGS = {"mean": "Mean", "lasttoken": "EOS"}
+"""sentence-transformers' names of our poolings that need no weights."""
+_POOLING_CLASSES = "nvmm.modules.pooling."
 FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("tie_word_embeddings", "max_position_embeddings", "initializer_range"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
-    *(_PREFIX, EMBEDDING, HEAD),
+    *(_PREFIX, EMBEDDING, HEAD, POOLING, "is_causal"),
 )
 """Fields of config.json that every family reads."""
 _EVERY_ROPE = (
@@ -87,7 +93,7 @@ def to_language(
         "add_qkv_bias": False,
         "init_method_std": hf["initializer_range"],
     }
-    return {
+    language = {
         "_target_": "nvmm.models.language.LanguageModel",
         "_partial_": True,
         "transformer": transformer(**(config | dict(changes or {}))),
@@ -97,6 +103,43 @@ def to_language(
         "max_sequence_length": need(hf, "max_position_embeddings"),
         **_rope(hf, partial_rotary),
     }
+    if hf.get(POOLING) is not None:
+        return _embedder(language, hf[POOLING], only(hf, "is_causal", True, False))
+    if not only(hf, "is_causal", True, False):
+        raise ValueError(
+            "config.json: is_causal=False is an embedder's, and its folder has no modules.json that"
+            " says how it pools"
+        )
+    return language
+
+
+def _embedder(language: Mapping[str, Any], pooling: str, causal: bool) -> dict[str, Any]:
+    """Return a decoder's config as that of an embedder. Raises ValueError for what it cannot be."""
+    plain = ("rope_scaling", "seq_len_interpolation_factor", "rotary_percent")
+    if scaled := [name for name in plain if language.get(name) not in (None, False, 1.0)]:
+        raise ValueError(f"config.json: an embedder has no {scaled[0]}={language[scaled[0]]}")
+    if not causal and language["transformer"].get("window_size") is not None:
+        raise ValueError("config.json: is_causal=False and a sliding_window contradict each other")
+    # An embedder has no output layer for the embedding to be tied to.
+    left_out = ("share_embeddings_and_output_weights", "rope_scaling_factor", *plain)
+    return {
+        **{key: value for key, value in language.items() if key not in left_out},
+        "_target_": "nvmm.models.embedder.EmbeddingModel",
+        "pooling": {"_target_": _POOLING_CLASSES + POOLINGS[pooling], "_partial_": True},
+        "causal": causal,
+    }
+
+
+def pooling_name(model: Mapping[str, Any], family: str) -> str:
+    """Return sentence-transformers' name of an embedder's pooling; ValueError where it has none."""
+    kind = model["pooling"]["_target_"].removeprefix(_POOLING_CLASSES)
+    for name, ours in POOLINGS.items():
+        if ours == kind:
+            return name
+    raise ValueError(
+        f"--format {family} cannot express model.pooling={kind}; it can"
+        f" {', '.join(POOLINGS.values())}"
+    )
 
 
 def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
@@ -119,6 +162,10 @@ def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
         "initializer_range": config.get("init_method_std", 0.02),
         "use_cache": True,
     }
+    if "pooling" in model:
+        # The names of a base model, which has no output layer.
+        hf |= {_PREFIX: "", HEAD: None, "tie_word_embeddings": False}
+        hf |= {POOLING: pooling_name(model, family), "is_causal": model.get("causal", False)}
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
         hf["head_dim"] = config["kv_channels"]
     if model["rope_scaling"]:
@@ -285,7 +332,9 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     rows += [
         Row(f"decoder.final_layernorm.{kind}", (f"{prefix}norm.{kind}",)) for kind in norm_kinds
     ]
-    if not model["share_embeddings_and_output_weights"]:
+    if "pooling" in model:
+        rows += [Row(None, (head,), Drop())] if head else []
+    elif not model["share_embeddings_and_output_weights"]:
         rows += [Row("output_layer.weight", (head,), vocabulary)] if head else []
     elif head and head != embedding:
         rows.append(Row(None, (head,), Tied(embedding)))

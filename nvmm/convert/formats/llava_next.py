@@ -13,13 +13,12 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from nvmm.convert.formats import clip, llama, mistral
-from nvmm.convert.formats.config import GELU, known, need, only, whole
+from nvmm.convert.formats import clip, llama, mistral, projector
+from nvmm.convert.formats.config import known, need, only
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Drop, Row, prefixed
 
 _FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral}
-_KINDS = ("weight", "bias")
 _FIELDS = (
     *("text_config", "vision_config", "vision_feature_layer", "vision_feature_select_strategy"),
     *("projector_hidden_act", "multimodal_projector_bias", "tie_word_embeddings"),
@@ -44,29 +43,24 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Turn config.json into our model config: native tiles, in which every patch is a token."""
     known(hf, *_FIELDS)
     family, text = _language(hf)
-    vision = clip.to_model(_part(hf, "vision_config"))
+    language = family.to_model(text)
+    tower = _part(hf, "vision_config")
     hf = standard(hf)
     only(hf, "tie_word_embeddings", False)
-    only(hf, "vision_feature_layer", -2)
     only(hf, "vision_feature_select_strategy", "default")
-    only(hf, "projector_hidden_act", "gelu")
-    language = family.to_model(text)
-    layers = vision["transformer"]["num_layers"]
     return {
         "_target_": "nvmm.models.multimodal.MultimodalModel",
         "_partial_": True,
         "language": language,
-        "vision": vision | {"transformer": vision["transformer"] | {"num_layers": layers - 1}},
-        "connector": {
-            "_target_": "nvmm.modules.connector.MLPConnector",
-            "_partial_": True,
-            "downsample": 1,
-            "hidden_size": language["transformer"]["hidden_size"],
-            "layernorm": False,
-            "bias": only(hf, "multimodal_projector_bias", True, False),
-            "activation_func": GELU,
-        },
+        "vision": clip.to_model(tower | {clip.FEATURE_LAYER: only(hf, clip.FEATURE_LAYER, -2)}),
+        "connector": projector.to_model(projector_config(hf)),
     }
+
+
+def projector_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the projector alone is read from."""
+    known(hf, *_FIELDS)
+    return {**standard(hf), "text_config": _language(hf)[1]}
 
 
 def from_model(model: Mapping[str, Any]) -> NoReturn:
@@ -85,20 +79,10 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Return the rows of the three parts; weights that ours does not have are left out."""
     family, text = _language(hf)
-    prefix = hf["vision_config"][clip.PREFIX]
-    vision = clip.table(model["vision"], hf["vision_config"])
-    last = model["vision"]["transformer"]["num_layers"]
-    linears = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
-    parts = (*linears, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2")
-    left_out = [f"{prefix}encoder.layers.{last}.{part}.{k}" for part in parts for k in _KINDS]
-    rows = [
-        Row(f"connector.linear_fc{i}.{kind}", (f"multi_modal_projector.linear_{i}.{kind}",))
-        for i in (1, 2)
-        for kind in (_KINDS if whole(model)["connector"]["bias"] else _KINDS[:1])
-    ]
+    tower = hf["vision_config"] | {clip.FEATURE_LAYER: -2}
     return [
-        *prefixed(vision, "vision.", ""),
-        *(Row(None, (name,), Drop()) for name in [*left_out, "image_newline"]),
-        *rows,
+        *prefixed(clip.table(model["vision"], tower), "vision.", ""),
+        Row(None, ("image_newline",), Drop()),
+        *prefixed(projector.table(model["connector"], hf), "connector.", projector.PREFIX),
         *prefixed(family.table(model["language"], text), "language.", "language_model."),
     ]

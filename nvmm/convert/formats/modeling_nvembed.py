@@ -128,6 +128,31 @@ class LatentAttentionModel(nn.Module):
         return feed_forward(hidden) + hidden
 
 
+def decoder(text_config: dict[str, Any] | None) -> Any:
+    """Build the decoder of a config.json's text_config, without an output layer."""
+    fields = dict(text_config or {})
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    return AutoModel.from_config(config, attn_implementation="sdpa")
+
+
+def visible(attention_mask: Tensor, causal: bool) -> Tensor:
+    """Return which keys a query sees, bool [b, 1, s, s], of the mask of tokens that are no padding.
+
+    A row of padding sees the whole of itself: a soft-max over nothing is not a number.
+    """
+    size = attention_mask.shape[1]
+    seen = attention_mask.bool()[:, None, None, :].expand(-1, 1, size, -1)
+    if causal:
+        seen = seen & torch.ones_like(seen).tril()
+    return seen | ~seen.any(-1, keepdim=True)
+
+
+def pooled(hidden: Tensor, pool_mask: Tensor) -> Tensor:
+    """Return the unit vectors [b, h] of the means of a mask's [b, s] tokens of hidden [b, s, h]."""
+    weights = pool_mask.to(hidden.dtype)[..., None]
+    return nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+
+
 class NVEmbedModel(PreTrainedModel):
     """A decoder, bidirectional unless config.causal, and latent attention where it has one."""
 
@@ -135,9 +160,7 @@ class NVEmbedModel(PreTrainedModel):
 
     def __init__(self, config: NVEmbedConfig) -> None:
         super().__init__(config)
-        fields = dict(config.text_config or {})
-        text_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.embedding_model = AutoModel.from_config(text_config, attn_implementation="sdpa")
+        self.embedding_model = decoder(config.text_config)
         sizes = config.latent_attention_config
         self.latent_attention_model = (
             LatentAttentionModel(config.hidden_size, sizes) if sizes else None
@@ -162,20 +185,14 @@ class NVEmbedModel(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        seen = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-        if self.config.causal:
-            seen = seen & torch.ones_like(seen).tril()
-        # A row of padding sees the whole of itself: a soft-max over nothing is not a number.
-        seen = seen | ~seen.any(-1, keepdim=True)
         hidden = self.embedding_model(
-            input_ids=input_ids, attention_mask=seen, use_cache=False
+            input_ids=input_ids,
+            attention_mask=visible(attention_mask, self.config.causal),
+            use_cache=False,
         ).last_hidden_state
         if self.latent_attention_model is not None:
             hidden = self.latent_attention_model(hidden)
-        pooled = None
-        if pool_mask is not None:
-            weights = pool_mask.to(hidden.dtype)[..., None]
-            pooled = nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+        vectors = None if pool_mask is None else pooled(hidden, pool_mask)
         if not return_dict:
-            return (hidden,) if pooled is None else (hidden, pooled)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+            return (hidden,) if vectors is None else (hidden, vectors)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=vectors)
