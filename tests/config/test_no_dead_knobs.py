@@ -42,7 +42,10 @@ SYSTEMS = (
     "language/tiny",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("nvlm_d/quickstart", "nvlm_x/quickstart", "nvlm_h/quickstart", "nv_embed/tiny")
+        for name in (
+            *("nvlm_d/quickstart", "nvlm_x/quickstart", "nvlm_h/quickstart"),
+            *("nv_embed/tiny", "minilm/finetune"),
+        )
     ),
 )
 SPECIAL = ("_target_", "_partial_")
