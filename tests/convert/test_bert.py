@@ -185,6 +185,23 @@ def test_a_folder_becomes_a_checkpoint_and_the_same_again(
     }
 
 
+def test_prompts_of_a_folder_become_prefixes(tmp_path: Path) -> None:
+    """E5's: queries and documents are embedded as the text with its prompt."""
+    from nvmm.batch import QUERY
+
+    theirs = folder_of(tmp_path / "theirs", mode="mean")
+    prompts = {"query": "query: ", "passage": "passage: "}
+    about = tmp_path / "theirs" / "config_sentence_transformers.json"
+    about.write_text(json.dumps({"prompts": prompts}))
+    ours = str(tmp_path / "ours")
+    assert main(["import", "--from", str(tmp_path / "theirs"), "--to", ours]) == 0
+    with opened(ours) as restored:
+        found = restored.embed(TEXTS, role=QUERY), restored.embed(TEXTS)
+    for vector, prefix in zip(found, prompts.values(), strict=True):
+        expected = vectors(theirs, tmp_path / "theirs", "mean", 20, prefix=prefix)
+        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=0)
+
+
 def test_a_run_of_two_ranks_is_exported(tmp_path: Path) -> None:
     """Saved at TP 2, the same vectors at PP 2, and of the exported folder with its framing."""
     import transformers
