@@ -122,7 +122,8 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "--format mm_embed needs a model of vision, connector and an embedder as its language"
         )
-    if more := [name for name in model if name not in (*parts, "_target_", "_partial_")]:
+    more = [name for name in model if model[name] and name not in (*parts, "_target_", "_partial_")]
+    if more:
         raise ValueError(f"--format mm_embed cannot express model.{more[0]}={model[more[0]]}")
     full = whole(model["vision"])
     if [list(full["image_mean"]), list(full["image_std"])] != [clip.MEAN, clip.STD]:
