@@ -40,7 +40,7 @@ _CODE = {
     ),
 }
 _MASKING = {"nv_embed": "nv_embed", "mm_embed": "mm_embed"}
-"""What the released code of a format without `instruction_masking` does."""
+"""The released code's masking, where a config.json has no `instruction_masking`."""
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",

@@ -177,6 +177,7 @@ def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any, Any], tmp_pa
     """With its data, so that the import embeds at once and is exported to the same files."""
     folder = exported[0]
     assert main(["import", "--from", str(folder), "--to", str(tmp_path / "ours")]) == 0
+    assert main(["verify", "--a", str(folder), "--b", str(tmp_path / "ours")]) == 0
     saved = models.open_checkpoint(tmp_path / "ours")
     assert saved.model["language"]["pooling"]["num_latents"] == 6
     assert saved.state["config"]["data"]["sequence_length"] == 64

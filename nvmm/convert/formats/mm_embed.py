@@ -33,7 +33,7 @@ _FIELDS = (
     *(*_EMBEDDER, "max_position_embeddings", "vision_config", clip.FEATURE_LAYER),
     *("vision_feature_select_strategy", "projector_hidden_act", "multimodal_projector_bias"),
     *("global_image_patch_only", "retriever", _ROPE, "tie_word_embeddings", "vocab_size"),
-    # Of how a text and its picture are written, which data.train.build says here.
+    # The layout of a text and its picture, which data.train.build says here.
     *("instruction_masking", "image_token_index", "image_seq_length", "max_length"),
     *("add_eos_token", "padding_side", "image_grid_pinpoints", "use_image_newline_parameter"),
     "ignore_index",
