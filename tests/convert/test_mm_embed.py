@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,30 @@ def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any, Any], tmp_pa
     for start in ("vision_tower.vision_model.", "multi_modal_projector.linear_1."):
         assert any(name.startswith(start) for name in names)
     assert "language_model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def embed(
+    rank: int, world: int, init: str, checkpoint: Path, layout: dict[str, int], items: list[Any]
+) -> list[Tensor]:
+    """The vectors of a checkpoint, as the commands restore it."""
+    import torch.distributed as dist
+
+    from nvmm.inference.restore import restore
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
+    encoder = restore(checkpoint, parallel=layout).encoder(batch_size=4)
+    return [encoder(items, INSTRUCTION), encoder(items)]
+
+
+def test_an_import_embeds_at_once(exported: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """With the sample builder that its folder describes, at a layout of its own."""
+    folder, items, expected = exported
+    assert main(["import", "--from", str(folder), "--to", str(tmp_path / "ours")]) == 0
+    layout = {"pipeline_model_parallel_size": 2}
+    for vectors in run_ranks(embed, 2, tmp_path / "ours", layout, items):
+        for a, b in zip(vectors, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def released(folder: Path, to: Path, **changes: Any) -> dict[str, Tensor]:
