@@ -124,7 +124,9 @@ def test_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None
 
 
 @pytest.mark.slow
-def test_sentence_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None:
+def test_sentence_transformers_gives_our_vectors(
+    exported: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
     """Texts, pictures, both, and all of them in one batch; pictures by their path too."""
     from sentence_transformers import SentenceTransformer
 
@@ -143,6 +145,11 @@ def test_sentence_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]
     torch.testing.assert_close(ours, expected[1][3], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="a prompt must be 'Instruct: '"):
         model.encode(["a"], prompt="query: ")
+    # What sentence-transformers saves, after training say, is such a folder again.
+    model.save(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    found = again.encode(given, prompt_name="query", convert_to_tensor=True)
+    torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-5)
 
 
 def test_a_picture_has_the_pixels_of_training(tmp_path: Path) -> None:

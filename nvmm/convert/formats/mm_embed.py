@@ -34,7 +34,7 @@ _FIELDS = (
     *("vision_feature_select_strategy", "projector_hidden_act", "multimodal_projector_bias"),
     *("global_image_patch_only", "retriever", _ROPE, "tie_word_embeddings", "vocab_size"),
     # The layout of a text and its picture, which data.train.build says here.
-    *("instruction_masking", "image_token_index", "image_seq_length", "max_length"),
+    *("instruction_masking", "image_token_index", "image_seq_length", "max_seq_length"),
     *("add_eos_token", "padding_side", "image_grid_pinpoints", "use_image_newline_parameter"),
     "ignore_index",
 )
