@@ -17,6 +17,7 @@ from nvmm.checkpoint.files import read_state
 from nvmm.convert.exporting import layout
 from nvmm.convert.files import publish
 from nvmm.convert.formats import peft
+from nvmm.convert.formats.decoder import POOLING
 from nvmm.convert.formats.peft import Factors
 from nvmm.convert.importing import on_meta
 from nvmm.convert.models import SavedModel, open_checkpoint, write_state, write_weights
@@ -24,7 +25,7 @@ from nvmm.convert.sources import Cast, InMemory, Source, WithLora, read
 from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
 log = logging.getLogger("nvmm")
-_WITHOUT_HEAD = ("internvit", "clip", "siglip", "whisper", "nvlm_d", "nv_embed")
+_WITHOUT_HEAD = ("internvit", "clip", "siglip", "whisper", "nvlm_d", "nv_embed", "mm_embed")
 _BLOCK = 4_194_304  # elements merged at a time
 _STATE = ("config", "tokenizer_digest", "sources", "initialised")
 
@@ -141,7 +142,7 @@ def export_adapter(
             f"{saved.path} trained more than adapters ({', '.join(trained[:3])} ...): `merge` them"
             " and export the model, or name a part without them with --part"
         )
-    _, rows = layout(saved, format_name, part)
+    config, rows = layout(saved, format_name, part)
     names = [n.removesuffix(FACTORS[0]) for n in names_of_part if n.endswith(FACTORS[0])]
     if not names:
         raise ValueError(f"{saved.path} has no adapters in {part or 'the model'}")
@@ -170,7 +171,7 @@ def export_adapter(
             alpha=lora.alpha,
             dropout=lora.dropout,
             base=base,
-            task=None if format_name in _WITHOUT_HEAD else "CAUSAL_LM",
+            task=None if format_name in _WITHOUT_HEAD or config.get(POOLING) else "CAUSAL_LM",
             every=every,
         )
 

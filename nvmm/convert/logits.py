@@ -32,7 +32,8 @@ def logits(
     constructor: makes a model's partial of its (trusted) config.
     """
     model = _config(side)
-    if "vocab_size" not in model.get("language", model) or "pooling" in model:
+    language = model.get("language", model)
+    if "vocab_size" not in language or "pooling" in language:
         return None
     if isinstance(side, SavedModel):
         return _ours(model, side.source, tokens, constructor, seed)

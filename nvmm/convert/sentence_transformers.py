@@ -40,7 +40,7 @@ _CODE = {
     ),
 }
 _MASKING = {"nv_embed": "nv_embed", "mm_embed": "mm_embed"}
-"""What the released code of a format without `instruction_masking` does."""
+"""The released code's masking, where a config.json has no `instruction_masking`."""
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -142,8 +142,8 @@ def _write_processor(
 ) -> None:
     """Write how MM-Embed's processor makes ids and pixels."""
     vision, tokens = whole(model["vision"]), _picture_tokens(model)
-    sizes = {"image_seq_length": tokens, "max_length": length}
-    _update(folder / "config.json", {"image_token_index": tokenizer.image_id, **sizes})
+    places = {"image_token_index": tokenizer.image_id, "image_seq_length": tokens}
+    _update(folder / "config.json", {**places, "max_seq_length": length})
     _write(
         folder / "processor_config.json",
         {
@@ -157,7 +157,8 @@ def _write_processor(
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
             "masking": masking,
-            **sizes,
+            "image_seq_length": tokens,
+            "max_length": length,
         },
     )
 
@@ -199,7 +200,7 @@ def read_data(folder: Path, format_name: str, model: Mapping[str, Any]) -> dict[
     if (masking := hf.get("instruction_masking") or _MASKING.get(format_name)) is None:
         pooling = _read(folder / "1_Pooling" / "config.json")
         masking = "none" if pooling.get("include_prompt", True) else _NATIVE[0]
-    build = {
+    build: dict[str, Any] = {
         "_target_": "nvmm.data.samples.retrieval.RetrievalBuilder",
         "_partial_": True,
         "num_negatives": 0,
@@ -208,17 +209,15 @@ def read_data(folder: Path, format_name: str, model: Mapping[str, Any]) -> dict[
         "masking": masking,
     }
     if "vision" in model:
-        build |= {"tokens_per_tile": _picture_tokens(model), "masking": "mm_embed", "max_tiles": 1}
-        build |= {"tile_size": model["vision"]["image_size"]}
-        if format_name == "mm_embed":
-            build["masking"] = masking
-    longest = model.get("language", model)["max_sequence_length"]
-    length = _read(folder / "sentence_bert_config.json").get("max_seq_length")
-    if format_name == "mm_embed":
-        length = hf.get("max_length")
-    length = min(length or 512, longest)
-    if "vision" in model and not isinstance(hf.get("max_length"), int):
-        length = min(length + build["tokens_per_tile"], longest)
+        side = model["vision"]["image_size"]
+        build |= {"tokens_per_tile": _picture_tokens(model), "tile_size": side, "max_tiles": 1}
+        if format_name != "mm_embed":  # a text embedder's folder, of which an MM-Embed is composed
+            build["masking"] = "mm_embed"
+    length = hf.get("max_seq_length")
+    if length is None:
+        length = _read(folder / "sentence_bert_config.json").get("max_seq_length") or 512
+        length += build.get("tokens_per_tile", 0)
+    length = min(length, model.get("language", model)["max_sequence_length"])
     return {"sequence_length": length, "train": {"build": build}}
 
 

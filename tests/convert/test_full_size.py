@@ -16,9 +16,10 @@ from torch import Tensor
 
 from nvmm.config.check import config_dir
 from nvmm.config.signatures import completed
-from nvmm.convert.formats import nvlm_d
+from nvmm.convert.formats import mm_embed, nvlm_d
 from nvmm.convert.formats.all import FORMATS
 from nvmm.convert.formats.config import mismatches
+from nvmm.convert.formats.modeling_mm_embed import MMEmbedConfig, MMEmbedModel
 from nvmm.convert.importing import parameters
 from nvmm.convert.table import ToOurs, ToTheirs
 from tests.models.parameter_names import golden_path
@@ -186,3 +187,66 @@ def test_backbones_have_the_published_size_and_keys(model: str) -> None:
     assert {name: list(spec.shape) for name, spec in back.spec.items()} == shapes
     if kind != "internvit":
         assert theirs == transformers_shapes(kind, hf)
+
+
+MM_EMBED = {
+    "model_type": "llava_next",
+    "architectures": ["NVMMEmbedModel"],
+    "retriever": "nvidia/NV-Embed-v1",
+    "global_image_patch_only": True,
+    "image_token_index": 32000,
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "_name_or_path": "mistralai/Mistral-7B-Instruct-v0.2",
+        "model_type": "mistral",
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "vocab_size": 32064,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+}
+"""The released config.json, as far as its fields are known."""
+
+
+def test_mm_embed_8b_is_the_released_layout() -> None:
+    """Our modelling file has our names, and the release has them with a layer and a tensor more."""
+    ours = config_of("mm_embed_8b")
+    hf = mm_embed.from_model(ours)
+    assert mm_embed.from_model(completed(ours)) == hf
+    constructor = instantiate(ours, _convert_="all")
+    shapes = {name: list(spec.shape) for name, spec in parameters(constructor).items()}
+    there = ToTheirs(Names(shapes), mm_embed.table(ours, hf))
+    theirs = {name: list(spec.shape) for name, spec in there.spec.items()}
+    with torch.device("meta"):
+        model = MMEmbedModel(MMEmbedConfig(**{k: v for k, v in hf.items() if k != "auto_map"}))
+    assert theirs == {name: list(value.shape) for name, value in model.state_dict().items()}
+    text = [n for n in theirs if n.startswith(("language_model.", "latent_attention_model."))]
+    assert sum(math.prod(theirs[name]) for name in text) == 7_851_016_192
+
+    layer = "vision_tower.vision_model.encoder.layers.22."
+    last = {n.replace(".22.", ".23."): s for n, s in theirs.items() if n.startswith(layer)}
+    names = Names({**theirs, **last, "image_newline": [4096]})
+    tower = [s for n, s in {**theirs, **last}.items() if n.startswith("vision_tower.")]
+    assert sum(map(math.prod, tower)) == 303_507_456, "CLIP ViT-L/14-336"
+    released = mm_embed.complete(MM_EMBED, names.spec)
+    assert mismatches(mm_embed.to_model(released), ours, "the release", "ours") == []
+    back = ToOurs(names, mm_embed.table(ours, released))
+    assert {name: list(spec.shape) for name, spec in back.spec.items()} == shapes
+    assert set(back.dropped) == {*last, "image_newline"} | {
+        f"vision_tower.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")
+    }

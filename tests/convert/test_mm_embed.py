@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,9 @@ def test_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None
 
 
 @pytest.mark.slow
-def test_sentence_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None:
+def test_sentence_transformers_gives_our_vectors(
+    exported: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
     """Texts, pictures, both, and all of them in one batch; pictures by their path too."""
     from sentence_transformers import SentenceTransformer
 
@@ -142,6 +145,11 @@ def test_sentence_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]
     torch.testing.assert_close(ours, expected[1][3], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="a prompt must be 'Instruct: '"):
         model.encode(["a"], prompt="query: ")
+    # What sentence-transformers saves, after training say, is such a folder again.
+    model.save(str(tmp_path / "again"))
+    again = SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    found = again.encode(given, prompt_name="query", convert_to_tensor=True)
+    torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-5)
 
 
 def test_a_picture_has_the_pixels_of_training(tmp_path: Path) -> None:
@@ -177,6 +185,7 @@ def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any, Any], tmp_pa
     """With its data, so that the import embeds at once and is exported to the same files."""
     folder = exported[0]
     assert main(["import", "--from", str(folder), "--to", str(tmp_path / "ours")]) == 0
+    assert main(["verify", "--a", str(folder), "--b", str(tmp_path / "ours")]) == 0
     saved = models.open_checkpoint(tmp_path / "ours")
     assert saved.model["language"]["pooling"]["num_latents"] == 6
     assert saved.state["config"]["data"]["sequence_length"] == 64
@@ -195,6 +204,30 @@ def test_the_folder_comes_back_bit_equal(exported: tuple[Path, Any, Any], tmp_pa
     for start in ("vision_tower.vision_model.", "multi_modal_projector.linear_1."):
         assert any(name.startswith(start) for name in names)
     assert "language_model.embed_tokens.weight" in names and "lm_head.weight" not in names
+
+
+def embed(
+    rank: int, world: int, init: str, checkpoint: Path, layout: dict[str, int], items: list[Any]
+) -> list[Tensor]:
+    """The vectors of a checkpoint, as the commands restore it."""
+    import torch.distributed as dist
+
+    from nvmm.inference.restore import restore
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
+    encoder = restore(checkpoint, parallel=layout).encoder(batch_size=4)
+    return [encoder(items, INSTRUCTION), encoder(items)]
+
+
+def test_an_import_embeds_at_once(exported: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    """With the sample builder that its folder describes, at a layout of its own."""
+    folder, items, expected = exported
+    assert main(["import", "--from", str(folder), "--to", str(tmp_path / "ours")]) == 0
+    layout = {"pipeline_model_parallel_size": 2}
+    for vectors in run_ranks(embed, 2, tmp_path / "ours", layout, items):
+        for a, b in zip(vectors, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def released(folder: Path, to: Path, **changes: Any) -> dict[str, Tensor]:

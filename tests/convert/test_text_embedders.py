@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nvmm.config.signatures import completed
 from nvmm.convert import exporting, models
 from nvmm.convert.formats import llama, mistral, qwen2, qwen3
 from nvmm.convert.formats.all import FORMATS
@@ -124,6 +125,7 @@ def test_the_folder_comes_back_bit_equal(
 
 def test_what_no_plain_folder_can_say_is_refused(tokenizer: Path) -> None:
     plain = embedder("qwen2", "Mean", False, "none", tokenizer)["model"]
+    assert qwen2.from_model(completed(plain)) == qwen2.from_model(plain)
     for pooling in ("LatentAttention", "SelfAttention"):
         with pytest.raises(ValueError, match=f"pooling={pooling}; it can Mean, EOS"):
             qwen2.from_model(plain | {"pooling": tiny.embedder(pooling)["pooling"]})

@@ -33,8 +33,8 @@ _FIELDS = (
     *(*_EMBEDDER, "max_position_embeddings", "vision_config", clip.FEATURE_LAYER),
     *("vision_feature_select_strategy", "projector_hidden_act", "multimodal_projector_bias"),
     *("global_image_patch_only", "retriever", _ROPE, "tie_word_embeddings", "vocab_size"),
-    # Of how a text and its picture are written, which data.train.build says here.
-    *("instruction_masking", "image_token_index", "image_seq_length", "max_length"),
+    # The layout of a text and its picture, which data.train.build says here.
+    *("instruction_masking", "image_token_index", "image_seq_length", "max_seq_length"),
     *("add_eos_token", "padding_side", "image_grid_pinpoints", "use_image_newline_parameter"),
     "ignore_index",
 )
@@ -122,7 +122,8 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "--format mm_embed needs a model of vision, connector and an embedder as its language"
         )
-    if more := [name for name in model if name not in (*parts, "_target_", "_partial_")]:
+    more = [name for name in model if model[name] and name not in (*parts, "_target_", "_partial_")]
+    if more:
         raise ValueError(f"--format mm_embed cannot express model.{more[0]}={model[more[0]]}")
     full = whole(model["vision"])
     if [list(full["image_mean"]), list(full["image_std"])] != [clip.MEAN, clip.STD]:

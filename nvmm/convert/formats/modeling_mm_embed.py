@@ -37,7 +37,7 @@ class MMEmbedConfig(PretrainedConfig):
         image_token_index: int = 0,
         image_seq_length: int = 576,
         instruction_masking: str = "mm_embed",
-        max_length: int = 512,
+        max_seq_length: int = 512,
         **kwargs: Any,
     ) -> None:
         self.text_config = text_config
@@ -50,8 +50,8 @@ class MMEmbedConfig(PretrainedConfig):
         self.image_token_index = image_token_index
         self.image_seq_length = image_seq_length
         self.instruction_masking = instruction_masking
+        self.max_seq_length = max_seq_length
         super().__init__(**kwargs)
-        self.max_length = max_length
 
 
 class VisionTower(nn.Module):

@@ -13,7 +13,7 @@ from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row
 
 PREFIX = "multi_modal_projector."
-"""What its names begin with in the whole model's folder; here they have none."""
+"""Its names begin so in the whole model's folder, and are without it here."""
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ module reads texts, pictures and both, and gives unit vectors.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ KINDS = ("text", "image", ("image", "text"))
 class MMEmbedSentences(InputModule):
     """The model and its processor as sentence-transformers' only module."""
 
-    def __init__(self, auto_model: MMEmbedModel, processor: Any) -> None:
+    def __init__(self, auto_model: MMEmbedModel, processor: Any, folder: Path) -> None:
         super().__init__()
+        self.folder = folder
         self.auto_model = auto_model
         self.processor = processor
         self.tokenizer = processor.tokenizer
@@ -65,9 +67,13 @@ class MMEmbedSentences(InputModule):
         return int(self.auto_model.config.hidden_size)
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write the folder's model and processor."""
+        """Write the folder's model, processor and code. Raises ValueError for one of the hub's."""
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is no local folder whose code could be copied")
         self.auto_model.save_pretrained(output_path)
-        self.processor.save_pretrained(output_path)
+        self.tokenizer.save_pretrained(output_path)
+        for file in [*self.folder.glob("*.py"), self.folder / "processor_config.json"]:
+            shutil.copy(file, Path(output_path) / file.name)
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> MMEmbedSentences:
@@ -81,7 +87,7 @@ class MMEmbedSentences(InputModule):
         processor = AutoProcessor.from_pretrained(
             model_name_or_path, trust_remote_code=True, **options
         )
-        return cls(model, processor)
+        return cls(model, processor, Path(model_name_or_path))
 
 
 def _opened(item: Any) -> Any:
