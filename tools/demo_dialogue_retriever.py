@@ -260,8 +260,8 @@ def main() -> None:
         " licence): a question before, a sentence that names the topic, and the question with"
         ' "it" for the topic. No person spoke them.',
         f"{counts} held-out questions of whole chapters; {chunks} chunks of at most {WORDS} words."
-        f" {options.steps} steps of 16 packed rows of 512 tokens, {options.seeds} seed(s); losses and examples are"
-        " those of the first.",
+        f" {options.steps} steps of 16 packed rows of 512 tokens, {options.seeds} seed(s); losses and"
+        " examples are those of the first.",
     ]
     text = page(
         "MiniLM as a dialogue retriever",
