@@ -259,8 +259,8 @@ def main() -> None:
         "Dialogues were made by rule of the questions of Python's FAQ (Debian's python3.11-doc, PSF"
         " licence): a question before, a sentence that names the topic, and the question with"
         ' "it" for the topic. No person spoke them.',
-        f"{counts} held-out questions of whole chapters; {chunks} chunks of at most {WORDS} words."
-        f" {options.steps} steps of 16 packed rows of 512 tokens, {options.seeds} seed(s); losses and"
+        f"{counts} held-out questions of whole chapters; {chunks} chunks of at most {WORDS} words;"
+        f" {options.steps} steps of 16 rows of 512 tokens, {options.seeds} seed(s). Losses and"
         " examples are those of the first.",
     ]
     text = page(

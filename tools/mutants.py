@@ -38,6 +38,8 @@ NEAREST = {
     "parallel/groups": "tests/modules/encoders/test_vision.py",
     "parallel/schedule": TRAINER,
     "modules/mlp": "tests/models/test_language.py",
+    "modules/embedding": "tests/models/test_bidirectional.py",
+    "modules/post_norm": "tests/models/test_bidirectional.py",
     "modules/spans": "tests/modules/test_cross_attention.py",
     "modules/specs": "tests/models/test_language.py",
     "modules/encoders/audio": "tests/models/test_second_modality.py",

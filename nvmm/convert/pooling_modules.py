@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
+from nvmm.config.signatures import value_of
 from nvmm.convert.formats.bert import POOLINGS, pooling_name
 from nvmm.data.samples.tokenizer import Tokenizer
 
@@ -108,7 +109,7 @@ def write_modules(folder: Path, config: Mapping[str, Any], hidden_size: int) -> 
     """
     model, data = config["model"], config.get("data") or {}
     build = (data.get("train") or {}).get("build") or {}
-    normalize = model.get("normalize", True)
+    normalize = value_of(model, "normalize")
     if build.get("instruction"):
         raise ValueError(
             f"data.train.build.instruction={build['instruction']!r} is not written by --format"
@@ -127,7 +128,7 @@ def write_modules(folder: Path, config: Mapping[str, Any], hidden_size: int) -> 
         "pooling_mode": pooling_name(model),
         "include_prompt": True,
     }
-    length = data.get("sequence_length") or model.get("max_sequence_length", 512)
+    length = data.get("sequence_length") or value_of(model, "max_sequence_length")
     prefixes = {name: build.get(f"{name}_prefix") or "" for name in ("query", "document")}
     similarity = "cosine" if normalize else "dot"
     _write(folder / "modules.json", modules)

@@ -111,15 +111,21 @@ class Restored:
         return score_continuations(self.model, prompts, continuations, pad_id=self.tokenizer.pad_id)
 
     def embed(
-        self, texts: Sequence[str], instruction: str | None = None, batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        instruction: str | None = None,
+        batch_size: int = 32,
+        role: int | None = None,
     ) -> Tensor:
-        """Return unit vectors of texts, fp32 [texts, h] on the CPU, the same on every rank.
+        """Return vectors of texts, fp32 [texts, h] on the CPU, the same on every rank.
 
         instruction: the task's instruction, put before every text; None for documents.
+        role: `nvmm.batch.QUERY` for queries; None for documents. Both may have prefixes.
 
         Raises ValueError for a checkpoint that is no embedder.
         """
-        return self.encoder(batch_size)(texts, instruction)
+        roles = {} if role is None else {"role": role}
+        return self.encoder(batch_size)(texts, instruction, **roles)
 
     def encoder(self, batch_size: int = 32) -> TextEncoder:
         """Return an encoder of texts. Raises ValueError for a checkpoint that is no embedder."""

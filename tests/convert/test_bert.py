@@ -185,6 +185,23 @@ def test_a_folder_becomes_a_checkpoint_and_the_same_again(
     }
 
 
+def test_prompts_of_a_folder_become_prefixes(tmp_path: Path) -> None:
+    """E5's: queries and documents are embedded as the text with its prompt."""
+    from nvmm.batch import QUERY
+
+    theirs = folder_of(tmp_path / "theirs", mode="mean")
+    prompts = {"query": "query: ", "passage": "passage: "}
+    about = tmp_path / "theirs" / "config_sentence_transformers.json"
+    about.write_text(json.dumps({"prompts": prompts}))
+    ours = str(tmp_path / "ours")
+    assert main(["import", "--from", str(tmp_path / "theirs"), "--to", ours]) == 0
+    with opened(ours) as restored:
+        found = restored.embed(TEXTS, role=QUERY), restored.embed(TEXTS)
+    for vector, prefix in zip(found, prompts.values(), strict=True):
+        expected = vectors(theirs, tmp_path / "theirs", "mean", 20, prefix=prefix)
+        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=0)
+
+
 def test_a_run_of_two_ranks_is_exported(tmp_path: Path) -> None:
     """Saved at TP 2, the same vectors at PP 2, and of the exported folder with its framing."""
     import transformers
@@ -319,10 +336,16 @@ def real(to: Path) -> Path:
 
 @needs_weights
 def test_real_weights_give_the_vectors_of_sentence_transformers(tmp_path: Path) -> None:
-    """MiniLM's 22 M weights, as imported and as exported again; a text of 600 tokens is cut."""
+    """MiniLM's 22 M weights, as imported and as exported again, and the ids of these docs."""
+    import transformers
     from sentence_transformers import SentenceTransformer
 
-    ours = embed(real(tmp_path / "ours"), SENTENCES)
+    with opened(real(tmp_path / "ours")) as restored:
+        ours = restored.embed(SENTENCES, batch_size=2)
+        text = "\n".join(file.read_text() for file in sorted(Path("docs").glob("*.md")))
+        theirs_ids = transformers.AutoTokenizer.from_pretrained(minilm())(text).input_ids
+        words = restored.tokenizer
+        assert [words.bos_id, *words.encode(text), words.eos_id] == theirs_ids
     arguments = ["--from", str(tmp_path / "ours"), "--to", str(tmp_path / "hf")]
     assert main(["export", *arguments, "--format", "bert"]) == 0
     for folder in (minilm(), tmp_path / "hf"):

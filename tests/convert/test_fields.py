@@ -85,6 +85,13 @@ BASES: dict[str, dict[str, Any]] = {
     "clip_vision_model": VISION,
     "siglip_vision_model": VISION | {"vision_use_head": False},
     "whisper": families._WHISPER,
+    "bert": {
+        "vocab_size": families.VOCABULARY,
+        "hidden_size": 60,
+        "intermediate_size": 92,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+    },
 }
 FORMAT = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
@@ -116,6 +123,11 @@ def theirs(kind: str, raw: dict[str, Any], folder: Path) -> tuple[Tensor, Any]:
         with torch.no_grad():
             out = model(pixels).last_hidden_state
         return out[:, 1:] if kind == "clip_vision_model" else out, model
+    if kind == "bert":
+        model = transformers.AutoModel.from_config(config).eval()
+        oracle.randomize(model)
+        with torch.no_grad():
+            return model(TOKENS).last_hidden_state, model
     if kind == "whisper":
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -149,6 +161,8 @@ def ours(kind: str, raw: dict[str, Any], model: Any, folder: Path) -> Tensor:
             module.image_mean, module.image_std = [0.0] * 3, [1 / 255] * 3
             return module(torch.randn(1, 3, 16, 16, generator=generator))
         batch: Batch = batch_of(list(TOKENS))
+        if kind == "bert":
+            return module(batch, output="hidden").transpose(0, 1)
         return module(batch, output="logits")
 
 

@@ -45,6 +45,11 @@ def test_configured_encoders_have_the_published_sizes(name: str, count: int) -> 
     with torch.device("meta"):
         theirs = BertModel(BertConfig(**sizes), add_pooling_layer=False)
     assert sum(p.numel() for p in theirs.parameters()) == count
+    source = Given(theirs.state_dict())
+    converted = ToOurs(source, bert.table(config_of(name), bert.complete(sizes, source.spec)))
+    assert {f"{key} {list(value.shape)}" for key, value in converted.spec.items()} == set(
+        golden_path(name).read_text().splitlines()
+    )
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ LAYOUTS = {
     "pp2_vp2": Layout("PP2xVPP2", 2, PP2 | {"virtual_pipeline_model_parallel_size": 2}),
     "tp2_pp2_sp": Layout("TP2+SPxPP2", 4, TP2 | PP2 | {"sequence_parallel": True}),
     "pp2_dp2": Layout("PP2xDP2", 4, PP2),
+    "selective": Layout("selective recompute", 1, {"recompute_granularity": "selective"}),
     "recompute": Layout("full recompute", 1, {"recompute_granularity": "full"}),
 }
 FP64 = {"precision": {"_target_": "nvmm.parallel.setup.Precision", "dtype": "fp64"}}
@@ -41,6 +42,7 @@ SLOW = [
     ("cls", "tp2", True),
     ("cls", "tp2_sp", True),
     ("cls", "recompute", False),
+    ("cls", "selective", False),
     ("mean", "dp2", True),
     ("mean", "tp2_sp", True),
     ("mean", "pp2_vp2", False),

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nvmm.config.signatures import value_of
 from nvmm.convert.formats import decoder
 from nvmm.convert.formats.clip import activation, activation_name
 from nvmm.convert.formats.config import known, need, only, padded, transformer, whole
@@ -86,8 +87,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Turn our model config into config.json; ValueError for a model that BERT cannot express."""
     if model.get("_target_") != TARGET:
         raise ValueError("--format bert is a post-norm encoder with a pooling, not this model")
-    full = whole(model)
-    config = full["transformer"]
+    config = whole(model)["transformer"]
     hf = {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -97,14 +97,14 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": config["num_attention_heads"],
         "intermediate_size": config["ffn_hidden_size"],
         "hidden_act": activation_name(config),
-        "max_position_embeddings": full.get("max_sequence_length", 512),
-        "type_vocab_size": full.get("num_token_types", 2),
+        "max_position_embeddings": value_of(model, "max_sequence_length"),
+        "type_vocab_size": value_of(model, "num_token_types"),
         "layer_norm_eps": config["layernorm_epsilon"],
         "hidden_dropout_prob": config.get("hidden_dropout", 0.1),
         "attention_probs_dropout_prob": config.get("attention_dropout", 0.1),
         "initializer_range": config.get("init_method_std", 0.02),
     }
-    modules = {"pooling": pooling_name(model), "normalize": full.get("normalize", True)}
+    modules = {"pooling": pooling_name(model), "normalize": value_of(model, "normalize")}
     decoder.expressible(model, to_model({**hf, MODULES: modules}), "bert")
     return hf
 
@@ -136,7 +136,8 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     prefix = hf.get(PREFIX, "")
     norms = {"weight": "gamma", "bias": "beta"} if hf.get(OLD_NORMS) else {}
-    vocabulary = PadVocabulary(model["padded_vocab_size"], hf["vocab_size"])
+    size = hf.get("vocab_size", model["vocab_size"])
+    vocabulary = PadVocabulary(model["padded_vocab_size"], size)
     ours, theirs, tables = "decoder.layers.*.", f"{prefix}encoder.layer.*.", f"{prefix}embeddings."
     # 1. The embedding.
     rows = [
@@ -145,11 +146,11 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         # A buffer that Transformers saved before version 4.31.
         Row(None, (f"{tables}position_ids",), Drop()),
     ]
-    if hf["type_vocab_size"]:
+    if value_of(model, "num_token_types"):
         types = f"{tables}token_type_embeddings.weight"
         rows.append(Row("embedding.tokentype_embeddings.weight", (types,)))
     # 2. The layers: linears and norms have a weight and a bias.
-    for kind, size in (("weight", (width, width)), ("bias", (width,))):
+    for kind, shape in (("weight", (width, width)), ("bias", (width,))):
         norm = norms.get(kind, kind)
         qkv = tuple(f"{theirs}attention.self.{x}.{kind}" for x in ("query", "key", "value"))
         mapping = QKV(heads, heads, width // heads)
@@ -168,7 +169,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             ),
             Row(f"{ours}post_mlp_layernorm.{kind}", (f"{theirs}output.LayerNorm.{norm}",)),
             # 3. What stands behind the encoder.
-            Row(None, (f"{prefix}pooler.dense.{kind}",), Unused(size, 0.0)),
+            Row(None, (f"{prefix}pooler.dense.{kind}",), Unused(shape, 0.0)),
         ]
     rows += [Row(None, (f"cls.{name}",), Drop()) for name in _HEADS]
     return expand(rows, config["num_layers"])

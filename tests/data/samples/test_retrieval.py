@@ -55,6 +55,27 @@ def extras(sample: Sample) -> dict[str, torch.Tensor]:
 RECORD = {"query": "bird", "positive": "sings", "negatives": ["a", "small", "it"]}
 
 
+def test_prefixes_stand_before_queries_and_documents(tokenizer: Tokenizer) -> None:
+    """E5's; they are pooled, stand behind an instruction, and leave hashes and ids as they were."""
+    prefixes = {"query_prefix": "query: ", "document_prefix": "passage: "}
+    build, plain = builder(tokenizer, **prefixes), builder(tokenizer)
+    sample = build(member(**RECORD))
+    texts = [tokenizer.decode(text.tokens.tolist()) for text in sample.texts]
+    assert texts[:2] == ["query: bird", "passage: sings"]
+    assert all(text.startswith("passage: ") for text in texts[2:]) and len(texts) == 4
+    found, without = extras(sample), extras(plain(member(**RECORD)))
+    for name in ("pool_from", "document_id", "text_hash", "role"):
+        assert torch.equal(found[name], without[name]), name
+    assert torch.equal(build.text("bird", role=QUERY).text.tokens, sample.texts[0].tokens)
+    assert torch.equal(build.text("sings").text.tokens, sample.texts[1].tokens)
+    assert torch.equal(build.prompt(member(**RECORD)).text.tokens, sample.texts[0].tokens)
+    told = build.text("bird", "find it", QUERY).text
+    words = tokenizer.decode(told.tokens.tolist())
+    assert words == "Instruct: find it\nQuery: query: bird"
+    pooled = tokenizer.decode(told.tokens[int(told.extras["pool_from"]) :].tolist())
+    assert pooled.strip() == "query: bird"
+
+
 def test_texts_of_a_sample_become_rows_with_their_roles(tokenizer: Tokenizer) -> None:
     build = builder(tokenizer)
     first = build(member(**RECORD, positive_id="d1", negative_ids=["d2", "d3", "d4"]))
