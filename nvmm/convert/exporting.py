@@ -21,7 +21,14 @@ from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, w
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.formats.decoder import POOLING
 from nvmm.convert.mapping import Row
-from nvmm.convert.models import SavedModel, check_written, write_state, write_weights
+from nvmm.convert.models import (
+    TWO_TOWERS,
+    SavedModel,
+    check_written,
+    part_of,
+    write_state,
+    write_weights,
+)
 from nvmm.convert.pooling_modules import write_modules
 from nvmm.convert.processor import processor
 from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
@@ -47,7 +54,8 @@ def export(
     """Write a checkpoint of ours as a Hugging Face folder.
 
     Args:
-        part: language or vision, of a model that has parts; None for the whole model.
+        part: language or vision, of a model that has parts, or query or context of two towers;
+            None for the whole model.
         vocab_size: rows of the vocabulary; None for an imported model's own number, else the
             model's vocab_size.
         tokenizer: its folder, where that has moved.
@@ -98,7 +106,8 @@ def export(
             check_conversation(temporary, talk)
         if format_name == "bert":
             if talk is not None:
-                write_modules(temporary, saved.state["config"], config["hidden_size"])
+                embedder = {**saved.state["config"], "model": model}
+                write_modules(temporary, embedder, config["hidden_size"])
         elif embeds and "hidden_size" in config:
             write_embedder(temporary, saved.state["config"], format_name, config)
 
@@ -116,11 +125,11 @@ def layout(
 
 
 def _model(saved: SavedModel, part: str | None) -> Mapping[str, Any]:
+    if part is None and saved.model.get("_target_") == TWO_TOWERS:
+        raise ValueError(f"{saved.path} has two towers: export each, --part query and context")
     if part is None:
         return saved.model
-    if not isinstance(saved.model.get(part), Mapping):
-        raise ValueError(f"--part {part}: the model of {saved.path} has no {part}")
-    return saved.model[part]
+    return part_of(saved.model, part, f"--part {part}: the model of {saved.path}")
 
 
 def _original(saved: SavedModel, format_name: str, part: str | None) -> dict[str, Any] | None:

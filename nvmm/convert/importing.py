@@ -18,7 +18,16 @@ from nvmm.convert.files import publish
 from nvmm.convert.formats import bert, nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
-from nvmm.convert.models import PARTS, SOURCES, HubFolder, write_state, write_weights
+from nvmm.convert.models import (
+    PARTS,
+    SOURCES,
+    TOWERS,
+    TWO_TOWERS,
+    HubFolder,
+    part_of,
+    write_state,
+    write_weights,
+)
 from nvmm.convert.sentence_transformers import read_data
 from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -32,16 +41,24 @@ _PLACEHOLDER = "<|vision_pad|>"
 def derive(folders: Mapping[str, HubFolder]) -> dict[str, Any]:
     """Return our model config of one folder (part "") or of several that compose a model.
 
-    Raises ValueError when the parts are not those of NVLM-D or MM-Embed.
+    Raises ValueError when the parts are not those of NVLM-D, MM-Embed or two towers, and for towers
+    of two models.
     """
     if "" in folders:
         if len(folders) > 1:
             raise ValueError("several --from need their parts: --from language=DIR --from ...")
         return folders[""].model()
-    if not set(PARTS) <= set(folders):
+    if set(folders) == set(TOWERS):
+        first, second = (folders[part] for part in TOWERS)
+        query = first.model()
+        lines = mismatches(query, second.model(), str(first.path), str(second.path))
+        if lines:
+            raise ValueError("both towers must be one model:\n  " + "\n  ".join(lines))
+        return {"_target_": TWO_TOWERS, "_partial_": True, "language": query}
+    if not set(PARTS) <= set(folders) <= set(SOURCES):
         raise ValueError(
             f"--from gives {', '.join(sorted(folders))}; without model= or experiment= it must give"
-            f" {' and '.join(PARTS)}, and for MM-Embed connector"
+            f" {' and '.join(PARTS)}, for MM-Embed connector too, or {' and '.join(TOWERS)}"
         )
     models = {part: folders[part].model() for part in SOURCES if part in folders}
     if "connector" not in models:
@@ -81,9 +98,8 @@ def check_given(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> N
     """
     problems: list[str] = []
     for part, folder in folders.items():
-        if part and not isinstance(model.get(part), Mapping):
-            raise ValueError(f"--from {part}={folder.path}: the given model has no {part}")
-        configured = model[part] if part else model
+        where = f"--from {part}={folder.path}: the given model"
+        configured = part_of(model, part, where) if part else model
         derived = folder.model()
         if folder.format == "bert":
             derived |= {k: configured[k] for k in bert.unsaid(folder.config) if k in configured}
@@ -116,7 +132,8 @@ def import_folders(
     """
     # 1. Every folder under our names; the tables account for each of their keys.
     converted = {
-        part: folder.to_ours(model[part] if part else model) for part, folder in folders.items()
+        part: folder.to_ours(part_of(model, part, "the model") if part else model)
+        for part, folder in folders.items()
     }
     imported = Merged(
         [Renamed(ours, f"{part}." if part else "") for part, ours in converted.items()]
@@ -150,10 +167,12 @@ def import_folders(
         for part, folder in folders.items()
     }
     # 4. Weights, tokenizer and state.json, which completes the checkpoint.
-    language_folder = folders.get("") or folders.get("language")
+    language_folder = next((folders[p] for p in ("", *PARTS[:1], *TOWERS) if p in folders), None)
     if language_folder is not None and language_folder.format == "bert":
         modules = language_folder.config.get(bert.MODULES)
-        given = pooling_modules.data(modules, value_of(model, "max_sequence_length"))
+        given = pooling_modules.data(
+            modules, value_of(model.get("language", model), "max_sequence_length")
+        )
         saved["data"] = saved["data"] or given
         options = pooling_modules.tokenizer_options(language_folder.path)
         saved["tokenizer"] = saved["tokenizer"] or options

@@ -32,6 +32,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
 SOURCES = (*PARTS, "connector")
 """The parts of a composed model that a folder of their own may give."""
+TOWERS = ("query", "context")
+TWO_TOWERS = "nvmm.models.two_towers.TwoTowers"
+
+
+def part_of(model: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """Return the config of one part of a model; both towers of a model of two have one config.
+
+    Raises ValueError, beginning with `where`, for a part that the model has not.
+    """
+    if model.get("_target_") == TWO_TOWERS:
+        parts = dict.fromkeys(TOWERS, model["language"])
+    else:
+        parts = {key: value for key, value in model.items() if key not in TOWERS}
+    part = parts.get(name)
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where} has no {name}")
+    return part
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ class SavedModel:
 
     def part(self, name: str) -> SavedModel:
         """Return one part of a model that has parts, as if it were a model of its own."""
-        config = {**self.state["config"], "model": self.model[name]}
+        config = {**self.state["config"], "model": part_of(self.model, name, str(self.path))}
         source = SubModel(self.source, f"{name}.")
         return SavedModel(self.path, {**self.state, "config": config}, source)
 

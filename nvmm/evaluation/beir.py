@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
 
 
+_CUTOFFS = (1, 5, 10, 100)
+
+
 @dataclass(frozen=True)
 class Retrieval(Benchmark):
     """A folder in BEIR's layout, whose documents an embedder ranks for every query.
@@ -34,6 +37,7 @@ class Retrieval(Benchmark):
         split: name of the qrels' file.
         instruction: text before queries; None for that of training.
         ignore_identical_ids: leave out the document that has the query's id (ArguAna, Quora, ...).
+        cutoffs: ranks k of nDCG, MRR, recall and hit rate at k, where nvmm judges.
         judge: "nvmm", or "mteb" for that library's scores (the embed extra).
         name, builder: see `Benchmark`.
     """
@@ -42,9 +46,19 @@ class Retrieval(Benchmark):
     split: str = "test"
     instruction: str | None = None
     ignore_identical_ids: bool = False
+    cutoffs: Sequence[int] = _CUTOFFS
     judge: Literal["nvmm", "mteb"] = "nvmm"
     name: str = "beir"
     builder: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.cutoffs or any(k < 1 for k in self.cutoffs):
+            raise ValueError(f"benchmark.cutoffs={list(self.cutoffs)} must be ranks of at least 1")
+        if self.judge == "mteb" and list(self.cutoffs) != list(_CUTOFFS):
+            raise ValueError(
+                f"benchmark.cutoffs={list(self.cutoffs)} needs benchmark.judge=nvmm: mteb has its"
+                " own"
+            )
 
     def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Embed corpus and queries, and score the rankings; ranks share the texts."""
@@ -70,10 +84,12 @@ class Retrieval(Benchmark):
 
             scores = mteb_task.evaluate(embed, corpus, queries, qrels, **options)
         else:
-            scores = evaluate(embed, corpus, queries, qrels, **options)
+            scores = evaluate(embed, corpus, queries, qrels, **options, cutoffs=self.cutoffs)
         text = "\n".join(f"{name:<16} {value:8.4f}" for name, value in scores.items())
-        main = {name: scores[name] for name in ("ndcg_at_10", "recall_at_100") if name in scores}
-        return Result({"judge": self.judge, **scores}, {f"{self.name}_retrieval": main}, text)
+        main = {name: s for name, s in scores.items() if name in ("ndcg_at_10", "recall_at_100")}
+        return Result(
+            {"judge": self.judge, **scores}, {f"{self.name}_retrieval": main or scores}, text
+        )
 
 
 METRICS = {"ndcg": ndcg, "mrr": reciprocal_rank, "recall": recall, "hit_rate": hit_rate}
@@ -88,7 +104,7 @@ def evaluate(
     *,
     instruction: str | None = None,
     ignore_identical_ids: bool = False,
-    cutoffs: Sequence[int] = (1, 5, 10, 100),
+    cutoffs: Sequence[int] = _CUTOFFS,
 ) -> dict[str, float]:
     """Return means over the queries that have a relevant document: {"ndcg_at_10": ..., ...}.
 

@@ -6,7 +6,8 @@ chunks of the same document (our choice: the paper says only that there are nega
 
 A document is {"_id", "text"} and may have a `title`, as in BEIR's corpus.jsonl. A dialogue is
 {"_id", "document_id", "messages"}; a turn of the agent may have `evidence`, the words of the
-document that answer (the paper's human-annotated set), which then stand for the answer.
+document that answer (the paper's human-annotated set), which then stand for the answer; an empty
+one says that no document answers this turn, which is then none to train.
 """
 
 from __future__ import annotations
@@ -150,6 +151,8 @@ def questions(
             evidence = messages[place].get("evidence", spoken[place][1])
             if not isinstance(evidence, str):
                 raise ValueError(f"{where}: evidence of turn {place + 1} must be text")
+            if not evidence:
+                continue
             recalls = [four_gram_recall(evidence, chunk.text) for chunk in here]
             best = max(range(len(here)), key=recalls.__getitem__)
             question = f"{name}/{place // 2}"
