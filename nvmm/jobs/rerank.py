@@ -66,6 +66,11 @@ class Rerank(Job):
                 f"job.prompt={self.prompt!r} must have {{query}} and {{candidate}} once each, and"
                 f" may have {{instruction}}; it has {', '.join(named) or 'nothing'}"
             )
+        if "\\n" in self.prompt:
+            raise ValueError(
+                f"job.prompt={self.prompt!r} has a backslash and an n, no line break; in a shell"
+                " write it as job.prompt=$'\"...\\n...\"'"
+            )
         for key, least, value in (
             ("top", 1, self.top),
             ("max_candidate_tokens", 1, self.max_candidate_tokens),

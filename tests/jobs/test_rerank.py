@@ -73,6 +73,7 @@ def test_the_scored_candidates_come_first() -> None:
         ({"prompt": "{query}?"}, r"must have \{query\} and \{candidate\} once each"),
         ({"prompt": "{query} {query} {candidate}"}, "once each"),
         ({"prompt": "{query} {candidate} {title}"}, r"may have \{instruction\}"),
+        ({"prompt": r"{query}\n{candidate}"}, "has a backslash and an n, no line break"),
         ({"top": 0}, r"job\.top=0 must be at least 1"),
         ({"max_candidate_tokens": 0}, r"job\.max_candidate_tokens=0"),
         ({"continuations": ["True"]}, r"job\.continuations=1 must be at least 2"),
