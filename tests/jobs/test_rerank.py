@@ -6,16 +6,18 @@ import functools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 
+from nvmm.data.prepare.layouts import MBeirFiles
 from nvmm.data.samples.record import plain_question
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.jobs.parts import Parts
-from nvmm.jobs.rerank import Rerank, reordered
+from nvmm.jobs.rerank import Rerank, _Pairs, reordered
 from nvmm.jobs.search import SCHEMA, read_rankings
 from tests import test_evaluate
 from tests.evaluation.test_mbeir import write_set
@@ -85,6 +87,32 @@ def test_what_reranking_refuses(changes: dict[str, Any], message: str) -> None:
         Rerank(**({"data": data, "ranking": "r", "prompt": PROMPT} | changes))
 
 
+def test_what_is_asked_of_a_pair(tmp_path: Path) -> None:
+    data = MBeirFiles(**write_set(tmp_path))
+    rankings = {"1:2": ["1:5", "1:1", "1:3"], "1:0": ["1:0"]}
+    ranking = Rerank(data, "r", "{instruction} {candidate}\n{query}?", 2, max_candidate_tokens=3)
+    words: Any = SimpleNamespace(encode=str.split, decode=" ".join)
+    model: Any = SimpleNamespace(tokenizer=words, reads_pictures=True)
+    pairs = _Pairs(ranking, rankings, model)
+    assert [list(pairs.of(number)) for number in (0, 1)] == [[0, 1], [2]]
+    members = pairs.members(0)
+    assert json.loads(members["json"]) == {
+        "question": "Find image,text. <image>\nRed red red\n<image>\nRed red square.?"
+    }
+    pictures = [(tmp_path / f"{number}.png").read_bytes() for number in (5, 2)]
+    assert [members["0.png"], members["1.png"]] == pictures, "in the order of the prompt"
+    question = json.loads(pairs.members(1)["json"])["question"]
+    assert question == "Find image,text. <image>\n<image>\nRed red square.?"
+    assert not {"0.png", "1.png"} & set(pairs.members(2))
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"1\.png cannot be read"):
+        pairs.members(1)
+    model.reads_pictures = False
+    with pytest.raises(ValueError, match="1:2, 1:5: the checkpoint reads texts alone"):
+        pairs.members(0)
+
+
+@pytest.mark.slow
 def test_pairs_of_pictures_and_texts(multimodal: Path, tmp_path: Path) -> None:
     """A pair has both pictures, in the prompt's order; one that cannot be read has no score."""
     files = write_set(tmp_path)
@@ -179,7 +207,7 @@ def test_texts_by_a_text_only_model_at_any_layout(tmp_path: Path) -> None:
     first = rows("pictures", 1, {}, **pictures)[0]
     assert first["ids"] == ["1:0", "1:1"] and first["scores"][1] is None
     assert "reads texts alone, no pictures" in first["error"]
-    with pytest.raises(ValueError, match=r"1 of their candidates are not in it: \['z'\]"):
+    with pytest.raises(RuntimeError, match=r"1 of their candidates are not in it: \['z'\]"):
         rows("x", 1, {}, ranking=write_ranking(tmp_path / "r3", {"q": ["z"], "r": []}))
-    with pytest.raises(ValueError, match=r"lacks 1 judged queries: \['r'\]"):
+    with pytest.raises(RuntimeError, match=r"lacks 1 judged queries: \['r'\]"):
         rows("y", 1, {}, ranking=write_ranking(tmp_path / "r4", {"q": ["a"]}))
