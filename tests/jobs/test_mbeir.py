@@ -14,7 +14,7 @@ import pytest
 
 from nvmm.data.prepare.layouts import MBeirFiles
 from nvmm.data.shards.dataset import Dataset
-from nvmm.jobs.encode import read_errors, read_vectors
+from nvmm.jobs.encode import Vectors
 from nvmm.jobs.mine import Mine
 from nvmm.jobs.parts import Parts
 from nvmm.jobs.search import Search
@@ -71,14 +71,14 @@ def test_a_stopped_encoding_of_pictures_goes_on(checkpoint: Path, tmp_path: Path
     (tmp_path / "8.png").write_bytes((tmp_path / "8.png").read_bytes()[:40])
     options = options_of(files, "corpus")
     parts = interrupted_equals_whole(checkpoint, options, tmp_path)
-    errors = read_errors(parts.folder)
+    found = Vectors.read(parts.folder)
+    errors = found.errors
     assert list(errors) == ["1:4", "1:8"]
     assert errors["1:4"] == f"{tmp_path}/4.png cannot be read (No such file or directory)"
     assert "cannot decode image" in errors["1:8"]
-    ids, chunks = read_vectors(parts.folder)
-    assert ids == [f"1:{n}" for n in range(9) if n not in (4, 8)]
+    assert found.ids == [f"1:{n}" for n in range(9) if n not in (4, 8)]
     rest = [n for n in range(9) if n not in (4, 8)]
-    np.testing.assert_allclose(np.concatenate(chunks), documents[rest], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(found.chunks), documents[rest], rtol=0, atol=1e-6)
     run = functools.partial(run_ranks, job, 1, checkpoint, options, tmp_path / "whole", {}, WHOLE)
     [summary] = run()
     assert summary["written"] == 0 and summary["bad"] == 2
@@ -100,12 +100,12 @@ def test_encode_search_mine_and_shards(
     # 1. Queries get the instruction of their set, modality and target; one is not judged.
     (tmp_path / "qrels").write_text("\n".join(f"1:{n} 0 1:{n} 1 0" for n in range(8)))
     queries = interrupted_equals_whole(checkpoint, options_of(files, "queries"), tmp_path).folder
-    assert read_errors(queries) == {"1:8": "query 1:8: no judgement says what it looks for"}
-    chunks = read_vectors(queries)[1]
-    np.testing.assert_allclose(np.concatenate(chunks), vectors[1][:8], rtol=0, atol=1e-6)
+    found = Vectors.read(queries)
+    assert found.errors == {"1:8": "query 1:8: no judgement says what it looks for"}
+    np.testing.assert_allclose(np.concatenate(found.chunks), vectors[1][:8], rtol=0, atol=1e-6)
     corpus, layout = tmp_path / "corpus", {"tensor_model_parallel_size": 2}
     run_ranks(job, 2, checkpoint, options_of(files, "corpus"), corpus, layout, WHOLE)
-    chunks = read_vectors(corpus)[1]
+    chunks = Vectors.read(corpus).chunks
     np.testing.assert_allclose(np.concatenate(chunks), vectors[0], rtol=0, atol=1e-5)
     # 2. The search has the evaluation's hit rates.
     data = MBeirFiles(**files)
