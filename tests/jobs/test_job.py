@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from nvmm.io import files
-from nvmm.jobs.encode import read_vectors
+from nvmm.jobs.encode import Vectors
 from nvmm.jobs.job import Work
 from nvmm.jobs.parts import Parts
 from tests import test_evaluate
@@ -23,6 +24,8 @@ from tests.convert.test_nv_embed import tokenizer  # noqa: F401
 from tests.ranks import run_ranks
 
 WHOLE = 10**6
+BEIR = "nvmm.data.prepare.layouts.BeirFolder"
+MBEIR = "nvmm.data.prepare.layouts.MBeirFiles"
 
 
 def job(
@@ -56,7 +59,7 @@ def job(
         done += 1
         return work.rows(numbers)
 
-    type(made).prepare = lambda self, model: Work(work.size, work.inputs, rows)
+    type(made).prepare = lambda self, model: replace(work, rows=rows)
     try:
         return run(made, options, model, output)
     except InterruptedError:
@@ -173,20 +176,20 @@ def test_a_stopped_encoding_goes_on_and_is_mined(
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     options = {
         "_target_": "nvmm.jobs.encode.Encode",
-        "folder": str(tmp_path),
+        "data": {"_target_": BEIR, "folder": str(tmp_path)},
         "side": "queries",
         "batch_size": 2,
         "part_size": 2,
     }
     parts = interrupted_equals_whole(tmp_path / "run", options, tmp_path)
-    ids, chunks = read_vectors(parts.folder)
-    assert ids == list(texts)
-    encoded = torch.from_numpy(np.concatenate(chunks))
+    found = Vectors.read(parts.folder)
+    assert found.ids == list(texts) and not found.errors
+    encoded = torch.from_numpy(np.concatenate(found.chunks))
     torch.testing.assert_close(encoded[:3], vectors[0], rtol=1e-5, atol=1e-6)
     halves = options | {"side": "corpus", "dtype": "fp16", "part_size": 100}
     layout = {"tensor_model_parallel_size": 2}
     run_ranks(job, 2, tmp_path / "run", halves, tmp_path / "half", layout, WHOLE)
-    [documents] = read_vectors(tmp_path / "half")[1]
+    [documents] = Vectors.read(tmp_path / "half").chunks
     assert documents.dtype == np.float16
     torch.testing.assert_close(torch.tensor(documents[:3]).float(), vectors[1], rtol=0, atol=1e-3)
 
@@ -217,17 +220,29 @@ def test_the_command(checkpoint: Path, shards: str, tmp_path: Path) -> None:
     assert "another job works in" in text
 
 
-@pytest.mark.parametrize("name", ["encode", "generate", "mine", "score"])
-def test_every_job_composes(name: str) -> None:
+KEYS = {
+    "encode": ["job.side=corpus"],
+    "generate": ["job.shards=x.tar"],
+    "mine": ["job.queries=y", "job.corpus=z"],
+    "rerank": ["job.ranking=x"],
+    "score": ["job.shards=x.tar", "job.continuations=['True','False']"],
+    "search": ["job.queries=y", "job.corpus=z"],
+}
+OPTIONS = Path(__file__).parents[2] / "configs" / "job"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in OPTIONS.glob("*.yaml")))
+@pytest.mark.parametrize("layout", ["beir", "mbeir"])
+def test_every_job_composes(name: str, layout: str) -> None:
     from hydra.utils import instantiate
 
     from nvmm.config import check, compose
     from nvmm.jobs.job import Job
 
-    data = {
-        "encode": ["job.folder=x", "job.side=corpus"],
-        "mine": ["job.folder=x", "job.queries=y", "job.corpus=z"],
-    }.get(name, ["job.shards=x.tar"])
+    data = list(KEYS[name])
+    if name not in ("generate", "score"):
+        data += [f"job/data={layout}", "job.data.folder=x"]
+        data += ["job.data.pool=p"] * (layout == "mbeir")
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
     assert check.check(composed, entry="job", world_size=1) == []
     made = instantiate(composed.job, _convert_="all")
