@@ -5,7 +5,6 @@ It runs alone or under torchrun, at any tensor and pipeline parallel size; rank 
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -56,20 +55,16 @@ def members(prompt: str, images: str | Sequence[str] | None) -> dict[str, bytes 
 
     Raises ValueError for an image that cannot be read.
     """
+    from nvmm.data.samples.record import plain_question
+
     paths = [images] if isinstance(images, str) else list(images or [])
-    sample: dict[str, bytes | str] = {
-        "__url__": "prompt",
-        "__key__": "",
-        "__plain__": "",
-        "json": json.dumps({"question": prompt}).encode(),
-    }
-    for number, path in enumerate(paths):
+    data = []
+    for path in paths:
         try:
-            # The builder looks at the content, not at the extension.
-            sample[f"{number}.png"] = Path(path).expanduser().read_bytes()
+            data.append(Path(path).expanduser().read_bytes())
         except OSError as error:
             raise ValueError(f"image={path} cannot be read ({error.strerror})") from error
-    return sample
+    return plain_question(prompt, data, "prompt")
 
 
 def quoted(text: str) -> str:

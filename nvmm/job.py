@@ -51,6 +51,8 @@ def run(composed: compose.Job) -> dict[str, Any]:
         print(f"{summary['folder']}: {summary['rows']} rows, {summary['written']} of them new")
         if summary["bad"]:
             print(f"{summary['bad']} rows have an error; the first: {summary['first_error']}")
+        for name, value in summary["metrics"].items():
+            print(f"{name:<32} {value:8.4f}")
     setup.shutdown()
     return summary
 

@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation": {"batch", "config.nested", "data", "inference", "io"},
     "jobs": {
-        *("batch", "checkpoint", "config.choices", "config.nested", "data", "inference", "io"),
+        *("batch", "checkpoint", "config.choices", "config.nested", "data", "evaluation"),
+        *("inference", "io"),
     },
     "report": {"batch", "config.nested", "data"},
     "studies": {"io", "training.summary"},

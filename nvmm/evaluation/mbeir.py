@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from nvmm.data.prepare import mbeir
+from nvmm.data.prepare.layouts import MBeirFiles, require_known
 from nvmm.data.prepare.mbeir import Item
+from nvmm.data.samples.images import decode_image
+from nvmm.data.samples.retrieval import Content
 from nvmm.evaluation.benchmark import Benchmark, Result, Settings, finite, refuse_settings
-from nvmm.evaluation.ranking import hit_rate
-from nvmm.inference.embedding import TextAndImage
+from nvmm.evaluation.ranking import hit_rate, modality_accuracy, ndcg
+from nvmm.inference.embedding import TextAndImage, TextEncoder
 
 if TYPE_CHECKING:
     from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
 _QUERIES = 256
-_OWN_SET_ALONE = ("5", "6")
-"""OVEN and InfoSeek: their queries' candidates of other sets do not count (UniIR)."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,16 @@ class UniversalRetrieval(Benchmark):
 
     Hit rate at k, which UniIR calls Recall@k, is the share of queries with a relevant candidate
     among the k best. Modality accuracy at k is the share of the k best that have the modality of
-    the query's relevant candidates; on the union pool it shows a retriever's modality bias.
+    the query's relevant candidates; on the union pool it shows a retriever's modality bias. nDCG is
+    that of the 10 best.
 
     Args:
         pool, queries, qrels, instructions: M-BEIR's files: a candidate pool (the task's own, or the
             union of all), queries, `qid 0 did relevance task` and query_instructions.tsv.
         folder: where the paths of pictures begin.
         cutoffs: k of the hit rates. UniIR reports 5, for Fashion200K and FashionIQ 10.
+        judge: "nvmm", or "mteb" for that library's scores, where pool and queries are a task of its
+            type Any2AnyRetrieval (the embed extra); the pictures are in memory then.
         name: name of the output directory.
         builder: parameters of the checkpoint's sample builder to change.
     """
@@ -48,78 +52,85 @@ class UniversalRetrieval(Benchmark):
     instructions: str
     folder: str
     cutoffs: Sequence[int] = (1, 5, 10)
+    judge: Literal["nvmm", "mteb"] = "nvmm"
     name: str = "mbeir"
     builder: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
-        """Embed candidates and queries, and score the rankings; ranks share the items."""
+        """Embed candidates and queries, and score the rankings; ranks share the items.
+
+        Raises ValueError for files that cannot be read or do not fit together.
+        """
         refuse_settings(settings, keep=("batch_size", "seed"))
-        # 1. Read the set; a query's target is the modality of its relevant candidates.
-        try:
-            pool = mbeir.read_pool(self.pool)
-            queries = mbeir.read_queries(self.queries)
-            qrels = mbeir.read_qrels(self.qrels)
-            prompts = mbeir.read_instructions(self.instructions)
-        except OSError as error:
-            raise ValueError(f"a file of benchmark.* cannot be read ({error})") from error
-        relevant = judged(qrels)
-        strange = [query for query in relevant if query not in queries]
-        unknown = [doc for documents in relevant.values() for doc in documents if doc not in pool]
-        if unknown or strange or not relevant:
-            raise ValueError(
-                f"{self.qrels}: of {len(relevant)} judged queries {len(strange)} are not in"
-                f" {self.queries}: {strange[:5]}; {len(unknown)} candidates are not in {self.pool}:"
-                f" {unknown[:5]}"
-            )
-        target = {query: pool[next(iter(docs))].modality for query, docs in relevant.items()}
-        # 2. Embed the pool, then the queries of each instruction together.
-        embed = model.encoder(settings.batch_size)
-        documents = finite(embed([self._content(item) for item in pool.values()]), "documents")
-        chosen = {
-            query: mbeir.instruction(prompts, query, queries[query].modality, target[query], None)
-            for query in relevant
+        if self.judge == "mteb" and find_spec("mteb") is None:  # not after all has been embedded
+            raise ValueError("benchmark.judge=mteb needs pip install 'nvmm[embed]'")
+        data = MBeirFiles(self.folder, self.pool, self.queries, self.instructions, self.qrels)
+        relevant = data.relevant
+        require_known(relevant, data.questions, data.documents)
+        summary = {
+            "queries": len(relevant),
+            "num_without_answer": len(data.questions) - len(relevant),
+            "judge": self.judge,
         }
+        embed = model.encoder(settings.batch_size)
+        if self.judge == "mteb":
+            scores = self._by_mteb(embed, data)
+            names = [f"{name}_at_{k}" for k in self.cutoffs for name in ("hit_rate", "ndcg")]
+            main = {name: scores[name] for name in names if name in scores}
+        else:
+            scores = main = self._ours(embed, data)
+        text = "\n".join(f"{name:<24} {value:8.4f}" for name, value in main.items())
+        return Result({**summary, **scores}, {f"{self.name}_retrieval": main}, text)
+
+    def _ours(self, embed: TextEncoder, data: MBeirFiles) -> dict[str, float]:
+        """Return the scores of our own ranking."""
+        # 1. Embed the pool, then the queries of each instruction together.
+        pool, relevant, prompts = data.documents, data.relevant, data.prompts
+        documents = finite(embed([content(item) for item in pool.values()]), "documents")
         vectors: dict[str, Tensor] = {}
-        for prompt in dict.fromkeys(chosen.values()):
-            names = [query for query in relevant if chosen[query] == prompt]
-            contents = [self._content(queries[query]) for query in names]
-            encoded = finite(embed(contents, prompt), "queries")
-            vectors |= dict(zip(names, encoded, strict=True))
-        # 3. Rank and score.
-        scores = evaluate(
+        for prompt in dict.fromkeys(prompts.values()):
+            names = [query for query in relevant if prompts[query] == prompt]
+            encoded = embed([content(data.questions[query]) for query in names], prompt)
+            vectors |= dict(zip(names, finite(encoded, "queries"), strict=True))
+        # 2. Rank and score.
+        return evaluate(
             torch.stack([vectors[query] for query in relevant]),
             documents,
             list(relevant.values()),
             list(pool),
-            [pool[document].modality for document in pool],
-            list(target.values()),
+            list(data.modalities.values()),
+            [data.targets[query] for query in relevant],
             self.cutoffs,
         )
-        text = "\n".join(f"{name:<24} {value:8.4f}" for name, value in scores.items())
-        return Result(
-            {
-                "queries": len(relevant),
-                "num_without_answer": len(queries) - len(relevant),
-                **scores,
-            },
-            {f"{self.name}_retrieval": scores},
-            text,
+
+    def _by_mteb(self, embed: TextEncoder, data: MBeirFiles) -> dict[str, float]:
+        """Return mteb's scores, whose model gets the pictures decoded."""
+        from nvmm.evaluation import mteb_task
+
+        limit = embed.builder.limits.max_pixels
+        return mteb_task.evaluate(
+            embed,
+            {name: _decoded(item, limit) for name, item in data.documents.items()},
+            {name: _decoded(data.questions[name], limit) for name in data.relevant},
+            data.relevant,
+            instruction=data.prompts,
         )
 
-    def _content(self, item: Item) -> TextAndImage:
-        return TextAndImage(item.text, Path(self.folder) / item.image if item.image else None)
+
+def content(item: Item) -> TextAndImage:
+    """Return what an embedder takes of a query or candidate of a `RetrievalSet`."""
+    return TextAndImage(item.text, Path(item.image) if item.image else None)
 
 
-def judged(qrels: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Return the qrels that count: those of OVEN and InfoSeek lose other sets' candidates."""
-    kept = {}
-    for query, documents in qrels.items():
-        own = query.partition(":")[0]
-        if own in _OWN_SET_ALONE:
-            documents = {d: r for d, r in documents.items() if d.partition(":")[0] == own}
-        if documents:
-            kept[query] = dict(documents)
-    return kept
+def _decoded(item: Item, max_pixels: int) -> Content:
+    """Return an item with its picture in memory; ValueError names one that cannot be read."""
+    if item.image is None:
+        return Content(item.text)
+    try:
+        data = Path(item.image).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{item.image} cannot be read ({error.strerror})") from error
+    return Content(item.text, decode_image(data, source=item.image, max_pixels=max_pixels))
 
 
 def evaluate(
@@ -140,15 +151,17 @@ def evaluate(
     depths = [depth for depth in (1, 5) if depth <= len(ids)]
     totals = dict.fromkeys([f"hit_rate_at_{k}" for k in cutoffs], 0.0)
     totals |= dict.fromkeys([f"modality_accuracy_at_{k}" for k in depths], 0.0)
+    totals["ndcg_at_10"] = 0.0
     for start in range(0, len(queries), _QUERIES):
         scores = queries[start : start + _QUERIES] @ documents.t()
-        best = torch.topk(scores, min(max(*cutoffs, 5), len(ids)), dim=1).indices.tolist()
+        best = torch.topk(scores, min(max(*cutoffs, 10), len(ids)), dim=1).indices.tolist()
         for offset, row in enumerate(best):
             number = start + offset
             ranking = [ids[place] for place in row]
             for k in cutoffs:
                 totals[f"hit_rate_at_{k}"] += hit_rate(ranking, relevant[number], k)
             for k in depths:
-                right = sum(modalities[place] == targets[number] for place in row[:k])
-                totals[f"modality_accuracy_at_{k}"] += right / k
+                kinds = [modalities[place] for place in row]
+                totals[f"modality_accuracy_at_{k}"] += modality_accuracy(kinds, targets[number], k)
+            totals["ndcg_at_10"] += ndcg(ranking, relevant[number], 10)
     return {name: total / len(queries) for name, total in totals.items()}

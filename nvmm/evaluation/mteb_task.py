@@ -1,29 +1,38 @@
-"""mteb 2 offline: an embedder behind its encoder interface, a BEIR folder as its task.
+"""mteb 2 offline: an embedder behind its encoder interface, a retrieval set as its task.
 
 It needs the `embed` extra. mteb downloads nothing here, as it gets data and model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nvmm.evaluation.benchmark import Encode, finite
+import torch
+from torch import Tensor
+
+from nvmm.data.samples.retrieval import Content
+from nvmm.evaluation.benchmark import finite
+
+Items = Mapping[str, Any]
+"""Id -> a text, or a `Content`, which is a text, a picture or both."""
 
 
 def evaluate(
-    encode: Encode,
-    corpus: Mapping[str, str],
-    queries: Mapping[str, str],
+    encode: Callable[[Sequence[Any], str | None], Tensor],
+    corpus: Items,
+    queries: Items,
     qrels: Mapping[str, Mapping[str, int]],
     *,
     name: str = "Custom",
-    instruction: str | None = None,
+    instruction: str | Mapping[str, str] | None = None,
     ignore_identical_ids: bool = False,
 ) -> dict[str, float]:
-    """Return mteb's scores of a retrieval task.
+    """Return mteb's scores of a retrieval task, of its type Any2AnyRetrieval if there are pictures.
 
-    The arguments are those of `nvmm.evaluation.beir.evaluate`.
+    encode: takes texts, or items of `Content` where there are pictures, and their instruction.
+    instruction: of all queries, or of each by its id.
+    The other arguments are those of `nvmm.evaluation.beir.evaluate`.
     """
     import mteb
 
@@ -42,7 +51,7 @@ def evaluate(
     return {key: float(value) for key, value in scores.items() if isinstance(value, int | float)}
 
 
-def _encoder(encode: Encode) -> Any:
+def _encoder(encode: Callable[[Sequence[Any], str | None], Tensor]) -> Any:
     """Return an encoder as mteb wants it."""
     from mteb.models.abs_encoder import AbsEncoder
     from mteb.models.model_meta import ModelMeta
@@ -57,50 +66,82 @@ def _encoder(encode: Encode) -> Any:
             self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **options: Any
         ) -> Any:
             """Return the vectors of all batches of `inputs`, [n, h]."""
-            texts = [text for batch in inputs for text in batch["text"]]
-            prompt = (task_metadata.prompt or {}).get("query")
             query = prompt_type == PromptType.query
-            vectors = encode(texts, prompt if query else None)
+            prompt = (task_metadata.prompt or {}).get("query") if query else None
+            items: list[Any] = []
+            prompts: list[str | None] = []
+            for batch in inputs:
+                # mteb puts a query's own instruction behind `text`, and keeps the text as `query`.
+                own = batch.get("instruction") if query else None
+                texts = batch["text"] if own is None else batch["query"]
+                prompts += [prompt] * len(texts) if own is None else own
+                items += map(Content, texts, batch["image"]) if "image" in batch else texts
+            vectors = torch.empty(0)
+            for some in dict.fromkeys(prompts):
+                places = [place for place, own in enumerate(prompts) if own == some]
+                found = encode([items[place] for place in places], some)
+                if not len(vectors):
+                    vectors = found.new_empty(len(items), found.shape[1])
+                vectors[places] = found
             return finite(vectors, "queries" if query else "documents").numpy()
 
     return Model()
 
 
 def _task(
-    corpus: Mapping[str, str],
-    queries: Mapping[str, str],
+    corpus: Items,
+    queries: Items,
     qrels: Mapping[str, Mapping[str, int]],
     name: str,
-    instruction: str | None,
+    instruction: str | Mapping[str, str] | None,
 ) -> Any:
-    """Return the texts and qrels as a task of mteb."""
-    from datasets import Dataset
+    """Return the items and qrels as a task of mteb."""
+    from datasets import Dataset, Features, Image, Value
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    def rows(texts: Mapping[str, str]) -> Any:
-        return Dataset.from_dict({"id": list(texts), "text": list(texts.values())})
+    asked = {query: queries[query] for query in qrels}
+    pictures = any(
+        isinstance(item, Content) and item.image is not None
+        for item in (*corpus.values(), *asked.values())
+    )
+
+    def rows(items: Items, instructions: Mapping[str, str] | None = None) -> Any:
+        contents = [Content(item) if isinstance(item, str) else item for item in items.values()]
+        columns: dict[str, list[Any]] = {
+            "id": list(items),
+            "text": [content.text for content in contents],
+        }
+        features = Features({column: Value("string") for column in columns})
+        if pictures:
+            columns["image"] = [content.image for content in contents]
+            features["image"] = Image()
+        if instructions is not None:
+            columns["instruction"] = [instructions[query] for query in items]
+            features["instruction"] = Value("string")
+        return Dataset.from_dict(columns, features)
 
     class Task(AbsTaskRetrieval):
-        """The texts as one subset of one split."""
+        """The items as one subset of one split."""
 
         metadata = TaskMetadata(
             name=name,
-            description="texts given to nvmm",
-            type="Retrieval",
-            category="t2t",
-            modalities=["text"],
+            description="items given to nvmm",
+            type="Any2AnyRetrieval" if pictures else "Retrieval",
+            category="it2it" if pictures else "t2t",
+            modalities=["image", "text"] if pictures else ["text"],
             eval_splits=["test"],
             eval_langs=["eng-Latn"],
             main_score="ndcg_at_10",
             dataset={"path": "local/local", "revision": "local"},
-            prompt={"query": instruction} if instruction else None,
+            prompt={"query": instruction} if isinstance(instruction, str) else None,
         )
 
         def load_data(self, **options: Any) -> None:
-            """Make the data set of the texts, without a download."""
+            """Make the data set of the items, without a download."""
+            own = instruction if isinstance(instruction, Mapping) else None
             split = {
-                "queries": rows({query: queries[query] for query in qrels}),
+                "queries": rows(asked, own),
                 "corpus": rows(corpus),
                 "relevant_docs": {query: dict(known) for query, known in qrels.items()},
                 "top_ranked": None,

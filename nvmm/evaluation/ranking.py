@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def ndcg(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
@@ -32,6 +32,51 @@ def recall(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float
 def hit_rate(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
     """Return 1 if a relevant document is among the first k (UniIR's Recall@k), else 0."""
     return float(any(document in relevant for document in ranking[:k]))
+
+
+def average_precision(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
+    """Return the mean of the precisions at the relevant ones of the first k, over min(k, relevant).
+
+    It is the mAP@k of CIRCO (arXiv:2303.15247); trec_eval's map_cut divides by all relevant ones.
+    """
+    found, total = 0, 0.0
+    for place, document in enumerate(ranking[:k], 1):
+        if document in relevant:
+            found += 1
+            total += found / place
+    return total / min(k, len(relevant))
+
+
+def modality_accuracy(modalities: Sequence[str], target: str, k: int) -> float:
+    """Return the share of a ranking's first k modalities that are the target's (MM-Embed)."""
+    return sum(modality == target for modality in modalities[:k]) / k
+
+
+def mean_scores(
+    rankings: Mapping[str, Sequence[str]],
+    relevant: Mapping[str, Mapping[str, int]],
+    cutoffs: Iterable[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """Return {"hit_rate_at_1": ..., ...}, the means over the queries of `relevant`.
+
+    rankings: query id -> document ids, best first; a judged query without one finds nothing.
+    """
+    metrics = {
+        "hit_rate": hit_rate,
+        "recall": recall,
+        "ndcg": ndcg,
+        "mrr": reciprocal_rank,
+        "map": average_precision,
+    }
+    cutoffs = list(cutoffs)
+    return {
+        f"{name}_at_{k}": sum(
+            metric(rankings.get(query, ()), known, k) for query, known in relevant.items()
+        )
+        / len(relevant)
+        for name, metric in metrics.items()
+        for k in cutoffs
+    }
 
 
 def _discounted(gains: Sequence[int]) -> float:

@@ -28,6 +28,10 @@ class TextAndImage(NamedTuple):
     image: Path | None = None
 
 
+Embeddable = str | TextAndImage | Content
+"""A text, or a text with a picture, in a file or in memory."""
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """An embedder ready to encode texts, and pictures where its builder has `tokens_per_tile`.
@@ -40,9 +44,13 @@ class TextEncoder:
     builder: RetrievalBuilder
     batch_size: int = 32
 
-    def __call__(
-        self, items: Sequence[str | TextAndImage], instruction: str | None = None
-    ) -> Tensor:
+    @property
+    def size(self) -> int:
+        """The numbers of a vector."""
+        config: Any = self.model[0].config
+        return int(config.hidden_size)
+
+    def __call__(self, items: Sequence[Embeddable], instruction: str | None = None) -> Tensor:
         """Return unit vectors, fp32 [items, h] on the CPU, the same on every rank; collective.
 
         instruction: the task's instruction, put before every item; None for documents.
@@ -56,29 +64,45 @@ class TextEncoder:
         local = self.local([items[number] for number in numbers], instruction)
         return torch.stack(gather(list(local), len(items)))
 
-    def local(self, items: Sequence[str | TextAndImage], instruction: str | None = None) -> Tensor:
-        """Return unit vectors as above, of items that this model-parallel group alone encodes."""
-        config: Any = self.model[0].config
-        result = torch.empty(len(items), config.hidden_size)
+    def local(
+        self,
+        items: Sequence[Embeddable],
+        instruction: str | None = None,
+        errors: dict[int, str] | None = None,
+    ) -> Tensor:
+        """Return unit vectors as above, of items that this model-parallel group alone encodes.
+
+        errors: takes number and fault of each item that cannot be embedded, whose vector is NaN;
+            None: the first one is raised.
+        """
+        result = torch.full((len(items), self.size), torch.nan)
         device = next(self.model[0].parameters()).device
         window = self.batch_size * _BATCHES
         for first in range(0, len(items), window):
-            samples = [self._sample(item, instruction) for item in items[first : first + window]]
+            samples: dict[int, Sample] = {}
+            for number, item in enumerate(items[first : first + window], first):
+                try:
+                    samples[number] = self._sample(item, instruction)
+                except ValueError as error:  # BadSample too
+                    if errors is None:
+                        raise
+                    errors[number] = str(error)
             # Texts of like length share a batch.
-            order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
+            order = sorted(samples, key=lambda number: samples[number].num_tokens)
             for start in range(0, len(order), self.batch_size):
                 chosen = order[start : start + self.batch_size]
                 batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
-                vectors = embed(self.model, [batch.to(device)]).cpu()
-                result[[first + i for i in chosen]] = vectors
+                result[chosen] = embed(self.model, [batch.to(device)]).cpu()
         return result
 
-    def _sample(self, item: str | TextAndImage, instruction: str | None) -> Sample:
+    def _sample(self, item: Embeddable, instruction: str | None) -> Sample:
         if isinstance(item, str) or item.image is None:
             text = item if isinstance(item, str) else item.text
             return self.builder.text(text, instruction)
         if self.builder.tokens_per_tile is None:
             raise ValueError(f"{item.image}: the checkpoint embeds texts alone, no pictures")
+        if isinstance(item, Content):
+            return self.builder.text(item, instruction)
         try:
             data = item.image.read_bytes()
         except OSError as error:

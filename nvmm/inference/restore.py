@@ -55,6 +55,13 @@ class Restored:
 
         return longest(self.model)
 
+    def require_answers(self) -> None:
+        """Raise ValueError for an embedder, which has no words to answer with."""
+        from nvmm.data.samples.retrieval import RetrievalBuilder
+
+        if isinstance(self.builder, RetrievalBuilder):
+            raise ValueError(f"{self.path} is an embedder and answers nothing; try benchmark=beir")
+
     def generate(
         self,
         prompts: Sequence[Sample],
@@ -69,11 +76,9 @@ class Restored:
 
         Raises ValueError for an embedder, which has no words to answer with.
         """
-        from nvmm.data.samples.retrieval import RetrievalBuilder
         from nvmm.inference.decoding import generate
 
-        if isinstance(self.builder, RetrievalBuilder):
-            raise ValueError(f"{self.path} is an embedder and answers nothing; try benchmark=beir")
+        self.require_answers()
         if not prompts:
             return []
 

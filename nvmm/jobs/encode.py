@@ -1,19 +1,22 @@
-"""Vectors of the documents or queries of a retrieval set."""
+"""Vectors of the candidates or queries of a retrieval set."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from nvmm.config.choices import require
-from nvmm.data.prepare import retrieval_sets
+from nvmm.data.prepare.layouts import RetrievalSet
+from nvmm.evaluation.mbeir import content
 from nvmm.inference.restore import Restored
-from nvmm.jobs.job import Job, Work, file_digest
+from nvmm.jobs.job import Job, Work, digest, pictures_digest
 from nvmm.jobs.parts import Parts
 
 Side = Literal["corpus", "queries"]
@@ -22,20 +25,23 @@ Dtype = Literal["fp32", "fp16"]
 
 @dataclass(frozen=True)
 class Encode(Job):
-    """Embed a side of a folder in BEIR's layout with an embedder.
+    """Embed a side of a retrieval set with an embedder.
 
-    A row has `id` and `vector`, of unit length.
+    A row has `id`, `vector` of unit length, and `error`: why it has no vector, else null. It has
+    none for a picture that cannot be read, values that are not finite, and a query of M-BEIR of
+    which no judgement says what it looks for.
 
     Args:
-        folder: folder with corpus.jsonl and queries.jsonl.
-        side: "corpus", or "queries", which get the instruction.
-        instruction: text before queries; None: the checkpoint's of training.
+        data: the retrieval set.
+        side: "corpus", or "queries", which get an instruction.
+        instruction: text before all queries; None: each query's of M-BEIR's table, and for BEIR the
+            checkpoint's of training.
         dtype: number format of the vectors in the file.
-        batch_size: texts of a forward pass.
-        part_size: texts of a part file.
+        batch_size: items of a forward pass.
+        part_size: items of a part file.
     """
 
-    folder: str
+    data: RetrievalSet
     side: Side
     instruction: str | None = None
     dtype: Dtype = "fp32"
@@ -50,38 +56,83 @@ class Encode(Job):
             raise ValueError("job.instruction is for job.side=queries; documents get none")
 
     def prepare(self, model: Restored | None) -> Work:
-        """Read the texts; ValueError for a checkpoint that is no embedder."""
+        """Read the items; ValueError for a checkpoint that is no embedder."""
         encoder = self.require(model).encoder(self.batch_size)
-        read = {"corpus": retrieval_sets.read_corpus, "queries": retrieval_sets.read_queries}
-        texts = read[self.side](self.folder)
-        ids = list(texts)
-        instruction = None
-        if self.side == "queries":
-            instruction = self.instruction or encoder.builder.instruction
-        number_format: Any = np.float16 if self.dtype == "fp16" else np.float32
+        items = self.data.documents if self.side == "corpus" else self.data.questions
+        ids = list(items)
+        prompts = self._prompts(encoder.builder.instruction)
 
         def rows(numbers: range) -> pa.Table:
             chosen = [ids[number] for number in numbers]
-            vectors = encoder.local([texts[name] for name in chosen], instruction).numpy()
-            flat = pa.array(vectors.astype(number_format).reshape(-1))
-            return pa.table(
-                {
-                    "id": chosen,
-                    "vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-                }
-            )
+            vectors = torch.zeros(len(chosen), encoder.size)
+            errors: dict[int, str] = {}
+            # Items of one instruction share forward passes.
+            groups: dict[str | None, list[int]] = {}
+            for place, name in enumerate(chosen):
+                if isinstance(prompts, Mapping) and name not in prompts:
+                    errors[place] = f"query {name}: no judgement says what it looks for"
+                else:
+                    prompt = prompts[name] if isinstance(prompts, Mapping) else prompts
+                    groups.setdefault(prompt, []).append(place)
+            for prompt, places in groups.items():
+                bad: dict[int, str] = {}
+                contents = [content(items[chosen[place]]) for place in places]
+                vectors[places] = encoder.local(contents, prompt, bad)
+                errors |= {places[number]: message for number, message in bad.items()}
+            for place in (~torch.isfinite(vectors)).any(1).nonzero()[:, 0].tolist():
+                errors.setdefault(place, f"{chosen[place]}: its vector is not finite")
+            vectors[list(errors)] = 0
+            return self._table(chosen, vectors.numpy(), errors)
 
-        return Work(len(ids), file_digest(Path(self.folder) / f"{self.side}.jsonl"), rows)
+        inputs = digest(
+            [(name, item.text, item.image) for name, item in items.items()],
+            prompts,
+            pictures_digest([item.image for item in items.values()]),
+        )
+        return Work(len(ids), inputs, rows)
+
+    def _prompts(self, default: str | None) -> str | Mapping[str, str] | None:
+        """Return the instruction of all items, or of each by its id."""
+        if self.side == "corpus":
+            return None
+        if self.instruction is not None:
+            return self.instruction
+        prompts = self.data.prompts
+        return default if prompts is None else dict(prompts)
+
+    def _table(self, ids: list[str], vectors: NDArray[Any], errors: Mapping[int, str]) -> pa.Table:
+        number_format: Any = np.float16 if self.dtype == "fp16" else np.float32
+        flat = pa.array(vectors.astype(number_format).reshape(-1))
+        mask = pa.array([place in errors for place in range(len(ids))])
+        column = pa.FixedSizeListArray.from_arrays(
+            flat, vectors.shape[1], mask=mask if errors else None
+        )
+        faults = pa.array([errors.get(place) for place in range(len(ids))], pa.string())
+        return pa.table({"id": ids, "vector": column, "error": faults})
 
 
 def read_vectors(folder: str | Path) -> tuple[list[str], list[NDArray[Any]]]:
     """Return ids, and vectors in parts [rows, h], memory-mapped, of an `encode` job's output.
 
+    Rows with an error are left out; `read_errors` has them.
+
     Raises ValueError where it is not whole, or is another job's.
     """
-    table = Parts(Path(folder).expanduser()).read()
-    if "vector" not in table.column_names:
-        raise ValueError(f"{folder} is no output of job=encode: it has {table.column_names}")
+    table = _read(folder)
     size = table.schema.field("vector").type.list_size
     chunks = [chunk.flatten().to_numpy().reshape(-1, size) for chunk in table["vector"].chunks]
-    return table["id"].to_pylist(), chunks
+    return table.filter(table["vector"].is_valid())["id"].to_pylist(), chunks
+
+
+def read_errors(folder: str | Path) -> dict[str, str]:
+    """Return id -> fault of the items of an `encode` job's output that have no vector."""
+    table = _read(folder)
+    bad = table.filter(table["error"].is_valid())
+    return dict(zip(bad["id"].to_pylist(), bad["error"].to_pylist(), strict=True))
+
+
+def _read(folder: str | Path) -> pa.Table:
+    table = Parts(Path(folder).expanduser()).read()
+    if not {"id", "vector", "error"} <= set(table.column_names):
+        raise ValueError(f"{folder} is no output of job=encode: it has {table.column_names}")
+    return table

@@ -44,7 +44,7 @@ class Generate(Job):
 
         def rows(numbers: range) -> pa.Table:
             room = model.max_sequence_length - self.max_new_tokens
-            prompts, errors = build(dataset, numbers, model.builder.prompt, room)
+            prompts, errors = build(dataset.members, numbers, model.builder.prompt, room)
             texts: dict[int, str] = {}
             for chosen in batches(prompts, self.batch_size):
                 answers = model.generate(

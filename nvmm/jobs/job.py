@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ from nvmm.jobs.parts import Parts
 if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
 
+_READERS = 8
+"""Threads that read pictures: a file system on a network has its answers by then."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -34,11 +38,13 @@ class Work:
 
     size: its items, which are numbered from 0. inputs: a digest of them. rows: makes the rows of
         these items, one each, in order; the ranks of a model-parallel group call it together.
+    together: all ranks call `rows` for every part and get the same; else groups share the parts.
     """
 
     size: int
     inputs: str
     rows: Callable[[range], pa.Table]
+    together: bool = False
 
 
 class Job(ABC):
@@ -55,6 +61,10 @@ class Job(ABC):
     def prepare(self, model: Restored | None) -> Work:
         """Open the items. Raises ValueError where they, or a checkpoint, cannot be used."""
 
+    def metrics(self, rows: pa.Table) -> dict[str, float]:
+        """Return scores of the whole output for metrics.json; by default there are none."""
+        return {}
+
     def require(self, model: Restored | None) -> Restored:
         """Return the model; ValueError where no checkpoint was given."""
         if model is None:
@@ -65,10 +75,11 @@ class Job(ABC):
 def run(
     job: Job, settings: Mapping[str, Any], model: Restored | None, output: str | Path
 ) -> dict[str, Any]:
-    """Make the rows that are missing; collective. Returns the summary: folder, rows, written, bad.
+    """Make the rows that are missing; collective.
 
-    settings: the job's parameters and what else of the command its rows depend on, as JSON. bad:
-    rows with an `error` (see `errors`).
+    Returns the summary: folder, rows, written, bad (rows with an `error`), first_error, metrics.
+
+    settings: the job's parameters and what else of the command its rows depend on, as JSON.
 
     Raises ValueError when the folder belongs to another job, or another process works in it.
     """
@@ -93,7 +104,10 @@ def run(
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(_alone(folder))
-                missing = Parts.begin(folder, work.size, job.part_size, identity).missing()
+                parts = Parts.begin(folder, work.size, job.part_size, identity)
+                missing = parts.missing()
+                if missing and parts.manifest["parts"] is not None:
+                    parts.reopen()
             except ValueError as error:
                 refusal = str(error)
         shared: list[Any] = [missing, refusal]
@@ -101,7 +115,9 @@ def run(
         missing, refusal = shared
         if refusal is not None:
             raise ValueError(refusal)
-        # 2. Each group makes its share of the missing parts.
+        # 2. Each group makes its share of the missing parts, or all make each of them.
+        if work.together:
+            writes, group, groups = writes and group == 0, 0, 1
         parts = Parts(folder)
         total = sum(len(parts.numbers(part)) for part in missing)
         with progress(total, job.name, "item", disable=not first) as bar:
@@ -117,7 +133,10 @@ def run(
         if first and parts.manifest["parts"] is None:
             parts.finish()
         dist.barrier()
-    rows = Parts(folder).read()
+    rows = Parts(folder).read(verify=False)  # Every part was compared or written above.
+    metrics = job.metrics(rows)
+    if first and metrics:
+        files.write(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     bad = [] if "error" not in rows.column_names else rows["error"].drop_null().to_pylist()
     return {
         "folder": str(folder),
@@ -125,12 +144,43 @@ def run(
         "written": total,
         "bad": len(bad),
         "first_error": bad[0] if bad else None,
+        "metrics": metrics,
     }
 
 
 def digest(*values: Any) -> str:
     """Return a digest of values that JSON can write."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def pictures_digest(paths: Sequence[str | None]) -> str:
+    """Return a digest of the content of pictures; collective, the data-parallel ranks share them.
+
+    paths: of the items, None for one without a picture. One that cannot be read counts as such, so
+    that it is noticed when it is there later.
+    """
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_data_parallel_group()
+    numbers = [number for number, path in enumerate(paths) if path is not None]
+    own = numbers[dist.get_rank(group) :: dist.get_world_size(group)]
+
+    def value(number: int) -> int:
+        try:
+            content = file_digest(str(paths[number]))
+        except ValueError:
+            content = "unreadable"
+        return int(digest(number, content), 16)
+
+    # A sum does not depend on who adds what.
+    with ThreadPoolExecutor(_READERS) as pool, progress(len(own), "pictures", delay=5) as bar:
+        total = 0
+        for one in pool.map(value, own):
+            total += one
+            bar.update()
+    totals: list[Any] = [0] * dist.get_world_size(group)
+    dist.all_gather_object(totals, total, group=group)
+    return digest(len(numbers), hex(sum(totals)))
 
 
 def file_digest(path: str | Path) -> str:

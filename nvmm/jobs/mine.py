@@ -7,28 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from nvmm.config.choices import require
-from nvmm.data.prepare import retrieval_sets
+from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.inference.restore import Restored
-from nvmm.jobs.encode import read_vectors
-from nvmm.jobs.job import Job, Work, digest, file_digest
+from nvmm.jobs.job import Job, Work, digest
+from nvmm.jobs.search import Hit, Neighbours
 
 Strategy = Literal["top", "random"]
-_SLACK = 64
-"""Documents of equal score are ranked by place; so many more are searched to see them all."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A document of a ranking. rank: 1 for the best."""
-
-    document: str
-    score: float
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -40,8 +27,8 @@ class Filters:
 
     range_min: best ranks to leave out. range_max: worst rank to take. max_score, min_score: bounds
     of a negative's score. absolute_margin: its score is at most the positive's minus this.
-    relative_margin: at most (1 - this) times the positive's; 0.05 is NV-Retriever's 95 % (Moreira
-    et al. 2024, arXiv:2407.15831, TopK-PercPos).
+    relative_margin: at most the positive's minus this share of its size; 0.05 is the 95 % of
+    NV-Retriever (Moreira et al. 2024, arXiv:2407.15831, TopK-PercPos).
     """
 
     range_min: int = 0
@@ -64,7 +51,7 @@ class Filters:
         if self.absolute_margin is not None:
             highest.append(positive - self.absolute_margin)
         if self.relative_margin is not None:
-            highest.append(positive * (1 - self.relative_margin))
+            highest.append(positive - abs(positive) * self.relative_margin)
         return (
             self.range_min < hit.rank <= self.range_max
             and hit.score <= min(highest, default=float("inf"))
@@ -120,60 +107,30 @@ def choose_from_both(
     return chosen
 
 
-def search(
-    queries: NDArray[Any], chunks: Sequence[NDArray[Any]], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return scores and places [q, k] of the documents of largest dot product, best first.
-
-    chunks: the documents' vectors [rows, h], chunk after chunk; one chunk is in memory at a time.
-    Equal scores are ranked by place.
-    """
-    import faiss
-
-    rows = np.ascontiguousarray(queries, dtype=np.float32)
-    scores = np.empty((len(rows), 0), dtype=np.float32)
-    places = np.empty((len(rows), 0), dtype=np.int64)
-    first = 0
-    for chunk in chunks:
-        documents = np.ascontiguousarray(chunk, dtype=np.float32)
-        some = min(k + _SLACK, len(documents))
-        new_scores, new_places = faiss.knn(rows, documents, some, metric=faiss.METRIC_INNER_PRODUCT)
-        scores = np.concatenate([scores, new_scores], axis=1)
-        places = np.concatenate([places, new_places + first], axis=1)
-        order = np.lexsort((places, -scores), axis=1)[:, : k + _SLACK]
-        scores = np.take_along_axis(scores, order, axis=1)
-        places = np.take_along_axis(places, order, axis=1)
-        first += len(documents)
-    return scores[:, :k], places[:, :k]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mine(Filters, Job):
     """Mine hard negatives with the vectors that two `encode` jobs wrote.
 
-    A row has `query_id`, `ids` and `scores` of its negatives, best first, and `positive_score`
-    (null where the query has no relevant document among the vectors, and so no negatives).
-    `tools/retrieval_data.py beir --negatives` takes the folder.
+    A row has `query_id`, `ids` and `scores` of its negatives, best first, `positive_score`, and
+    `error`: why there can be no negatives, else null (the query, or all that is relevant to it, has
+    no vector). `tools/retrieval_data.py --negatives` takes the folder.
 
     Args:
-        folder: the set in BEIR's layout, for its qrels.
+        data: the retrieval set, for its judgements; only judged queries are mined for.
         queries, corpus: folders of the `encode` jobs.
-        split: which qrels; only their queries are mined for.
         num_negatives: negatives of a query, at most.
         strategy: "top", the best ranked, or "random", a draw by the seed.
         range_min ... relative_margin: see `Filters`.
         modality_floor: None, or the rank below which a document of the target modality is a
             negative (MM-Embed: 45, of range_max=50): negatives then are those of `modality_aware`.
-            Documents have a field `modality` in corpus.jsonl; the target is that of the query's
-            relevant documents.
+            The target is the modality of the query's relevant documents.
         seed: seed of draws; a draw depends on it and the query's id alone.
         part_size: queries of a part file.
     """
 
-    folder: str
+    data: RetrievalSet
     queries: str
     corpus: str
-    split: str = "train"
     num_negatives: int = 7
     strategy: Strategy = "top"
     modality_floor: int | None = None
@@ -184,110 +141,86 @@ class Mine(Filters, Job):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("job.strategy", self.strategy, Strategy)
-        if self.num_negatives < 1:
-            raise ValueError(f"job.num_negatives={self.num_negatives} must be at least 1")
-        if self.modality_floor is not None and not 0 <= self.modality_floor < self.range_max:
+        window = self.range_max - self.range_min
+        if not 1 <= self.num_negatives <= window:
+            raise ValueError(
+                f"job.num_negatives={self.num_negatives} must be at least 1 and at most {window},"
+                " the ranks from job.range_min to job.range_max"
+            )
+        if self.modality_floor is None:
+            return
+        if self.strategy != "top":
+            raise ValueError(
+                f"job.strategy={self.strategy} does nothing with job.modality_floor, which draws"
+            )
+        if not 0 <= self.modality_floor < self.range_max:
             raise ValueError(
                 f"job.modality_floor={self.modality_floor} must be at least 0 and below"
                 f" job.range_max={self.range_max}"
             )
 
     def prepare(self, model: Restored | None) -> Work:
-        """Open vectors and qrels. Raises ValueError for qrels of ids that have no vector."""
+        """Open vectors and judgements. Raises ValueError for judgements of unknown ids."""
         if model is not None:
             raise ValueError("job=mine reads vectors; leave checkpoint= out")
-        documents, chunks = read_vectors(self.corpus)
-        query_ids, query_chunks = read_vectors(self.queries)
-        qrels = retrieval_sets.read_qrels(self.folder, self.split)
-        place_of_query = {name: place for place, name in enumerate(query_ids)}
-        place_of_document = {name: place for place, name in enumerate(documents)}
-        mined = list(qrels)
-        unknown = [name for name in mined if name not in place_of_query]
-        unknown += [name for q in mined for name in qrels[q] if name not in place_of_document]
-        if unknown:
-            raise ValueError(
-                f"{self.folder}: qrels of {self.split} name {len(unknown)} ids without a vector:"
-                f" {unknown[:5]}"
-            )
-        modality: dict[str, str] = {}
+        near = Neighbours(self.data, self.queries, self.corpus)
+        known = self.data.judgements
+        modality: Mapping[str, str] = {}
         if self.modality_floor is not None:
-            modality = retrieval_sets.read_modalities(self.folder)
-        vectors = _Rows(query_chunks)
-        document_vectors = _Rows(chunks)
+            modality = self.data.modalities
+
+        def row(query: str, rankings: Mapping[str, Sequence[Hit]]) -> dict[str, Any]:
+            negatives: list[Hit] = []
+            positive = error = None
+            if query not in rankings:
+                error = near.errors[1][query]
+            elif (positive := near.positive_score(query)) is None:
+                error = f"query {query}: nothing relevant to it has a vector"
+            else:
+                negatives = self._negatives(
+                    query, rankings[query], near.relevant[query], known[query], positive, modality
+                )
+            return {
+                "query_id": query,
+                "ids": [hit.document for hit in negatives],
+                "scores": [hit.score for hit in negatives],
+                "positive_score": positive,
+                "error": error,
+            }
 
         def rows(numbers: range) -> pa.Table:
-            chosen = [mined[number] for number in numbers]
-            asked = vectors[[place_of_query[name] for name in chosen]].astype(np.float32)
-            # A relevant document takes a place in the ranking, but is no negative.
-            most = max(len(qrels[name]) for name in chosen)
-            k = min(self.range_max + most, len(documents))
-            scores, places = search(asked, chunks, k)
-            records = []
-            for row, query in enumerate(chosen):
-                relevant = qrels[query]
-                ranking = [
-                    Hit(documents[place], float(score), rank)
-                    for rank, (score, place) in enumerate(
-                        zip(scores[row].tolist(), places[row].tolist(), strict=True), 1
-                    )
-                ]
-                there = document_vectors[[place_of_document[name] for name in relevant]]
-                positive = float((there.astype(np.float32) @ asked[row]).min())
-                negatives = self._negatives(query, ranking, relevant, positive, modality)
-                records.append(
-                    {
-                        "query_id": query,
-                        "ids": [hit.document for hit in negatives],
-                        "scores": [hit.score for hit in negatives],
-                        "positive_score": positive,
-                    }
-                )
-            return pa.Table.from_pylist(records, _SCHEMA)
+            chosen = [near.asked[number] for number in numbers]
+            rankings = near.rankings(chosen, self.range_max)
+            return pa.Table.from_pylist([row(query, rankings) for query in chosen], _SCHEMA)
 
-        inputs = digest(
-            file_digest(f"{self.queries}/manifest.json"),
-            file_digest(f"{self.corpus}/manifest.json"),
-            qrels,
-            modality,
-        )
-        return Work(len(mined), inputs, rows)
+        return Work(len(near.asked), digest(near.inputs, dict(modality)), rows, together=True)
 
     def _negatives(
         self,
         query: str,
         ranking: Sequence[Hit],
         relevant: Mapping[str, int],
+        known: Mapping[str, int],
         positive: float,
         modality: Mapping[str, str],
     ) -> list[Hit]:
-        """Return the negatives of one query."""
+        """Return the negatives of one query.
+
+        relevant: what is scored; known: that and what else is no negative (M-BEIR's judgements of
+        other sets). positive: score of the lowest-scored relevant document.
+        """
         seed = self.seed, query
         if self.modality_floor is None:
-            hits = [hit for hit in ranking if hit.document not in relevant]
+            hits = [hit for hit in ranking if hit.document not in known]
             hits = [hit for hit in hits if self.accepts(hit, positive)]
             return choose(hits, self.num_negatives, self.strategy, seed)
         target = modality[next(iter(relevant))]
         kinds = modality_aware(ranking, relevant, modality, target, self.modality_floor)
-        wrong, weak = ([h for h in hits if self.accepts(h, positive)] for hits in kinds)
-        return choose_from_both(wrong, weak, self.num_negatives, seed)
-
-
-class _Rows:
-    """Rows of chunks by place, without joining the chunks."""
-
-    def __init__(self, chunks: Sequence[NDArray[Any]]) -> None:
-        self._chunks = chunks
-        self._starts = np.cumsum([0, *map(len, chunks)])
-
-    def __getitem__(self, places: Sequence[int]) -> NDArray[Any]:
-        """Return the rows at these places."""
-        numbers = np.searchsorted(self._starts, places, side="right") - 1
-        return np.stack(
-            [
-                self._chunks[chunk][place - self._starts[chunk]]
-                for chunk, place in zip(numbers.tolist(), places, strict=True)
-            ]
+        wrong, weak = (
+            [hit for hit in hits if hit.document not in known and self.accepts(hit, positive)]
+            for hits in kinds
         )
+        return choose_from_both(wrong, weak, self.num_negatives, seed)
 
 
 _SCHEMA = pa.schema(
@@ -296,5 +229,6 @@ _SCHEMA = pa.schema(
         "ids": pa.list_(pa.string()),
         "scores": pa.list_(pa.float32()),
         "positive_score": pa.float32(),
+        "error": pa.string(),
     }
 )

@@ -1,12 +1,13 @@
-"""The samples of shards as a job's items: `generate` and `score` read them alike."""
+"""Prompts as a job's items: the samples of shards, or what a job makes of its own items."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nvmm.batch import Sample
+from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset
 from nvmm.inference.restore import Restored
 from nvmm.jobs.job import digest
@@ -21,21 +22,36 @@ def open_shards(shards: str | Sequence[str], model: Restored) -> tuple[Dataset, 
     return dataset, digest(keys, sizes)
 
 
+def continuation_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of `job.continuations`.
+
+    Raises ValueError for a continuation without tokens, and for two of the same tokens.
+    """
+    tokens = [tokenizer.encode(text) for text in texts]
+    if not all(tokens) or len({tuple(ids) for ids in tokens}) < len(tokens) or not tokens:
+        raise ValueError(
+            f"job.continuations={list(texts)} must be different texts of at least one token each;"
+            f" they are {tokens}"
+        )
+    return tokens
+
+
 def build(
-    dataset: Dataset,
-    numbers: Sequence[int],
+    members: Callable[[int], dict[str, Any]],
+    numbers: Iterable[int],
     make: Callable[[dict[str, Any]], Sample],
     longest: int,
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Return (number -> sample, number -> what is wrong with it) of these items.
 
-    longest: the most tokens that a sample may have.
+    members: of an item by number; a ValueError is what is wrong with it. longest: the most tokens
+    that a sample may have.
     """
     samples: dict[int, Sample] = {}
     errors: dict[int, str] = {}
     for number in numbers:
         try:
-            sample = make(dataset.members(number))
+            sample = make(members(number))
         except ValueError as error:  # BadSample too
             errors[number] = str(error)
         else:

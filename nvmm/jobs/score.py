@@ -11,7 +11,7 @@ import pyarrow as pa
 from nvmm.batch import Sample
 from nvmm.inference.restore import Restored
 from nvmm.jobs.job import Job, Work
-from nvmm.jobs.prompts import batches, build, open_shards
+from nvmm.jobs.prompts import batches, build, continuation_tokens, open_shards
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,7 @@ class Score(Job):
             make = model.builder.__call__
         else:
             make = model.builder.prompt
-            tokens = [model.tokenizer.encode(text) for text in self.continuations]
-            if not all(tokens) or len({tuple(ids) for ids in tokens}) < len(tokens) or not tokens:
-                raise ValueError(
-                    f"job.continuations={list(self.continuations)} must be different texts of at"
-                    f" least one token each; they are {tokens}"
-                )
+            tokens = continuation_tokens(model.tokenizer, self.continuations)
             room -= max(map(len, tokens))
 
         def scored(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -71,7 +66,7 @@ class Score(Job):
             ]
 
         def rows(numbers: range) -> pa.Table:
-            samples, errors = build(dataset, numbers, make, room)
+            samples, errors = build(dataset.members, numbers, make, room)
             scores: dict[int, dict[str, Any]] = {}
             for chosen in batches(samples, self.batch_size):
                 results = scored([samples[number] for number in chosen])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tests.convert.test_nv_embed import tokenizer  # noqa: F401
 from tests.ranks import run_ranks
 
 WHOLE = 10**6
+BEIR = "nvmm.data.prepare.layouts.BeirFolder"
+MBEIR = "nvmm.data.prepare.layouts.MBeirFiles"
 
 
 def job(
@@ -56,7 +59,7 @@ def job(
         done += 1
         return work.rows(numbers)
 
-    type(made).prepare = lambda self, model: Work(work.size, work.inputs, rows)
+    type(made).prepare = lambda self, model: replace(work, rows=rows)
     try:
         return run(made, options, model, output)
     except InterruptedError:
@@ -173,7 +176,7 @@ def test_a_stopped_encoding_goes_on_and_is_mined(
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     options = {
         "_target_": "nvmm.jobs.encode.Encode",
-        "folder": str(tmp_path),
+        "data": {"_target_": BEIR, "folder": str(tmp_path)},
         "side": "queries",
         "batch_size": 2,
         "part_size": 2,
@@ -217,17 +220,29 @@ def test_the_command(checkpoint: Path, shards: str, tmp_path: Path) -> None:
     assert "another job works in" in text
 
 
-@pytest.mark.parametrize("name", ["encode", "generate", "mine", "score"])
-def test_every_job_composes(name: str) -> None:
+KEYS = {
+    "encode": ["job.side=corpus"],
+    "generate": ["job.shards=x.tar"],
+    "mine": ["job.queries=y", "job.corpus=z"],
+    "rerank": ["job.ranking=x"],
+    "score": ["job.shards=x.tar", "job.continuations=['True','False']"],
+    "search": ["job.queries=y", "job.corpus=z"],
+}
+OPTIONS = Path(__file__).parents[2] / "configs" / "job"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in OPTIONS.glob("*.yaml")))
+@pytest.mark.parametrize("layout", ["beir", "mbeir"])
+def test_every_job_composes(name: str, layout: str) -> None:
     from hydra.utils import instantiate
 
     from nvmm.config import check, compose
     from nvmm.jobs.job import Job
 
-    data = {
-        "encode": ["job.folder=x", "job.side=corpus"],
-        "mine": ["job.folder=x", "job.queries=y", "job.corpus=z"],
-    }.get(name, ["job.shards=x.tar"])
+    data = list(KEYS[name])
+    if name not in ("generate", "score"):
+        data += [f"job/data={layout}", "job.data.folder=x"]
+        data += ["job.data.pool=p"] * (layout == "mbeir")
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
     assert check.check(composed, entry="job", world_size=1) == []
     made = instantiate(composed.job, _convert_="all")

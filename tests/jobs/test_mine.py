@@ -1,4 +1,4 @@
-"""Hard negatives against brute force and hand-worked cases."""
+"""Hard negatives against hand-worked cases."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nvmm.jobs.mine import (
-    Filters,
-    Hit,
-    Mine,
-    choose,
-    choose_from_both,
-    modality_aware,
-    search,
-)
+from nvmm.data.prepare.layouts import BeirFolder, MBeirFiles
+from nvmm.jobs.encode import read_vectors
+from nvmm.jobs.mine import Filters, Mine, choose, choose_from_both, modality_aware
 from nvmm.jobs.parts import Parts
+from nvmm.jobs.search import Hit
+from tests.jobs.test_search import same_files, work, write_vectors
 from tests.ranks import run_ranks
 
 
@@ -27,24 +23,6 @@ def hits(**scores: float) -> list[Hit]:
 
 def names(some: list[Hit]) -> list[str]:
     return [hit.document for hit in some]
-
-
-def test_search_equals_brute_force() -> None:
-    random = np.random.default_rng(1)
-    documents = random.standard_normal((5000, 24)).astype(np.float32)
-    queries = random.standard_normal((70, 24)).astype(np.float32)
-    chunks = [documents[:1700], documents[1700:1703], documents[1703:]]
-    scores, places = search(queries, chunks, 100)
-    exact = queries.astype(np.float64) @ documents.T.astype(np.float64)
-    expected = np.argsort(-exact, axis=1, kind="stable")[:, :100]
-    np.testing.assert_array_equal(places, expected)
-    np.testing.assert_allclose(scores, np.take_along_axis(exact, expected, 1), atol=2e-5)
-
-
-def test_equal_scores_are_ranked_by_place() -> None:
-    documents = np.tile(np.eye(4, dtype=np.float32)[:1], (30, 1))
-    _, places = search(np.eye(4, dtype=np.float32)[:1], [documents[:11], documents[11:]], 20)
-    assert places.tolist() == [list(range(20))]
 
 
 def test_every_filter_by_hand() -> None:
@@ -64,6 +42,10 @@ def test_every_filter_by_hand() -> None:
     assert kept(relative_margin=0.05) == "bcde"  # at most 0.76
     assert kept(relative_margin=0.06) == "cde"  # at most 0.752
     assert kept(relative_margin=0.05, max_score=0.72, min_score=0.3) == "d"
+    # Below 0 the margin goes down too: at most -0.84, and at most -0.1 without one.
+    below = hits(f=-0.5, g=-0.82, h=-0.9)
+    filters = Filters(relative_margin=0.05)
+    assert [hit.document for hit in below if filters.accepts(hit, -0.8)] == ["h"]
 
 
 def test_modality_aware_negatives_by_hand() -> None:
@@ -99,19 +81,11 @@ def test_both_kinds_are_drawn_alike() -> None:
     assert sorted(names(everything)) == sorted(names(first) + names(second))
 
 
-def write_vectors(folder: Path, ids: list[str], vectors: Any, part_size: int) -> str:
-    parts = Parts.begin(folder, len(ids), part_size, {})
-    for part in range(parts.count):
-        numbers = parts.numbers(part)
-        flat = pa.array(vectors[numbers.start : numbers.stop].astype(np.float32).reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        parts.write(part, pa.table({"id": [ids[n] for n in numbers], "vector": column}))
-    parts.finish()
-    return str(folder)
+Options = dict[str, Any]
 
 
 @pytest.fixture
-def retrieval_set(tmp_path: Path) -> dict[str, str]:
+def retrieval_set(tmp_path: Path) -> Options:
     random = np.random.default_rng(3)
     vectors = random.standard_normal((90, 8))
     documents = [f"d{n}" for n in range(90)]
@@ -126,32 +100,24 @@ def retrieval_set(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "qrels" / "train.tsv").write_text("\n".join([*rows, "q3\td50\t1"]) + "\n")
     noisy = vectors[::4][:20] + random.standard_normal((20, 8))
     return {
-        "folder": str(tmp_path),
+        "data": BeirFolder(str(tmp_path), "train"),
         "corpus": write_vectors(tmp_path / "c", documents, vectors, 40),
         "queries": write_vectors(tmp_path / "q", queries, noisy, 7),
     }
 
 
-def mine(rank: int, world: int, init: str, options: dict[str, Any], output: str) -> Any:
-    from nvmm.jobs.job import run
-    from nvmm.parallel.setup import Parallel
-
-    Parallel().initialize(seed=1, rank=rank, world_size=world, init_method=init)
-    return run(Mine(**options), options, None, output)
+def mined(options: Options, output: Path, ranks: int = 1) -> dict[str, Any]:
+    """Mine on so many ranks; the rows by query."""
+    run_ranks(work, ranks, Mine(**options), str(output))
+    return {row["query_id"]: row for row in Parts(output).read().to_pylist()}
 
 
-def test_a_mining_job_on_one_and_two_ranks(retrieval_set: dict[str, str], tmp_path: Path) -> None:
+def test_a_mining_job_on_one_and_two_ranks(retrieval_set: Options, tmp_path: Path) -> None:
     options = {**retrieval_set, "num_negatives": 4, "relative_margin": 0.1, "part_size": 6}
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    summary = run_ranks(mine, 1, options, one)[0]
-    assert summary["rows"] == summary["written"] == 19
-    run_ranks(mine, 2, options, two)
-    for path in sorted(Path(one).glob("part-*")):
-        assert path.read_bytes() == (Path(two) / path.name).read_bytes()
-    rows = {row["query_id"]: row for row in Parts(Path(one)).read().to_pylist()}
+    rows = mined(options, tmp_path / "one")
+    assert rows == mined(options, tmp_path / "two", ranks=2)
+    same_files(tmp_path / "one", tmp_path / "two")
     assert list(rows) == [f"q{n}" for n in range(1, 20)]
-    from nvmm.jobs.encode import read_vectors
-
     documents = np.concatenate(read_vectors(retrieval_set["corpus"])[1])
     queries = np.concatenate(read_vectors(retrieval_set["queries"])[1])
     assert any(len(row["ids"]) == 4 for row in rows.values())
@@ -162,32 +128,106 @@ def test_a_mining_job_on_one_and_two_ranks(retrieval_set: dict[str, str], tmp_pa
         expected = [
             f"d{n}"
             for n in np.argsort(-scores)
-            if n not in relevant and scores[n] <= 0.9 * positive
+            if n not in relevant and scores[n] <= positive - 0.1 * abs(positive)
         ]
         assert rows[f"q{number}"]["ids"] == expected[:4]
         assert rows[f"q{number}"]["positive_score"] == pytest.approx(positive, abs=1e-5)
+        assert rows[f"q{number}"]["error"] is None
 
 
-def test_modality_aware_mining_takes_both_kinds(
-    retrieval_set: dict[str, str], tmp_path: Path
+def test_what_has_no_vector_is_left_out_with_its_reason(
+    retrieval_set: Options, tmp_path: Path
 ) -> None:
+    bad = {"d4": "4.png is damaged", "d12": "12.png is damaged", "d30": "30.png is damaged"}
+    vectors = np.concatenate(read_vectors(retrieval_set["corpus"])[1])
+    ids = [f"d{n}" for n in range(90)]
+    corpus = write_vectors(tmp_path / "bad", ids, vectors, 40, bad)
+    queries, chunks = read_vectors(retrieval_set["queries"])
+    asked = write_vectors(
+        tmp_path / "asked", queries, np.concatenate(chunks), 7, {"q5": "5.png is damaged"}
+    )
+    options = {**retrieval_set, "corpus": corpus, "queries": asked, "num_negatives": 90}
+    rows = mined(options, tmp_path / "out")
+    assert rows["q5"]["error"] == "5.png is damaged"
+    assert rows["q1"]["error"] == "query q1: nothing relevant to it has a vector"
+    for query in ("q5", "q1"):
+        assert rows[query]["ids"] == [] and rows[query]["positive_score"] is None
+    # d50 alone is left of what is relevant to q3; all else is found at its place.
+    score = float(vectors[50] @ np.concatenate(chunks)[3])
+    assert rows["q3"]["positive_score"] == pytest.approx(score, abs=1e-6)
+    assert sorted(rows["q3"]["ids"]) == sorted(set(ids) - set(bad) - {"d50"})
+
+
+def circle(tmp_path: Path, qrels: str) -> Options:
+    """M-BEIR's layout: 60 candidates at ranks 1 to 60 of every query, each third one a picture.
+
+    Candidates of odd rank are of set 5 (OVEN), the others of set 6.
+    """
+    names = [f"{5 if rank % 2 else 6}:{rank}" for rank in range(1, 61)]
+    lines = [
+        {"did": name, "modality": "image", "img_path": "p.png", "txt": None}
+        if rank % 3 == 0
+        else {"did": name, "modality": "text", "txt": name, "img_path": None}
+        for rank, name in enumerate(names, 1)
+    ]
+    (tmp_path / "pool").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "qrels").write_text(qrels)
+    angles = np.arange(1, 61) / 60
+    queries = ["1:1", "1:2", "5:1", "5:2"]
+    return {
+        "data": MBeirFiles(str(tmp_path), str(tmp_path / "pool"), qrels=str(tmp_path / "qrels")),
+        "corpus": write_vectors(
+            tmp_path / "c", names, np.stack([np.cos(angles), np.sin(angles)], 1), 16
+        ),
+        "queries": write_vectors(tmp_path / "q", queries, np.eye(2)[[0] * 4], 4),
+        "num_negatives": 50,
+        "range_max": 50,
+        "modality_floor": 45,
+    }
+
+
+def test_modality_aware_mining_of_mbeir_by_hand(tmp_path: Path) -> None:
+    options = circle(tmp_path, "1:1 0 6:12 1 7\n1:2 0 5:57 1 7\n5:1 0 5:9 1 7\n5:1 0 6:6 1 7\n")
+    rows = mined(options, tmp_path / "out")
+    ranks = {
+        query: sorted(int(name.partition(":")[2]) for name in row["ids"])
+        for query, row in rows.items()
+    }
+    # The target is a picture: texts above the picture at rank 12, and pictures at ranks 46 to 50.
+    assert ranks["1:1"] == [1, 2, 4, 5, 7, 8, 10, 11, 48]
+    # The relevant picture is at rank 57, behind the 50: it counts as 51, so every text qualifies.
+    assert ranks["1:2"] == sorted([r for r in range(1, 51) if r % 3] + [48])
+    # OVEN: the picture of another set does not count, so that 9 is the positive's rank, and not 6.
+    # It is no negative of either query.
+    assert ranks["5:1"] == [1, 2, 4, 5, 7, 8, 48]
+    # Without modalities, no candidate that is known to be relevant is a negative.
+    plain = mined(options | {"modality_floor": None}, tmp_path / "plain")
+    assert "6:6" not in plain["5:1"]["ids"] and len(plain["5:1"]["ids"]) == 48
+
+
+def test_modality_aware_mining_takes_both_kinds(retrieval_set: Options, tmp_path: Path) -> None:
     options = {**retrieval_set, "num_negatives": 6, "range_max": 30, "modality_floor": 20}
-    run_ranks(mine, 1, options, str(tmp_path / "out"))
-    rows = Parts(tmp_path / "out").read().to_pylist()
-    assert any(row["ids"] for row in rows)
-    assert not {"d12", "d50"} & set(rows[2]["ids"])
+    rows = mined(options, tmp_path / "out")
+    assert any(row["ids"] for row in rows.values())
+    assert not {"d12", "d50"} & set(rows["q3"]["ids"])
 
 
-def test_what_mining_refuses(retrieval_set: dict[str, str], tmp_path: Path) -> None:
+def test_what_mining_refuses(retrieval_set: Options, tmp_path: Path) -> None:
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tnone\t1\n")
-    with pytest.raises(ValueError, match=r"1 ids without a vector: \['none'\]"):
-        Mine(**retrieval_set, split="test").prepare(None)
-    with pytest.raises(ValueError, match=r"job\.range_min=5 must be at least 0 and below"):
-        Mine(**retrieval_set, range_min=5, range_max=5)
-    with pytest.raises(ValueError, match=r"job\.strategy"):
-        Mine(**retrieval_set, strategy="best")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no output of job=encode"):
-        parts = Parts.begin(tmp_path / "other", 1, 1, {})
-        parts.write(0, pa.table({"text": ["a"]}))
-        parts.finish()
-        Mine(**(retrieval_set | {"corpus": str(tmp_path / "other")})).prepare(None)
+    folder = str(tmp_path)
+
+    def refuse(message: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            Mine(**(retrieval_set | changes)).prepare(None)
+
+    refuse(r"1 ids without a vector: \['none'\]", data=BeirFolder(folder, "test"))
+    refuse(r"job\.data\.split is not given", data=BeirFolder(folder))
+    refuse("dev.tsv cannot be read", data=BeirFolder(folder, "dev"))
+    refuse(r"job\.range_min=5 must be at least 0 and below", range_min=5, range_max=5)
+    refuse(r"num_negatives=6 must be at least 1 and at most 5", num_negatives=6, range_max=5)
+    refuse(r"job\.strategy", strategy="best")
+    refuse(r"job\.strategy=random does nothing", strategy="random", modality_floor=3)
+    parts = Parts.begin(tmp_path / "other", 1, 1, {})
+    parts.write(0, pa.table({"text": ["a"]}))
+    parts.finish()
+    refuse("no output of job=encode", corpus=str(tmp_path / "other"))

@@ -19,6 +19,8 @@ from nvmm.data.prepare.retrieval_sets import fields_of
 from nvmm.data.samples.decode import IMAGES
 
 MODALITIES = ("text", "image", "image,text")
+_OWN_SET_ALONE = ("5", "6")
+"""OVEN and InfoSeek: their queries' candidates of other sets do not count (UniIR)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,18 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
         if int(columns[3]) > 0:
             qrels.setdefault(columns[0], {})[columns[2]] = int(columns[3])
     return qrels
+
+
+def judged(qrels: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Return the qrels that count: those of OVEN and InfoSeek lose other sets' candidates."""
+    kept = {}
+    for query, documents in qrels.items():
+        own = query.partition(":")[0]
+        if own in _OWN_SET_ALONE:
+            documents = {d: r for d, r in documents.items() if d.partition(":")[0] == own}
+        if documents:
+            kept[query] = dict(documents)
+    return kept
 
 
 def read_instructions(path: str | Path) -> dict[tuple[str, str, str], list[str]]:

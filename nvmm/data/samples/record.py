@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,22 @@ def is_picture(member: str) -> bool:
 def is_listed(member: str, patterns: Sequence[str]) -> bool:
     """Return whether one of `patterns`, such as `.mask.png` or `.*.npy`, names a member."""
     return any(fnmatchcase(f".{member}", pattern) for pattern in patterns)
+
+
+def plain_question(text: str, pictures: Sequence[bytes], source: str) -> dict[str, bytes | str]:
+    """Return a question and its pictures as members of a sample of no data set's.
+
+    text: has `<image>` once for each picture, or nowhere: then they come first.
+    source: what messages call it.
+    """
+    members: dict[str, bytes | str] = {
+        "__url__": source,
+        "__key__": "",
+        PLAIN: "",
+        "json": json.dumps({"question": text}).encode(),
+    }
+    # Builders look at the content, not at the extension.
+    return members | {f"{number}.png": data for number, data in enumerate(pictures)}
 
 
 def check_fields(fields: Fields, names: Sequence[str], unread: Sequence[str] = ()) -> None:
