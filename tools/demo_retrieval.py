@@ -271,7 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--steps", type=int, default=250, help="of a training")
+    parser.add_argument("--steps", type=int, default=200, help="of a training")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--package", type=Path, help="openmoji-17.0.0.tgz, else npm fetches it")
     parser.add_argument("--to", type=Path, default=Path("runs/demo_retrieval"), help="its folder")

@@ -9,7 +9,7 @@ import pytest
 
 from nvmm import studies
 from nvmm.config.check import check, to_plain
-from nvmm.config.compose import composed
+from nvmm.config.compose import argument, composed
 from nvmm.data.prepare.openmoji_tasks import MODALITIES
 from tools import demo_retrieval as demo
 from tools import retrieval_data
@@ -79,7 +79,8 @@ def test_jobs_and_evaluations_compose() -> None:
         assert len({word for e in evaluations for word in e if "output=" in word}) == 8
         for kind, all_of in (("evaluate", evaluations), ("job", of_kind(variant, "job"))):
             for overrides in all_of:
-                assert check(composed(kind, overrides)) == [], overrides
+                config = composed(kind, [argument(text) for text in overrides])
+                assert check(config, entry=kind) == [], overrides
 
 
 def test_negatives_of_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:

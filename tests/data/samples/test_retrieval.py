@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -138,16 +139,17 @@ def test_all_positives_are_masked(tokenizer: Tokenizer) -> None:
     """Whichever of its positives a query has, the others are no negatives in other samples."""
     build = builder(tokenizer, num_negatives=0)
     every = [f"d{number}" for number in range(17)]
-    samples = [
-        build(member(str(i), query="bird", positive=name, positive_id=name, positive_ids=every))
-        for i, name in enumerate(every[:3])
+    records = [
+        {"query": f"bird {name}", "positive": name, "positive_id": name, "positive_ids": every}
+        for name in every[:3]
     ]
-    samples.append(build(member("9", query="it", positive="small", positive_id="other")))
-    for number, sample in enumerate(samples):
-        sample.sample_id = number
-    batch = collate(samples, pad_id=0)
+    records.append({"query": "it", "positive": "small", "positive_id": "other"})
+    samples = [build(member(str(number), **record)) for number, record in enumerate(records)]
+    numbered = [replace(sample, sample_id=number) for number, sample in enumerate(samples)]
+    batch = collate(numbered, pad_id=0)
     vectors = torch.eye(8)[: len(batch.extras["role"])]
-    negatives = Contrastive().per_query(vectors, [batch])[:, 2]
+    objective = Contrastive(cross_rank_negatives=False)
+    negatives = objective.per_query(vectors, [batch])[:, 2]
     assert negatives.tolist() == [1.0, 1.0, 1.0, 3.0], "the other query's positive alone"
 
 
