@@ -8,8 +8,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
-	ablate-pooling bench bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data \
-	bench-embed demo-dialogue-retriever clean
+	ablate-pooling demo-retrieval demo-dialogue-retriever bench bench-convert bench-kernels bench-gpu \
+	bench-packing bench-index bench-data bench-embed clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -74,6 +74,10 @@ compare-fp8: venv ## FP8 recipes against float32, the quickstart last stage (hou
 ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1 SYSTEM=x REGIME=images ARMS=none,2d_grid)
 	$(BIN)/python tools/ablate_tiles.py --seeds $(SEEDS) $(if $(SYSTEM),--system $(SYSTEM)) \
 		$(if $(REGIME),--regime $(REGIME)) $(if $(ARMS),--arms $(ARMS))
+
+demo-retrieval: venv kernels ## MM-Embed in small on openmoji: mined against random negatives (SEEDS=1: one seed)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[demo,jobs]'
+	$(BIN)/python tools/demo_retrieval.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 bench: venv ## times of the commands and steps
 	$(BIN)/python tools/bench_entry.py

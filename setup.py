@@ -41,6 +41,7 @@ setup(
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "embed": ["mteb>=2.26", "sentence-transformers>=6"],  # other judges of an embedder
         "quickstart": ["scikit-learn"],
+        "demo": ["cairosvg"],  # draws SVG; it needs libcairo2
         "remote": ["aiohttp", "s3fs"],  # shards in S3 and behind HTTP; gcsfs, adlfs ... likewise
         "audio": ["soundfile"],
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf

@@ -141,6 +141,13 @@ def measure(folder: Path) -> dict[str, float]:
     }
 
 
+def spent(folder: Path) -> dict[str, float]:
+    """Return the seconds and processor seconds of all commands below a folder, together."""
+    commands = [json.loads(path.read_text()) for path in folder.rglob("command.json")]
+    attempts = [attempt for command in commands for attempt in command["attempts"]]
+    return {name: sum(attempt[name] for attempt in attempts) for name in ("seconds", "cpu_seconds")}
+
+
 def save(path: Path, results: Mapping[str, Any], **settings: Any) -> None:
     """Write results with the settings, machine, commit and date that they were made with."""
     from nvmm.training.summary import git_revision, machine

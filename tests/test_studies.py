@@ -39,6 +39,20 @@ def test_commands_run_in_order_and_once(tmp_path: Path) -> None:
     assert record["attempts"][0]["peak_memory_bytes"] > 2**20
 
 
+def test_the_time_of_all_commands(tmp_path: Path) -> None:
+    variant = studies.Variant("v", 1, (write(tmp_path / "a/b", "b"), write(tmp_path / "a/c", "c")))
+    assert studies.spent(tmp_path) == {"seconds": 0, "cpu_seconds": 0}
+    studies.run([variant], jobs=1)
+    attempts = [
+        attempt
+        for name in ("b", "c")
+        for attempt in json.loads((tmp_path / f"a/{name}/command.json").read_text())["attempts"]
+    ]
+    spent = studies.spent(tmp_path)
+    assert spent["cpu_seconds"] == sum(attempt["cpu_seconds"] for attempt in attempts) > 0
+    assert spent["seconds"] == sum(attempt["seconds"] for attempt in attempts)
+
+
 def test_a_shared_command_runs_once(tmp_path: Path) -> None:
     start = write(tmp_path / "start", "s")
     made = [studies.Variant(n, 1, (start, write(tmp_path / n, n))) for n in ("1", "2", "3")]

@@ -48,8 +48,18 @@ def _mined(options: argparse.Namespace) -> dict[str, list[str]] | None:
 
 
 def _mbeir(options: argparse.Namespace) -> Any:
+    count = options.num_negatives
+    if count < 0 or (options.negatives and not count):
+        raise ValueError(
+            f"--num-negatives {count} must be at least {1 if options.negatives else 0}"
+            + (", to take those of --negatives" if options.negatives else "")
+        )
+    queries = mbeir.read_queries(options.source)
+    unused = sum(bool(query.negatives) for query in queries.values())
+    if unused and (options.negatives or not count):
+        print(f"the neg_cand_list of {unused} queries is left out")
     return mbeir.samples(
-        mbeir.read_queries(options.source),
+        queries,
         mbeir.read_pool(options.pool),
         mbeir.read_instructions(options.instructions),
         options.images,

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nvmm.batch import IMAGE, QUERY
 from nvmm.proof.equivalence import ONE_RANK, Layout, Result, compare, run
+from nvmm.proof.synthetic import synthetic_steps
 from tests import tiny
 
 TP2 = {"tensor_model_parallel_size": 2}
@@ -90,6 +93,19 @@ def test_chunks_on_any_layout_equal_the_whole_batch(
     print(comparison)
     assert comparison.equal, str(comparison)
     assert comparison.num_parameters == len(expected.gradients[0]) > 0
+
+
+def test_rows_of_pictures_have_a_rank_and_micro_batches_without_any() -> None:
+    """What `images` compares: of step 1 the second of two data-parallel ranks sees no picture."""
+    steps = synthetic_steps(MODELS["images"], STEPS, 4)
+    seen = [[bool(batch.media) for batch in step] for step in steps]
+    assert seen[0] == [True, False, True, False] and not any(seen[0][1::2])
+    assert seen[1] == [True, True, True, False]
+    batch = steps[0][0]
+    of_text = torch.zeros(len(batch.extras["role"]), dtype=torch.bool)
+    of_text[batch.media[IMAGE].texts] = True
+    roles = batch.extras["role"]
+    assert set(roles[of_text].tolist()) & {QUERY} and set(roles[of_text].tolist()) - {QUERY}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,36 @@ def test_a_refusal_is_a_line(
     with pytest.raises((ValueError, OSError), match=says):
         run(monkeypatch, command, "--from", tmp_path / "a.jsonl", "--to", tmp_path / "to", *more)
     assert not list((tmp_path / "to").glob("*"))
+
+
+def test_mbeir_says_which_negatives_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    candidates = [{"did": f"1:{n}", "txt": f"text {n}", "modality": "text"} for n in range(3)]
+    query = {"qid": "1:1", "query_txt": "which", "query_modality": "text"}
+    query |= {"pos_cand_list": ["1:0"], "neg_cand_list": ["1:1"]}
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(c) + "\n" for c in candidates))
+    (tmp_path / "q.jsonl").write_text(json.dumps(query) + "\n")
+    (tmp_path / "mined.jsonl").write_text('{"query_id": "1:1", "ids": ["1:2"]}\n')
+    (tmp_path / "i.tsv").write_text(
+        "dataset_id\tquery_modality\tcand_modality\tprompt_1\n1\ttext\ttext\tFind.\n"
+    )
+    command = ["mbeir", "--from", tmp_path / "q.jsonl", "--pool", tmp_path / "pool.jsonl"]
+    command += ["--instructions", tmp_path / "i.tsv", "--images", tmp_path]
+
+    def written(name: str, *options: object) -> list[str]:
+        run(monkeypatch, *command, "--to", tmp_path / name, *options)
+        with tarfile.open(tmp_path / name / "train-00000.tar") as shard:
+            [record] = [shard.extractfile(member) for member in shard if member.isfile()]
+            return list(json.load(record)["negative_ids"])
+
+    said = "the neg_cand_list of 1 queries is left out"
+    assert written("none") == [] and said in capsys.readouterr().out
+    assert written("own", "--num-negatives", 1) == ["1:1"]
+    assert said not in capsys.readouterr().out
+    mined = ("--negatives", tmp_path / "mined.jsonl")
+    assert written("mined", "--num-negatives", 1, *mined) == ["1:2"]
+    assert said in capsys.readouterr().out
+    for options in (mined, ("--num-negatives", -1)):
+        with pytest.raises(ValueError, match=r"--num-negatives -?[01] must be at least"):
+            written("refused", *options)

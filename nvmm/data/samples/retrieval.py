@@ -79,14 +79,15 @@ class RetrievalBuilder(Builder):
     A picture's places come before the text and a line break (MM-Embed), after the instruction.
 
     num_negatives: hard negatives of a sample; a record with more gives some of them, drawn by its
-        key, one with fewer gives those.
+        key, one with fewer gives those. 0: a record with negatives is bad.
     in_batch_negatives: whether other samples' documents are negatives where a record does not say.
     instruction: the instruction of records that have none; None: no instruction.
     query_prefix, document_prefix: plain text before every query, and before every document (E5:
         "query: ", "passage: "). It stands behind an instruction and is pooled with the text.
     dialogue: the form of queries that are dialogues, `nvmm.data.samples.dialogue.Dialogue`: of
         `messages`, or rendered before as `query` or a text to embed; None: queries are plain texts.
-    num_answers: ids of `positive_ids` that are kept beside `positive_id`, the first ones of more.
+    num_answers: most ids of `positive_ids` beside `positive_id`; a record with more is bad, as an
+        answer would be a negative.
     masking: tokens of an instruction that are not pooled, though all are attended to:
         "sentence_transformers": BOS and the whole prefix, as that library does;
         "nv_embed": as many tokens as the prefix has without BOS, so that its last one is pooled;
@@ -178,9 +179,15 @@ class RetrievalBuilder(Builder):
         """
         # 1. Read query, documents, and what may come with each document.
         record = self.record(members)
-        if record.get("negatives") is None:
+        if record.get("negatives") is None and self.num_negatives:
             raise record.missing("negatives")
         negatives = _list(record, "negatives")
+        if negatives and not self.num_negatives:
+            raise record.bad(
+                f"{len(negatives)} negatives, of which data.train.build.num_negatives=0 uses none;"
+                " to leave them out, list negatives, negative_ids and negative_images in"
+                " data.train.build.unread"
+            )
         images = _list(record, "negative_images") or [None] * len(negatives)
         if len(images) != len(negatives):
             raise record.bad(f"{len(negatives)} negatives, {len(images)} negative_images")
@@ -216,7 +223,11 @@ class RetrievalBuilder(Builder):
             doc.name if name is None else name for name, doc in zip(ids, documents, strict=True)
         ]
         others = [name for name in _list(record, "positive_ids") if name != known[0]]
-        others = others[: self.num_answers]
+        if len(others) > self.num_answers:
+            raise record.bad(
+                f"{len(others)} positive_ids beside its positive, which"
+                f" data.train.build.num_answers={self.num_answers} cannot all hold"
+            )
         answers = torch.full((1 + len(chosen), self.num_answers), _hash(str(known[0])))
         answers[0, : len(others)] = torch.tensor([_hash(str(name)) for name in others])
         # 4. Put query and documents together, in the order that the objective expects.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -143,7 +144,7 @@ def test_choices_of_a_record(tokenizer: Tokenizer) -> None:
 
 
 def test_ids_of_a_record(tokenizer: Tokenizer) -> None:
-    ids = {"positive_id": 0, "negative_ids": [1, 2, 3], "positive_ids": [0, 7, 8, 9]}
+    ids = {"positive_id": 0, "negative_ids": [1, 2, 3], "positive_ids": [0, 7, 8]}
     build = builder(tokenizer, num_answers=2)
     found = extras(build(member(**RECORD, **ids)))
     named = [extras(build(member(**RECORD, positive_id=i)))["document_id"][1] for i in (0, 7, 8)]
@@ -151,6 +152,36 @@ def test_ids_of_a_record(tokenizer: Tokenizer) -> None:
     assert found["answers"][0].tolist() == [int(named[1]), int(named[2])]
     plain = extras(build(member(**RECORD)))
     assert plain["document_id"][1] == plain["text_hash"][1] == plain["answers"][0, 0]
+    with pytest.raises(BadSample, match=r"3 positive_ids beside its positive, .*num_answers=2"):
+        build(member(**RECORD, **(ids | {"positive_ids": [7, 8, 9]})))
+
+
+def test_all_positives_are_masked(tokenizer: Tokenizer) -> None:
+    """Whichever of its positives a query has, the others are no negatives in other samples."""
+    build = builder(tokenizer, num_negatives=0)
+    every = [f"d{number}" for number in range(17)]
+    records = [
+        {"query": f"bird {name}", "positive": name, "positive_id": name, "positive_ids": every}
+        for name in every[:3]
+    ]
+    records.append({"query": "it", "positive": "small", "positive_id": "other"})
+    samples = [build(member(str(number), **record)) for number, record in enumerate(records)]
+    numbered = [replace(sample, sample_id=number) for number, sample in enumerate(samples)]
+    batch = collate(numbered, pad_id=0)
+    vectors = torch.eye(8)[: len(batch.extras["role"])]
+    objective = Contrastive(cross_rank_negatives=False)
+    negatives = objective.per_query(vectors, [batch])[:, 2]
+    assert negatives.tolist() == [1.0, 1.0, 1.0, 3.0], "the other query's positive alone"
+
+
+def test_negatives_that_nobody_uses_are_refused(tokenizer: Tokenizer) -> None:
+    build = builder(tokenizer, num_negatives=0)
+    ids = {"negative_ids": ["a", "b", "c"]}
+    with pytest.raises(BadSample, match=r"a\.tar:0: 3 negatives, of which .*num_negatives=0"):
+        build(member(**RECORD, **ids))
+    build = builder(tokenizer, num_negatives=0, unread=["negatives", "negative_ids"])
+    assert len(build(member(**RECORD, **ids)).texts) == 2
+    assert len(builder(tokenizer, num_negatives=0)(member(**RECORD | {"negatives": []})).texts) == 2
 
 
 @pytest.mark.parametrize(
