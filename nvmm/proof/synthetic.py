@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch, Sample, Text, TextMedia
+from nvmm.config.compose import instantiate
 from nvmm.data.collate import collate
 from nvmm.parallel.setup import Parallel
 
@@ -80,7 +81,8 @@ def synthetic_steps(
     `config["parallel"]` needs, rows to a multiple of `config["row_multiple"]` at least; the tokens
     are the same at any layout.
 
-    For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
+    For an embedder a micro-batch is two samples of a query, its positive and a hard negative, and
+    for an objective of preferences two pairs of answers.
     """
     # 1. Padding as the layout needs it; the texts below do not depend on it.
     parallel = Parallel(**config.get("parallel", {}))
@@ -88,6 +90,10 @@ def synthetic_steps(
     segment = parallel.segment_multiple if packed else 1
     is_embedder = "pooling" in config["model"].get("language", config["model"])
     has_images = "vision" in config["model"]
+    extras = instantiate(config["objective"]).extras if "objective" in config else frozenset()
+    samples_of = (
+        _retrieval_samples if is_embedder else _pairs if "chosen" in extras else _single_samples
+    )
     # 2. Texts of each micro-batch, from one generator: their order fixes their values.
     generator = torch.Generator().manual_seed(11)
     steps = []
@@ -105,20 +111,15 @@ def synthetic_steps(
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
                     )
-                    for i in range(6 if is_embedder else 2)
+                    for i in range(_TEXTS[samples_of])
                 ]
             )
         groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
-        # 3. Every `merge` groups become one micro-batch; an embedder's texts come in threes.
+        # 3. Every `merge` groups become one micro-batch of the objective's samples.
         steps.append(
             [
                 collate(
-                    _retrieval_samples(texts, 100 * step + 10 * number)
-                    if is_embedder
-                    else [
-                        Sample((text,), 100 * step + 10 * number + i)
-                        for i, text in enumerate(texts)
-                    ],
+                    samples_of(texts, 100 * step + 10 * number),
                     pad_id=0,
                     pad_multiple=multiple,
                     segment_multiple=segment,
@@ -128,6 +129,36 @@ def synthetic_steps(
             ]
         )
     return steps
+
+
+def _single_samples(texts: list[Text], first_id: int) -> list[Sample]:
+    """Make samples of one text each."""
+    return [Sample((text,), first_id + i) for i, text in enumerate(texts)]
+
+
+def _pairs(texts: list[Text], first_id: int) -> list[Sample]:
+    """Make samples of a chosen and a rejected answer behind all media, with rewards."""
+    described = [
+        replace(
+            text,
+            weights=text.weights.clone().index_fill_(0, torch.arange(_media_end(text)), 0),
+            extras={
+                "chosen": torch.tensor(1 - number % 2),
+                "reward": torch.tensor(len(text.tokens) / 10 - number % 2),
+            },
+        )
+        for number, text in enumerate(texts)
+    ]
+    return [Sample(tuple(described[i : i + 2]), first_id + i) for i in range(0, len(described), 2)]
+
+
+def _media_end(text: Text) -> int:
+    """Return where a text's media end."""
+    ends = [
+        media.positions + media.tokens_per_item if media.ends is None else media.ends
+        for media in text.media.values()
+    ]
+    return max((int(each.max()) for each in ends), default=0)
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
@@ -147,6 +178,10 @@ def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
         }
         described.append(replace(text, extras=extras))
     return [Sample(tuple(described[i : i + 3]), first_id + i) for i in range(0, len(described), 3)]
+
+
+_TEXTS = {_single_samples: 2, _pairs: 4, _retrieval_samples: 6}
+"""Texts of a micro-batch, before some are merged."""
 
 
 def _text(
