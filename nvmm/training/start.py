@@ -28,7 +28,7 @@ from nvmm.objectives.objective import Objective
 from nvmm.training.accounting import Digested
 from nvmm.training.optim import Optim
 from nvmm.training.optimizer import Optimizer
-from nvmm.training.reference import Reference
+from nvmm.training.reference import Reference, check_scores
 
 log = logging.getLogger("nvmm")
 
@@ -84,6 +84,7 @@ def start(
     # 1. A new run: the seed's weights are there already, `init_from` replaces them.
     if path is None:
         base = None
+        check_scores(config, init_from)
         if init_from is not None:
             path = find(init_from)
             missing = load_weights(path, chunks)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nvmm.config.problem import MISSING, Problem, View
-from nvmm.config.signatures import default_of
+from nvmm.config.signatures import class_attribute, default_of
 
 _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
 _COMPANIONS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
@@ -137,6 +137,21 @@ def _lora(view: View) -> Iterator[Problem]:
         yield Problem("lora", lora["_target_"], "needs backend=native")
 
 
+def _reference(view: View) -> Iterator[Problem]:
+    """An objective that compares with the weights of the start does so without dropout."""
+    objective = str(view.get("objective._target_"))
+    if class_attribute(objective, "needs_reference") is not True:
+        return
+    parts = [f"{view.language}.transformer", "model.vision.transformer"]
+    keys = [f"{part}.{kind}_dropout" for part in parts for kind in ("hidden", "attention")]
+    for key in (*keys, "lora.dropout"):
+        value = view.number(key)
+        if value:
+            yield Problem(
+                key, value, f"must be 0: {objective} compares with a pass without dropout"
+            )
+
+
 def _profile(view: View) -> Iterator[Problem]:
     profile = view.get("trainer.profile")
     if profile is None:
@@ -204,5 +219,6 @@ RULES = (
     _seed,
     _schedule,
     _lora,
+    _reference,
     _profile,
 )
