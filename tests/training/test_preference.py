@@ -207,7 +207,7 @@ def _refusals(checkpoint: Path, shards: str, folder: Path, scores: Path) -> None
     part = scores / "part-00001.arrow"
     part.write_bytes(part.read_bytes()[:-9])
     reference._read.cache_clear()
-    with pytest.raises(ValueError, match="part-00001.arrow is damaged"):
+    with pytest.raises(ValueError, match=r"part-00001\.arrow is damaged"):
         builder(scores)
 
 
