@@ -80,7 +80,7 @@ class ChatTemplate:
     """A dialect in which turns become text: it is data, one YAML of configs/template/.
 
         system, user    prefix + text + suffix
-        assistant       prefix + text + before_end + end token + suffix; text to end token are trained
+        assistant       prefix + text + before_end + end token + suffix; text to end are trained
 
     roles: role -> {prefix, suffix}; `{end}` in them stands for the end of a turn. A turn of a role
         that is not listed is an error that names the sample.

@@ -54,8 +54,8 @@ def read(path: Path) -> tuple[Backend, dict[str, str | None]]:
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     except ImportError as error:
         raise ValueError(
-            f"{where} needs the packages sentencepiece and protobuf ({error}); or name a folder"
-            " with tokenizer.json"
+            f"{where} needs pip install 'nvmm[sentencepiece]' ({error}); or name a folder with"
+            " tokenizer.json"
         ) from error
     messages: Any = sentencepiece_model_pb2
     proto = messages.ModelProto()
