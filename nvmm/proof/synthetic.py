@@ -37,6 +37,8 @@ class SyntheticData:
     def __init__(self, steps: list[list[Batch]]) -> None:
         self.steps = steps
         self.tokenizer = SyntheticTokenizer()
+        rows = [batch.tokens.shape[1] for step in steps for batch in step]
+        self.sequence_length = max(rows, default=1)
 
     def batches(self, *, rank: int, size: int, start: int, **kwargs: Any) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of every step, dealt as the loader deals them."""
