@@ -80,13 +80,16 @@ def synthetic_steps(
     `config["parallel"]` needs, rows to a multiple of `config["row_multiple"]` at least; the tokens
     are the same at any layout.
 
-    For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
+    For an embedder a micro-batch is two samples of a query, its positive and a hard negative, for
+    Bradley-Terry two pairs of answers; texts whose attributes are learned have some of the labels.
     """
     # 1. Padding as the layout needs it; the texts below do not depend on it.
     parallel = Parallel(**config.get("parallel", {}))
     multiple = math.lcm(4, parallel.sequence_multiple, config.get("row_multiple", 1))
     segment = parallel.segment_multiple if packed else 1
     is_embedder = "pooling" in config["model"].get("language", config["model"])
+    objective = config.get("objective", {}).get("_target_", "").rpartition(".")[2]
+    per_batch = 6 if is_embedder else 4 if objective == "BradleyTerry" else 2
     has_images = "vision" in config["model"]
     # 2. Texts of each micro-batch, from one generator: their order fixes their values.
     generator = torch.Generator().manual_seed(11)
@@ -105,7 +108,7 @@ def synthetic_steps(
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
                     )
-                    for i in range(6 if is_embedder else 2)
+                    for i in range(per_batch)
                 ]
             )
         groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
@@ -113,12 +116,7 @@ def synthetic_steps(
         steps.append(
             [
                 collate(
-                    _retrieval_samples(texts, 100 * step + 10 * number)
-                    if is_embedder
-                    else [
-                        Sample((text,), 100 * step + 10 * number + i)
-                        for i, text in enumerate(texts)
-                    ],
+                    _samples(texts, 100 * step + 10 * number, config, is_embedder),
                     pad_id=0,
                     pad_multiple=multiple,
                     segment_multiple=segment,
@@ -128,6 +126,41 @@ def synthetic_steps(
             ]
         )
     return steps
+
+
+def _samples(
+    texts: list[Text], first_id: int, config: dict[str, Any], is_embedder: bool
+) -> list[Sample]:
+    """Make samples of the texts, with the extras that the objective reads."""
+    objective = config.get("objective", {})
+    name = objective.get("_target_", "").rpartition(".")[2]
+    if is_embedder:
+        return _retrieval_samples(texts, first_id)
+    if name == "BradleyTerry":
+        return _pairs(texts, first_id)
+    if name == "Regression":
+        texts = [_labelled(text, len(objective["attributes"])) for text in texts]
+    return [Sample((text,), first_id + i) for i, text in enumerate(texts)]
+
+
+def _pairs(texts: list[Text], first_id: int) -> list[Sample]:
+    """Make samples of a chosen and a rejected answer, in either order."""
+    described = []
+    for number, text in enumerate(texts):
+        first = int(texts[number // 2 * 2].tokens[0])
+        extras = {
+            "chosen": torch.tensor((number + first) % 2),
+            "reward": torch.tensor(len(text.tokens) / 4),
+        }
+        described.append(replace(text, extras=extras))
+    return [Sample(tuple(described[i : i + 2]), first_id + i) for i in range(0, len(described), 2)]
+
+
+def _labelled(text: Text, count: int) -> Text:
+    """Give a text labels from 0 to 4; some are missing, another number of them in each text."""
+    labels = (text.tokens[:1] * 7 + 3 * torch.arange(count)) % 5
+    missing = (text.tokens[:1] + torch.arange(count)) % 3 == 0
+    return replace(text, extras={"attributes": labels.float().masked_fill(missing, torch.nan)})
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
