@@ -169,7 +169,7 @@ def test_a_hole_in_place_of_a_pair_adds_nothing() -> None:
         ),
         (
             lambda: Regression(NAMES).loss(torch.zeros(1, 2), labelled([[1.0] * 3])),
-            r"model\.num_outputs=2, data\.train\.build\.attributes has 3 and objective.attributes 3",
+            r"num_outputs=2, data\.train\.build\.attributes has 3 and objective.attributes 3",
         ),
     ],
 )

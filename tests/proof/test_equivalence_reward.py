@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvmm.proof.equivalence import ONE_RANK, Layout, Result, compare, run
+from nvmm.proof.equivalence import ONE_RANK, Result, compare, run
 from tests import tiny
 from tests.proof.test_equivalence import LAYOUTS
 

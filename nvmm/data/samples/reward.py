@@ -129,7 +129,7 @@ class RewardBuilder(InstructBuilder):
         if PLAIN in members or record.get("response") is None:
             source, example = super()._example(members, read)
         else:
-            check_beside(record)
+            check_beside(record, ["system"])
             images = read(record)
             turns = [*_prompt(record, len(images)), Turn("assistant", record.text("response"))]
             source, example = record.source, Example(turns, images, [])
@@ -156,9 +156,19 @@ class RewardBuilder(InstructBuilder):
             weights=[*rendered.weights, *[0.0] * len(end)],
         )
 
-    def _may_be_cut(self, rendered: Rendered) -> bool:
-        """Return False: a text that is cut would be scored at another token."""
-        return False
+    def _fit(
+        self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
+    ) -> tuple[Rendered, int]:
+        """Render with as many tiles as fit; BadSample where not even one an image does."""
+        for limit in self._limits(images):
+            rendered = self._render(turns, images, limit, source, prompt)
+            if len(rendered.tokens) <= self.sequence_length:
+                return rendered, limit
+        raise BadSample(
+            source,
+            f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+            f"{self.sequence_length}: cut, it would be scored at another token",
+        )
 
     def _labels(self, record: Record) -> torch.Tensor:
         return torch.tensor([_label(record, name) for name in self.attributes])
