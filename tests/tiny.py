@@ -124,6 +124,21 @@ def preference(
     }
 
 
+def reward(num_outputs: int = 3, **changes: Any) -> dict[str, Any]:
+    """The decoder above with a head of scores in place of its output layer."""
+    target = "nvmm.models.reward.RewardModel"
+    return language() | {"_target_": target, "num_outputs": num_outputs, **changes}
+
+
+def scored(model: dict[str, Any], kind: str, **options: Any) -> dict[str, Any]:
+    """`config` with an objective of `nvmm.objectives.reward`, in double precision."""
+    target = f"nvmm.objectives.reward.{kind}"
+    return config(model, clip_grad=0.0) | {
+        "objective": {"_target_": target, **options},
+        "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False},
+    }
+
+
 def lora(targets: list[str], **changes: Any) -> dict[str, Any]:
     """Adapters of rank 3 at the linears that the patterns name."""
     return {

@@ -307,7 +307,8 @@ def _trust(command: argparse.ArgumentParser) -> None:
 
 def _format(command: argparse.ArgumentParser) -> None:
     formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "siglip")
-    formats += ("whisper", "nvlm_d", "nv_embed")
+    formats += ("whisper", "nvlm_d", "nv_embed", "llama_reward", "mistral_reward")
+    formats += ("nemotron_reward", "qwen2_reward")
     command.add_argument("--format", required=True, choices=formats)
     command.add_argument("--part", choices=("language", "vision"), help="one part of the model")
 

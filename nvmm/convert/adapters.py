@@ -16,7 +16,7 @@ from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.files import read_state
 from nvmm.convert.exporting import layout
 from nvmm.convert.files import publish
-from nvmm.convert.formats import peft
+from nvmm.convert.formats import peft, reward
 from nvmm.convert.formats.peft import Factors
 from nvmm.convert.importing import on_meta
 from nvmm.convert.models import SavedModel, open_checkpoint, write_state, write_weights
@@ -170,9 +170,16 @@ def export_adapter(
             alpha=lora.alpha,
             dropout=lora.dropout,
             base=base,
-            task=None if format_name in _WITHOUT_HEAD else "CAUSAL_LM",
+            task=_task(format_name),
             every=every,
         )
+
+
+def _task(format_name: str) -> str | None:
+    """Return PEFT's name of what a model of a format does."""
+    if format_name in reward.FORMATS:
+        return "SEQ_CLS"
+    return None if format_name in _WITHOUT_HEAD else "CAUSAL_LM"
 
 
 def _imported_from(saved: SavedModel, format_name: str, part: str | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ _JINJA = """\
 {{%- if message["role"] == "assistant" -%}}{{{{- {before_end} ~ {end} -}}}}{{%- endif -%}}
 {{{{- affixes[message["role"]][1] -}}}}
 {{%- endfor -%}}
-{{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}{{%- endif -%}}
+{{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}
+{{%- else -%}}{{{{- {closing} -}}}}{{%- endif -%}}
 """
 
 
@@ -59,13 +60,15 @@ class Conversation:
     """How a checkpoint was taught to talk.
 
     folder: of its tokenizer's files. template: None where its samples have none (an embedder).
-    trained: False for an import as it came, whose folder says by itself how it talks.
+    trained: False for an import as it came, whose folder says by itself how it talks. end: text
+    behind a conversation, at which a reward model reads its score.
     """
 
     tokenizer: Tokenizer
     folder: Path
     template: ChatTemplate | None
     trained: bool
+    end: str = ""
 
     @property
     def end_ids(self) -> list[int]:
@@ -75,6 +78,23 @@ class Conversation:
             ids.insert(0, self.template.end_token(self.tokenizer)[1])
         # An import of a tokenizer without any end has the placeholder in its place.
         return [i for i in dict.fromkeys(ids) if i != self.tokenizer.image_id]
+
+    def tokens(self, turns: Sequence[Turn] = _TURNS[:2], prompt: bool = False) -> list[int]:
+        """Return a conversation's tokens; prompt: up to where the next answer begins."""
+        assert self.template is not None
+        tokens = render(
+            turns,
+            [],
+            tokenizer=self.tokenizer,
+            template=self.template,
+            tags=ImageTags(),
+            tile_size=1,
+            tokens_per_tile=1,
+            generation_prompt=prompt,
+        ).tokens
+        closes = self.end and not prompt
+        end = self.tokenizer.encode_pieces([self.end], continued=True)[0] if closes else []
+        return [*tokens, *end]
 
     def ids(self) -> dict[str, Any]:
         """Return the ids of a config.json and a generation_config.json, those that there are."""
@@ -120,11 +140,14 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
     if isinstance(given, Mapping) and given.get("_target_") == _TEMPLATE:
         template = ChatTemplate(**{k: v for k, v in given.items() if k != "_target_"})
     trained = "sources" not in saved.state or "merged_from" in saved.state
-    return Conversation(tokenizer, folder, template, trained)
+    return Conversation(tokenizer, folder, template, trained, str(build.get("end") or ""))
 
 
-def jinja(template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool) -> str:
-    """Return a template of Transformers that writes what `render` writes.
+def jinja(
+    template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool, closing: str = ""
+) -> str:
+    """Return a template of Transformers that writes what `render` writes, and `closing` behind a
+    whole conversation.
 
     An image part of a message becomes our marker, for whoever expands it to tiles.
     """
@@ -144,6 +167,7 @@ def jinja(template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool) -> s
         "separator": template.separator,
         "end": end,
         "generation_prompt": template.generation_prompt.replace("{end}", end),
+        "closing": closing,
         "media": ["image"] if reads_images else [],
         "marker": IMAGE_MARKER,
     }
@@ -170,7 +194,7 @@ def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) 
     config = _read(folder / "tokenizer_config.json")
     has_template = (folder / FILE).is_file() or config.get("chat_template")
     if talk.template is not None and (talk.trained or not has_template):
-        text = jinja(talk.template, talk.tokenizer, reads_images)
+        text = jinja(talk.template, talk.tokenizer, reads_images, talk.end)
         (folder / FILE).write_text(text, encoding="utf-8")
         if config.pop("chat_template", None) is not None:
             _write(folder / "tokenizer_config.json", config)
@@ -189,16 +213,7 @@ def check_conversation(folder: Path, talk: Conversation) -> None:
         str(folder), local_files_only=True, trust_remote_code=False
     )
     for turns, prompt in ((_TURNS[:2], False), (_TURNS, True)):
-        expected = render(
-            turns,
-            [],
-            tokenizer=talk.tokenizer,
-            template=talk.template,
-            tags=ImageTags(),
-            tile_size=1,
-            tokens_per_tile=1,
-            generation_prompt=prompt,
-        ).tokens
+        expected = talk.tokens(turns, prompt)
         found = theirs.apply_chat_template(
             [{"role": turn.role, "content": turn.text} for turn in turns],
             add_generation_prompt=prompt,

@@ -245,6 +245,31 @@ def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
     return vectors
 
 
+def rewards(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
+    """Return [texts, outputs], the scores that a reward model gives to the texts of all batches.
+
+    They are fp32, or fp64 of a model in double precision. It is collective over a model-parallel
+    group, which gets the result.
+
+    Raises ValueError for a model that is no reward model, and for a text that it is too short for.
+    """
+    _check_layout(model)
+    chunk: Any = model[0]
+    outputs = getattr(getattr(chunk, "language", chunk), "num_outputs", None)
+    if outputs is None:
+        raise ValueError("the checkpoint has no scores: it is no reward model")
+    for batch in batches:
+        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
+    scores = _forward(model, batches, "score")
+    count = sum(batch.owners.numel() for batch in batches)
+    dtype = torch.promote_types(next(chunk.parameters()).dtype, torch.float32)
+    table = torch.empty(count, outputs, dtype=dtype, device=batches[0].tokens.device)
+    if scores:
+        table = torch.cat(scores)
+    _broadcast_from_last_stage(table)
+    return table
+
+
 def share(num_samples: int, rank: int, size: int) -> range:
     """Return the indices of the samples that data-parallel rank `rank` of `size` evaluates."""
     return range(rank, num_samples, size)

@@ -30,7 +30,7 @@ _PARALLEL = "nvmm.parallel.setup.Parallel"
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint ready to answer: `generate`, `score`, `score_continuations` and `embed`.
+    """A checkpoint ready to answer: `generate`, `score`, `score_continuations`, `embed`, `rewards`.
 
     Every rank of the world calls them alike. Samples are shared by the data-parallel ranks: the
     caller does so (`nvmm.inference.decoding.share`) for all but `embed`.
@@ -117,6 +117,26 @@ class Restored:
             texts = iter(score(self.model, [batch], by_text=True))
             rows += [list(islice(texts, len(sample.texts))) for sample in some]
         return rows
+
+    def rewards(self, samples: Sequence[Sample], batch_size: int = 8) -> list[Tensor]:
+        """Return the scores [texts, outputs] of each sample's texts, on the CPU, in order.
+
+        Samples of like length share a forward pass. Raises ValueError for a checkpoint that is no
+        reward model.
+        """
+        from nvmm.data.collate import collate
+        from nvmm.inference.decoding import rewards
+
+        device = next(self.model[0].parameters()).device
+        order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([samples[i] for i in chosen], pad_id=self.tokenizer.pad_id)
+            scores = rewards(self.model, [batch.to(device)]).cpu()
+            sizes = [len(samples[i].texts) for i in chosen]
+            found |= dict(zip(chosen, scores.split(sizes), strict=True))
+        return [found[i] for i in range(len(samples))]
 
     def score_continuations(
         self, prompts: Sequence[Sample], continuations: Sequence[Sequence[int]]

@@ -83,8 +83,8 @@ def synthetic_steps(
     `config["parallel"]` needs, rows to a multiple of `config["row_multiple"]` at least; the tokens
     are the same at any layout.
 
-    For an embedder a micro-batch is two samples of a query, its positive and a hard negative, and
-    for an objective of preferences two pairs of answers.
+    For an embedder a micro-batch is two samples of a query, its positive and a hard negative, for
+    preferences two pairs of answers; texts whose attributes are learned have some of the labels.
     """
     # 1. Padding as the layout needs it; the texts below do not depend on it.
     parallel = Parallel(**config.get("parallel", {}))
@@ -92,10 +92,10 @@ def synthetic_steps(
     segment = parallel.segment_multiple if packed else 1
     is_embedder = "pooling" in config["model"].get("language", config["model"])
     has_images = "vision" in config["model"]
+    # What the objective reads of a text says which samples it takes.
     extras = instantiate(config["objective"]).extras if "objective" in config else frozenset()
-    samples_of = (
-        _retrieval_samples if is_embedder else _pairs if "chosen" in extras else _single_samples
-    )
+    extras |= {"role"} if is_embedder else frozenset()
+    per_batch = 6 if is_embedder else 4 if "chosen" in extras else 2
     # 2. Texts of each micro-batch, from one generator: their order fixes their values.
     generator = torch.Generator().manual_seed(11)
     steps = []
@@ -113,7 +113,7 @@ def synthetic_steps(
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
                     )
-                    for i in range(_TEXTS[samples_of])
+                    for i in range(per_batch)
                 ]
             )
         groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
@@ -121,7 +121,7 @@ def synthetic_steps(
         steps.append(
             [
                 collate(
-                    samples_of(texts, 100 * step + 10 * number),
+                    _samples(texts, 100 * step + 10 * number, config, extras),
                     pad_id=0,
                     pad_multiple=multiple,
                     segment_multiple=segment,
@@ -133,24 +133,31 @@ def synthetic_steps(
     return steps
 
 
-def _single_samples(texts: list[Text], first_id: int) -> list[Sample]:
-    """Make samples of one text each."""
+def _samples(
+    texts: list[Text], first_id: int, config: dict[str, Any], extras: Collection[str]
+) -> list[Sample]:
+    """Make samples of the texts, with the extras that the objective reads."""
+    if "role" in extras:
+        return _retrieval_samples(texts, first_id)
+    if "chosen" in extras:
+        return _pairs(texts, first_id)
+    if "attributes" in extras:
+        texts = [_labelled(text, len(config["objective"]["attributes"])) for text in texts]
     return [Sample((text,), first_id + i) for i, text in enumerate(texts)]
 
 
 def _pairs(texts: list[Text], first_id: int) -> list[Sample]:
-    """Make samples of a chosen and a rejected answer behind all media, with rewards."""
-    described = [
-        replace(
-            text,
-            weights=text.weights.clone().index_fill_(0, torch.arange(_media_end(text)), 0),
-            extras={
-                "chosen": torch.tensor(1 - number % 2),
-                "reward": torch.tensor(len(text.tokens) / 10 - number % 2),
-            },
-        )
-        for number, text in enumerate(texts)
-    ]
+    """Make samples of a chosen and a rejected answer, in either order, behind all media."""
+    described = []
+    for number, text in enumerate(texts):
+        first = int(texts[number // 2 * 2].tokens[0])
+        weights = text.weights.clone()
+        weights[: _media_end(text)] = 0
+        extras = {
+            "chosen": torch.tensor((number + first) % 2),
+            "reward": torch.tensor(len(text.tokens) / 4),
+        }
+        described.append(replace(text, weights=weights, extras=extras))
     return [Sample(tuple(described[i : i + 2]), first_id + i) for i in range(0, len(described), 2)]
 
 
@@ -161,6 +168,13 @@ def _media_end(text: Text) -> int:
         for media in text.media.values()
     ]
     return max((int(each.max()) for each in ends), default=0)
+
+
+def _labelled(text: Text, count: int) -> Text:
+    """Give a text labels from 0 to 4; some are missing, another number of them in each text."""
+    labels = (text.tokens[:1] * 7 + 3 * torch.arange(count)) % 5
+    missing = (text.tokens[:1] + torch.arange(count)) % 3 == 0
+    return replace(text, extras={"attributes": labels.float().masked_fill(missing, torch.nan)})
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
@@ -180,10 +194,6 @@ def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:
         }
         described.append(replace(text, extras=extras))
     return [Sample(tuple(described[i : i + 3]), first_id + i) for i in range(0, len(described), 3)]
-
-
-_TEXTS = {_single_samples: 2, _pairs: 4, _retrieval_samples: 6}
-"""Texts of a micro-batch, before some are merged."""
 
 
 def _text(

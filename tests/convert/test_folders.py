@@ -356,6 +356,10 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     ],
     "llava_next": [{"model_type": "llava_next"}],
     "nv_embed": [{"text_config": {"model_type": "bidir_mistral", "sliding_window": None}}],
+    "llama_reward": [{"model_type": "llama"}],
+    "mistral_reward": [{"model_type": "mistral", "sliding_window": None}],
+    "nemotron_reward": [{"model_type": "nemotron"}],
+    "qwen2_reward": [{"model_type": "qwen2"}],
 }
 
 

@@ -23,11 +23,12 @@ from nvmm.convert.formats import (
     nvlm_d,
     qwen2,
     qwen3,
+    reward,
     siglip,
     whisper,
 )
 
-FORMATS: dict[str, ModuleType] = {
+FORMATS: dict[str, ModuleType | reward.Reward] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "llama": llama,
@@ -43,6 +44,7 @@ FORMATS: dict[str, ModuleType] = {
     megatron.LEGACY: megatron,
     megatron.DISTRIBUTED: megatron,
     "nv_embed": nv_embed,
+    **reward.FORMATS,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -87,7 +89,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def detect(hf: Mapping[str, Any], folder: Path) -> str:
-    """Return a folder's format by its model_type. Raises ValueError when that has no table."""
+    """Return a folder's format by its class or model_type. Raises ValueError when that has no
+    table."""
+    for architecture in hf.get("architectures") or []:
+        if architecture in reward.ARCHITECTURES:
+            return reward.ARCHITECTURES[architecture]
     model_type = hf.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(

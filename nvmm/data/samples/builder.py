@@ -38,7 +38,7 @@ class Builder(ABC):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name in ("__call__", "prompt", "question", "references", "measure"):
+        for name in ("__call__", "prompt", "question", "references", "measure", "scored"):
             if name in vars(cls):
                 setattr(cls, name, _blaming(vars(cls)[name]))
 

@@ -86,7 +86,8 @@ class ChatTemplate:
         that is not listed is an error that names the sample.
     separator: text between two turns.
     bos: whether the sequence begins with the tokenizer's BOS token.
-    end: token that ends an answer; None for the tokenizer's `end_of_turn`.
+    end: token that ends an answer; None for the tokenizer's `end_of_turn`, "" for no token (texts
+        that are scored and not answered).
     before_end: text between an answer and its end token, trained with both.
     generation_prompt: text that a prompt ends with; None for the separator and the assistant's
         prefix.
@@ -144,7 +145,7 @@ class ChatTemplate:
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError for a tokenizer that lacks a token that the template needs."""
         end = tokenizer.end_of_turn if self.end is None else self.end
-        for token in (*self.special_tokens, end, tokenizer.image_token):
+        for token in (*self.special_tokens, *([end] if end else []), tokenizer.image_token):
             known = tokenizer.token_id(token)
             if known is None or tokenizer.encode(token) != [known]:
                 raise ValueError(
@@ -166,6 +167,8 @@ class ChatTemplate:
         """Return the token that ends an answer, as text and id."""
         if self.end is None:
             return tokenizer.end_of_turn, tokenizer.end_of_turn_id
+        if not self.end:
+            return "", tokenizer.eos_id
         token = tokenizer.token_id(self.end)
         assert token is not None, "checked with the tokenizer"
         return self.end, token

@@ -159,6 +159,20 @@ class InstructBuilder(Builder):
         """
         return self._build(members, prompt=True, suffix=suffix)
 
+    def conversation(self, turns: Sequence[Turn], source: str) -> Sample:
+        """Return a whole conversation without pictures, as a reward model scores it.
+
+        Raises BadSample where it is longer than `sequence_length`: cut, it would be another one.
+        """
+        rendered = self._render(turns, [], self.max_tiles, source)
+        if len(rendered.tokens) > self.sequence_length:
+            raise BadSample(
+                source,
+                f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+                f"{self.sequence_length}",
+            )
+        return Sample((self._text(rendered, [], source),), source=source)
+
     def question(self, members: Mapping[str, Any]) -> str:
         """Return the text of the last turn of a user, or the document, without image markers."""
         turns = self._example(members, Record.sizes)[1].turns
