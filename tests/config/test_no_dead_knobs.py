@@ -42,9 +42,18 @@ SYSTEMS = (
     "language/tiny",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("nvlm_d/quickstart", "nvlm_x/quickstart", "nvlm_h/quickstart", "nv_embed/tiny")
+        for name in (
+            *("nvlm_d/quickstart", "nvlm_x/quickstart", "nvlm_h/quickstart", "nv_embed/tiny"),
+            *(
+                "preference/tiny",
+                "preference/tiny ipo",
+                "preference/tiny rpo",
+                "preference/tiny kto",
+            ),
+        )
     ),
 )
+"""Experiments, some with another objective."""
 SPECIAL = ("_target_", "_partial_")
 
 _LOOKUP = "hydra.utils.get_method"
@@ -99,6 +108,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "build.use_thumbnail": {"data.train.build.max_tiles": 2, "data.validation.build.max_tiles": 2},
     "cross_attention.offset": {"model.cross_attention.interval": 2},
     "data.window": {"data.pack": True},
+    "sft_per_token": {"objective.sft_weight": 0.1},
     "precision.grad_reduce_in_fp32": {"precision.dtype": "bf16"},
 }
 """End of a key -> what it needs to act, where the config has that key's parent."""
@@ -109,6 +119,8 @@ UNSEEN: dict[str, str] = {
     "vision.qk_norm": "has one value: tests/modules/encoders/test_vision.py",
     "objective.grad_cache": "is another way to the same gradients",
     "objective.cross_rank_negatives": "acts between data-parallel ranks alone",
+    "objective.reference": "is where the same numbers come from: tests/training/test_preference.py",
+    "build.reference": "names scores: the same test",
     "data.num_workers": "must change nothing",
     "data.blend": "is other datasets altogether: tests/data/order/test_blend.py",
     "data.max_bad_fraction": "counts from 1,000 samples on: tests/data/test_loader.py",
@@ -223,6 +235,8 @@ def digest_of(tensors: Any) -> str:
 @functools.cache
 def experiment(name: str) -> dict[str, Any]:
     given = ["tokenizer.path=given", "data.train.shards=given", "init_from=null"]
+    name, *objective = name.split()
+    given += [f"objective={other}" for other in objective]
     return to_plain(composed("train", [f"experiment={name}", "parallel=single", *given]))
 
 

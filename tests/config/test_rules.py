@@ -578,3 +578,56 @@ def test_data_and_objective_fit_before_torch_is_imported() -> None:
         "data.blend[0].build" in p
         for p in problems("retrieval", "contrastive", "embedder", blend=blend)
     )
+
+
+def preferring(objective: dict[str, Any] | None = None, **build: Any) -> dict[str, Any]:
+    """A config of preference training."""
+    own = {"_target_": "nvmm.data.samples.preference.PreferenceBuilder"}
+    dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return {
+        "data": {"train": {"build": own | build}},
+        "objective": {"_target_": "nvmm.objectives.preference.Dpo"} | (objective or {}),
+        "model": LANGUAGE | {"transformer": TRANSFORMER | dropout},
+    }
+
+
+def test_references_are_in_the_step_or_in_the_data() -> None:
+    def problems(config: dict[str, Any]) -> list[str]:
+        return [str(p) for p in violations(config) if "train.build" in p.key]
+
+    scored = {"reference": "scores"}
+    assert problems(preferring()) == []
+    assert problems(preferring({"reference": "data"}, **scored)) == []
+    [both] = problems(preferring(**scored))
+    assert both.startswith("data.train.build.reference=scores needs objective.reference=data")
+    [neither] = problems(preferring({"reference": "data"}))
+    assert neither.startswith("data.train.build.reference=null must name the output of job=score")
+    [kto] = problems(preferring({"_target_": "nvmm.objectives.kto.Kto"}, **scored))
+    assert "needs objective.reference=data" in kto
+    other = {"_target_": "nvmm.data.samples.instruct.InstructBuilder"}
+    [wrong] = problems(preferring({"reference": "data"}) | {"data": {"train": {"build": other}}})
+    assert "gives no chosen, reference, reward" in wrong
+
+
+def test_a_reference_has_no_dropout() -> None:
+    def keys(config: dict[str, Any]) -> list[str]:
+        return [p.key for p in violations(config) if "dropout" in p.key]
+
+    assert keys(preferring()) == []
+    config = preferring() | {"lora": LORA | {"dropout": 0.1}}
+    config["model"]["transformer"]["hidden_dropout"] = 0.2
+    config["model"]["transformer"].pop("attention_dropout")  # mcore's default is 0.1
+    expected = ["model.transformer.hidden_dropout", "model.transformer.attention_dropout"]
+    assert keys(config) == [*expected, "lora.dropout"]
+    config["objective"] = {"_target_": "nvmm.objectives.next_token.NextToken"}
+    assert keys(config) == []
+
+
+def test_a_divisor_of_a_term_without_weight_is_refused() -> None:
+    config = preferring({"sft_per_token": True})
+    assert [p.key for p in violations(config) if "sft" in p.key] == ["objective.sft_per_token"]
+    assert not [
+        p
+        for p in violations(preferring({"sft_per_token": True, "sft_weight": 1e-3}))
+        if "sft" in p.key
+    ]

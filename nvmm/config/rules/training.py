@@ -26,6 +26,7 @@ _COMPANIONS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         lambda weight: weight != 0,
         "above 0",
     ),
+    "objective.sft_per_token": ("objective.sft_weight", lambda weight: weight != 0, "above 0"),
     "logger.wandb_project": ("logger.wandb", lambda wanted: wanted is True, "true"),
 }
 """Key -> the key without which it does nothing, the values at which it acts, and their words."""
