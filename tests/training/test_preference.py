@@ -156,9 +156,10 @@ def test_the_reference_is_the_same_in_the_step_and_from_the_score_job(
     adapters = {"lora": tiny.lora(["*decoder.*linear*"])}
     run_ranks(train, 1, run, shards, tmp_path / "lora", DPO, None, 1, adapters)
     step, data, [lora] = (records(tmp_path / name) for name in ("step", "data", "lora"))
-    for expected, found in zip(step, data, strict=True):
+    # The data's references are in single precision; Adam's steps take that further apart.
+    for bound, expected, found in zip((1e-5, 2e-4, 2e-4), step, data, strict=True):
         for name in METRICS:
-            assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name
+            assert found[name] == pytest.approx(expected[name], rel=bound, abs=bound), name
     assert step[0]["margin"] == step[0]["kl"] == lora["margin"] == lora["kl"] == 0.0
     assert step[0]["loss"] == pytest.approx(0.6931472, abs=1e-7)
     assert abs(step[2]["margin"]) > 1e-3, "it has learned something"
