@@ -103,8 +103,9 @@ def test_every_layout_equals_one_rank(
     assert comparison.num_parameters == len(expected.gradients[0]) > 0
 
 
-@pytest.mark.parametrize("merge", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [2, 4])
+@pytest.mark.parametrize("model", ["dpo", "kto"])
 def test_micro_batches_of_any_size_equal_each_other(
     model: str, merge: int, reference: References
 ) -> None:
@@ -183,10 +184,10 @@ def keep_each_ranks_point() -> None:
     ("fault", "model", "layout", "loss"),
     [
         (take_the_next_micro_batchs_reference, "rpo", "tp2_sp", True),
-        (count_pairs_on_every_context_rank, "dpo", "cp2", False),
         *(
             pytest.param(*row, marks=pytest.mark.slow)
             for row in (
+                (count_pairs_on_every_context_rank, "dpo", "cp2", False),
                 (take_the_next_micro_batchs_reference, "dpo", "tp2_sp", True),
                 (count_micro_batches, "dpo", "dp2", False),
                 (swap_the_divergence, "rpo", "pp2", True),

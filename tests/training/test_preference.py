@@ -212,7 +212,8 @@ def _refusals(checkpoint: Path, shards: str, folder: Path, scores: Path) -> None
         builder(scores)
 
 
-@pytest.mark.parametrize("objective", [DPO, pytest.param(KTO, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [DPO, KTO], ids=["dpo", "kto"])
 def test_a_run_that_stops_in_the_middle_goes_on_exactly(
     objective: dict[str, Any], checkpoint: Path, shards: str, tmp_path: Path
 ) -> None:
