@@ -111,6 +111,19 @@ def contrastive(model: dict[str, Any], objective: dict[str, Any], **optim: Any) 
     }
 
 
+def preference(
+    model: dict[str, Any], loss: str = "preference.Dpo", options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`config` with a loss of preferences, in double precision: its margins are small differences.
+
+    loss: module and class in nvmm.objectives.
+    """
+    return config(model, learning_rate=1e-2, clip_grad=0.0) | {
+        "objective": {"_target_": f"nvmm.objectives.{loss}", **(options or {})},
+        "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False},
+    }
+
+
 def reward(num_outputs: int = 3, **changes: Any) -> dict[str, Any]:
     """The decoder above with a head of scores in place of its output layer."""
     target = "nvmm.models.reward.RewardModel"

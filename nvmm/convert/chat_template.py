@@ -17,6 +17,8 @@ from nvmm.data.samples.tokenizer import Tokenizer
 
 FILE = "chat_template.jinja"
 _TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"
+_READ_BY_ITSELF = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that Transformers reads without another beside them."""
 _TURNS = (
     Turn("user", "What is 1 + 1?\nSay it."),
     Turn("assistant", "It is 2, I think."),
@@ -24,7 +26,8 @@ _TURNS = (
 )
 _JINJA = """\
 {{%- set affixes = {affixes} -%}}
-{{%- if {system} and messages | selectattr("role", "equalto", "system") | list | length == 0 -%}}
+{{%- set systems = messages | selectattr("role", "equalto", "system") | list -%}}
+{{%- if {has_system} and systems | length == 0 -%}}
 {{%- set messages = [{{"role": "system", "content": {system}}}] + messages -%}}
 {{%- endif -%}}
 {{{{- {bos} -}}}}
@@ -44,7 +47,7 @@ _JINJA = """\
 {{%- endif -%}}
 {{%- endfor -%}}
 {{%- endif -%}}
-{{%- if message["role"] == "assistant" -%}}{{{{- {end} -}}}}{{%- endif -%}}
+{{%- if message["role"] == "assistant" -%}}{{{{- {before_end} ~ {end} -}}}}{{%- endif -%}}
 {{{{- affixes[message["role"]][1] -}}}}
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}
@@ -157,7 +160,9 @@ def jinja(
             role: [affixes.prefix.replace("{end}", end), affixes.suffix.replace("{end}", end)]
             for role, affixes in template.roles.items()
         },
+        "has_system": template.system is not None,
         "system": template.system or "",
+        "before_end": template.before_end,
         "bos": bos,
         "separator": template.separator,
         "end": end,
@@ -179,9 +184,12 @@ def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) 
     generation = _read(folder / "generation_config.json")
     if talk.trained or "eos_token_id" not in generation:
         _write(folder / "generation_config.json", generation | talk.ids())
-    # 2. Tokens that the run added to the vocabulary.
-    if talk.trained and not talk.tokenizer.is_saved_in(folder):
+    # 2. Tokens that the run added to the vocabulary, and a vocabulary that only we can read.
+    unread = not any((folder / name).is_file() for name in _READ_BY_ITSELF)
+    if (talk.trained or unread) and not talk.tokenizer.is_saved_in(folder):
         talk.tokenizer.save(folder)
+        if not (folder / "tokenizer_config.json").is_file():
+            _write(folder / "tokenizer_config.json", _plain_config(talk.tokenizer))
     # 3. The template, in the one place where every version of Transformers looks first.
     config = _read(folder / "tokenizer_config.json")
     has_template = (folder / FILE).is_file() or config.get("chat_template")
@@ -216,6 +224,17 @@ def check_conversation(folder: Path, talk: Conversation) -> None:
                 f"Transformers reads a conversation with the tokenizer of {talk.folder} as {found},"
                 f" the model was trained with {expected}: the export would answer otherwise"
             )
+
+
+def _plain_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer_config.json for a tokenizer.json without one."""
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    tokens = {
+        f"{name}_token": tokenizer.decode([i], skip_special_tokens=False)
+        for name, i in ids.items()
+        if i is not None
+    }
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,21 @@ class Restored:
         for start in range(0, len(samples), batch_size):
             batch = collate(samples[start : start + batch_size], pad_id=pad_id)
             rows += score(self.model, [batch])
+        return rows
+
+    def score_texts(
+        self, samples: Sequence[Sample], batch_size: int = 8
+    ) -> list[list[tuple[float, int]]]:
+        """Return log-probability and number of supervised tokens of each text of each sample."""
+        from nvmm.data.collate import collate
+        from nvmm.inference.decoding import score
+
+        rows: list[list[tuple[float, int]]] = []
+        for start in range(0, len(samples), batch_size):
+            some = samples[start : start + batch_size]
+            batch = collate(some, pad_id=self.tokenizer.pad_id)
+            texts = iter(score(self.model, [batch], by_text=True))
+            rows += [list(islice(texts, len(sample.texts))) for sample in some]
         return rows
 
     def rewards(self, samples: Sequence[Sample], batch_size: int = 8) -> list[Tensor]:
@@ -210,6 +226,9 @@ def restore(
         "lora": saved.get("lora"),
         "kernels": {"_target_": _KERNELS, **(saved.get("kernels") or {}), **(kernels or {})},
     }
+    if "reference" in sections["build"]:
+        # Training alone compares with scores, which may be gone.
+        sections["build"] |= {"reference": None}
     if tokenizer is not None:
         sections["tokenizer"]["path"] = tokenizer
     elif (path / "tokenizer").is_dir():

@@ -17,5 +17,6 @@ import megatron.core.optimizer
 import nvmm.models.cross_attending
 import nvmm.models.embedder
 import nvmm.objectives.contrastive
+import nvmm.objectives.kto
 import nvmm.proof.equivalence
 import nvmm.training.trainer

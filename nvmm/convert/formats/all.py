@@ -107,7 +107,10 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer and processor files of a folder; return False if it has no tokenizer."""
     names = [name for name in (*_TOKENIZER_FILES, *_OTHER_FILES) if (source / name).is_file()]
     if not set(names) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        return False
+        models = [path.name for path in source.glob("*.model")]  # SentencePiece's, by any name
+        if not models:
+            return False
+        names += models
     target.mkdir(exist_ok=True)
     for name in names:
         (target / name).write_bytes((source / name).read_bytes())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from nvmm.data.samples.chat import Turn
+from nvmm.data.samples.chat import IMAGE_MARKER, Turn
 from nvmm.data.samples.forms import asked, check_beside, turns_of
 from nvmm.data.samples.record import Record
 
@@ -154,4 +154,6 @@ def _checked(record: Record, prompt: list[Turn], answers: list[Answer]) -> Answe
     for answer in answers:
         if not answer.turns or answer.turns[0].role != "assistant":
             raise record.bad("an answer must begin with a turn of the assistant")
+        if any(IMAGE_MARKER in turn.text for turn in answer.turns):
+            raise record.bad(f"{IMAGE_MARKER} in an answer; pictures are of the prompt")
     return Answers([replace(turn, trained=False) for turn in prompt], answers)

@@ -20,6 +20,7 @@ import torch
 from nvmm.batch import Sample, Text
 from nvmm.config.choices import require
 from nvmm.data.samples import pairs
+from nvmm.data.samples import reference as reference_module
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags, Rendered
 from nvmm.data.samples.forms import Example, Form
@@ -28,6 +29,7 @@ from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.pairs import Answers
 from nvmm.data.samples.record import PLAIN, Fields, Record
 from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import builder_digest
 
 TooLong = Literal["drop", "cut"]
 
@@ -42,6 +44,8 @@ class PreferenceBuilder(InstructBuilder):
         of its long answers; dropped too is a sample that a cut leaves without a part of a picture,
         without an answer, or with two equal ones. A dropped sample is a bad one: it takes its slot
         in the batch and no part in the loss.
+    reference: folders of job=score's output over the same shards, by the checkpoint that training
+        starts from and this builder; each text then has the extra `reference`.
     form: reads records that have no answers to prefer: questions to generate answers to.
     sequence_length: longest text. A packed row has room for both texts of a sample, or the sample
         is a bad one.
@@ -50,6 +54,7 @@ class PreferenceBuilder(InstructBuilder):
 
     extras = frozenset({"chosen", "reward"})
     names = pairs.NAMES
+    compares = True
 
     def __init__(
         self,
@@ -66,6 +71,7 @@ class PreferenceBuilder(InstructBuilder):
         fields: Fields | None = None,
         unread: Sequence[str] = (),
         too_long: TooLong = "drop",
+        reference: str | Sequence[str] | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -88,6 +94,15 @@ class PreferenceBuilder(InstructBuilder):
             sequence_length=sequence_length,
         )
         self.too_long = too_long
+        self.reference: str | Sequence[str] | None = None
+        if reference is not None:
+            # Scores are of this builder's tokens and no others.
+            if reference_module.read(reference).builder != builder_digest(self):
+                raise ValueError(
+                    f"build.reference={reference} was scored with another builder: build, tokenizer"
+                    " and data.sequence_length must be those of the job"
+                )
+            self.reference = reference
 
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """Return the sample of a pair, or of an unpaired answer.
@@ -100,8 +115,30 @@ class PreferenceBuilder(InstructBuilder):
         answers = pairs.read(record, len(images))
         rendered, limit = self._fit_all(answers, images, record.source)
         tiles = self._tiles(images, limit)
-        texts = [self._text(each, tiles, record.source) for each in rendered]
-        return Sample(tuple(map(_described, texts, answers.answers)), source=record.source)
+        texts = [
+            _described(self._text(each, tiles, record.source), answer)
+            for each, answer in zip(rendered, answers.answers, strict=True)
+        ]
+        if self.reference is not None:
+            texts = self._referred(texts, record)
+        return Sample(tuple(texts), source=record.source)
+
+    def _referred(self, texts: list[Text], record: Record) -> list[Text]:
+        """Return the texts with the reference's log-probabilities; BadSample where it has none."""
+        assert self.reference is not None
+        scored = reference_module.read(self.reference).rows.get(record.key, "no such key")
+        if isinstance(scored, str):
+            raise record.bad(f"build.reference has no scores of it: {scored}")
+        tokens = [int((text.weights[1:] != 0).sum()) for text in texts]
+        if tokens != [count for _, count in scored]:
+            raise record.bad(
+                f"build.reference has scores of {[count for _, count in scored]} tokens, its"
+                f" answers have {tokens}: the record has changed"
+            )
+        return [
+            replace(text, extras=text.extras | {"reference": torch.tensor(value)})
+            for text, (value, _) in zip(texts, scored, strict=True)
+        ]
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
         """Return tokens and tiles of the texts together, from the images' headers."""
@@ -115,6 +152,8 @@ class PreferenceBuilder(InstructBuilder):
         """Return the sample that stands for a missing one; its negative id keeps it out of the
         loss."""
         extras = {"chosen": torch.tensor(0), "reward": torch.tensor(float("nan"))}
+        if self.reference is not None:
+            extras["reference"] = torch.tensor(0.0)
         text = Text(torch.tensor([self.tokenizer.pad_id]), torch.zeros(1), extras=extras)
         return Sample((text,), sample_id, "blank")
 

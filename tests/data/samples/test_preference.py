@@ -155,6 +155,7 @@ def test_a_pair_that_is_too_long_is_dropped_or_its_answers_are_cut(tiny: Tokeniz
         (FORMS["unpaired"] | {"label": 1}, "label must be true or false"),
         (FORMS["unpaired"] | {"chosen": HO}, "a completion and chosen"),
         ({"completion": HO, "label": True}, "no prompt"),
+        (PLAIN | {"chosen": [said(HO), user("<image>"), said(HO)]}, "pictures are of the prompt"),
         (PLAIN | {"prompt": "Hi <image>"}, "1 <image> markers, the sample 0 images"),
     ],
 )
