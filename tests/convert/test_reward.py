@@ -98,6 +98,8 @@ def test_scores_and_weights_come_back(kind: str, tmp_path: Path) -> None:
     assert again.config.problem_type == "regression"
     assert (again.config.num_labels, again.config.pad_token_id) == (3, PAD)
     assert torch.equal(theirs(again.eval(), batch), expected)
+    both = ["--a", str(tmp_path / "back"), "--b", str(tmp_path / "ours")]
+    assert main(["verify", *both, "--tolerance", "1e-5"]) == 0
 
 
 @pytest.mark.usefixtures("world")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nvmm.proof.equivalence import ONE_RANK, Result, compare, run
 from tests import tiny
@@ -87,3 +89,85 @@ def test_packed_rows_and_large_micro_batches_equal_padded_ones(
         other = run(MODELS[model], ONE_RANK, num_steps=3, reference=expected.weights, **options)
         comparison = compare(expected, other)
         assert comparison.equal, f"{options}: {comparison}"
+
+
+def read_at_the_padding() -> None:
+    """Each row's score is read at its last column, whatever its length."""
+    from nvmm.models import reward
+
+    reward.last_tokens = lambda batch: torch.full_like(batch.owners, batch.tokens.shape[1] - 1)
+
+
+def take_means_of_means() -> None:
+    """Every micro-batch counts the same, however many labels it has; the log is right."""
+    from nvmm.objectives.reward import Regression
+
+    right = Regression.loss
+
+    def loss(self: Any, output: Any, batch: Any) -> Any:
+        total, count, metrics = right(self, output, batch)
+        return total / count.clamp(min=1), torch.ones_like(count), metrics
+
+    Regression.loss = loss  # type: ignore[method-assign]
+
+
+def count_texts() -> None:
+    """The sum of squared errors is divided by the texts instead of the labels."""
+    from nvmm.objectives.reward import Regression
+
+    right = Regression.loss
+
+    def loss(self: Any, output: Any, batch: Any) -> Any:
+        total, count, metrics = right(self, output, batch)
+        texts = torch.full_like(count, len(batch.owners))
+        return total, texts, metrics | {"loss": torch.stack([total.detach(), texts.double()])}
+
+    Regression.loss = loss  # type: ignore[method-assign]
+
+
+def average_over_context() -> None:
+    """Backward of the gather averages over ranks: the factor of the world size is missing."""
+    from nvmm.models import reward
+
+    right = reward.context_parallel.gather
+
+    def wrong(x: Any, group: Any) -> Any:
+        whole = right(x, group)
+        return whole / group.size() + (whole - whole / group.size()).detach()
+
+    reward.context_parallel.gather = wrong
+
+
+def keep_own_tokens() -> None:
+    """Sequence-parallel ranks score the texts that end in their own part, and zeros for others."""
+    from nvmm.models import reward
+
+    reward.reduce_from_tensor_model_parallel_region = lambda x, group: x
+
+
+FAULTS = [
+    (read_at_the_padding, "one", "losses at step 1"),
+    (take_means_of_means, "dp2", "gradient of"),
+    (count_texts, "one", "losses at step 1"),
+    (average_over_context, "cp2", "gradient of"),
+    (keep_own_tokens, "tp2_sp", "losses at step 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "found"),
+    [
+        pytest.param(*row, marks=() if row[1] == "one" else pytest.mark.slow, id=row[0].__name__)
+        for row in FAULTS
+    ],
+)
+def test_planted_faults_are_caught(
+    fault: Callable[[], None], layout: str, found: str, tmp_path: Path
+) -> None:
+    config = MODELS["regression"]
+    options: dict[str, Any] = {"num_steps": 1, "num_micro_batches": 4}
+    expected = run(config, ONE_RANK, weights=tmp_path / "weights", **options)
+    other = {"one": ONE_RANK, **LAYOUTS}[layout]
+    faulty = run(config, other, reference=tmp_path / "weights", fault=fault, **options)
+    failures = compare(expected, faulty).failures
+    assert any(failure.startswith(found) for failure in failures), failures[:8]
