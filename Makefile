@@ -49,8 +49,8 @@ test: venv kernels ## the tests that need neither a GPU nor patience (JOBS=2 fil
 
 SHARD ?= 1/1
 
-test-slow: venv kernels ## the slow tests (installs the embed extra; SHARD=1/4: a quarter of them)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed]'
+test-slow: venv kernels ## the slow tests (installs the embed and align extras; SHARD=1/4: a quarter of them)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[embed,align]'
 	$(PYTEST) -m "slow and not gpu" --shard $(SHARD)
 
 mutants_options = $(if $(MODULE),--module $(MODULE)) $(if $(SAMPLE),--sample $(SAMPLE))

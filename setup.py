@@ -40,8 +40,13 @@ setup(
     extras_require={
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "embed": ["mteb>=2.26", "sentence-transformers>=6"],  # other judges of an embedder
+        "align": ["trl"],  # another judge of preference losses
         "quickstart": ["scikit-learn"],
         "demo": ["cairosvg"],  # draws SVG; it needs libcairo2
+        "sentencepiece": [
+            "protobuf",
+            "sentencepiece",
+        ],  # reads *.model where there is no other tokenizer
         "remote": ["aiohttp", "s3fs"],  # shards in S3 and behind HTTP; gcsfs, adlfs ... likewise
         "audio": ["soundfile"],
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf

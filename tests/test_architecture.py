@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"parallel.environment", "parallel.fp8_recipe"},
     "modules": {"batch", "config.choices", "kernels", "parallel"},
     "models": {"batch", "modules", "parallel"},
-    "objectives": {"batch", "parallel"},
+    "objectives": {"batch", "config.choices", "data.collate", "parallel"},
     "checkpoint": {"config.choices", "config.moved", "io", "parallel"},
     "training": {
         *("batch", "checkpoint", "config.changes", "config.choices", "config.nested", "io"),

@@ -627,6 +627,7 @@ def test_every_benchmark_composes_and_scores(name: str) -> None:
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         mbeir = ["folder", "pool", "queries", "qrels", "instructions"]
         keys = {"beir": ["folder"], "mbeir": mbeir}.get(name, ["shards"])
+        keys = ["path"] if name.startswith("rewardbench") else keys
         data = [f"benchmark.{key}=x.tar" for key in keys]
         overrides = [f"benchmark={name}", *data, "checkpoint.path=y"]
         composed = hydra.compose("evaluate", overrides)
@@ -634,7 +635,7 @@ def test_every_benchmark_composes_and_scores(name: str) -> None:
     benchmark = instantiate(composed.benchmark, _convert_="all")
     assert benchmark.name == name
     if not isinstance(benchmark, Questions):
-        return  # scored in tests/convert/test_nv_embed.py and tests/evaluation/test_mbeir.py
+        return  # scored in tests/evaluation and tests/convert/test_nv_embed.py
     for kind in ("all", *benchmark.metric_by_kind):
         assert benchmark.score("stop", ["stop"] * 10, kind) == 1.0
         assert benchmark.score("stop", ["go"] * 10, kind) == 0.0

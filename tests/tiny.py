@@ -153,6 +153,34 @@ def contrastive(model: dict[str, Any], objective: dict[str, Any], **optim: Any) 
     }
 
 
+def preference(
+    model: dict[str, Any], loss: str = "preference.Dpo", options: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`config` with a loss of preferences, in double precision: its margins are small differences.
+
+    loss: module and class in nvmm.objectives.
+    """
+    return config(model, learning_rate=1e-2, clip_grad=0.0) | {
+        "objective": {"_target_": f"nvmm.objectives.{loss}", **(options or {})},
+        "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False},
+    }
+
+
+def reward(num_outputs: int = 3, **changes: Any) -> dict[str, Any]:
+    """The decoder above with a head of scores in place of its output layer."""
+    target = "nvmm.models.reward.RewardModel"
+    return language() | {"_target_": target, "num_outputs": num_outputs, **changes}
+
+
+def scored(model: dict[str, Any], kind: str, **options: Any) -> dict[str, Any]:
+    """`config` with an objective of `nvmm.objectives.reward`, in double precision."""
+    target = f"nvmm.objectives.reward.{kind}"
+    return config(model, clip_grad=0.0) | {
+        "objective": {"_target_": target, **options},
+        "precision": {"dtype": "fp64", "grad_reduce_in_fp32": False},
+    }
+
+
 def lora(targets: list[str], **changes: Any) -> dict[str, Any]:
     """Adapters of rank 3 at the linears that the patterns name."""
     return {

@@ -16,7 +16,7 @@ from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.files import read_state
 from nvmm.convert.exporting import layout
 from nvmm.convert.files import publish
-from nvmm.convert.formats import peft
+from nvmm.convert.formats import peft, reward
 from nvmm.convert.formats.decoder import POOLING
 from nvmm.convert.formats.peft import Factors
 from nvmm.convert.importing import on_meta
@@ -25,7 +25,10 @@ from nvmm.convert.sources import Cast, InMemory, Source, WithLora, read
 from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
 log = logging.getLogger("nvmm")
-_WITHOUT_HEAD = ("internvit", "clip", "siglip", "whisper", "nvlm_d", "nv_embed", "mm_embed")
+_WITHOUT_HEAD = (
+    *("internvit", "clip", "siglip", "whisper", "nvlm_d"),
+    *("nv_embed", "mm_embed", "bert"),
+)
 _BLOCK = 4_194_304  # elements merged at a time
 _STATE = ("config", "tokenizer_digest", "sources", "initialised")
 
@@ -171,9 +174,16 @@ def export_adapter(
             alpha=lora.alpha,
             dropout=lora.dropout,
             base=base,
-            task=None if format_name in _WITHOUT_HEAD or config.get(POOLING) else "CAUSAL_LM",
+            task=_task(format_name, config),
             every=every,
         )
+
+
+def _task(format_name: str, config: Mapping[str, Any]) -> str | None:
+    """Return PEFT's name of what a model of a format and config.json does."""
+    if format_name in reward.FORMATS:
+        return "SEQ_CLS"
+    return None if format_name in _WITHOUT_HEAD or config.get(POOLING) else "CAUSAL_LM"
 
 
 def _imported_from(saved: SavedModel, format_name: str, part: str | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from nvmm.data.samples.tokenizer import Tokenizer
 
 FILE = "chat_template.jinja"
 _TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"
+_READ_BY_ITSELF = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that Transformers reads without another beside them."""
 _TURNS = (
     Turn("user", "What is 1 + 1?\nSay it."),
     Turn("assistant", "It is 2, I think."),
@@ -24,7 +26,8 @@ _TURNS = (
 )
 _JINJA = """\
 {{%- set affixes = {affixes} -%}}
-{{%- if {system} and messages | selectattr("role", "equalto", "system") | list | length == 0 -%}}
+{{%- set systems = messages | selectattr("role", "equalto", "system") | list -%}}
+{{%- if {has_system} and systems | length == 0 -%}}
 {{%- set messages = [{{"role": "system", "content": {system}}}] + messages -%}}
 {{%- endif -%}}
 {{{{- {bos} -}}}}
@@ -44,10 +47,11 @@ _JINJA = """\
 {{%- endif -%}}
 {{%- endfor -%}}
 {{%- endif -%}}
-{{%- if message["role"] == "assistant" -%}}{{{{- {end} -}}}}{{%- endif -%}}
+{{%- if message["role"] == "assistant" -%}}{{{{- {before_end} ~ {end} -}}}}{{%- endif -%}}
 {{{{- affixes[message["role"]][1] -}}}}
 {{%- endfor -%}}
-{{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}{{%- endif -%}}
+{{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}
+{{%- else -%}}{{{{- {closing} -}}}}{{%- endif -%}}
 """
 
 
@@ -56,13 +60,15 @@ class Conversation:
     """How a checkpoint was taught to talk.
 
     folder: of its tokenizer's files. template: None where its samples have none (an embedder).
-    trained: False for an import as it came, whose folder says by itself how it talks.
+    trained: False for an import as it came, whose folder says by itself how it talks. end: text
+    behind a conversation, at which a reward model reads its score.
     """
 
     tokenizer: Tokenizer
     folder: Path
     template: ChatTemplate | None
     trained: bool
+    end: str = ""
 
     @property
     def end_ids(self) -> list[int]:
@@ -72,6 +78,23 @@ class Conversation:
             ids.insert(0, self.template.end_token(self.tokenizer)[1])
         # An import of a tokenizer without any end has the placeholder in its place.
         return [i for i in dict.fromkeys(ids) if i != self.tokenizer.image_id]
+
+    def tokens(self, turns: Sequence[Turn] = _TURNS[:2], prompt: bool = False) -> list[int]:
+        """Return a conversation's tokens; prompt: up to where the next answer begins."""
+        assert self.template is not None
+        tokens = render(
+            turns,
+            [],
+            tokenizer=self.tokenizer,
+            template=self.template,
+            tags=ImageTags(),
+            tile_size=1,
+            tokens_per_tile=1,
+            generation_prompt=prompt,
+        ).tokens
+        closes = self.end and not prompt
+        end = self.tokenizer.encode_pieces([self.end], continued=True)[0] if closes else []
+        return [*tokens, *end]
 
     def ids(self) -> dict[str, Any]:
         """Return the ids of a config.json and a generation_config.json, those that there are."""
@@ -117,11 +140,14 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
     if isinstance(given, Mapping) and given.get("_target_") == _TEMPLATE:
         template = ChatTemplate(**{k: v for k, v in given.items() if k != "_target_"})
     trained = "sources" not in saved.state or "merged_from" in saved.state
-    return Conversation(tokenizer, folder, template, trained)
+    return Conversation(tokenizer, folder, template, trained, str(build.get("end") or ""))
 
 
-def jinja(template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool) -> str:
-    """Return a template of Transformers that writes what `render` writes.
+def jinja(
+    template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool, closing: str = ""
+) -> str:
+    """Return a template of Transformers that writes what `render` writes, and `closing` behind a
+    whole conversation.
 
     An image part of a message becomes our marker, for whoever expands it to tiles.
     """
@@ -134,11 +160,14 @@ def jinja(template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool) -> s
             role: [affixes.prefix.replace("{end}", end), affixes.suffix.replace("{end}", end)]
             for role, affixes in template.roles.items()
         },
+        "has_system": template.system is not None,
         "system": template.system or "",
+        "before_end": template.before_end,
         "bos": bos,
         "separator": template.separator,
         "end": end,
         "generation_prompt": template.generation_prompt.replace("{end}", end),
+        "closing": closing,
         "media": ["image"] if reads_images else [],
         "marker": IMAGE_MARKER,
     }
@@ -155,14 +184,17 @@ def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) 
     generation = _read(folder / "generation_config.json")
     if talk.trained or "eos_token_id" not in generation:
         _write(folder / "generation_config.json", generation | talk.ids())
-    # 2. Tokens that the run added to the vocabulary.
-    if talk.trained and not talk.tokenizer.is_saved_in(folder):
+    # 2. Tokens that the run added to the vocabulary, and a vocabulary that only we can read.
+    unread = not any((folder / name).is_file() for name in _READ_BY_ITSELF)
+    if (talk.trained or unread) and not talk.tokenizer.is_saved_in(folder):
         talk.tokenizer.save(folder)
+        if not (folder / "tokenizer_config.json").is_file():
+            _write(folder / "tokenizer_config.json", _plain_config(talk.tokenizer))
     # 3. The template, in the one place where every version of Transformers looks first.
     config = _read(folder / "tokenizer_config.json")
     has_template = (folder / FILE).is_file() or config.get("chat_template")
     if talk.template is not None and (talk.trained or not has_template):
-        text = jinja(talk.template, talk.tokenizer, reads_images)
+        text = jinja(talk.template, talk.tokenizer, reads_images, talk.end)
         (folder / FILE).write_text(text, encoding="utf-8")
         if config.pop("chat_template", None) is not None:
             _write(folder / "tokenizer_config.json", config)
@@ -181,16 +213,7 @@ def check_conversation(folder: Path, talk: Conversation) -> None:
         str(folder), local_files_only=True, trust_remote_code=False
     )
     for turns, prompt in ((_TURNS[:2], False), (_TURNS, True)):
-        expected = render(
-            turns,
-            [],
-            tokenizer=talk.tokenizer,
-            template=talk.template,
-            tags=ImageTags(),
-            tile_size=1,
-            tokens_per_tile=1,
-            generation_prompt=prompt,
-        ).tokens
+        expected = talk.tokens(turns, prompt)
         found = theirs.apply_chat_template(
             [{"role": turn.role, "content": turn.text} for turn in turns],
             add_generation_prompt=prompt,
@@ -201,6 +224,17 @@ def check_conversation(folder: Path, talk: Conversation) -> None:
                 f"Transformers reads a conversation with the tokenizer of {talk.folder} as {found},"
                 f" the model was trained with {expected}: the export would answer otherwise"
             )
+
+
+def _plain_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer_config.json for a tokenizer.json without one."""
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    tokens = {
+        f"{name}_token": tokenizer.decode([i], skip_special_tokens=False)
+        for name, i in ids.items()
+        if i is not None
+    }
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
 
 
 def _read(path: Path) -> dict[str, Any]:

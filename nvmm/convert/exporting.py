@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nvmm.convert import scoring
 from nvmm.convert.chat_template import (
     Conversation,
     check_conversation,
@@ -17,6 +18,7 @@ from nvmm.convert.chat_template import (
     write_conversation,
 )
 from nvmm.convert.files import publish
+from nvmm.convert.formats import reward
 from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.formats.decoder import POOLING
@@ -81,6 +83,8 @@ def export(
     whole_config = exported_config(config, original, stored)
     if talk is not None and talk.trained and not embeds:
         _set_ends(language_of(whole_config), talk)
+        if format_name in reward.FORMATS:
+            whole_config |= scoring.fields(saved, talk, whole_config)
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
@@ -103,6 +107,8 @@ def export(
             processor(model, format_name),
         )
         if talk is not None and not embeds:
+            if talk.trained and format_name in reward.FORMATS:
+                scoring.write_padding(temporary, talk, whole_config["pad_token_id"])
             check_conversation(temporary, talk)
         if format_name == "bert":
             if talk is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.convert.files import is_local
+from nvmm.convert.formats import reward
 from nvmm.convert.models import HubFolder, SavedModel
 from nvmm.convert.sources import Source, read
 from nvmm.data.collate import collate
@@ -25,6 +26,8 @@ def logits(
 ) -> Tensor | None:
     """Compute logits [b, s, vocabulary] in fp32; return None for an encoder or an embedder.
 
+    Of a reward model they are the scores of the rows, [b, 1, outputs].
+
     A language model's folder is run by Transformers, with its own class and `from_pretrained`;
     everything else by our model with the side's weights. A model with an encoder gets one random
     image from `seed` in front of each row of tokens, at the encoder's native size.
@@ -37,7 +40,7 @@ def logits(
         return None
     if isinstance(side, SavedModel):
         return _ours(model, side.source, tokens, constructor, seed)
-    if side.format in _CLASSES and is_local(side.path):
+    if side.format in (*_CLASSES, *reward.FORMATS) and is_local(side.path):
         return _transformers(side, tokens)
     return _ours(model, side.to_ours(model), tokens, constructor, seed)
 
@@ -76,9 +79,11 @@ def _config(side: HubFolder | SavedModel) -> dict[str, Any]:
 
 
 def _transformers(folder: HubFolder, tokens: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    scores = folder.format in reward.FORMATS
+    family = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model, info = family.from_pretrained(
         folder.path,
         dtype=torch.float32,
         local_files_only=True,
@@ -88,7 +93,11 @@ def _transformers(folder: HubFolder, tokens: Tensor) -> Tensor:
     if problems := sorted({*info["missing_keys"], *info["unexpected_keys"]}):
         raise ValueError(f"{folder.path} does not fit Transformers' class: {', '.join(problems)}")
     with torch.no_grad():
-        return model.eval()(tokens).logits
+        if not scores:
+            return model.eval()(tokens).logits
+        # Rows have one length: the score is the last token's, also where that is the padding.
+        model.config.pad_token_id = None
+        return torch.stack([model.eval()(row[None]).logits for row in tokens])
 
 
 def _ours(
@@ -113,7 +122,10 @@ def _ours(
         with torch.no_grad():
             for entry in sharded_parameters(model):
                 entry.parameter.copy_(read(source, entry.name))
-            return model(_batch(model, tokens, seed), output="logits")
+            batch = _batch(model, tokens, seed)
+            if "num_outputs" in config.get("language", config):
+                return model(batch, output="score")[:, None]
+            return model(batch, output="logits")
     finally:
         if alone:
             shutdown()

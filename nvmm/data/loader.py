@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nvmm.batch import Batch, Sample
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.config.choices import require
 from nvmm.data.order import mixture, sample_ids
 from nvmm.data.order.mixture import Component
@@ -127,7 +128,7 @@ class Data:
 
     def order(
         self,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         position: Mapping[str, Any] | None = None,
         segment_multiple: int = 1,
     ) -> Order:
@@ -163,7 +164,7 @@ class Data:
         self,
         *,
         split: str,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         micro_batch_size: int,
         rank: int = 0,
         size: int = 1,
@@ -180,6 +181,8 @@ class Data:
         at every step. Training never ends; validation is one pass in the dataset's order, whose
         last global batch is filled up with blank samples of id -1.
 
+        global_batch_size: one, or that of each step; validation takes the last of them.
+
         The log says what each data set has, and warns of one without images where `images`, as
         the model reads them.
 
@@ -188,20 +191,22 @@ class Data:
         dataset = self._dataset(split)
         if not 0 <= rank < size:
             raise ValueError(f"rank={rank} must be in [0, {size})")
-        if micro_batch_size < 1 or global_batch_size % (micro_batch_size * size):
-            raise ValueError(
-                f"trainer.global_batch_size={global_batch_size} must be a multiple of "
-                f"trainer.micro_batch_size={micro_batch_size} x data-parallel size {size}"
-            )
+        sizes = BatchSizes.of(global_batch_size)
+        for key, samples in sizes.all:
+            if micro_batch_size < 1 or samples % (micro_batch_size * size):
+                raise ValueError(
+                    f"{key}={samples} must be a multiple of "
+                    f"trainer.micro_batch_size={micro_batch_size} x data-parallel size {size}"
+                )
         order: Order | OnePass
         if split == "train":
-            order = self.order(global_batch_size, position, segment_multiple)
+            order = self.order(sizes, position, segment_multiple)
             numbered = {order.ordinals[c.name]: c.dataset for c in self.components}
             self._numbered = {number: name for name, number in order.ordinals.items()}
             stop = None
         else:
-            order, numbered = OnePass(len(dataset), global_batch_size), {0: dataset}
-            stop = self.num_batches(split, global_batch_size)
+            order, numbered = OnePass(len(dataset), sizes.last), {0: dataset}
+            stop = self.num_batches(split, sizes.last)
         damage = [line for item in numbered.values() for line in item.index.damage]
         for line in [*getattr(order, "changes", ()), *damage] if rank == 0 else ():
             log.info(f"data: {line}")

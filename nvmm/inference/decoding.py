@@ -141,8 +141,12 @@ def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Sequence[
     return order.gather(-1, index)[:, 0]
 
 
-def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float, int]]:
+def score(
+    model: Sequence[Module], batches: Sequence[Batch], by_text: bool = False
+) -> list[tuple[float, int]]:
     """Return the log-probability of each sample's supervised tokens, (sum, number), in order.
+
+    by_text: of each text instead.
 
     Positions count where `loss_mask` is not 0, whatever its weight there. Rows may be packed or
     padded. It is collective over a model-parallel group, which gets the result.
@@ -156,6 +160,8 @@ def score(model: Sequence[Module], batches: Sequence[Batch]) -> list[tuple[float
         _check_length(model, longest, batch.sample_ids.tolist())
     device = next(model[0].parameters()).device
     batches = [batch.to(device) for batch in batches]
+    if by_text:
+        batches = [_texts_as_samples(batch) for batch in batches]
     sizes = [len(batch.sample_ids) for batch in batches]
     table = torch.zeros(sum(sizes), 2, dtype=torch.float64, device=device)
     losses = [output for batch in batches for output in _forward(model, [batch], "loss")]
@@ -237,6 +243,31 @@ def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
         vectors = torch.cat(outputs)
     _broadcast_from_last_stage(vectors)
     return vectors
+
+
+def rewards(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
+    """Return [texts, outputs], the scores that a reward model gives to the texts of all batches.
+
+    They are fp32, or fp64 of a model in double precision. It is collective over a model-parallel
+    group, which gets the result.
+
+    Raises ValueError for a model that is no reward model, and for a text that it is too short for.
+    """
+    _check_layout(model)
+    chunk: Any = model[0]
+    outputs = getattr(getattr(chunk, "language", chunk), "num_outputs", None)
+    if outputs is None:
+        raise ValueError("the checkpoint has no scores: it is no reward model")
+    for batch in batches:
+        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
+    scores = _forward(model, batches, "score")
+    count = sum(batch.owners.numel() for batch in batches)
+    dtype = torch.promote_types(next(chunk.parameters()).dtype, torch.float32)
+    table = torch.empty(count, outputs, dtype=dtype, device=batches[0].tokens.device)
+    if scores:
+        table = torch.cat(scores)
+    _broadcast_from_last_stage(table)
+    return table
 
 
 def share(num_samples: int, rank: int, size: int) -> range:
@@ -348,6 +379,12 @@ def _broadcast_from_last_stage(tensor: Tensor) -> None:
 
     group = parallel_state.get_model_parallel_group()
     dist.broadcast(tensor, dist.get_process_group_ranks(group)[-1], group=group)
+
+
+def _texts_as_samples(batch: Batch) -> Batch:
+    """Return a batch in which each text is a sample of its own."""
+    texts = torch.arange(batch.owners.numel(), device=batch.owners.device)
+    return batch.replace(owners=texts, sample_ids=batch.sample_ids[batch.owners])
 
 
 def _per_sample(loss: Tensor, batch: Batch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ _PARALLEL = "nvmm.parallel.setup.Parallel"
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint ready to answer: `generate`, `score`, `score_continuations` and `embed`.
+    """A checkpoint ready to answer: `generate`, `score`, `score_continuations`, `embed`, `rewards`.
 
     Every rank of the world calls them alike. Samples are shared by the data-parallel ranks: the
     caller does so (`nvmm.inference.decoding.share`) for all but `embed`.
@@ -112,6 +113,41 @@ class Restored:
             batch = collate(samples[start : start + batch_size], pad_id=pad_id)
             rows += score(self.model, [batch])
         return rows
+
+    def score_texts(
+        self, samples: Sequence[Sample], batch_size: int = 8
+    ) -> list[list[tuple[float, int]]]:
+        """Return log-probability and number of supervised tokens of each text of each sample."""
+        from nvmm.data.collate import collate
+        from nvmm.inference.decoding import score
+
+        rows: list[list[tuple[float, int]]] = []
+        for start in range(0, len(samples), batch_size):
+            some = samples[start : start + batch_size]
+            batch = collate(some, pad_id=self.tokenizer.pad_id)
+            texts = iter(score(self.model, [batch], by_text=True))
+            rows += [list(islice(texts, len(sample.texts))) for sample in some]
+        return rows
+
+    def rewards(self, samples: Sequence[Sample], batch_size: int = 8) -> list[Tensor]:
+        """Return the scores [texts, outputs] of each sample's texts, on the CPU, in order.
+
+        Samples of like length share a forward pass. Raises ValueError for a checkpoint that is no
+        reward model.
+        """
+        from nvmm.data.collate import collate
+        from nvmm.inference.decoding import rewards
+
+        device = next(self.model[0].parameters()).device
+        order = sorted(range(len(samples)), key=lambda i: samples[i].num_tokens)
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([samples[i] for i in chosen], pad_id=self.tokenizer.pad_id)
+            scores = rewards(self.model, [batch.to(device)]).cpu()
+            sizes = [len(samples[i].texts) for i in chosen]
+            found |= dict(zip(chosen, scores.split(sizes), strict=True))
+        return [found[i] for i in range(len(samples))]
 
     def score_continuations(
         self, prompts: Sequence[Sample], continuations: Sequence[Sequence[int]]
@@ -207,6 +243,9 @@ def restore(
         "lora": saved.get("lora"),
         "kernels": {"_target_": _KERNELS, **(saved.get("kernels") or {}), **(kernels or {})},
     }
+    if "reference" in sections["build"]:
+        # Training alone compares with scores, which may be gone.
+        sections["build"] |= {"reference": None}
     if tokenizer is not None:
         sections["tokenizer"]["path"] = tokenizer
     elif (path / "tokenizer").is_dir():

@@ -45,7 +45,7 @@ def build(
     """Return (number -> sample, number -> what is wrong with it) of these items.
 
     members: of an item by number; a ValueError is what is wrong with it. longest: the most tokens
-    that a sample may have.
+    that a text of a sample may have.
     """
     samples: dict[int, Sample] = {}
     errors: dict[int, str] = {}
@@ -55,8 +55,9 @@ def build(
         except ValueError as error:  # BadSample too
             errors[number] = str(error)
         else:
-            if sample.num_tokens > longest:
-                errors[number] = f"{sample.source}: {sample.num_tokens} tokens, at most {longest}"
+            tokens = max(len(text.tokens) for text in sample.texts)
+            if tokens > longest:
+                errors[number] = f"{sample.source}: {tokens} tokens, at most {longest}"
             else:
                 samples[number] = dataclasses.replace(sample, sample_id=number)
     return samples, errors

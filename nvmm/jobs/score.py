@@ -19,7 +19,9 @@ class Score(Job):
     """Score every sample of shards by a checkpoint.
 
     Without `continuations`, a row has `key`, `log_probability` (the sum over the tokens that
-    training would supervise), `tokens` (their number) and `error`. With them, it has `key`,
+    training would supervise), `tokens` (their number) and `error`. Where the builder's samples are
+    answers to compare, they are `log_probabilities` and `tokens`, a list of one a text: the
+    references of preference training (`data.train.build.reference`). With them, it has `key`,
     `log_probabilities` (a list, one a continuation), `probability` (of the first one among them:
     P(True) of `[True, False]`) and `error`.
 
@@ -45,6 +47,7 @@ class Score(Job):
         model = self.require(model)
         dataset, inputs = open_shards(self.shards, model)
         room = model.max_sequence_length
+        compares = model.builder.compares and self.continuations is None
         if self.continuations is None:
             make = model.builder.__call__
         else:
@@ -53,6 +56,11 @@ class Score(Job):
             room -= max(map(len, tokens))
 
         def scored(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+            if compares:
+                return [
+                    dict(zip(("log_probabilities", "tokens"), zip(*row, strict=True), strict=True))
+                    for row in model.score_texts(samples, batch_size=len(samples))
+                ]
             if self.continuations is None:
                 return [
                     {"log_probability": total, "tokens": count}
@@ -77,15 +85,17 @@ class Score(Job):
                     | scores.get(number, {})
                     for number in numbers
                 ],
-                self.schema,
+                self._schema(compares),
             )
 
         return Work(len(dataset), inputs, rows)
 
-    @property
-    def schema(self) -> pa.Schema:
-        """The columns of a row."""
-        if self.continuations is None:
+    def _schema(self, compares: bool) -> pa.Schema:
+        """Return the columns of a row."""
+        columns: dict[str, pa.DataType]
+        if compares:
+            columns = {"log_probabilities": pa.list_(pa.float64()), "tokens": pa.list_(pa.int32())}
+        elif self.continuations is None:
             columns = {"log_probability": pa.float64(), "tokens": pa.int32()}
         else:
             columns = {"log_probabilities": pa.list_(pa.float64()), "probability": pa.float64()}

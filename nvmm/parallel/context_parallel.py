@@ -72,9 +72,30 @@ def _local_positions(batch: Batch) -> Tensor | None:
     from megatron.core import parallel_state
 
     size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
+    if size <= 1:  # 0 in a process without groups
         return None
     return positions(batch, size, parallel_state.get_context_parallel_rank())
+
+
+def is_first() -> bool:
+    """Return whether this is the first of its context-parallel ranks, or there is one."""
+    from megatron.core import parallel_state
+
+    return not parallel_state.is_initialized() or parallel_state.get_context_parallel_rank() == 0
+
+
+def total(x: Tensor) -> Tensor:
+    """Add up x over the context-parallel ranks, which have the parts of a sequence.
+
+    The gradient of each rank's x is that of the sum: the ranks' losses of the sum are one loss.
+    """
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return x
+    group = parallel_state.get_context_parallel_group()
+    summed: Tensor = x if group.size() == 1 else _Total.apply(x, group)
+    return summed
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -90,6 +111,20 @@ def in_order(gathered: Tensor) -> Tensor:
     """Put a sequence's zigzag parts [size, 2 x chunk, ...] in order, [size x 2 x chunk, ...]."""
     chunks = gathered.unflatten(1, (2, gathered.shape[1] // 2))
     return torch.cat([chunks[:, 0].flatten(0, 1), chunks[:, 1].flip(0).flatten(0, 1)])
+
+
+class _Total(torch.autograd.Function):
+    """all_reduce forward within `group`; backward is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        summed = x.clone()
+        dist.all_reduce(summed, group=group)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
 
 
 class _Gather(torch.autograd.Function):

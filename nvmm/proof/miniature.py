@@ -341,6 +341,10 @@ def _shrink_transformer(
 def _shrink_optim(optim: dict[str, Any], num_layers: int) -> None:
     optim |= {"learning_rate": 1e-3, "min_learning_rate": 0.0, "warmup_steps": 0}
     optim["decay_steps"] = None
+    lengths = {"cooldown_steps", "warmup_tokens", "decay_tokens", "cooldown_tokens"}
+    optim |= dict.fromkeys(optim.keys() & lengths)
+    if optim.get("schedule") in ("exponential", "inverse_sqrt"):
+        optim["schedule"] = "cosine"  # these need a minimum, or a warm-up
     groups = optim.get("groups") or []
     for group in groups:
         group |= {"learning_rate": 5e-4, "min_learning_rate": 0.0}

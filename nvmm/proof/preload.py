@@ -19,5 +19,6 @@ import nvmm.models.cross_attending
 import nvmm.models.embedder
 import nvmm.models.two_towers
 import nvmm.objectives.contrastive
+import nvmm.objectives.kto
 import nvmm.proof.equivalence
 import nvmm.training.trainer

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch, Sample, Text, TextMedia
+from nvmm.config.compose import instantiate
 from nvmm.data.collate import collate
 from nvmm.parallel.setup import Parallel
 
@@ -36,6 +37,8 @@ class SyntheticData:
     def __init__(self, steps: list[list[Batch]]) -> None:
         self.steps = steps
         self.tokenizer = SyntheticTokenizer()
+        rows = [batch.tokens.shape[1] for step in steps for batch in step]
+        self.sequence_length = max(rows, default=1)
 
     def batches(self, *, rank: int, size: int, start: int, **kwargs: Any) -> Iterator[list[Batch]]:
         """Yield this rank's micro-batches of every step, dealt as the loader deals them."""
@@ -80,7 +83,8 @@ def synthetic_steps(
     `config["parallel"]` needs, rows to a multiple of `config["row_multiple"]` at least; the tokens
     are the same at any layout.
 
-    For an embedder a micro-batch is two samples of a query, its positive and a hard negative.
+    For an embedder a micro-batch is two samples of a query, its positive and a hard negative, for
+    preferences two pairs of answers; texts whose attributes are learned have some of the labels.
     """
     # 1. Padding as the layout needs it; the texts below do not depend on it.
     parallel = Parallel(**config.get("parallel", {}))
@@ -88,6 +92,10 @@ def synthetic_steps(
     segment = parallel.segment_multiple if packed else 1
     is_embedder = "pooling" in config["model"].get("language", config["model"])
     has_images = "vision" in config["model"]
+    # What the objective reads of a text says which samples it takes.
+    extras = instantiate(config["objective"]).extras if "objective" in config else frozenset()
+    extras |= {"role"} if is_embedder else frozenset()
+    per_batch = 6 if is_embedder else 4 if "chosen" in extras else 2
     # 2. Texts of each micro-batch, from one generator: their order fixes their values.
     generator = torch.Generator().manual_seed(11)
     steps = []
@@ -105,20 +113,15 @@ def synthetic_steps(
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
                     )
-                    for i in range(6 if is_embedder else 2)
+                    for i in range(per_batch)
                 ]
             )
         groups = [list(chain(*groups[i : i + merge])) for i in range(0, len(groups), merge)]
-        # 3. Every `merge` groups become one micro-batch; an embedder's texts come in threes.
+        # 3. Every `merge` groups become one micro-batch of the objective's samples.
         steps.append(
             [
                 collate(
-                    _retrieval_samples(texts, 100 * step + 10 * number)
-                    if is_embedder
-                    else [
-                        Sample((text,), 100 * step + 10 * number + i)
-                        for i, text in enumerate(texts)
-                    ],
+                    _samples(texts, 100 * step + 10 * number, config, extras),
                     pad_id=0,
                     pad_multiple=multiple,
                     segment_multiple=segment,
@@ -128,6 +131,50 @@ def synthetic_steps(
             ]
         )
     return steps
+
+
+def _samples(
+    texts: list[Text], first_id: int, config: dict[str, Any], extras: Collection[str]
+) -> list[Sample]:
+    """Make samples of the texts, with the extras that the objective reads."""
+    if "role" in extras:
+        return _retrieval_samples(texts, first_id)
+    if "chosen" in extras:
+        return _pairs(texts, first_id)
+    if "attributes" in extras:
+        texts = [_labelled(text, len(config["objective"]["attributes"])) for text in texts]
+    return [Sample((text,), first_id + i) for i, text in enumerate(texts)]
+
+
+def _pairs(texts: list[Text], first_id: int) -> list[Sample]:
+    """Make samples of a chosen and a rejected answer, in either order, behind all media."""
+    described = []
+    for number, text in enumerate(texts):
+        first = int(texts[number // 2 * 2].tokens[0])
+        weights = text.weights.clone()
+        weights[: _media_end(text)] = 0
+        extras = {
+            "chosen": torch.tensor((number + first) % 2),
+            "reward": torch.tensor(len(text.tokens) / 4),
+        }
+        described.append(replace(text, weights=weights, extras=extras))
+    return [Sample(tuple(described[i : i + 2]), first_id + i) for i in range(0, len(described), 2)]
+
+
+def _media_end(text: Text) -> int:
+    """Return where a text's media end."""
+    ends = [
+        media.positions + media.tokens_per_item if media.ends is None else media.ends
+        for media in text.media.values()
+    ]
+    return max((int(each.max()) for each in ends), default=0)
+
+
+def _labelled(text: Text, count: int) -> Text:
+    """Give a text labels from 0 to 4; some are missing, another number of them in each text."""
+    labels = (text.tokens[:1] * 7 + 3 * torch.arange(count)) % 5
+    missing = (text.tokens[:1] + torch.arange(count)) % 3 == 0
+    return replace(text, extras={"attributes": labels.float().masked_fill(missing, torch.nan)})
 
 
 def _retrieval_samples(texts: list[Text], first_id: int) -> list[Sample]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from nvmm.batch import Batch
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.modules.flops import segment_lengths
 from nvmm.parallel.broadcast import is_reader
 from nvmm.training.metrics import memory_peak_bytes
@@ -33,6 +34,11 @@ class TrainingData(Protocol):
         ...
 
     @property
+    def sequence_length(self) -> int:
+        """Tokens of a full row."""
+        ...
+
+    @property
     def log_samples(self) -> bool:
         """True when the log lists the sample ids of every step."""
         ...
@@ -45,7 +51,7 @@ class TrainingData(Protocol):
         self,
         *,
         split: str,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         micro_batch_size: int,
         rank: int,
         size: int,
@@ -57,7 +63,8 @@ class TrainingData(Protocol):
     ) -> Iterator[list[Batch]]:
         """Yield, from step `start` on, the micro-batches of data-parallel rank `rank` of `size`.
 
-        images: the model reads images, so that data without any are worth a warning.
+        global_batch_size: one, or that of each step. images: the model reads images, so that data
+        without any are worth a warning.
         """
         ...
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.kernels.adamw import FusedAdam
 from nvmm.kernels.multi_tensor import multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
 from nvmm.modules.lora import FACTORS
@@ -102,9 +103,15 @@ def _replace(module: ModuleType, what: str, **values: Any) -> None:
 
 
 def build_optimizer(
-    ddp_models: Sequence[Any], optim: Optim, precision: Precision, max_steps: int
+    ddp_models: Sequence[Any],
+    optim: Optim,
+    precision: Precision,
+    max_steps: int,
+    batch_sizes: BatchSizes | None = None,
 ) -> Optimizer:
     """Build mcore's distributed optimizer over the trainable parameters of `wrap`ped chunks.
+
+    batch_sizes: of the run, which a schedule by tokens needs.
 
     Collective: patterns are matched against the whole model. Raises ValueError for a pattern of
     `optim.no_decay` that matches nothing, of `optim.groups` that matches nothing trainable, for a
@@ -138,7 +145,7 @@ def build_optimizer(
         config_overrides=_overrides(ddp_models, optim, groups),
         use_gloo_process_groups=False,
     )
-    return Optimizer(mcore, optim, groups, max_steps)
+    return Optimizer(mcore, optim, groups, max_steps, batch_sizes)
 
 
 def _overrides(
@@ -200,12 +207,20 @@ class Optimizer:
     its DistributedOptimizer; `distributed` is the latter.
     """
 
-    def __init__(self, mcore: Any, optim: Optim, groups: list[Group], max_steps: int) -> None:
+    def __init__(
+        self,
+        mcore: Any,
+        optim: Optim,
+        groups: list[Group],
+        max_steps: int,
+        batch_sizes: BatchSizes | None = None,
+    ) -> None:
         self.mcore = mcore
         self.distributed = mcore.chained_optimizers[0]
         self.optim = optim
         self.groups = groups
-        self.decay_steps = optim.decay_steps or max_steps
+        self.max_steps = max_steps
+        self.batch_sizes = batch_sizes
         self.grad_norm = 0.0
         self.adam: FusedAdam = self.distributed.optimizer
         self.adam.initialize_state()
@@ -217,7 +232,7 @@ class Optimizer:
 
     def set_step(self, step: int) -> float:
         """Set every group's learning rate for 0-based `step`; return the default group's."""
-        rates = self.optim.rates(step, self.decay_steps)
+        rates = self.optim.rates(step, self.max_steps, self.batch_sizes)
         for group in self.mcore.param_groups:
             group["lr"] = rates[int(group["lr_mult"]) - 1]
         return rates[0]

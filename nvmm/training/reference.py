@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from nvmm.checkpoint.base import BaseCheckpoint
+from nvmm.checkpoint.files import find
 from nvmm.checkpoint.load import load_weights
 from nvmm.modules.fp8_scales import Scaling
 
@@ -102,3 +104,31 @@ class Reference:
             parameter.data.copy_(copy)
             copy.copy_(current)
         self.scaling.forget_weights()
+
+
+def check_scores(config: Mapping[str, Any], init_from: str | None) -> None:
+    """Check that the reference's log-probabilities in the data are of the weights of the start.
+
+    Raises ValueError where `build.reference` of a data set names scores of another checkpoint.
+    """
+    data = config.get("data") or {}
+    datasets = [data.get("train"), data.get("validation"), *(data.get("blend") or [])]
+    for folder in dict.fromkeys(
+        folder
+        for dataset in datasets
+        for folder in _listed(((dataset or {}).get("build") or {}).get("reference"))
+    ):
+        if init_from is None:
+            raise ValueError(f"build.reference={folder} needs init_from, the checkpoint it is of")
+        path = find(init_from)
+        manifest = json.loads((Path(folder).expanduser() / "manifest.json").read_bytes())
+        scored, own = manifest["identity"]["checkpoint"]["weights"], BaseCheckpoint.of(path).digest
+        if scored != own:
+            raise ValueError(
+                f"build.reference={folder} has the scores of a checkpoint of digest {scored[:12]},"
+                f" and init_from={path} is another, of {own[:12]}: score the shards by that one"
+            )
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -22,13 +22,14 @@ from nvmm.checkpoint.files import (
 )
 from nvmm.checkpoint.load import load, load_scales, load_weights
 from nvmm.checkpoint.record import DamagedError
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.config.changes import Change, compare, loss_changes
 from nvmm.modules.fp8_scales import Scaling
 from nvmm.objectives.objective import Objective
 from nvmm.training.accounting import Digested
 from nvmm.training.optim import Optim
 from nvmm.training.optimizer import Optimizer
-from nvmm.training.reference import Reference
+from nvmm.training.reference import Reference, check_scores
 
 log = logging.getLogger("nvmm")
 
@@ -84,6 +85,7 @@ def start(
     # 1. A new run: the seed's weights are there already, `init_from` replaces them.
     if path is None:
         base = None
+        check_scores(config, init_from)
         if init_from is not None:
             path = find(init_from)
             missing = load_weights(path, chunks)
@@ -192,15 +194,17 @@ def changed_rates(saved: dict[str, Any], config: dict[str, Any], step: int) -> s
     """Say how the learning rate of the step after `step` differs between two configs, if it does.
 
     A schedule without optim.decay_steps ends at trainer.max_steps, so that a longer run has other
-    rates at every step.
+    rates at every step; one by tokens changes with the batch sizes too.
     """
     schedules = []
     for each in (saved, config):
         with contextlib.suppress(KeyError, TypeError, ValueError):  # not our Optim
             options = {k: v for k, v in each["optim"].items() if not k.startswith("_")}
             optim = Optim(**options)
-            end = optim.decay_steps or each["trainer"]["max_steps"]
-            schedules.append((optim.rates(step, end), end))
+            sizes = BatchSizes.of_config(each) if optim.by_tokens else None
+            run = each["trainer"]["max_steps"], sizes
+            unit = "token" if optim.by_tokens else "step"
+            schedules.append((optim.rates(step, *run), f"{unit} {optim.end(*run)}"))
     if len(schedules) < 2 or schedules[0] == schedules[1]:
         return None
     (before, old_end), (now, end) = schedules
@@ -208,9 +212,7 @@ def changed_rates(saved: dict[str, Any], config: dict[str, Any], step: int) -> s
     if not listed:
         return None
     rates = ", ".join(listed)
-    return (
-        f"learning rate of step {step + 1}: {rates} (the schedule ends at step {old_end} -> {end})"
-    )
+    return f"learning rate of step {step + 1}: {rates} (the schedule ends at {old_end} -> {end})"
 
 
 def checkpoint_to_resume(

@@ -9,7 +9,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.nn import Module
 from nvmm.batch import Batch
 from nvmm.checkpoint.base import BaseCheckpoint
 from nvmm.checkpoint.save import Checkpoint
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.config.choices import Backend, require
 from nvmm.modules.fp8_scales import Scaling
 from nvmm.modules.lora import Lora
@@ -54,6 +55,9 @@ class Trainer:
         max_steps: optimizer steps of the whole run.
         global_batch_size: samples per step over all data-parallel ranks and micro-batches; packs
             where the data are packed.
+        batch_ramp: [{global_batch_size, steps | tokens}]: stages of the run's beginning with other
+            sizes. A step counts as its samples x data.sequence_length tokens; a stage has
+            the number of steps that comes nearest. Validation has global_batch_size throughout.
         micro_batch_size: samples, or packs, per forward pass of one rank.
         log_interval: steps between lines of metrics.jsonl.
         validation_interval: steps between validations (None: never).
@@ -81,6 +85,7 @@ class Trainer:
         on_nonfinite: OnNonfinite = "stop",
         max_consecutive_skips: int | None = 5,
         max_skips: int | None = 100,
+        batch_ramp: Sequence[Mapping[str, Any]] = (),
         *,
         model: Callable[..., Module],
         objective: Objective,
@@ -101,12 +106,14 @@ class Trainer:
     ) -> None:
         require("trainer.on_nonfinite", on_nonfinite, OnNonfinite)
         self.data_parallel_size = parallel_state.get_data_parallel_world_size()
-        if global_batch_size % (micro_batch_size * self.data_parallel_size):
-            raise ValueError(
-                f"trainer.global_batch_size={global_batch_size} must be a multiple of"
-                f" trainer.micro_batch_size={micro_batch_size} x data parallel size"
-                f" {self.data_parallel_size}"
-            )
+        self.batch_sizes = BatchSizes.read(global_batch_size, batch_ramp, data.sequence_length)
+        for key, size in self.batch_sizes.all:
+            if size % (micro_batch_size * self.data_parallel_size):
+                raise ValueError(
+                    f"{key}={size} must be a multiple of"
+                    f" trainer.micro_batch_size={micro_batch_size} x data parallel size"
+                    f" {self.data_parallel_size}"
+                )
         self.max_steps = max_steps
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -137,7 +144,9 @@ class Trainer:
             lora.freeze(self.chunks)
         self.scaling = Scaling(self.chunks, precision.fp8)
         self.models = wrap(self.chunks, parallel, precision)
-        self.optimizer: Optimizer = build_optimizer(self.models, optim, precision, max_steps)
+        self.optimizer: Optimizer = build_optimizer(
+            self.models, optim, precision, max_steps, self.batch_sizes
+        )
         self.device = next(self.chunks[0].parameters()).device
         self.accounting = Accounting(data, self.chunks[0], peak_flops(precision.torch_dtype))
         self.position: dict[str, Any] | None = None
@@ -163,6 +172,8 @@ class Trainer:
             )
             return self._summary(first, first)
         started()
+        if self.batch_sizes.stages:
+            self._say(f"global batch size: {self.batch_sizes}")
         step = first
         batches = self.batches("train", first)
         self._catch_signals()
@@ -358,7 +369,7 @@ class Trainer:
         if is_reader():
             source = self.data.batches(
                 split=split,
-                global_batch_size=self.global_batch_size,
+                global_batch_size=self.batch_sizes if split == "train" else self.batch_sizes.last,
                 micro_batch_size=self.micro_batch_size,
                 rank=parallel_state.get_data_parallel_rank(),
                 size=self.data_parallel_size,

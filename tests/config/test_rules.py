@@ -233,6 +233,45 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"optim__warmup_steps": 101}, "optim.warmup_steps=101", "trainer.max_steps=100"),
     ({"optim__decay_steps": 5}, "optim.decay_steps=5", "at least optim.warmup_steps=10"),
+    ({"optim__warmup_tokens": 5}, "optim.warmup_steps=10", "left out beside lengths in tokens"),
+    (
+        {"optim__warmup_steps": 0, "optim__warmup_tokens": 100 * 16 * 2048 + 1},
+        "optim.warmup_tokens=3276801",
+        "at most the tokens of trainer.max_steps=100",
+    ),
+    (
+        {"optim__warmup_steps": 0, "optim__warmup_tokens": 9, "optim__decay_tokens": 8},
+        "optim.decay_tokens=8",
+        "at least optim.warmup_tokens=9",
+    ),
+    ({"optim__cooldown_steps": 91}, "optim.cooldown_steps=91", "the 90 steps from warm-up"),
+    ({"optim__cooldown_steps": 0}, "optim.cooldown_steps=0", "at least 1"),
+    (
+        {"optim__cooldown_steps": 9, "optim__schedule": "inverse_sqrt"},
+        "optim.cooldown_steps=9",
+        "needs optim.schedule to be cosine",
+    ),
+    (
+        {"optim__warmup_steps": 0, "optim__schedule": "inverse_sqrt"},
+        "optim.warmup_steps=0",
+        "above 0 with optim.schedule=inverse_sqrt",
+    ),
+    (
+        {"optim__min_learning_rate": 0, "optim__schedule": "exponential"},
+        "optim.min_learning_rate=0",
+        "above 0 with optim.schedule=exponential",
+    ),
+    ({"trainer__batch_ramp": [{"steps": 2}]}, "trainer.batch_ramp[0].global_", "whole number"),
+    (
+        {"trainer__batch_ramp": [{"global_batch_size": 5, "steps": 2}]},
+        "trainer.batch_ramp[0].global_batch_size=5",
+        "must be divisible by trainer.micro_batch_size=2",
+    ),
+    (
+        {"trainer__batch_ramp": [{"global_batch_size": 2, "tokens": 4095}]},
+        "trainer.batch_ramp[0].tokens=4095",
+        "at least the 4096 tokens of one step",
+    ),
     ({"model__vision__image_size": 450}, "model.vision.image_size=450", "patch_size=14"),
     (
         {"model__connector__downsample": 3},
@@ -266,7 +305,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     (
         {"optim__schedule": "constant", "optim__decay_steps": 50},
         "optim.decay_steps=50",
-        "needs optim.schedule to be cosine or linear",
+        "needs optim.schedule to be cosine, linear, minus_sqrt, exponential",
     ),
     (
         {"trainer__on_nonfinite": "stop", "trainer__max_skips": 3},
@@ -378,6 +417,23 @@ def test_rule(changes: dict[str, Any], start: str, says: str) -> None:
         (6, {}, "WORLD_SIZE=6", "a multiple of 4 ranks"),
         (12, {}, "trainer.global_batch_size=16", "x 3 data-parallel ranks = 6"),
         (4, {"trainer__global_batch_size": 6}, "trainer.global_batch_size=6", "3 micro-batches"),
+        (
+            4,
+            {"trainer__batch_ramp": [{"global_batch_size": 6, "steps": 1}]},
+            "trainer.batch_ramp[0].global_batch_size=6",
+            "3 micro-batches a rank",
+        ),
+        (
+            8,
+            {
+                "trainer__batch_ramp": [
+                    {"global_batch_size": 8, "steps": 1},
+                    {"global_batch_size": 2, "steps": 1},
+                ]
+            },
+            "trainer.batch_ramp[1].global_batch_size=2",
+            "x 2 data-parallel ranks = 4",
+        ),
     ],
 )
 def test_rules_that_need_the_world_size(
@@ -522,3 +578,56 @@ def test_data_and_objective_fit_before_torch_is_imported() -> None:
         "data.blend[0].build" in p
         for p in problems("retrieval", "contrastive", "embedder", blend=blend)
     )
+
+
+def preferring(objective: dict[str, Any] | None = None, **build: Any) -> dict[str, Any]:
+    """A config of preference training."""
+    own = {"_target_": "nvmm.data.samples.preference.PreferenceBuilder"}
+    dropout = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return {
+        "data": {"train": {"build": own | build}},
+        "objective": {"_target_": "nvmm.objectives.preference.Dpo"} | (objective or {}),
+        "model": LANGUAGE | {"transformer": TRANSFORMER | dropout},
+    }
+
+
+def test_references_are_in_the_step_or_in_the_data() -> None:
+    def problems(config: dict[str, Any]) -> list[str]:
+        return [str(p) for p in violations(config) if "train.build" in p.key]
+
+    scored = {"reference": "scores"}
+    assert problems(preferring()) == []
+    assert problems(preferring({"reference": "data"}, **scored)) == []
+    [both] = problems(preferring(**scored))
+    assert both.startswith("data.train.build.reference=scores needs objective.reference=data")
+    [neither] = problems(preferring({"reference": "data"}))
+    assert neither.startswith("data.train.build.reference=null must name the output of job=score")
+    [kto] = problems(preferring({"_target_": "nvmm.objectives.kto.Kto"}, **scored))
+    assert "needs objective.reference=data" in kto
+    other = {"_target_": "nvmm.data.samples.instruct.InstructBuilder"}
+    [wrong] = problems(preferring({"reference": "data"}) | {"data": {"train": {"build": other}}})
+    assert "gives no chosen, reference, reward" in wrong
+
+
+def test_a_reference_has_no_dropout() -> None:
+    def keys(config: dict[str, Any]) -> list[str]:
+        return [p.key for p in violations(config) if "dropout" in p.key]
+
+    assert keys(preferring()) == []
+    config = preferring() | {"lora": LORA | {"dropout": 0.1}}
+    config["model"]["transformer"]["hidden_dropout"] = 0.2
+    config["model"]["transformer"].pop("attention_dropout")  # mcore's default is 0.1
+    expected = ["model.transformer.hidden_dropout", "model.transformer.attention_dropout"]
+    assert keys(config) == [*expected, "lora.dropout"]
+    config["objective"] = {"_target_": "nvmm.objectives.next_token.NextToken"}
+    assert keys(config) == []
+
+
+def test_a_divisor_of_a_term_without_weight_is_refused() -> None:
+    config = preferring({"sft_per_token": True})
+    assert [p.key for p in violations(config) if "sft" in p.key] == ["objective.sft_per_token"]
+    assert not [
+        p
+        for p in violations(preferring({"sft_per_token": True, "sft_weight": 1e-3}))
+        if "sft" in p.key
+    ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nvmm.config.check import option
 from nvmm.convert import models
 from nvmm.convert.chat_template import (
     FILE,
@@ -23,6 +24,7 @@ from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.data.samples.chat import ChatTemplate, ImageTags, Turn, render
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.convert import families
+from tests.data.samples import test_sentence_pieces as sentence_pieces
 from tools.convert import main
 
 CHATML = {
@@ -132,6 +134,37 @@ def test_transformers_writes_the_tokens_of_training(name: str, ours: Path, tmp_p
     config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
     assert config.eos_token_id == ends and config.pad_token_id == tokenizer.pad_id
     assert config.bos_token_id == tokenizer.bos_id
+
+
+def test_nemotron_talks_with_its_sentencepiece_model_alone(tmp_path: Path) -> None:
+    """Imported with *_megatron_2.model and no other file of a tokenizer, trained, exported."""
+    import transformers
+
+    theirs = tmp_path / "theirs"
+    families.language("nemotron", theirs)
+    reference = sentence_pieces.train(theirs)
+    assert main(["import", "--from", str(theirs), "--to", str(tmp_path / "ours")]) == 0
+    template, names = option("template", "nemotron"), option("tokenizer", "nemotron")
+    del template["_target_"], names["_target_"], names["path"]
+    state = json.loads((tmp_path / "ours/state.json").read_text())["state"]
+    state["config"]["data"] = {"train": {"build": {}}}
+    models.write_state(tmp_path / "ours", state)
+    path = taught(tmp_path / "ours", tmp_path / "run", template, **names, extra_tokens=[])
+    for part, checkpoint in (("imported", tmp_path / "ours"), ("trained", path)):
+        back = tmp_path / part
+        export(models.open_checkpoint(checkpoint), back, "nemotron")
+        read = transformers.AutoTokenizer.from_pretrained(back)
+        for text in sentence_pieces.TEXTS:
+            assert read.encode(text, add_special_tokens=False) == reference.encode(text)
+        assert (read.bos_token_id, read.eos_token_id) == (1, 2)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    text = "<extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nYo\n<extra_id_1>"
+    assert read.apply_chat_template(turns, return_dict=False) == reference.encode(text)
+    assert read.apply_chat_template(
+        turns[:1], return_dict=False, add_generation_prompt=True
+    ) == reference.encode(text.removesuffix("Yo\n<extra_id_1>"))
+    generation = transformers.GenerationConfig.from_pretrained(back)
+    assert generation.eos_token_id == [reference.piece_to_id("<extra_id_1>"), 2]
 
 
 def test_generation_stops_at_the_trained_end(ours: Path, tmp_path: Path) -> None:

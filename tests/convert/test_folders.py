@@ -369,6 +369,10 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         for latent in ({}, None)
     ],
     "projector": [{"text_config": {"model_type": "llama"}}],
+    "llama_reward": [{"model_type": "llama"}],
+    "mistral_reward": [{"model_type": "mistral", "sliding_window": None}],
+    "nemotron_reward": [{"model_type": "nemotron"}],
+    "qwen2_reward": [{"model_type": "qwen2"}],
 }
 
 

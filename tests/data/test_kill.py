@@ -137,9 +137,11 @@ def fit(
     data = make_data(folder, tokenizer, workers, pack)
     run_dir = folder / "run"
     run_dir.mkdir(exist_ok=True)
+    ramp = folder / "ramp.json"
     trainer = build_trainer(
         config, data, run_dir, log=rank == 0, max_steps=max_steps,
         global_batch_size=global_batch_size, micro_batch_size=1,
+        batch_ramp=json.loads(ramp.read_text()) if ramp.exists() else [],
     )  # fmt: skip
     trainer.checkpoint.save_interval = 2
     if death is not None and death[0] == rank:
@@ -213,12 +215,16 @@ def assert_consumed_whole_windows(folder: Path, tokenizer: str) -> None:
     assert set(seen) <= set(slots)
 
 
-def prepare_pair(tmp_path: Path, tokenizer: str, steps: int, pack: bool) -> tuple[Path, list[Any]]:
+def prepare_pair(
+    tmp_path: Path, tokenizer: str, steps: int, pack: bool, ramp: tuple[dict[str, int], ...] = ()
+) -> tuple[Path, list[Any]]:
     """The folder of a run to be killed, and the records of one that was left in peace."""
     entries = write(tmp_path / "shards")
-    peace = prepare(tmp_path, "peace", entries)
+    peace, war = prepare(tmp_path, "peace", entries), prepare(tmp_path, "war", entries)
+    for folder in (peace, war):
+        (folder / "ramp.json").write_text(json.dumps(ramp))
     run_ranks(fit, 1, peace, tokenizer, steps, 0, pack, None)
-    return prepare(tmp_path, "war", entries), records(peace)
+    return war, records(peace)
 
 
 def test_four_kills_change_nothing(tmp_path: Path, tiny: Tokenizer) -> None:
@@ -292,6 +298,15 @@ def test_thirty_kills_change_nothing(tmp_path: Path, tiny: Tokenizer, pack: bool
     path, steps = tiny.path, 120
     war, expected = prepare_pair(tmp_path, path, steps, pack)
     suffer(war, path, steps, 30, MOMENTS, LAYOUTS, lambda attempt: pack)
+    assert_same_run(records(war), expected)
+
+
+@pytest.mark.slow
+def test_kills_within_a_batch_ramp(tmp_path: Path, tiny: Tokenizer) -> None:
+    ramp = ({"global_batch_size": 12, "steps": 8}, {"global_batch_size": 8, "steps": 9})
+    war, expected = prepare_pair(tmp_path, tiny.path, 30, False, ramp)
+    assert [len(expected[step]["sample_ids"]) for step in (7, 8, 16, 17)] == [12, 8, 8, 4]
+    suffer(war, tiny.path, 30, 10, MOMENTS, LAYOUTS, lambda attempt: False)
     assert_same_run(records(war), expected)
 
 

@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.kernels import library
 from nvmm.training.optim import Optim, learning_rate
 from nvmm.training.optimizer import install_adam, install_multi_tensor
@@ -18,6 +19,9 @@ PP2 = {"pipeline_model_parallel_size": 2}
     [
         ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.9 * (0.5 + 0.5 * 2**-0.5), 0.55, 0.1, 0.1]),
         ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.1, 0.1]),
+        ("minus_sqrt", [0.5, 1.0, 1.0, 0.55, 1.0 - 0.9 * 0.5**0.5, 0.1, 0.1]),
+        ("exponential", [0.5, 1.0, 1.0, 0.1**0.25, 0.1**0.5, 0.1, 0.1]),
+        ("inverse_sqrt", [0.5, 1.0, 1.0, 0.5**0.5, 3**-0.5, 5**-0.5, (2 / 99) ** 0.5]),
         ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
     ],
 )
@@ -29,11 +33,83 @@ def test_learning_rate(schedule, expected):
 
 
 @pytest.mark.parametrize(
+    ("schedule", "half"),
+    [
+        ("linear", 0.55),
+        ("cosine", 0.55),
+        ("minus_sqrt", 1 - 0.9 * 0.5**0.5),
+        ("exponential", 0.1**0.5),
+    ],
+)
+def test_a_cooldown_takes_the_last_steps_alone(schedule, half):
+    """Warm-up, stable, decay: steps 0 and 1, 2 to 6, and the four from 6 to 10."""
+    optim = Optim(1.0, 0.1, warmup_steps=2, cooldown_steps=4, schedule=schedule)
+    rates = [optim.rates(step, 10)[0] for step in (0, 1, 2, 5, 6, 8, 10, 11)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, half, 0.1, 0.1])
+
+
+def test_inverse_sqrt_stops_at_the_minimum():
+    optim = Optim(1.0, 0.5, warmup_steps=4, schedule="inverse_sqrt")
+    assert [optim.rates(step, 10**6)[0] for step in (4, 9, 16, 10**5)] == [1.0, 2 / 3, 0.5, 0.5]
+
+
+RAMP = BatchSizes.read(
+    8, [{"global_batch_size": 2, "steps": 3}, {"global_batch_size": 4, "tokens": 85}], 10
+)
+"""20, 20, 20 tokens, then 40 and 40 (two steps come nearest to 85), then 80 each."""
+
+
+def test_a_schedule_by_tokens_follows_the_ramp():
+    optim = Optim(1.0, 0.0, warmup_tokens=50, decay_tokens=250, schedule="linear")
+    rates = [optim.rates(step, 100, RAMP)[0] for step in range(9)]
+    # tokens before each step: 0, 20, 40, 60, 100, 140, 220, 300, 380
+    assert rates == pytest.approx([0.4, 0.8, 1.0, 0.95, 0.75, 0.55, 0.15, 0.0, 0.0])
+    end = Optim(1.0, 0.0, warmup_tokens=50, schedule="linear")
+    assert end.end(7, RAMP) == 300, "of the run, where no decay_tokens say it"
+    assert end.rates(5, 7, RAMP) == pytest.approx([1 - 90 / 250])
+    stable = Optim(1.0, 0.1, cooldown_tokens=80, decay_tokens=220, schedule="minus_sqrt")
+    rates = [stable.rates(step, 100, RAMP)[0] for step in (0, 5, 6)]
+    assert rates == pytest.approx([1.0, 1.0, 0.1])
+
+
+def test_without_a_ramp_tokens_are_steps():
+    sizes = BatchSizes(4, (), 16)
+    for schedule in ("cosine", "linear", "minus_sqrt", "exponential"):
+        steps = Optim(1.0, 0.1, 3, 20, schedule, cooldown_steps=5)
+        tokens = Optim(1.0, 0.1, schedule=schedule, warmup_tokens=3 * 64, decay_tokens=20 * 64,
+                       cooldown_tokens=5 * 64)  # fmt: skip
+        for step in range(25):
+            assert tokens.rates(step, 30, sizes) == pytest.approx(steps.rates(step, 30, sizes))
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"warmup_steps": 1, "decay_tokens": 9}, "warmup_steps stands beside lengths in tokens"),
+        ({"decay_steps": 9, "warmup_tokens": 1}, "decay_steps stands beside lengths in tokens"),
+        ({"warmup_tokens": 5, "decay_tokens": 5}, "optim.decay_tokens=5 must exceed"),
+        ({"warmup_steps": -1}, "optim.warmup_steps=-1 must not be negative"),
+        ({"decay_steps": 0}, "optim.decay_steps=0 must be at least 1"),
+        ({"cooldown_steps": 0}, "optim.cooldown_steps=0 must be at least 1"),
+        (
+            {"warmup_steps": 4, "cooldown_steps": 7, "decay_steps": 10},
+            "optim.cooldown_steps=7 must be at most the 6",
+        ),
+        ({"cooldown_steps": 7, "schedule": "constant"}, "another optim.schedule than constant"),
+        ({"decay_steps": 7, "schedule": "inverse_sqrt"}, "optim.schedule than inverse_sqrt"),
+        ({"schedule": "inverse_sqrt"}, "optim.warmup_steps=0 must be above 0"),
+        ({"schedule": "exponential"}, "optim.min_learning_rate=0 must be above 0"),
+        (
+            {
+                "schedule": "exponential",
+                "min_learning_rate": 0.1,
+                "groups": [{"pattern": "a", "learning_rate": 1, "min_learning_rate": 0}],
+            },
+            "optim.groups: a.min_learning_rate=0",
+        ),
         ({"learning_rate": 0}, "optim.learning_rate=0 must be positive"),
         ({"min_learning_rate": 2.0}, "optim.min_learning_rate=2.0 must lie between"),
-        ({"schedule": "step"}, "optim.schedule=step must be one of cosine, linear, constant"),
+        ({"schedule": "step"}, "optim.schedule=step must be one of cosine, linear, minus"),
         ({"warmup_steps": 5, "decay_steps": 5}, "optim.decay_steps=5 must exceed"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"clip_grad": -1}, "optim.clip_grad=-1"),

@@ -329,7 +329,7 @@ def test_a_longer_run_says_its_learning_rates() -> None:
     saved = {"trainer": {"max_steps": 10}, "optim": {"learning_rate": 1.0, "schedule": "linear"}}
     longer = saved | {"trainer": {"max_steps": 20}}
     assert changed_rates(saved, longer, 5) == (
-        "learning rate of step 6: 0.5 -> 0.75 (the schedule ends at step 10 -> 20)"
+        "learning rate of step 6: 0.5 -> 0.75 (the schedule ends at step 10 -> step 20)"
     )
     assert changed_rates(saved, saved, 5) is None
     fixed = {"optim": saved["optim"] | {"decay_steps": 10}}

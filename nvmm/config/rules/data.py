@@ -100,17 +100,31 @@ def extras(view: View) -> Iterator[Problem]:
     # A model with encoders reads the extras of its language model.
     reader = str(view.get(f"{view.language or 'model'}._target_"))
     needed, read = class_attribute(objective, "extras"), class_attribute(reader, "extras")
+    if needed is not None and view.get("objective.reference") == "data":
+        needed |= {"reference"}
     entries = view.get("data.blend")
     builders = [f"data.{split}.build" for split in ("train", "validation")]
     targets = {key: view.get(f"{key}._target_") for key in builders}
+    scored = {key: view.get(f"{key}.reference") for key in builders}
     for index, entry in enumerate(entries if isinstance(entries, list) else []):
         build = entry.get("build") if isinstance(entry, Mapping) else None
         if isinstance(build, Mapping):
-            targets[f"data.blend[{index}].build"] = build.get("_target_")
+            key = f"data.blend[{index}].build"
+            targets[key], scored[key] = build.get("_target_"), build.get("reference")
     for key, target in targets.items():
         given = class_attribute(str(target), "extras") if target else None
         if given is None or needed is None or read is None:
             continue  # not from source: the first batch shows it
+        if scored[key] is not None:
+            given |= {"reference"}
+            if "chosen" in given and "reference" not in needed | read:
+                allowed = "needs objective.reference=data: the step would run the reference again"
+                yield Problem(f"{key}.reference", scored[key], allowed)
+                continue
+        elif given - {"reference"} >= needed - {"reference"} and "reference" in needed - given:
+            allowed = "must name the output of job=score, as objective.reference=data"
+            yield Problem(f"{key}.reference", None, allowed)
+            continue
         name = f"{key}._target_"
         if needed - given:
             missing = ", ".join(sorted(needed - given))

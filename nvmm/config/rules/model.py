@@ -8,6 +8,7 @@ from typing import get_args
 from nvmm.config.choices import Backend
 from nvmm.config.problem import Problem, View, divisors
 from nvmm.config.rules.transformer import has_transformer_engine, transformers
+from nvmm.config.signatures import class_attribute
 
 
 def _transformer_shapes(view: View) -> Iterator[Problem]:
@@ -95,7 +96,34 @@ def _connector(view: View) -> Iterator[Problem]:
         yield Problem(f"{key}.path", path, allowed)
 
 
+def _scores(view: View) -> Iterator[Problem]:
+    """A model with scores has an objective that learns them, as many as data and objective name."""
+    objective = view.get("objective._target_")
+    output = class_attribute(str(objective), "output")
+    if view.language is None or objective is None or output is None:
+        return
+    key = f"{view.language}.num_outputs"
+    outputs = view.integer(key)
+    if output == "score" and outputs is None:
+        target = view.get(f"{view.language}._target_")
+        allowed = f"needs a model with num_outputs; {view.language}._target_={target} has none"
+        yield Problem("objective._target_", objective, allowed)
+    if outputs is None:
+        return
+    if output != "score":
+        allowed = "needs an objective of scores, of nvmm.objectives.reward; objective._target_="
+        yield Problem(key, outputs, f"{allowed}{objective} is none")
+    for names in ("objective.attributes", "objective.weights", "data.train.build.attributes"):
+        listed = view.get(names)
+        if isinstance(listed, list) and len(listed) != outputs:
+            yield Problem(key, outputs, f"must be {len(listed)}, as many as {names} lists")
+    index = view.integer("objective.index", 0) or 0
+    if index >= outputs:
+        yield Problem("objective.index", index, f"must be below {key}={outputs}")
+
+
 RULES = (
+    _scores,
     _connector,
     _transformer_shapes,
     _vocabulary,

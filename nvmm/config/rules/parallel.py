@@ -194,6 +194,12 @@ def _recompute(view: View) -> Iterator[Problem]:
 
 def _batches(view: View) -> Iterator[Problem]:
     global_batch = view.integer("trainer.global_batch_size")
+    sizes = [("trainer.global_batch_size", global_batch)]
+    ramp = view.get("trainer.batch_ramp")
+    for index, stage in enumerate(ramp if isinstance(ramp, list) else []):
+        key = f"trainer.batch_ramp[{index}].global_batch_size"
+        if isinstance(stage, Mapping):
+            sizes.insert(-1, (key, View(stage).integer("global_batch_size")))
     micro = view.integer("trainer.micro_batch_size", 1)
     pipeline = view.size("pipeline")
     context = view.integer("parallel.context_parallel_size", 1) or 1
@@ -211,27 +217,29 @@ def _batches(view: View) -> Iterator[Problem]:
             )
             return
         data_parallel = view.world_size // model
-    if not global_batch or not micro or global_batch < 1 or micro < 1:
+    if not micro or micro < 1:
         return
     # 2. Every rank gets as many micro-batches, with virtual stages a multiple of the stages.
-    if global_batch % (micro * data_parallel):
-        ranks = f" x {data_parallel} data-parallel ranks" if view.world_size is not None else ""
-        yield Problem(
-            "trainer.global_batch_size",
-            global_batch,
-            f"must be divisible by trainer.micro_batch_size={micro}{ranks}"
-            f" = {micro * data_parallel}",
-        )
-        return
     virtual = view.integer("parallel.virtual_pipeline_model_parallel_size")
-    micro_batches = global_batch // (micro * data_parallel)
-    if view.world_size is not None and virtual is not None and micro_batches % pipeline:
-        yield Problem(
-            "trainer.global_batch_size",
-            global_batch,
-            f"gives {micro_batches} micro-batches a rank, which must be divisible by"
-            f" parallel.pipeline_model_parallel_size={pipeline} with virtual stages",
-        )
+    ranks = f" x {data_parallel} data-parallel ranks" if view.world_size is not None else ""
+    for key, size in sizes:
+        micro_batches, rest = divmod(size or 0, micro * data_parallel)
+        if size is None or size < 1:
+            continue
+        if rest:
+            yield Problem(
+                key,
+                size,
+                f"must be divisible by trainer.micro_batch_size={micro}{ranks}"
+                f" = {micro * data_parallel}",
+            )
+        elif view.world_size is not None and virtual is not None and micro_batches % pipeline:
+            yield Problem(
+                key,
+                size,
+                f"gives {micro_batches} micro-batches a rank, which must be divisible by"
+                f" parallel.pipeline_model_parallel_size={pipeline} with virtual stages",
+            )
 
 
 RULES = (

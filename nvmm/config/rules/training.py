@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from nvmm.config.batch_sizes import RAMP, BatchSizes, ramp_problems
 from nvmm.config.problem import MISSING, Problem, View
-from nvmm.config.signatures import default_of
+from nvmm.config.signatures import class_attribute, default_of
 
 _GROUP_KEYS = {"pattern", "learning_rate", "min_learning_rate", "weight_decay"}
+_ENDING = ("cosine", "linear", "minus_sqrt", "exponential")
 _COMPANIONS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "data.window": ("data.pack", lambda pack: pack is True, "true"),
     "data.max_bad_fraction": ("data.on_error", lambda what: what == "skip", "skip"),
-    "optim.decay_steps": ("optim.schedule", lambda name: name != "constant", "cosine or linear"),
+    **{
+        f"optim.{name}_{unit}": ("optim.schedule", lambda name: name in _ENDING, ", ".join(_ENDING))
+        for name in ("decay", "cooldown")
+        for unit in ("steps", "tokens")
+    },
     "trainer.max_consecutive_skips": ("trainer.on_nonfinite", lambda do: do == "skip", "skip"),
     "trainer.max_skips": ("trainer.on_nonfinite", lambda do: do == "skip", "skip"),
     "objective.teacher_temperature": (
@@ -20,6 +26,7 @@ _COMPANIONS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
         lambda weight: weight != 0,
         "above 0",
     ),
+    "objective.sft_per_token": ("objective.sft_weight", lambda weight: weight != 0, "above 0"),
     "logger.wandb_project": ("logger.wandb", lambda wanted: wanted is True, "true"),
 }
 """Key -> the key without which it does nothing, the values at which it acts, and their words."""
@@ -46,6 +53,9 @@ def _positive_sizes(view: View) -> Iterator[Problem]:
         "data.sequence_length",
         "data.window",
         "data.train.local_window",
+        "optim.decay_steps",
+        "optim.cooldown_steps",
+        *(f"optim.{name}_tokens" for name in ("warmup", "decay", "cooldown")),
     ):
         value = view.integer(key)
         if value is not None and value < 1:
@@ -99,18 +109,65 @@ def _schedule(view: View) -> Iterator[Problem]:
             yield Problem(
                 f"{prefix}.min_learning_rate", low, f"must be at most learning_rate={high}"
             )
-    warmup, steps = view.integer("optim.warmup_steps"), view.integer("trainer.max_steps")
-    if warmup is not None and steps is not None and warmup > steps:
-        yield Problem("optim.warmup_steps", warmup, f"must be at most trainer.max_steps={steps}")
-    decay = view.integer("optim.decay_steps")
-    if warmup is not None and decay is not None and decay < warmup:
-        yield Problem("optim.decay_steps", decay, f"must be at least optim.warmup_steps={warmup}")
+    yield from _schedule_lengths(view)
     betas = view.get("optim.betas")
     if view.get("optim.moments_dtype") == "bf16" and isinstance(betas, list):
         if any(isinstance(beta, int | float) and beta > 0.99 for beta in betas):
             yield Problem(
                 "optim.betas", betas, "must be at most 0.99 with optim.moments_dtype=bf16"
             )
+
+
+def _schedule_lengths(view: View) -> Iterator[Problem]:
+    """Refuse a warm-up, a decay and a cooldown that do not fit into one another or into the run."""
+    names = ("warmup", "decay", "cooldown")
+    given = {u: [view.integer(f"optim.{n}_{u}") for n in names] for u in ("steps", "tokens")}
+    by_tokens = any(value is not None for value in given["tokens"])
+    unit = "tokens" if by_tokens else "steps"
+    for name, steps in zip(names, given["steps"], strict=True):
+        if by_tokens and steps:
+            yield Problem(f"optim.{name}_steps", steps, "must be left out beside lengths in tokens")
+    warmup, decay, cooldown = given[unit]
+    warmup = warmup or 0
+    # 1. The schedule is no longer than the run.
+    end, what = (
+        view.integer("trainer.max_steps"),
+        f"trainer.max_steps={view.get('trainer.max_steps')}",
+    )
+    if by_tokens:
+        end, what = _tokens_of_run(view), f"the tokens of {what}"
+    if end is not None and warmup > end:
+        yield Problem(f"optim.warmup_{unit}", warmup, f"must be at most {what}")
+    # 2. What comes before the end of the decay fits in front of it.
+    if decay is not None and decay < warmup:
+        yield Problem(
+            f"optim.decay_{unit}", decay, f"must be at least optim.warmup_{unit}={warmup}"
+        )
+    room = None if (decay or end) is None else max(0, (decay or end or 0) - warmup)
+    if cooldown is not None and room is not None and cooldown > room:
+        allowed = f"must be at most the {room} {unit} from warm-up to the end of the decay"
+        yield Problem(f"optim.cooldown_{unit}", cooldown, allowed)
+    # 3. Two shapes have no value without a warm-up, or without a minimum.
+    if view.get("optim.schedule") == "inverse_sqrt" and not warmup:
+        allowed = "must be above 0 with optim.schedule=inverse_sqrt"
+        yield Problem(f"optim.warmup_{unit}", warmup, allowed)
+    if view.get("optim.schedule") == "exponential" and view.get("optim.min_learning_rate") == 0:
+        allowed = "must be above 0 with optim.schedule=exponential"
+        yield Problem("optim.min_learning_rate", 0, allowed)
+
+
+def _tokens_of_run(view: View) -> int | None:
+    """Return the tokens of trainer.max_steps steps; None where the config does not say them."""
+    steps = view.integer("trainer.max_steps")
+    try:
+        return None if steps is None else BatchSizes.of_config(view.config).tokens_before(steps)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _batch_ramp(view: View) -> Iterator[Problem]:
+    ramp = view.get(RAMP)
+    yield from () if ramp is None else ramp_problems(ramp, view.integer("data.sequence_length"))
 
 
 def _lora(view: View) -> Iterator[Problem]:
@@ -135,6 +192,21 @@ def _lora(view: View) -> Iterator[Problem]:
         yield Problem("lora.dropout", dropout, "must be at least 0 and less than 1")
     if view.get("backend") == "transformer_engine":
         yield Problem("lora", lora["_target_"], "needs backend=native")
+
+
+def _reference(view: View) -> Iterator[Problem]:
+    """An objective that compares with the weights of the start does so without dropout."""
+    objective = str(view.get("objective._target_"))
+    if class_attribute(objective, "needs_reference") is not True:
+        return
+    parts = [f"{view.language}.transformer", "model.vision.transformer"]
+    keys = [f"{part}.{kind}_dropout" for part in parts for kind in ("hidden", "attention")]
+    for key in (*keys, "lora.dropout"):
+        value = view.number(key)
+        if value:
+            yield Problem(
+                key, value, f"must be 0: {objective} compares with a pass without dropout"
+            )
 
 
 def _profile(view: View) -> Iterator[Problem]:
@@ -203,6 +275,8 @@ RULES = (
     _companions,
     _seed,
     _schedule,
+    _batch_ramp,
     _lora,
+    _reference,
     _profile,
 )

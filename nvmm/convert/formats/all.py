@@ -27,11 +27,12 @@ from nvmm.convert.formats import (
     projector,
     qwen2,
     qwen3,
+    reward,
     siglip,
     whisper,
 )
 
-FORMATS: dict[str, ModuleType] = {
+FORMATS: dict[str, ModuleType | reward.Reward] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "llama": llama,
@@ -50,6 +51,7 @@ FORMATS: dict[str, ModuleType] = {
     "bert": bert,
     "mm_embed": mm_embed,
     "projector": projector,
+    **reward.FORMATS,
 }
 _MODEL_TYPES = {
     "qwen2": "qwen2",
@@ -97,7 +99,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def detect(hf: Mapping[str, Any], folder: Path) -> str:
-    """Return a folder's format by its model_type. Raises ValueError when that has no table."""
+    """Return a folder's format by its class or model_type. Raises ValueError when that has no
+    table."""
+    for architecture in hf.get("architectures") or []:
+        if architecture in reward.ARCHITECTURES:
+            return reward.ARCHITECTURES[architecture]
     if mm_embed.is_released(hf):
         return "mm_embed"
     model_type = hf.get("model_type")
@@ -113,7 +119,10 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer and processor files of a folder; return False if it has no tokenizer."""
     names = [name for name in (*_TOKENIZER_FILES, *_OTHER_FILES) if (source / name).is_file()]
     if not set(names) & {"tokenizer.json", "tokenizer.model", "vocab.json"}:
-        return False
+        models = [path.name for path in source.glob("*.model")]  # SentencePiece's, by any name
+        if not models:
+            return False
+        names += models
     target.mkdir(exist_ok=True)
     for name in names:
         (target / name).write_bytes((source / name).read_bytes())

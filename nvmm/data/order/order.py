@@ -2,7 +2,8 @@
 
 The blend's slots are cut into windows. A window becomes an ordered list of packs (without packing
 each sample is one), and global batch k is packs [k B, (k + 1) B) of the windows' concatenated
-lists. Ranks and workers appear nowhere.
+lists; where batches grow, it begins behind those of all batches before it. Ranks and workers appear
+nowhere.
 
 A position is the first slot of the open window and how many of its packs are consumed, with the
 settings that made them. Where a run goes on with other settings, the consumed samples are found
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.data.order import sample_ids
 from nvmm.data.order.blend import Blend, Source
 from nvmm.data.order.mixture import Component
@@ -66,8 +68,8 @@ class _Window:
 class Order:
     """The global batches of a run.
 
-    components: the datasets of the blend. position: the `position(k)` of an earlier run. changes:
-    the differences from that run, in words.
+    components: the datasets of the blend. global_batch_size: one, or that of each step. position:
+    the `position(k)` of an earlier run. changes: the differences from that run, in words.
 
     Raises ValueError for a position of another seed, and for a dataset that kept its name but not
     its samples.
@@ -78,19 +80,20 @@ class Order:
         components: Sequence[Component],
         seed: int,
         settings: Settings,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         position: Mapping[str, Any] | None = None,
     ) -> None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"data.seed={seed} must be in [0, 2**63)")
-        if global_batch_size < 1:
-            raise ValueError(f"global_batch_size={global_batch_size} must be at least 1")
+        self.batch_sizes = BatchSizes.of(global_batch_size)
+        for key, size in self.batch_sizes.all:
+            if size < 1:
+                raise ValueError(f"{key}={size} must be at least 1")
         if settings.window < 1:
             raise ValueError(f"data.window={settings.window} must be at least 1")
         self.components = {component.name: component for component in components}
         self.seed = seed
         self.settings = settings
-        self.global_batch_size = global_batch_size
         self.changes: list[str] = []
         self.ordinals = {name: number for number, name in enumerate(self.components)}
         self._position = position
@@ -106,13 +109,14 @@ class Order:
         """
         self._seek(k)
         packs: list[Pack] = []
-        while len(packs) < self.global_batch_size:
-            missing = self.global_batch_size - len(packs)
+        size = self.batch_sizes.at(k)
+        while len(packs) < size:
+            missing = size - len(packs)
             used = self._window.used
             taken = self._window.packs[used : used + missing]
             self._window.used += len(taken)
             packs += taken
-            if len(packs) < self.global_batch_size:
+            if len(packs) < size:
                 self._open_next()
         self._step = k + 1
         return packs
@@ -159,7 +163,7 @@ class Order:
             raise ValueError(f"batch {k} lies before batch {self._start}, where this order starts")
         if k < self._step:
             self._restart()
-        self._advance((k - self._step) * self.global_batch_size)
+        self._advance(self.batch_sizes.before(k) - self.batch_sizes.before(self._step))
         self._step = k
 
     def _advance(self, num_packs: int) -> None:

@@ -25,6 +25,7 @@ class Builder(ABC):
     (`nvmm.data.samples.bad_sample.blamed`).
 
     extras: names of the `Text.extras` that its texts have.
+    compares: whether the texts of a sample are compared: job=score then has a list for each.
     fields: our names of fields -> the data set's.
     unread: members (`.mask.png`, or `.*.npy` for several) and keys of the record (`image`) that
         samples may have and that nobody reads. A member that is neither read nor named here makes
@@ -32,11 +33,12 @@ class Builder(ABC):
     """
 
     extras: ClassVar[frozenset[str]] = frozenset()
+    compares: ClassVar[bool] = False
     unread: Sequence[str] = ()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name in ("__call__", "prompt", "question", "references", "measure"):
+        for name in ("__call__", "prompt", "question", "references", "measure", "scored"):
             if name in vars(cls):
                 setattr(cls, name, _blaming(vars(cls)[name]))
 

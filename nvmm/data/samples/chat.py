@@ -80,13 +80,15 @@ class ChatTemplate:
     """A dialect in which turns become text: it is data, one YAML of configs/template/.
 
         system, user    prefix + text + suffix
-        assistant       prefix + text + end token + suffix, where text and end token are trained
+        assistant       prefix + text + before_end + end token + suffix; text to end are trained
 
     roles: role -> {prefix, suffix}; `{end}` in them stands for the end of a turn. A turn of a role
         that is not listed is an error that names the sample.
     separator: text between two turns.
     bos: whether the sequence begins with the tokenizer's BOS token.
-    end: token that ends an answer; None for the tokenizer's `end_of_turn`.
+    end: token that ends an answer; None for the tokenizer's `end_of_turn`, "" for no token (texts
+        that are scored and not answered).
+    before_end: text between an answer and its end token, trained with both.
     generation_prompt: text that a prompt ends with; None for the separator and the assistant's
         prefix.
     system: system message of samples that bring none; None for no system turn.
@@ -104,6 +106,7 @@ class ChatTemplate:
         system: str | None = None,
         supervise_suffix: bool = False,
         special_tokens: Sequence[str] = (),
+        before_end: str = "",
     ) -> None:
         missing = {"user", "assistant"} - roles.keys()
         if missing:
@@ -119,6 +122,7 @@ class ChatTemplate:
         self.separator = separator
         self.bos = bos
         self.end = end
+        self.before_end = before_end
         if generation_prompt is None:
             generation_prompt = separator + self.roles["assistant"].prefix
         self.generation_prompt = generation_prompt
@@ -134,12 +138,14 @@ class ChatTemplate:
             )
 
     def __repr__(self) -> str:
-        return f"ChatTemplate({', '.join(f'{k}={v!r}' for k, v in sorted(vars(self).items()))})"
+        # Token counts of an index go by this text, so that a key it lacks is one without effect.
+        said = {k: v for k, v in sorted(vars(self).items()) if v or k != "before_end"}
+        return f"ChatTemplate({', '.join(f'{k}={v!r}' for k, v in said.items())})"
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError for a tokenizer that lacks a token that the template needs."""
         end = tokenizer.end_of_turn if self.end is None else self.end
-        for token in (*self.special_tokens, end, tokenizer.image_token):
+        for token in (*self.special_tokens, *([end] if end else []), tokenizer.image_token):
             known = tokenizer.token_id(token)
             if known is None or tokenizer.encode(token) != [known]:
                 raise ValueError(
@@ -161,6 +167,8 @@ class ChatTemplate:
         """Return the token that ends an answer, as text and id."""
         if self.end is None:
             return tokenizer.end_of_turn, tokenizer.end_of_turn_id
+        if not self.end:
+            return "", tokenizer.eos_id
         token = tokenizer.token_id(self.end)
         assert token is not None, "checked with the tokenizer"
         return self.end, token
@@ -351,7 +359,7 @@ def render(
             raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
         prefix, space = _without_joined_space(prefix, tokenizer)
         out.text(prefix)
-        out.text(space + turn.text + end, float(turn.trained))
+        out.text(space + turn.text + template.before_end + end, float(turn.trained))
         out.text(suffix, float(template.supervise_suffix and turn.trained))
     if generation_prompt:
         prompt = template.generation_prompt.replace("{end}", end)

@@ -107,12 +107,7 @@ class Chat:
         require("form.choice", self.choice, Choice)
 
     def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
-        lost = record.lost(_UNREAD_BESIDE)
-        if lost:
-            raise record.bad(
-                f"{', '.join(lost)} beside the turns is not read; make it a turn, or leave it out"
-                f" by build.unread=[{','.join(lost)}]"
-            )
+        check_beside(record)
         given = [name for name in _CONTENTS if record.get(name) is not None]
         if len(given) > 1:
             raise record.bad(
@@ -134,9 +129,7 @@ class Chat:
             messages = record.get("messages")
         if messages is None:
             raise record.missing("conversations, messages or question")
-        if not isinstance(messages, list) or not messages:
-            raise record.bad(f"a conversation must be a list that is not empty, got {messages!r}")
-        return [_turn(record, message) for message in messages]
+        return turns_of(record, messages)
 
     def _answers(self, record: Record) -> tuple[list[str], list[float]]:
         """Return the accepted answers and their weights; raise BadSample where they disagree."""
@@ -173,6 +166,23 @@ class Chat:
         digest = hashlib.blake2b(record.key.encode(), digest_size=8).digest()
         place = int.from_bytes(digest, "big") / 2**64 * total
         return list(sums)[bisect.bisect(list(itertools.accumulate(sums.values())), place)]
+
+
+def check_beside(record: Record, read: Sequence[str] = ()) -> None:
+    """Raise BadSample for keys beside a record's turns that would be lost, but for `read`."""
+    lost = record.lost([key for key in _UNREAD_BESIDE if key not in read])
+    if lost:
+        raise record.bad(
+            f"{', '.join(lost)} beside the turns is not read; make it a turn, or leave it out"
+            f" by build.unread=[{','.join(lost)}]"
+        )
+
+
+def turns_of(record: Record, messages: Any) -> list[Turn]:
+    """Return the turns of a list of messages; raise BadSample where it is malformed."""
+    if not isinstance(messages, list) or not messages:
+        raise record.bad(f"a conversation must be a list that is not empty, got {messages!r}")
+    return [_turn(record, message) for message in messages]
 
 
 def _turn(record: Record, message: Any) -> Turn:

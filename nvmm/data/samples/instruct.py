@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -62,7 +62,11 @@ class InstructBuilder(Builder):
     fields, unread: see `Builder`.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
         its end; media are never cut. Attended tiles take no positions, so text is cut first.
+
+    names: fields that are read beside the form's.
     """
+
+    names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -111,7 +115,7 @@ class InstructBuilder(Builder):
         self.use_thumbnail = use_thumbnail
         self.attended = attended
         self.form = form or Chat()
-        check_fields(self.fields, self.form.names, unread)
+        check_fields(self.fields, (*self.form.names, *self.names), unread)
         if template.joins(tokenizer):
             # Token counts that were kept when turns were tokenised apart are of other ids. It is
             # part of their digest only where it is set.
@@ -154,6 +158,20 @@ class InstructBuilder(Builder):
         suffix: text behind the last turn of a user; BadSample where that is not the last one.
         """
         return self._build(members, prompt=True, suffix=suffix)
+
+    def conversation(self, turns: Sequence[Turn], source: str) -> Sample:
+        """Return a whole conversation without pictures, as a reward model scores it.
+
+        Raises BadSample where it is longer than `sequence_length`: cut, it would be another one.
+        """
+        rendered = self._render(turns, [], self.max_tiles, source)
+        if len(rendered.tokens) > self.sequence_length:
+            raise BadSample(
+                source,
+                f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+                f"{self.sequence_length}",
+            )
+        return Sample((self._text(rendered, [], source),), source=source)
 
     def question(self, members: Mapping[str, Any]) -> str:
         """Return the text of the last turn of a user, or the document, without image markers."""
@@ -201,12 +219,19 @@ class InstructBuilder(Builder):
 
     def _sample(self, example: Example, source: str, prompt: bool) -> Sample:
         """Return the sample of an example whose images are decoded."""
-        # 1. Render the turns with as many tiles an image as fit.
+        # The images are cut under the limit that the turns were rendered with.
         rendered, limit = self._fit(example.turns, example.images, source, prompt)
         if not prompt and not any(rendered.weights):
             raise BadSample(source, "no supervised token; a sample needs an assistant turn")
-        # 2. Cut the images under the same limit, which gives the tiles that were rendered.
-        tiles = [
+        weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
+        text = self._text(
+            replace(rendered, weights=weights), self._tiles(example.images, limit), source
+        )
+        return Sample((text,), source=source)
+
+    def _tiles(self, images: Sequence[ImageOrSize], limit: int) -> list[Tiles]:
+        """Cut the images under the limit that a text was rendered with, to the tiles it has."""
+        return [
             tile_image(
                 image,
                 min_tiles=min(self.min_tiles, limit),
@@ -214,10 +239,16 @@ class InstructBuilder(Builder):
                 tile_size=self.tile_size,
                 use_thumbnail=self.use_thumbnail,
             )
-            for image in example.images
+            for image in images
             if isinstance(image, Image.Image)
         ]
-        # 3. A placeholder that the text itself contains would take a tile's feature.
+
+    def _text(self, rendered: Rendered, tiles: Sequence[Tiles], source: str) -> Text:
+        """Return a rendered text with its tiles.
+
+        Raises BadSample for a placeholder that the text itself contains: it would take a tile's
+        feature.
+        """
         count = rendered.tokens.count(self.tokenizer.image_id)
         expected = self.tokens_per_tile * len(rendered.positions)
         if count != expected:
@@ -226,11 +257,11 @@ class InstructBuilder(Builder):
                 f"{count} placeholders {self.tokenizer.image_token}, but the tiles need "
                 f"{expected}; the text must not contain the placeholder itself",
             )
-        weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
-        text = Text(
-            torch.tensor(rendered.tokens), torch.tensor(weights), self._media(tiles, rendered)
+        return Text(
+            torch.tensor(rendered.tokens),
+            torch.tensor(rendered.weights),
+            self._media(tiles, rendered),
         )
-        return Sample((text,), source=source)
 
     def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[MediaKind, TextMedia]:
         """Return the tiles by their placement: in the sequence, or attended."""
@@ -276,9 +307,8 @@ class InstructBuilder(Builder):
 
         Raises BadSample when not even one tile an image, and text cut at its end, fit.
         """
-        # 1. Try fewer and fewer tiles; a sample without images has nothing to give up.
-        ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
-        for limit in ladder if images else ladder[:1]:
+        # 1. Try fewer and fewer tiles.
+        for limit in self._limits(images):
             rendered = self._render(turns, images, limit, source, prompt)
             if len(rendered.tokens) <= self.sequence_length:
                 return rendered, limit
@@ -295,6 +325,11 @@ class InstructBuilder(Builder):
             )
         cut = replace(rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length])
         return cut, limit
+
+    def _limits(self, images: Sequence[ImageOrSize]) -> list[int]:
+        """Return the tile limits to try; a sample without images has nothing to give up."""
+        ladder = [self.max_tiles, *(limit for limit in TILE_LADDER if limit < self.max_tiles)]
+        return ladder if images else ladder[:1]
 
     def _may_be_cut(self, rendered: Rendered) -> bool:
         """Return whether all media and some answer stand within the sequence length."""

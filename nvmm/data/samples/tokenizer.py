@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from nvmm.data.samples import sentence_pieces
+
 log = logging.getLogger(__name__)
 _CACHED_LENGTH = 256
 _CACHE_SIZE = 65_536
@@ -25,7 +27,8 @@ _WORDS = ("A", "a", "I", "1")
 class Tokenizer:
     """A Hugging Face tokenizer folder, read locally; no code of the folder is run.
 
-    path: folder that Transformers reads; its ids are those of Transformers, or it is refused.
+    path: folder that Transformers reads; its ids are those of Transformers, or it is refused. A
+        SentencePiece model (*.model) whose folder names no tokenizer class has SentencePiece's ids.
     image_token: the token that stands for one image feature; it must be in the vocabulary.
     end_of_turn: the token that ends a turn of a chat.
     extra_tokens: special tokens added after the vocabulary where the folder lacks them.
@@ -237,6 +240,9 @@ def _load(folder: Path) -> tuple[Backend, dict[str, str | None]]:
     fast = _read_file(folder)
     if fast is not None and _is_enough(folder, config, fast):
         return fast, _named(config.get)
+    model = sentence_pieces.find(folder) if fast is None else None
+    if model is not None and not config.get("tokenizer_class"):
+        return sentence_pieces.read(model)
     from transformers import AutoTokenizer
 
     try:

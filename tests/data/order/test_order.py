@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nvmm.config.batch_sizes import BatchSizes
 from nvmm.data.order import sample_ids
 from nvmm.data.order.mixture import Component
 from nvmm.data.order.order import Order, Settings
@@ -74,7 +75,7 @@ LONGER = Settings(64, 80, 4, {name: "long" for name in "abcde"} | {"one": "long"
 def order(
     parts: list[Component],
     setting: Settings = PLAIN,
-    size: int = 8,
+    size: int | BatchSizes = 8,
     position: Any = None,
     seed: int = 3,
 ) -> Order:
@@ -125,6 +126,29 @@ def test_global_batches_are_cuts_of_one_list(setting: Settings) -> None:
         assert np.mean(full) > 38
     else:
         assert [pack.samples[0] for pack in packs[:256]] == expected
+
+
+RAMP = BatchSizes(25, ((3, 5), (8, 7)))
+
+
+@pytest.mark.parametrize("setting", [PLAIN, PACKED], ids=["plain", "packed"])
+def test_a_batch_ramp_cuts_the_same_list(setting: Settings) -> None:
+    """Sample k comes at the same place, and any step resumes, within a stage and at its ends."""
+    plain = order(THREE, setting, size=1)
+    ramped = order(THREE, setting, RAMP)
+    place = 0
+    for k in range(16):
+        batch = ramped.batch(k)
+        assert len(batch) == (3 if k < 5 else 8 if k < 12 else 25)
+        assert batch == [pack for i in range(len(batch)) for pack in plain.batch(place + i)]
+        place += len(batch)
+        position = ramped.position(k)
+        resumed = order(THREE, setting, RAMP, position)
+        assert resumed.batch(k) == batch
+        ahead = order(THREE, setting, RAMP, position)
+        assert ahead.batch(15) == order(THREE, setting, RAMP).batch(15), "over the stages' ends"
+        assert ahead.position(k) == position
+    assert RAMP.before(16) == place
 
 
 @settings(max_examples=25)
