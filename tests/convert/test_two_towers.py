@@ -27,9 +27,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders query and context of sentence-transformers, of other weights, and ours of both."""
     folder = tmp_path_factory.mktemp("towers")
     for number, name in enumerate(models.TOWERS):
-        torch.manual_seed(number)
-        expected = vectors(folder_of(folder / name, "plain", "cls"), folder / name, "cls", 20)
-        torch.save(expected, folder / f"{name}.pt")
+        model = folder_of(folder / name, "plain", "cls")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.3 * number)
+        model.save_pretrained(folder / name)
+        torch.save(vectors(model, folder / name, "cls", 20), folder / f"{name}.pt")
     sources = [f"--from={name}={folder / name}" for name in models.TOWERS]
     assert main(["import", *sources, "--to", str(folder / "ours")]) == 0
     return folder
@@ -64,6 +67,7 @@ def test_each_tower_gives_the_vectors_of_its_folder(
         for name, mine in zip(models.TOWERS, found, strict=True):
             expected = torch.load(folders / f"{name}.pt")
             torch.testing.assert_close(mine, expected, atol=1e-5, rtol=0)
+        assert not torch.allclose(*found, atol=0.1)
 
 
 def test_each_tower_is_exported_as_its_folder_was(folders: Path, tmp_path: Path) -> None:
