@@ -230,7 +230,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=40, help="of a training, 16 packed rows each")
+    parser.add_argument("--steps", type=int, default=30, help="of a training, 16 dialogues each")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread at a time")
     parser.add_argument("--package", type=Path, help=f"{PACKAGE}'s .deb, else apt fetches it")
     parser.add_argument("--to", type=Path, default=Path("runs/demo_dialogue_retriever"))
@@ -260,7 +260,7 @@ def main() -> None:
         " licence): a question before, a sentence that names the topic, and the question with"
         ' "it" for the topic. No person spoke them.',
         f"{counts} held-out questions of whole chapters; {chunks} chunks of at most {WORDS} words;"
-        f" {options.steps} steps of 16 rows of 512 tokens, {options.seeds} seed(s). Losses and"
+        f" {options.steps} steps of 16 dialogues, {options.seeds} seed(s). Losses and"
         " examples are those of the first.",
     ]
     text = page(

@@ -53,7 +53,7 @@ def test_every_training_composes_and_passes_the_checks(
             config = composed("train", overrides)
             assert check(config) == []
             plain = to_plain(config)
-            assert plain["trainer"]["max_steps"] == 7 and plain["data"]["pack"] is True
+            assert plain["trainer"]["max_steps"] == 7
             assert ("language" in plain["model"]) is (model == "towers")
         jobs = [c.folder.name for c in chain if "nvmm.job" in c.arguments]
         assert jobs == ["corpus", *demo.FORMS]
