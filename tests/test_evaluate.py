@@ -73,7 +73,9 @@ class NoOptimizer:
         return {}
 
 
-def save(rank: int, world_size: int, init_method: str, folder: Path) -> None:
+def save(
+    rank: int, world_size: int, init_method: str, folder: Path, *, text_only: bool = False
+) -> None:
     from hydra.utils import instantiate
 
     from nvmm.checkpoint.save import Checkpoint
@@ -93,6 +95,8 @@ def save(rank: int, world_size: int, init_method: str, folder: Path) -> None:
     size = Tokenizer(str(tokenizer)).vocab_size
     model = tiny.multimodal(language=tiny.language(vocab_size=size, padded_vocab_size=320))
     model["language"]["transformer"]["init_method_std"] = 0.3
+    if text_only:
+        model = model["language"]
     config = {
         "model": model,
         "tokenizer": {"_target_": "nvmm.data.samples.tokenizer.Tokenizer", "path": str(tokenizer)},

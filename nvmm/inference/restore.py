@@ -55,6 +55,12 @@ class Restored:
 
         return longest(self.model)
 
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether the model takes pictures."""
+        chunk: Any = self.model[0]
+        return any(kind.modality == "image" for kind in chunk.reads)
+
     def require_answers(self) -> None:
         """Raise ValueError for an embedder, which has no words to answer with."""
         from nvmm.data.samples.retrieval import RetrievalBuilder

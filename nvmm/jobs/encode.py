@@ -111,28 +111,28 @@ class Encode(Job):
         return pa.table({"id": ids, "vector": column, "error": faults})
 
 
-def read_vectors(folder: str | Path) -> tuple[list[str], list[NDArray[Any]]]:
-    """Return ids, and vectors in parts [rows, h], memory-mapped, of an `encode` job's output.
+@dataclass(frozen=True)
+class Vectors:
+    """The output of an `encode` job.
 
-    Rows with an error are left out; `read_errors` has them.
-
-    Raises ValueError where it is not whole, or is another job's.
+    ids: of the items that have a vector. chunks: their vectors in parts [rows, h], memory-mapped.
+    errors: id -> why an item has no vector.
     """
-    table = _read(folder)
-    size = table.schema.field("vector").type.list_size
-    chunks = [chunk.flatten().to_numpy().reshape(-1, size) for chunk in table["vector"].chunks]
-    return table.filter(table["vector"].is_valid())["id"].to_pylist(), chunks
 
+    ids: list[str]
+    chunks: list[NDArray[Any]]
+    errors: dict[str, str]
 
-def read_errors(folder: str | Path) -> dict[str, str]:
-    """Return id -> fault of the items of an `encode` job's output that have no vector."""
-    table = _read(folder)
-    bad = table.filter(table["error"].is_valid())
-    return dict(zip(bad["id"].to_pylist(), bad["error"].to_pylist(), strict=True))
-
-
-def _read(folder: str | Path) -> pa.Table:
-    table = Parts(Path(folder).expanduser()).read()
-    if not {"id", "vector", "error"} <= set(table.column_names):
-        raise ValueError(f"{folder} is no output of job=encode: it has {table.column_names}")
-    return table
+    @staticmethod
+    def read(folder: str | Path) -> Vectors:
+        """Read an output; ValueError where it is not whole, or is another job's."""
+        table = Parts(Path(folder).expanduser()).read()
+        if not {"id", "vector", "error"} <= set(table.column_names):
+            raise ValueError(f"{folder} is no output of job=encode: it has {table.column_names}")
+        size = table.schema.field("vector").type.list_size
+        bad = table.filter(table["error"].is_valid())
+        return Vectors(
+            table.filter(table["vector"].is_valid())["id"].to_pylist(),
+            [chunk.flatten().to_numpy().reshape(-1, size) for chunk in table["vector"].chunks],
+            dict(zip(bad["id"].to_pylist(), bad["error"].to_pylist(), strict=True)),
+        )

@@ -107,7 +107,7 @@ def run(
                 parts = Parts.begin(folder, work.size, job.part_size, identity)
                 missing = parts.missing()
                 if missing and parts.manifest["parts"] is not None:
-                    parts.reopen()
+                    parts.reopen(missing)
             except ValueError as error:
                 refusal = str(error)
         shared: list[Any] = [missing, refusal]
@@ -173,7 +173,11 @@ def pictures_digest(paths: Sequence[str | None]) -> str:
         return int(digest(number, content), 16)
 
     # A sum does not depend on who adds what.
-    with ThreadPoolExecutor(_READERS) as pool, progress(len(own), "pictures", delay=5) as bar:
+    quiet = dist.get_rank() != 0
+    with (
+        ThreadPoolExecutor(_READERS) as pool,
+        progress(len(own), "pictures", "picture", delay=5, disable=quiet) as bar,
+    ):
         total = 0
         for one in pool.map(value, own):
             total += one

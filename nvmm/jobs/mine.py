@@ -173,7 +173,7 @@ class Mine(Filters, Job):
             negatives: list[Hit] = []
             positive = error = None
             if query not in rankings:
-                error = near.errors[1][query]
+                error = near.errors[query]
             elif (positive := near.positive_score(query)) is None:
                 error = f"query {query}: nothing relevant to it has a vector"
             else:

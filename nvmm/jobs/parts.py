@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -86,12 +86,12 @@ class Parts:
         """Return the parts that are absent, or have other bytes than were written."""
         return [part for part in range(self.count) if self._digest_of(part) != self._saved(part)]
 
-    def reopen(self) -> None:
-        """Take back that the output is whole, and keep the digests of its good parts.
+    def reopen(self, damaged: Sequence[int]) -> None:
+        """Take back that the output is whole, and keep the digests of the parts not `damaged`.
 
         What is made again may have other bits than before: another layout adds up otherwise.
         """
-        for part in set(range(self.count)) - set(self.missing()):
+        for part in set(range(self.count)) - set(damaged):
             files.write(self._digest_path(part), self._saved(part))
         files.write(self.folder / "manifest.json", _json({**self.manifest, "parts": None}))
 

@@ -14,7 +14,6 @@ from nvmm.data.prepare.layouts import RetrievalSet, require_known
 from nvmm.data.prepare.mbeir import Item
 from nvmm.data.samples.chat import IMAGE_MARKER
 from nvmm.data.samples.record import plain_question
-from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
 from nvmm.jobs.job import Job, Work, digest, file_digest, pictures_digest
@@ -67,6 +66,11 @@ class Rerank(Job):
                 f"job.prompt={self.prompt!r} must have {{query}} and {{candidate}} once each, and"
                 f" may have {{instruction}}; it has {', '.join(named) or 'nothing'}"
             )
+        if "\\n" in self.prompt:
+            raise ValueError(
+                f"job.prompt={self.prompt!r} has a backslash and an n, no line break; in a shell"
+                " write it as job.prompt=$'\"...\\n...\"'"
+            )
         for key, least, value in (
             ("top", 1, self.top),
             ("max_candidate_tokens", 1, self.max_candidate_tokens),
@@ -83,7 +87,7 @@ class Rerank(Job):
         require_known(rankings, self.data.questions, self.data.documents, "ranked")
         if lacking := [query for query in self.data.relevant if query not in rankings]:
             raise ValueError(f"{self.ranking} lacks {len(lacking)} judged queries: {lacking[:5]}")
-        pairs = _Pairs(self, rankings, model.tokenizer)
+        pairs = _Pairs(self, rankings, model)
         tokens = continuation_tokens(model.tokenizer, self.continuations)
         room = model.max_sequence_length - max(map(len, tokens))
 
@@ -120,8 +124,8 @@ class _Pairs:
     queries: ids of the queries, in the ranking's order.
     """
 
-    def __init__(self, job: Rerank, rankings: Mapping[str, list[str]], words: Tokenizer) -> None:
-        self._job, self._rankings, self._words = job, rankings, words
+    def __init__(self, job: Rerank, rankings: Mapping[str, list[str]], model: Restored) -> None:
+        self._job, self._rankings, self._model = job, rankings, model
         self.queries = list(rankings)
         self._instructions: Mapping[str, str] | None = {}
         if "instruction" in _FIELD.findall(job.prompt):
@@ -137,7 +141,7 @@ class _Pairs:
     def members(self, pair: int) -> dict[str, Any]:
         """Return a pair as a question with pictures.
 
-        Raises ValueError for a picture that cannot be read, and for no instruction.
+        Raises ValueError for a picture that cannot be read, and where there is no instruction.
         """
         query, name, items = self._items(pair)
         texts = {
@@ -151,6 +155,8 @@ class _Pairs:
             texts["instruction"] = (self._instructions or {})[query]
         text = _FIELD.sub(lambda match: texts[match[1]], self._job.prompt)
         images = [items[field].image for field in named if field in items]
+        if any(images) and not self._model.reads_pictures:
+            raise ValueError(f"{query}, {name}: the checkpoint reads texts alone, no pictures")
         return plain_question(text, [_read(path) for path in images if path], f"{query}, {name}")
 
     def digest(self) -> str:
@@ -174,9 +180,10 @@ class _Pairs:
     def _cut(self, item: Item) -> Item:
         """Return a candidate whose text has at most `max_candidate_tokens`."""
         longest = self._job.max_candidate_tokens
-        if longest is None or len(ids := self._words.encode(item.text)) <= longest:
+        words = self._model.tokenizer
+        if longest is None or len(ids := words.encode(item.text)) <= longest:
             return item
-        return replace(item, text=self._words.decode(ids[:longest]))
+        return replace(item, text=words.decode(ids[:longest]))
 
 
 def reordered(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
-from nvmm.jobs.encode import read_errors, read_vectors
+from nvmm.jobs.encode import Vectors
 from nvmm.jobs.job import Job, Work, digest, file_digest
 from nvmm.jobs.parts import Parts
 
@@ -77,25 +77,25 @@ class Neighbours:
     """The judged queries of a set, and the documents near them, by the vectors of two jobs.
 
     asked: ids of the judged queries, in the order of the judgements. inputs: a digest of what
-        rankings depend on. errors: id -> why a query or document has no vector.
+        rankings depend on. errors: id -> why a query has no vector.
 
     Raises ValueError for judgements of ids that the `encode` jobs have not.
     """
 
     def __init__(self, data: RetrievalSet, queries: str, corpus: str) -> None:
-        self.documents, self._chunks = read_vectors(corpus)
-        query_ids, query_chunks = read_vectors(queries)
-        self.errors = read_errors(corpus), read_errors(queries)
+        found, asked = Vectors.read(corpus), Vectors.read(queries)
+        self.documents, self._chunks = found.ids, found.chunks
+        self.errors = asked.errors
         self.relevant = data.relevant
         self.asked = list(self.relevant)
-        self._query_places = {name: place for place, name in enumerate(query_ids)}
+        self._query_places = {name: place for place, name in enumerate(asked.ids)}
         self._places = {name: place for place, name in enumerate(self.documents)}
-        unknown = [q for q in self.asked if q not in self._query_places and q not in self.errors[1]]
+        unknown = [q for q in self.asked if q not in self._query_places and q not in asked.errors]
         unknown += [
             name
             for query in self.asked
             for name in self.relevant[query]
-            if name not in self._places and name not in self.errors[0]
+            if name not in self._places and name not in found.errors
         ]
         if unknown or not self.asked:
             raise ValueError(
@@ -104,7 +104,7 @@ class Neighbours:
                 if unknown
                 else "there are no judgements, so there is no query to rank documents for"
             )
-        self._queries, self._vectors = _Rows(query_chunks), _Rows(self._chunks)
+        self._queries, self._vectors = _Rows(asked.chunks), _Rows(self._chunks)
         self.inputs = digest(
             *(
                 file_digest(Path(folder).expanduser() / "manifest.json")
@@ -190,7 +190,7 @@ class Search(Job):
                         "query_id": query,
                         "ids": [hit.document for hit in rankings.get(query, [])],
                         "scores": [hit.score for hit in rankings.get(query, [])],
-                        "error": near.errors[1].get(query),
+                        "error": near.errors.get(query),
                     }
                     for query in chosen
                 ],

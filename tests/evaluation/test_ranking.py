@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from nvmm.evaluation import beir, mteb_task
-from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
+from nvmm.evaluation.ranking import (
+    average_precision,
+    hit_rate,
+    mean_scores,
+    modality_accuracy,
+    ndcg,
+    recall,
+    reciprocal_rank,
+)
 
 RANKING = ["a", "b", "c", "d"]
 
@@ -28,6 +36,21 @@ def test_metrics_by_hand() -> None:
     assert recall(RANKING, relevant, 2) == pytest.approx(1 / 3)
     assert hit_rate(RANKING, relevant, 2) == 1
     assert hit_rate(RANKING, relevant, 1) == 0
+    # Precision 1/2 at b and 2/4 at d, over three relevant ones; over the first two, 1/2 at b.
+    assert average_precision(RANKING, relevant, 4) == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert average_precision(RANKING, relevant, 2) == pytest.approx((1 / 2) / 2)
+    assert average_precision(["z", "b"], {"b": 1, "z": 1, "d": 1}, 2) == 1
+    assert modality_accuracy(["text", "image", "text"], "text", 3) == pytest.approx(2 / 3)
+
+
+def test_a_query_without_a_ranking_finds_nothing() -> None:
+    relevant = {"q": {"b": 1}, "lost": {"a": 1}}
+    scores = mean_scores({"q": RANKING, "unjudged": ["b"]}, relevant, [1, 2])
+    assert scores == {
+        **{f"{name}_at_1": 0 for name in ("hit_rate", "recall", "ndcg", "mrr", "map")},
+        **{"hit_rate_at_2": 0.5, "recall_at_2": 0.5, "mrr_at_2": 0.25, "map_at_2": 0.25},
+        "ndcg_at_2": pytest.approx(0.5 / math.log2(3)),
+    }
 
 
 CORPUS = {f"d{i}": f"document {i} of the bird" for i in range(12)}

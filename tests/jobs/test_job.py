@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nvmm.io import files
-from nvmm.jobs.encode import read_vectors
+from nvmm.jobs.encode import Vectors
 from nvmm.jobs.job import Work
 from nvmm.jobs.parts import Parts
 from tests import test_evaluate
@@ -182,14 +182,14 @@ def test_a_stopped_encoding_goes_on_and_is_mined(
         "part_size": 2,
     }
     parts = interrupted_equals_whole(tmp_path / "run", options, tmp_path)
-    ids, chunks = read_vectors(parts.folder)
-    assert ids == list(texts)
-    encoded = torch.from_numpy(np.concatenate(chunks))
+    found = Vectors.read(parts.folder)
+    assert found.ids == list(texts) and not found.errors
+    encoded = torch.from_numpy(np.concatenate(found.chunks))
     torch.testing.assert_close(encoded[:3], vectors[0], rtol=1e-5, atol=1e-6)
     halves = options | {"side": "corpus", "dtype": "fp16", "part_size": 100}
     layout = {"tensor_model_parallel_size": 2}
     run_ranks(job, 2, tmp_path / "run", halves, tmp_path / "half", layout, WHOLE)
-    [documents] = read_vectors(tmp_path / "half")[1]
+    [documents] = Vectors.read(tmp_path / "half").chunks
     assert documents.dtype == np.float16
     torch.testing.assert_close(torch.tensor(documents[:3]).float(), vectors[1], rtol=0, atol=1e-3)
 

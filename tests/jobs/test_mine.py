@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from nvmm.data.prepare.layouts import BeirFolder, MBeirFiles
-from nvmm.jobs.encode import read_vectors
+from nvmm.jobs.encode import Vectors
 from nvmm.jobs.mine import Filters, Mine, choose, choose_from_both, modality_aware
 from nvmm.jobs.parts import Parts
 from nvmm.jobs.search import Hit
@@ -118,8 +118,8 @@ def test_a_mining_job_on_one_and_two_ranks(retrieval_set: Options, tmp_path: Pat
     assert rows == mined(options, tmp_path / "two", ranks=2)
     same_files(tmp_path / "one", tmp_path / "two")
     assert list(rows) == [f"q{n}" for n in range(1, 20)]
-    documents = np.concatenate(read_vectors(retrieval_set["corpus"])[1])
-    queries = np.concatenate(read_vectors(retrieval_set["queries"])[1])
+    documents = np.concatenate(Vectors.read(retrieval_set["corpus"]).chunks)
+    queries = np.concatenate(Vectors.read(retrieval_set["queries"]).chunks)
     assert any(len(row["ids"]) == 4 for row in rows.values())
     for number in range(1, 20):
         scores = documents @ queries[number]
@@ -139,12 +139,13 @@ def test_what_has_no_vector_is_left_out_with_its_reason(
     retrieval_set: Options, tmp_path: Path
 ) -> None:
     bad = {"d4": "4.png is damaged", "d12": "12.png is damaged", "d30": "30.png is damaged"}
-    vectors = np.concatenate(read_vectors(retrieval_set["corpus"])[1])
+    vectors = np.concatenate(Vectors.read(retrieval_set["corpus"]).chunks)
     ids = [f"d{n}" for n in range(90)]
     corpus = write_vectors(tmp_path / "bad", ids, vectors, 40, bad)
-    queries, chunks = read_vectors(retrieval_set["queries"])
+    queries = Vectors.read(retrieval_set["queries"])
+    chunks = queries.chunks
     asked = write_vectors(
-        tmp_path / "asked", queries, np.concatenate(chunks), 7, {"q5": "5.png is damaged"}
+        tmp_path / "asked", queries.ids, np.concatenate(chunks), 7, {"q5": "5.png is damaged"}
     )
     options = {**retrieval_set, "corpus": corpus, "queries": asked, "num_negatives": 90}
     rows = mined(options, tmp_path / "out")

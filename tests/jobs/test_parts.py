@@ -69,7 +69,7 @@ def test_a_damaged_part_of_a_whole_output_may_get_other_bits(tmp_path: Path) -> 
         parts.write(part, rows(parts.numbers(part)))
     parts.finish()
     parts.path(1).write_bytes(b"")
-    begin(tmp_path).reopen()
+    begin(tmp_path).reopen([1])
     again = begin(tmp_path)
     assert again.missing() == [1]
     with pytest.raises(ValueError, match="is not whole"):

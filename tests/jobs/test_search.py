@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from nvmm.data.prepare.layouts import BeirFolder
-from nvmm.jobs.encode import read_errors, read_vectors
+from nvmm.jobs.encode import Vectors
 from nvmm.jobs.job import Job
 from nvmm.jobs.parts import Parts
 from nvmm.jobs.search import Search, search
@@ -105,7 +105,7 @@ def test_a_searching_job_equals_brute_force_on_one_and_two_ranks(tmp_path: Path)
 def test_vectors_and_errors_are_read_apart(tmp_path: Path) -> None:
     vectors = np.arange(12).reshape(6, 2)
     folder = write_vectors(tmp_path / "v", list("abcdef"), vectors, 4, {"b": "bad", "f": "worse"})
-    ids, chunks = read_vectors(folder)
-    assert ids == ["a", "c", "d", "e"]
-    assert np.concatenate(chunks).tolist() == [[0, 1], [4, 5], [6, 7], [8, 9]]
-    assert read_errors(folder) == {"b": "bad", "f": "worse"}
+    found = Vectors.read(folder)
+    assert found.ids == ["a", "c", "d", "e"]
+    assert np.concatenate(found.chunks).tolist() == [[0, 1], [4, 5], [6, 7], [8, 9]]
+    assert found.errors == {"b": "bad", "f": "worse"}
