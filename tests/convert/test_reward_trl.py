@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_trl_s(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
-    loss = trainer.compute_loss(theirs, trainer.data_collator(rows))
+    loss = trainer.compute_loss(theirs.train(), trainer.data_collator(rows))
     loss.backward()
     assert float(total.detach() / count) == pytest.approx(float(loss.detach()), rel=1e-5)
     accuracy = trainer._metrics["train"]["accuracy"][-1]
