@@ -59,7 +59,7 @@ def build(folder: str | Path, vocab_size: int = 1024) -> None:
         ) from error
     split = topics()
     for name, texts in split.items():
-        samples = [
+        samples: list[dict[str, bytes | str]] = [
             {"__key__": f"{topic.replace('.', '_')}-{number:03d}", "txt": passage.encode()}
             for topic, text in texts
             for number, passage in enumerate(passages(text))
