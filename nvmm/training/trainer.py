@@ -369,7 +369,7 @@ class Trainer:
         if is_reader():
             source = self.data.batches(
                 split=split,
-                global_batch_size=self.batch_sizes if split == "train" else self.batch_sizes.last,
+                global_batch_size=self.batch_sizes if split == "train" else self.global_batch_size,
                 micro_batch_size=self.micro_batch_size,
                 rank=parallel_state.get_data_parallel_rank(),
                 size=self.data_parallel_size,
