@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "io": set(),
     "parallel": {"batch", "config.choices"},
-    "data": {"batch", "config.choices", "io"},
+    "data": {"batch", "config.batch_sizes", "config.choices", "io"},
     # Both are read without torch.
     "config": {"parallel.environment", "parallel.fp8_recipe"},
     "modules": {"batch", "config.choices", "kernels", "parallel"},
@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"batch", "config.choices", "data.collate", "parallel"},
     "checkpoint": {"config.choices", "config.moved", "io", "parallel"},
     "training": {
-        *("batch", "checkpoint", "config.changes", "config.choices", "config.nested", "io"),
+        *("batch", "checkpoint", "config.batch_sizes", "config.changes", "config.choices"),
+        *("config.nested", "io"),
         *("kernels", "modules", "objectives", "parallel"),
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},

@@ -334,6 +334,14 @@ def test_a_longer_run_says_its_learning_rates() -> None:
     assert changed_rates(saved, saved, 5) is None
     fixed = {"optim": saved["optim"] | {"decay_steps": 10}}
     assert changed_rates(saved | fixed, longer | fixed, 5) is None
+    by_tokens = {"optim": saved["optim"] | {"warmup_tokens": 0}, "data": {"sequence_length": 8}}
+    small, large = (
+        by_tokens | {"trainer": {"max_steps": 10, "global_batch_size": 4, "batch_ramp": ramp}}
+        for ramp in ([], [{"global_batch_size": 2, "steps": 4}])
+    )
+    assert changed_rates(small, large, 5) == (
+        "learning rate of step 6: 0.5 -> 0.625 (the schedule ends at token 320 -> token 256)"
+    )
     groups = {"optim": saved["optim"] | {"groups": [{"pattern": "a", "learning_rate": 2.0}]}}
     assert "0.5 -> 0.75, 1 -> 1.5 (" in str(changed_rates(saved | groups, longer | groups, 5))
 

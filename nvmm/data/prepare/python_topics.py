@@ -32,7 +32,7 @@ def topics() -> dict[str, list[tuple[str, str]]]:
 
 
 def passages(text: str) -> Iterator[str]:
-    """Yield a text in pieces of whole paragraphs, of PASSAGE characters or more but for the last."""
+    """Yield a text in pieces of paragraphs, of PASSAGE characters or more but for the last."""
     pending: list[str] = []
     for paragraph in text.strip().split("\n\n"):
         pending.append(paragraph)
