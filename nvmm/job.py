@@ -44,7 +44,7 @@ def run(composed: compose.Job) -> dict[str, Any]:
             instantiate(config["parallel"]).initialize(seed=config["seed"])
             model = None
         else:
-            model = restore_from(config, config["build"])
+            model = restore_from(config, config["build"] | job.build)
         settings = {name: config[name] for name in ("job", "precision", "backend", "kernels")}
         summary = run(job, settings, model, config["output"])
     if environment.rank() == 0:

@@ -57,6 +57,11 @@ class Job(ABC):
     name: str
     part_size: int
 
+    @property
+    def build(self) -> dict[str, Any]:
+        """The parameters of the checkpoint's sample builder, `_target_` too, that are others."""
+        return {}
+
     @abstractmethod
     def prepare(self, model: Restored | None) -> Work:
         """Open the items. Raises ValueError where they, or a checkpoint, cannot be used."""

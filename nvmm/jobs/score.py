@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from nvmm.batch import Sample
+from nvmm.config.choices import require
+from nvmm.data.samples.preference import TooLong
 from nvmm.inference.restore import Restored
 from nvmm.jobs.job import Job, Work
 from nvmm.jobs.prompts import batches, build, continuation_tokens, open_shards
@@ -27,6 +29,8 @@ class Score(Job):
 
     Args:
         shards: file patterns of tar shards, in the form that the checkpoint's builder reads.
+        preferences: read the shards as answers to compare, whatever builder trained the checkpoint,
+            with its settings; samples that are too long are left out ("drop"), or "cut".
         continuations: texts that may follow a prompt. The prompt runs once for all of them,
             through the KV cache.
         batch_size: samples of a forward pass.
@@ -34,10 +38,23 @@ class Score(Job):
     """
 
     shards: str | Sequence[str]
+    preferences: TooLong | None = None
     continuations: Sequence[str] | None = None
     batch_size: int = 8
     part_size: int = 1024
     name: str = "score"
+
+    def __post_init__(self) -> None:
+        if self.preferences is not None:
+            require("job.preferences", self.preferences, TooLong)
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """The builder of preferences, where it is asked for."""
+        if self.preferences is None:
+            return {}
+        target = "nvmm.data.samples.preference.PreferenceBuilder"
+        return {"_target_": target, "too_long": self.preferences}
 
     def prepare(self, model: Restored | None) -> Work:
         """Open the shards with the checkpoint's builder.

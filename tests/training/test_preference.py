@@ -70,10 +70,12 @@ def score(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     parallel = {"tensor_model_parallel_size": world}
     precision = {"_target_": "nvmm.parallel.setup.Precision", **DOUBLE}
-    build = {"_target_": BUILDER, **build}
+    job = Score(shards, preferences="drop", batch_size=3, part_size=4)
+    assert job.build["_target_"] == BUILDER
+    build = build | job.build
     model = restore(run, parallel=parallel, precision=precision, build=build)
     settings = {"job": {"_target_": "nvmm.jobs.score.Score", "shards": shards}}
-    return run_job(Score(shards, batch_size=3, part_size=4), settings, model, output)
+    return run_job(job, settings, model, output)
 
 
 def train(

@@ -91,8 +91,7 @@ def _rows(path: Path, digest: str) -> list[dict[str, Any]]:
     wanted = {"key", "log_probabilities", "tokens", "error"}
     if not wanted <= set(table.column_names):
         raise ValueError(
-            f"{path} has no log-probability of each text; score with the builder of preferences:"
-            " build._target_=nvmm.data.samples.preference.PreferenceBuilder"
+            f"{path} has no log-probability of each text; score with job.preferences=drop"
         )
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
