@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nvmm.config.check import option
-from nvmm.config.signatures import value_of
 from nvmm.convert import pooling_modules
 from nvmm.convert.files import publish
 from nvmm.convert.formats import bert, nvlm_d
@@ -147,9 +146,7 @@ def import_folders(
     language_folder = next((folders[p] for p in ("", *PARTS[:1], *TOWERS) if p in folders), None)
     if language_folder is not None and language_folder.format == "bert":
         modules = language_folder.config.get(bert.MODULES)
-        given = pooling_modules.data(
-            modules, value_of(model.get("language", model), "max_sequence_length")
-        )
+        given = pooling_modules.data(modules, model.get("language", model))
         saved["data"] = saved["data"] or given
         options = pooling_modules.tokenizer_options(language_folder.path)
         saved["tokenizer"] = saved["tokenizer"] or options

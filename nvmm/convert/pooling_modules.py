@@ -10,8 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
-from nvmm.config.signatures import value_of
-from nvmm.convert.formats.bert import POOLINGS, pooling_name
+from nvmm.convert.formats.bert import POOLINGS, pooling_name, setting
 from nvmm.data.samples.tokenizer import Tokenizer
 
 _KINDS = ("Transformer", "Pooling", "Normalize")
@@ -75,7 +74,7 @@ def _mode(pooling: Mapping[str, Any], folder: Path) -> str:
     return str(modes[0])
 
 
-def data(modules: Mapping[str, Any] | None, max_sequence_length: int) -> dict[str, Any]:
+def data(modules: Mapping[str, Any] | None, model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `data` of an imported encoder's checkpoint, with which it embeds texts."""
     modules = modules or {}
     build = {
@@ -86,7 +85,7 @@ def data(modules: Mapping[str, Any] | None, max_sequence_length: int) -> dict[st
         "query_prefix": modules.get("query_prefix", ""),
         "document_prefix": modules.get("document_prefix", ""),
     }
-    length = modules.get("max_seq_length") or max_sequence_length
+    length = modules.get("max_seq_length") or setting(model, "max_sequence_length")
     return {"sequence_length": length, "train": {"build": build}}
 
 
@@ -109,7 +108,7 @@ def write_modules(folder: Path, config: Mapping[str, Any], hidden_size: int) -> 
     """
     model, data = config["model"], config.get("data") or {}
     build = (data.get("train") or {}).get("build") or {}
-    normalize = value_of(model, "normalize")
+    normalize = setting(model, "normalize")
     if build.get("instruction"):
         raise ValueError(
             f"data.train.build.instruction={build['instruction']!r} is not written by --format"
@@ -128,7 +127,7 @@ def write_modules(folder: Path, config: Mapping[str, Any], hidden_size: int) -> 
         "pooling_mode": pooling_name(model),
         "include_prompt": True,
     }
-    length = data.get("sequence_length") or value_of(model, "max_sequence_length")
+    length = data.get("sequence_length") or setting(model, "max_sequence_length")
     prefixes = {name: build.get(f"{name}_prefix") or "" for name in ("query", "document")}
     similarity = "cosine" if normalize else "dot"
     _write(folder / "modules.json", modules)

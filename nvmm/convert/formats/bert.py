@@ -97,16 +97,21 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": config["num_attention_heads"],
         "intermediate_size": config["ffn_hidden_size"],
         "hidden_act": activation_name(config),
-        "max_position_embeddings": value_of(model, "max_sequence_length"),
-        "type_vocab_size": value_of(model, "num_token_types"),
+        "max_position_embeddings": setting(model, "max_sequence_length"),
+        "type_vocab_size": setting(model, "num_token_types"),
         "layer_norm_eps": config["layernorm_epsilon"],
         "hidden_dropout_prob": config.get("hidden_dropout", 0.1),
         "attention_probs_dropout_prob": config.get("attention_dropout", 0.1),
         "initializer_range": config.get("init_method_std", 0.02),
     }
-    modules = {"pooling": pooling_name(model), "normalize": value_of(model, "normalize")}
+    modules = {"pooling": pooling_name(model), "normalize": setting(model, "normalize")}
     decoder.expressible(model, to_model({**hf, MODULES: modules}), "bert")
     return hf
+
+
+def setting(model: Mapping[str, Any], name: str) -> Any:
+    """Return a value of our model config, its constructor's default where it says nothing."""
+    return value_of(model, name)
 
 
 def pooling_name(model: Mapping[str, Any]) -> str:
@@ -146,7 +151,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         # A buffer that Transformers saved before version 4.31.
         Row(None, (f"{tables}position_ids",), Drop()),
     ]
-    if value_of(model, "num_token_types"):
+    if setting(model, "num_token_types"):
         types = f"{tables}token_type_embeddings.weight"
         rows.append(Row("embedding.tokentype_embeddings.weight", (types,)))
     # 2. The layers: linears and norms have a weight and a bias.
