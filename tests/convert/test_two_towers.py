@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,8 +121,8 @@ def test_what_is_no_pair_of_towers_is_refused(
     query, context, to = f"query={folders / 'query'}", f"context={folders / 'context'}", "--to"
     folder_of(tmp_path / "mean", "plain", "mean")
     shutil.copytree(folders / "context", tmp_path / "words")
-    words = tmp_path / "words" / "tokenizer.json"
-    words.write_text(re.sub('"lowercase": *true', '"lowercase": false', words.read_text()))
+    words = tmp_path / "words" / "tokenizer_config.json"
+    words.write_text(words.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
     one, ours = str(folders / "query"), str(folders / "ours")
     assert main(["import", "--from", one, to, str(tmp_path / "one")]) == 0
     refused = [
