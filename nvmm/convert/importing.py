@@ -129,6 +129,7 @@ def import_folders(
 
     Raises ValueError listing every key that does not fit, before anything is written.
     """
+    _check_tokenizers(folders)
     # 1. Every folder under our names; the tables account for each of their keys.
     converted = {
         part: folder.to_ours(part_of(model, part, "the model") if part else model)
@@ -193,6 +194,19 @@ def import_folders(
             },
         )
     return sorted(missing)
+
+
+def _check_tokenizers(folders: Mapping[str, HubFolder]) -> None:
+    """Raise ValueError where two towers, which get the same ids, have two tokenizers."""
+    digests = {}
+    for path in (folders[part].path for part in TOWERS if part in folders):
+        if (path / "tokenizer.json").is_file():
+            options = pooling_modules.tokenizer_options(path)
+            digests[path] = Tokenizer(
+                str(path), **{k: v for k, v in options.items() if k != "_target_"}
+            ).digest
+    if len(set(digests.values())) > 1:
+        raise ValueError(f"{' and '.join(map(str, digests))} have two tokenizers, towers share one")
 
 
 def _with_tokenizer(
