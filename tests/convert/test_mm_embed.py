@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvmm.convert import exporting, importing, models
+from nvmm.convert import embedders, exporting, importing, models
 from nvmm.convert.formats import clip, mm_embed
 from nvmm.convert.formats.processing_mm_embed import Masking, MMEmbedProcessor, _upright
 from nvmm.convert.sources import read
@@ -382,9 +382,7 @@ def test_what_the_format_cannot_express_is_named(tokenizer: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             mm_embed.from_model(model | change)
-    from nvmm.convert.sentence_transformers import check_embedder
-
     for key, value in (("max_tiles", 4), ("tile_size", 32), ("tokens_per_tile", 4)):
         config = multimodal_config(tokenizer, **{key: value})
         with pytest.raises(ValueError, match=f"build.{key}={value}; it can"):
-            check_embedder(config, "mm_embed", config["model"])
+            embedders.check(config, "mm_embed", config["model"])
