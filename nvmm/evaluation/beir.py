@@ -86,7 +86,7 @@ class Retrieval(Benchmark):
         else:
             scores = evaluate(embed, corpus, queries, qrels, **options, cutoffs=self.cutoffs)
         text = "\n".join(f"{name:<16} {value:8.4f}" for name, value in scores.items())
-        main = {name: s for name, s in scores.items() if name in ("ndcg_at_10", "recall_at_100")}
+        main = {key: scores[key] for key in ("ndcg_at_10", "recall_at_100") if key in scores}
         return Result(
             {"judge": self.judge, **scores}, {f"{self.name}_retrieval": main or scores}, text
         )

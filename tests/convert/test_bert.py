@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nvmm.convert import exporting, models
 from nvmm.convert.formats import bert
-from nvmm.convert.pooling_modules import read_modules
+from nvmm.convert.sentence_encoders import read_modules
 from nvmm.data.prepare import retrieval_sets
 from nvmm.data.shards.dataset import write_shards
 from nvmm.inference.restore import Restored, restore

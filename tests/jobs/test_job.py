@@ -225,6 +225,7 @@ KEYS = {
     "generate": ["job.shards=x.tar"],
     "mine": ["job.queries=y", "job.corpus=z"],
     "rerank": ["job.ranking=x"],
+    "reward": ["job.shards=x.tar"],
     "score": ["job.shards=x.tar", "job.continuations=['True','False']"],
     "search": ["job.queries=y", "job.corpus=z"],
 }
@@ -240,7 +241,7 @@ def test_every_job_composes(name: str, layout: str) -> None:
     from nvmm.jobs.job import Job
 
     data = list(KEYS[name])
-    if name not in ("generate", "score"):
+    if "job.shards=x.tar" not in data:
         data += [f"job/data={layout}", "job.data.folder=x"]
         data += ["job.data.pool=p"] * (layout == "mbeir")
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
