@@ -211,6 +211,9 @@ def test_a_run_of_two_ranks_is_exported(tmp_path: Path) -> None:
     tokenizer = {"image_token": "[UNK]", "end_of_turn": "[SEP]", "path": str(tmp_path / "words")}
     build = {
         "_target_": "nvmm.data.samples.retrieval.RetrievalBuilder",
+        "_partial_": True,
+        "num_negatives": 0,
+        "in_batch_negatives": True,
         "masking": "none",
         "query_prefix": "query: ",
         "document_prefix": "passage: ",
@@ -236,7 +239,7 @@ def test_a_run_of_two_ranks_is_exported(tmp_path: Path) -> None:
     from tests.convert.test_nv_embed import TEXTS as SAVED
 
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
-    expected = vectors(theirs, tmp_path / "hf", "mean", 40, SAVED)
+    expected = vectors(theirs, tmp_path / "hf", "mean", 40, SAVED, prefix="passage: ")
     torch.testing.assert_close(found[0][1], expected, rtol=0, atol=1e-5)
 
 

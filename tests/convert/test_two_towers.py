@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.batch import POSITIVE, QUERY
 from nvmm.convert import models
+from nvmm.data.prepare.layouts import BeirFolder
 from nvmm.evaluation.beir import Retrieval
 from nvmm.evaluation.benchmark import Settings
 from nvmm.jobs.encode import Encode
@@ -98,7 +99,7 @@ def test_jobs_and_evaluation_send_each_side_to_its_tower(folders: Path, tmp_path
         encode = restored.encoder(2)
         sides = {"queries": encode(texts, role=QUERY), "corpus": encode(texts, role=POSITIVE)}
         for side, expected in sides.items():
-            work = Encode(folder=str(beir), side=side).prepare(restored)  # type: ignore[arg-type]
+            work = Encode(BeirFolder(str(beir)), side).prepare(restored)  # type: ignore[arg-type]
             found = torch.tensor(work.rows(range(len(texts)))["vector"].to_pylist())
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # in other batches
         benchmark = Retrieval(folder=str(beir), cutoffs=[1, 2])
