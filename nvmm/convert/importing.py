@@ -126,6 +126,7 @@ def import_folders(
 
     Raises ValueError listing every key that does not fit, before anything is written.
     """
+    _check_tokenizers(folders, model)
     # 1. Every folder under our names; the tables account for each of their keys.
     converted = {
         part: folder.to_ours(part_of(model, part, "the model") if part else model)
@@ -185,6 +186,17 @@ def import_folders(
             },
         )
     return sorted(missing)
+
+
+def _check_tokenizers(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> None:
+    """Raise ValueError where two towers, which get the same ids, have two tokenizers."""
+    digests = {}
+    for folder in (folders[part] for part in TOWERS if part in folders):
+        if (folder.path / "tokenizer.json").is_file():
+            given = {"data": None, "tokenizer": None, "model": model, **folder.saved(model)}
+            digests[folder.path] = _with_tokenizer(given, folder, folder.path)[1]
+    if len(set(digests.values())) > 1:
+        raise ValueError(f"{' and '.join(map(str, digests))} have two tokenizers, towers share one")
 
 
 def _with_tokenizer(

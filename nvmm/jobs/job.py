@@ -90,6 +90,9 @@ def run(
     """
     from megatron.core import parallel_state
 
+    for name in ("part_size", "batch_size"):
+        if (value := getattr(job, name, 1)) < 1:
+            raise ValueError(f"job.{name}={value} must be at least 1")
     work = job.prepare(model)
     if not work.size:
         raise ValueError(f"job={job.name} has no items")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,27 @@ def _merged(
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(places, order, axis=1)
 
 
+def _require_fitting(
+    found: Mapping[str, Any], asked: Mapping[str, Any], corpus: str, queries: str
+) -> None:
+    """Raise ValueError for vectors of the other side, and for those of two models.
+
+    found, asked: identities of the jobs that wrote the folders `corpus` and `queries`. The sample
+    builders may differ, as by a sequence length of its own for queries.
+    """
+    for key, folder, identity in (("corpus", corpus, found), ("queries", queries, asked)):
+        side = identity["job"]["side"]
+        if side != key:
+            raise ValueError(f"job.{key}={folder} was encoded with job.side={side}")
+    for part in ("weights", "model", "tokenizer"):
+        first, second = (identity["checkpoint"][part] for identity in (found, asked))
+        if first != second:
+            raise ValueError(
+                f"{corpus} and {queries} are vectors of two checkpoints, whose {part} differ:"
+                f" {first[:12]} and {second[:12]}"
+            )
+
+
 class Neighbours:
     """The judged queries of a set, and the documents near them, by the vectors of two jobs.
 
@@ -84,6 +105,7 @@ class Neighbours:
 
     def __init__(self, data: RetrievalSet, queries: str, corpus: str) -> None:
         found, asked = Vectors.read(corpus), Vectors.read(queries)
+        _require_fitting(found.identity, asked.identity, corpus, queries)
         self.documents, self._chunks = found.ids, found.chunks
         self.errors = asked.errors
         self.relevant = data.relevant

@@ -18,11 +18,20 @@ from tests.ranks import run_ranks
 
 
 def write_vectors(
-    folder: Path, ids: list[str], vectors: Any, part_size: int, bad: Mapping[str, str] | None = None
+    folder: Path,
+    ids: list[str],
+    vectors: Any,
+    part_size: int,
+    bad: Mapping[str, str] | None = None,
+    *,
+    side: str = "corpus",
+    weights: str = "w",
 ) -> str:
     """Write the output of an encode job; `bad` ids have an error and no vector."""
     bad = bad or {}
-    parts = Parts.begin(folder, len(ids), part_size, {})
+    checkpoint = {"weights": weights, "model": "m", "tokenizer": "t", "builder": "b"}
+    identity = {"job": {"side": side}, "checkpoint": checkpoint}
+    parts = Parts.begin(folder, len(ids), part_size, identity)
     for part in range(parts.count):
         numbers = parts.numbers(part)
         flat = pa.array(vectors[numbers.start : numbers.stop].astype(np.float32).reshape(-1))
@@ -83,7 +92,9 @@ def test_a_searching_job_equals_brute_force_on_one_and_two_ranks(tmp_path: Path)
     job = Search(
         data=BeirFolder(str(tmp_path), "test"),
         corpus=write_vectors(tmp_path / "c", names, documents, 700, {"d9": "damaged"}),
-        queries=write_vectors(tmp_path / "q", [f"q{n}" for n in range(25)], queries, 10),
+        queries=write_vectors(
+            tmp_path / "q", [f"q{n}" for n in range(25)], queries, 10, side="queries"
+        ),
         k=50,
         part_size=9,
     )
