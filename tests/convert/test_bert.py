@@ -262,6 +262,13 @@ BAD: dict[str, tuple[str, dict[str, Any] | list[Any], str]] = {
     ),
     "case": ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case=true"),
     "list": ("sentence_bert_config.json", [], "must hold an object"),
+    "modules": ("modules.json", [1], "modules.json must hold a list of objects"),
+    "number": ("1_Pooling/config.json", {"pooling_mode": 3}, "pooling 3 must be one of cls"),
+    "prompts": (
+        "config_sentence_transformers.json",
+        {"prompts": ["query: "]},
+        "must be an object of texts",
+    ),
 }
 
 
