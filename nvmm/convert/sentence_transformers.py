@@ -85,10 +85,17 @@ def read_sentences(
 
 
 def read_prompts(folder: Path) -> dict[str, str]:
-    """Read the prompts of config_sentence_transformers.json; none without the file."""
-    prompts: dict[str, str] | None
-    prompts = read_json(folder / "config_sentence_transformers.json").get("prompts")
-    return prompts or {}
+    """Read the prompts of config_sentence_transformers.json; none without the file.
+
+    Raises ValueError where they are no texts.
+    """
+    file = folder / "config_sentence_transformers.json"
+    prompts = read_json(file).get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(
+        isinstance(text, str | None) for text in prompts.values()
+    ):
+        raise ValueError(f"{file}: prompts={prompts!r} must be an object of texts")
+    return {name: text for name, text in prompts.items() if text}
 
 
 def _mode(pooling: Mapping[str, Any], folder: Path, poolings: Collection[str]) -> str:
@@ -96,7 +103,7 @@ def _mode(pooling: Mapping[str, Any], folder: Path, poolings: Collection[str]) -
     modes = pooling.get("pooling_mode")
     if modes is None:
         modes = [name for key, name in _OLD_MODES.items() if pooling.get(key)]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+    modes = [str(mode) for mode in modes] if isinstance(modes, list) else [str(modes)]
     if len(modes) != 1 or modes[0] not in poolings:
         choices = ", ".join(poolings)
         raise ValueError(f"{folder}: the pooling {', '.join(modes)} must be one of {choices}")

@@ -178,5 +178,7 @@ def test_sentence_transformers_files_that_we_lack_are_named(
     modules = json.loads((exported[2] / "modules.json").read_text())
     with pytest.raises(ValueError, match="Transformer, Pooling must be Transformer, Pooling, Norm"):
         models.open_folder(changed("modules.json", modules[:2]))
+    with pytest.raises(ValueError, match="do_lower_case=true is not read"):
+        models.open_folder(changed("sentence_bert_config.json", {"do_lower_case": True}))
     strange = changed("config_sentence_transformers.json", {"prompts": {"query": "query: "}})
     assert main(["import", "--from", str(strange), "--to", str(tmp_path / "none")]) == 2
