@@ -16,7 +16,7 @@ from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
 from nvmm.jobs.encode import Vectors
-from nvmm.jobs.job import Job, Work, digest, file_digest
+from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest
 from nvmm.jobs.parts import Parts
 
 _SLACK = 64
@@ -100,12 +100,17 @@ class Neighbours:
     asked: ids of the judged queries, in the order of the judgements. inputs: a digest of what
         rankings depend on. errors: id -> why a query has no vector.
 
-    Raises ValueError for judgements of ids that the `encode` jobs have not.
+    Raises ValueError for judgements of ids that the `encode` jobs have not, and for vectors of
+    other documents, of the other side, and of two checkpoints.
     """
 
     def __init__(self, data: RetrievalSet, queries: str, corpus: str) -> None:
         found, asked = Vectors.read(corpus), Vectors.read(queries)
         _require_fitting(found.identity, asked.identity, corpus, queries)
+        if found.identity["inputs"]["items"] != items_digest(data.documents):
+            raise ValueError(
+                f"job.corpus={corpus} has vectors of other documents than job.data names"
+            )
         self.documents, self._chunks = found.ids, found.chunks
         self.errors = asked.errors
         self.relevant = data.relevant
