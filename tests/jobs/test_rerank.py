@@ -173,11 +173,11 @@ def test_texts_by_a_text_only_model_at_any_layout(tmp_path: Path) -> None:
     qrels = "query-id\tcorpus-id\tscore\nq\ta\t1\nr\tb\t1\n"
     (tmp_path / "qrels" / "test.tsv").write_text(qrels)
     rankings = {"q": ["a", "c"], "r": ["d", "b", "a"]}
-    texts = BeirFolder(str(tmp_path), "test")
+    data = BeirFolder(str(tmp_path), "test")
     options = {
         "_target_": "nvmm.jobs.rerank.Rerank",
         "data": {"_target_": BEIR, "folder": str(tmp_path), "split": "test"},
-        "ranking": write_ranking(tmp_path / "ranking", rankings, texts),
+        "ranking": write_ranking(tmp_path / "ranking", rankings, data),
         "prompt": PROMPT,
         "max_candidate_tokens": 3,
         "part_size": 1,
@@ -216,9 +216,9 @@ def test_texts_by_a_text_only_model_at_any_layout(tmp_path: Path) -> None:
     assert first["ids"] == ["1:0", "1:1"] and first["scores"][1] is None
     assert "reads texts alone, no pictures" in first["error"]
     with pytest.raises(RuntimeError, match=r"1 of their candidates are not in it: \['z'\]"):
-        rows("x", 1, {}, ranking=write_ranking(tmp_path / "r3", {"q": ["z"], "r": []}, texts))
+        rows("x", 1, {}, ranking=write_ranking(tmp_path / "r3", {"q": ["z"], "r": []}, data))
     with pytest.raises(RuntimeError, match=r"lacks 1 judged queries: \['r'\]"):
-        rows("y", 1, {}, ranking=write_ranking(tmp_path / "r4", {"q": ["a"]}, texts))
+        rows("y", 1, {}, ranking=write_ranking(tmp_path / "r4", {"q": ["a"]}, data))
     other = write_ranking(tmp_path / "r5", rankings, MBeirFiles(**files))
     with pytest.raises(RuntimeError, match=r"r5 ranks other documents than job\.data's"):
         rows("z", 1, {}, ranking=other)
