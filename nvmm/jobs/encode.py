@@ -16,7 +16,7 @@ from nvmm.config.choices import require
 from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.evaluation.mbeir import content
 from nvmm.inference.restore import Restored
-from nvmm.jobs.job import Job, Work, digest, pictures_digest
+from nvmm.jobs.job import Job, Work, digest, items_digest, pictures_digest
 from nvmm.jobs.parts import Parts
 
 Side = Literal["corpus", "queries"]
@@ -95,11 +95,11 @@ class Encode(Job):
             written[list(errors)] = 0
             return _table(chosen, written.numpy(), errors)
 
-        inputs = digest(
-            [(name, item.text, item.image) for name, item in items.items()],
-            prompts,
-            pictures_digest([item.image for item in items.values()]),
-        )
+        inputs = {
+            "items": items_digest(items),
+            "instructions": digest(prompts),
+            "pictures": pictures_digest([item.image for item in items.values()]),
+        }
         return Work(len(ids), inputs, rows)
 
     def _prompts(self, default: str | None) -> str | Mapping[str, str] | None:

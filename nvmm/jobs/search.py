@@ -16,7 +16,7 @@ from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
 from nvmm.jobs.encode import Vectors
-from nvmm.jobs.job import Job, Work, digest, file_digest
+from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest
 from nvmm.jobs.parts import Parts
 
 _SLACK = 64
@@ -97,15 +97,21 @@ def _require_fitting(
 class Neighbours:
     """The judged queries of a set, and the documents near them, by the vectors of two jobs.
 
-    asked: ids of the judged queries, in the order of the judgements. inputs: a digest of what
-        rankings depend on. errors: id -> why a query has no vector.
+    asked: ids of the judged queries, in the order of the judgements. items: a digest of the
+        documents. inputs: one of what rankings depend on. errors: id -> why a query has no vector.
 
-    Raises ValueError for judgements of ids that the `encode` jobs have not.
+    Raises ValueError for judgements of ids that the `encode` jobs have not, and for vectors of
+    other documents, of the other side, and of two checkpoints.
     """
 
     def __init__(self, data: RetrievalSet, queries: str, corpus: str) -> None:
         found, asked = Vectors.read(corpus), Vectors.read(queries)
         _require_fitting(found.identity, asked.identity, corpus, queries)
+        self.items = items_digest(data.documents)
+        if found.identity["inputs"]["items"] != self.items:
+            raise ValueError(
+                f"job.corpus={corpus} has vectors of other documents than job.data names"
+            )
         self.documents, self._chunks = found.ids, found.chunks
         self.errors = asked.errors
         self.relevant = data.relevant
@@ -219,7 +225,8 @@ class Search(Job):
                 SCHEMA,
             )
 
-        return Work(len(near.asked), near.inputs, rows, together=True)
+        inputs = {"items": near.items, "vectors": near.inputs}
+        return Work(len(near.asked), inputs, rows, together=True)
 
     def metrics(self, rows: pa.Table) -> dict[str, float]:
         """Return hit rate, recall, nDCG, MRR and mAP of the rankings."""

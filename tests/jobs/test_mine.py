@@ -183,7 +183,11 @@ def circle(tmp_path: Path, qrels: str) -> Options:
     return {
         "data": MBeirFiles(str(tmp_path), str(tmp_path / "pool"), qrels=str(tmp_path / "qrels")),
         "corpus": write_vectors(
-            tmp_path / "c", names, np.stack([np.cos(angles), np.sin(angles)], 1), 16
+            tmp_path / "c",
+            names,
+            np.stack([np.cos(angles), np.sin(angles)], 1),
+            16,
+            texts={line["did"]: line["txt"] and f"{line['txt']}." for line in lines},
         ),
         "queries": write_vectors(tmp_path / "q", queries, np.eye(2)[[0] * 4], 4, side="queries"),
         "num_negatives": 50,
@@ -235,6 +239,9 @@ def test_what_mining_refuses(retrieval_set: Options, tmp_path: Path) -> None:
     refuse(r"job\.relative_margin=-0.1 must be at least 0", relative_margin=-0.1)
     asked, found = retrieval_set["queries"], retrieval_set["corpus"]
     refuse(r"job\.corpus=.* was encoded with job\.side=queries", corpus=asked, queries=found)
+    renamed = dict.fromkeys([f"d{n}" for n in range(90)], "another text")
+    other = write_vectors(tmp_path / "d", list(renamed), np.eye(90)[:, :8], 40, texts=renamed)
+    refuse("has vectors of other documents than job.data names", corpus=other)
     foreign = write_vectors(
         tmp_path / "foreign", ["q1"], np.eye(9), 1, side="queries", weights="other"
     )
