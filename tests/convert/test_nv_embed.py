@@ -262,6 +262,8 @@ def test_a_masking_that_sentence_transformers_lacks_is_named(
 def test_other_poolings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot express model.pooling=SelfAttention"):
         nv_embed.from_model(tiny.embedder("SelfAttention"))
+    with pytest.raises(ValueError, match=r"cannot express model.normalize=False"):
+        nv_embed.from_model(tiny.embedder() | {"normalize": False})
 
 
 def test_sentence_transformers_files(exported: tuple[Path, Any]) -> None:

@@ -152,6 +152,12 @@ def _text(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _language(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the decoder as the language model that its family knows."""
-    language = {key: value for key, value in model.items() if key not in ("pooling", "causal")}
+    """Return the decoder as the language model that its family knows.
+
+    Raises ValueError for vectors that are not normalised: the format's always are.
+    """
+    if not model.get("normalize", True):
+        raise ValueError("--format nv_embed cannot express model.normalize=False; it can True")
+    own = ("pooling", "causal", "normalize")
+    language = {key: value for key, value in model.items() if key not in own}
     return {**language, "_target_": "nvmm.models.language.LanguageModel"}
