@@ -158,5 +158,16 @@ class Parts:
             return None
 
 
+def recorded(identity: Mapping[str, Any], folder: str, *keys: str) -> str:
+    """Return a value of an output's identity; ValueError where it has none, as one of an earlier
+    version of nvmm."""
+    value: Any = identity
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            raise ValueError(f"{folder} does not record {'.'.join(keys)}: make it anew")
+        value = value[key]
+    return str(value)
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"

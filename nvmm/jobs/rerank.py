@@ -17,7 +17,7 @@ from nvmm.data.samples.record import plain_question
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
 from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest, pictures_digest
-from nvmm.jobs.parts import Parts
+from nvmm.jobs.parts import Parts, recorded
 from nvmm.jobs.prompts import batches, build, continuation_tokens
 from nvmm.jobs.search import rankings_of, read_rankings
 
@@ -88,7 +88,7 @@ class Rerank(Job):
         require_known(rankings, self.data.questions, self.data.documents, "ranked")
         items = items_digest(self.data.documents)
         identity = Parts(Path(self.ranking).expanduser()).manifest["identity"]
-        if identity["inputs"]["items"] != items:
+        if recorded(identity, self.ranking, "inputs", "items") != items:
             raise ValueError(f"job.ranking={self.ranking} ranks other documents than job.data's")
         if lacking := [query for query in self.data.relevant if query not in rankings]:
             raise ValueError(f"{self.ranking} lacks {len(lacking)} judged queries: {lacking[:5]}")

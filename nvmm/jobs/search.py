@@ -17,7 +17,7 @@ from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
 from nvmm.jobs.encode import Vectors
 from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest
-from nvmm.jobs.parts import Parts
+from nvmm.jobs.parts import Parts, recorded
 
 _SLACK = 64
 """Documents of equal score are ranked by place; so many more are searched to see them all."""
@@ -82,11 +82,12 @@ def _require_fitting(
     builders may differ, as by a sequence length of its own for queries.
     """
     for key, folder, identity in (("corpus", corpus, found), ("queries", queries, asked)):
-        side = identity["job"]["side"]
+        side = recorded(identity, folder, "job", "side")
         if side != key:
             raise ValueError(f"job.{key}={folder} was encoded with job.side={side}")
     for part in ("weights", "model", "tokenizer"):
-        first, second = (identity["checkpoint"][part] for identity in (found, asked))
+        first = recorded(found, corpus, "checkpoint", part)
+        second = recorded(asked, queries, "checkpoint", part)
         if first != second:
             raise ValueError(
                 f"{corpus} and {queries} are vectors of two checkpoints, whose {part} differ:"
@@ -108,7 +109,7 @@ class Neighbours:
         found, asked = Vectors.read(corpus), Vectors.read(queries)
         _require_fitting(found.identity, asked.identity, corpus, queries)
         self.items = items_digest(data.documents)
-        if found.identity["inputs"]["items"] != self.items:
+        if recorded(found.identity, corpus, "inputs", "items") != self.items:
             raise ValueError(
                 f"job.corpus={corpus} has vectors of other documents than job.data names"
             )

@@ -242,6 +242,11 @@ def test_what_mining_refuses(retrieval_set: Options, tmp_path: Path) -> None:
     renamed = dict.fromkeys([f"d{n}" for n in range(90)], "another text")
     other = write_vectors(tmp_path / "d", list(renamed), np.eye(90)[:, :8], 40, texts=renamed)
     refuse("has vectors of other documents than job.data names", corpus=other)
+    earlier = Parts.begin(tmp_path / "earlier", 1, 1, {"job": {"side": "corpus"}, "inputs": "x"})
+    vector = pa.FixedSizeListArray.from_arrays(pa.array([1.0]), 1)
+    earlier.write(0, pa.table({"id": ["q"], "vector": vector, "error": [None]}))
+    earlier.finish()
+    refuse("earlier does not record checkpoint.weights", corpus=str(earlier.folder))
     foreign = write_vectors(
         tmp_path / "foreign", ["q1"], np.eye(9), 1, side="queries", weights="other"
     )
