@@ -28,7 +28,7 @@ from nvmm import studies
 from nvmm.config.compose import failures
 from nvmm.data.prepare import python_faq
 from nvmm.data.prepare.retrieval_sets import read_corpus, read_qrels, read_queries
-from nvmm.evaluation.ranking import hit_rate, reciprocal_rank
+from nvmm.evaluation.ranking import hit_rate, ndcg, reciprocal_rank
 from nvmm.io.files import write
 from nvmm.report.retrieval import Example, Shown, Table, page
 
@@ -43,6 +43,7 @@ FORMS = {
 MODELS = ("untouched", "trained", "towers")
 CUTOFFS = (1, 5, 20)
 MRR = "mrr"
+NDCG = "ndcg@10"
 SEED = 1234
 HELD_OUT = 0.35
 TOPICS = 2
@@ -167,20 +168,21 @@ def rankings(to: Path, seed: int, model: str, form: str) -> dict[str, list[str]]
 
 
 def measure(to: Path, seed: int, model: str, form: str) -> dict[str, float]:
-    """Return means over the held-out questions: recall@k of the right chunk, and MRR."""
+    """Return means over the held-out questions: recall@k of the right chunk, nDCG@10 and MRR."""
     qrels = read_qrels(to / "data" / form / "beir", "test")
     found = rankings(to, seed, model, form)
-    sums = {f"recall@{k}": 0.0 for k in CUTOFFS} | {MRR: 0.0}
+    sums = {f"recall@{k}": 0.0 for k in CUTOFFS} | {NDCG: 0.0, MRR: 0.0}
     for name, right in qrels.items():
         for k in CUTOFFS:
             sums[f"recall@{k}"] += hit_rate(found[name], right, k)
+        sums[NDCG] += ndcg(found[name], right, 10)
         sums[MRR] += reciprocal_rank(found[name], right, len(found[name]))
     return {key: total / len(qrels) for key, total in sums.items()}
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, float]]]) -> Table:
     """Return the table of scores: means and sample standard deviations over seeds."""
-    columns = [*(f"recall@{k}" for k in CUTOFFS), MRR]
+    columns = [*(f"recall@{k}" for k in CUTOFFS), NDCG, MRR]
     rows = [
         (name, [studies.spread([seed[key] for seed in seeds], 3) for key in columns])
         for name, seeds in results.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,8 +81,11 @@ def test_scores_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     qrels.mkdir(parents=True)
     (qrels / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tc\t1\nq1\tb\t1\n")
     found = demo.measure(tmp_path, 1, "trained", "dialogue")
+    by_hand = (1 + 1 / math.log2(3)) / 2
+    assert found.pop("ndcg@10") == pytest.approx(by_hand)
     assert found == {"recall@1": 0.5, "recall@5": 1.0, "recall@20": 1.0, "mrr": 0.75}
+    found["ndcg@10"] = 0.5
     made = demo.table({"trained": [found, found | {"mrr": 0.25}]})
     assert made.rows == [
-        ("trained", ["0.500 ± 0.000", "1.000 ± 0.000", "1.000 ± 0.000", "0.500 ± 0.354"])
+        ("trained", ["0.500 ± 0.000", *["1.000 ± 0.000"] * 2, "0.500 ± 0.000", "0.500 ± 0.354"])
     ]
