@@ -23,7 +23,7 @@ class ChatServer:
     """`with ChatServer(write) as server: server.url`.
 
     write: body of a request -> text of the answer. faults: number of the trial, from 1, and digest
-    as a number -> what goes wrong: a status, "late", "broken" (a JSON answer cut in the middle) or None.
+    as a number -> what goes wrong: a status, "late", "broken" (JSON cut in the middle), None.
     asked: digest -> its trials; answered: digest -> its complete answers. on_request: is called
     with the count of all requests, before one is answered.
     """
@@ -106,7 +106,11 @@ class ChatServer:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                pass  # A client that was killed resets its connections.
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nvmm.config.check import fill_unset, to_plain
 from nvmm.config.compose import composed
-from nvmm.data.prepare import digits
-from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.config.nested import merged
 from nvmm.data.shards.dataset import Dataset
-from nvmm.jobs.synthesise import Synthesise
+from nvmm.evaluation.instruction_following import follows
+from nvmm.jobs.synthesis.records import digest
 from nvmm.proof.ranks import _PRELOAD
+from tests import reward_run
 from tests.jobs.chat_server import ChatServer, write
 from tests.ranks import run_ranks
 
@@ -45,7 +45,6 @@ def run(
 ) -> dict[str, Any]:
     """Run a pipeline on this rank; the endpoints are at `url`."""
     import torch.distributed as dist
-    from hydra.utils import instantiate
 
     from nvmm.parallel.setup import Parallel
 
@@ -95,9 +94,9 @@ def small(steps: str = "open_qa", **options: Any) -> dict[str, Any]:
 
 
 def plan(trial: int, number: int) -> Any:
-    """Two of three requests fail first, in one of several ways; the second trial works."""
-    faults = (429, 500, "late", "broken", 503, None)
-    return faults[number % len(faults)] if trial == 1 else None
+    """Most requests fail first, and the second trial works; broken JSON is an answer that stays."""
+    fault = (429, 500, "late", "broken", 503, None)[number % 6]
+    return fault if trial == 1 or fault == "broken" else None
 
 
 def test_faults_are_counted_and_retried_and_nothing_is_lost_or_asked_twice(tmp_path: Path) -> None:
@@ -174,3 +173,148 @@ def test_a_killed_pipeline_goes_on_and_asks_for_no_answer_that_it_has(
         assert server.answered.total() == summary["metrics"]["answers"] + lost
     assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
     assert contents(tmp_path / "killed", "cache") == contents(tmp_path / "calm", "cache")
+
+
+def prompts(folder: Path, count: int = 6) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"Tell me of {n} birds."}) + "\n" for n in range(count))
+    )
+    return str(path)
+
+
+def built(builder: str, pattern: Path, tokenizer: Any, **options: Any) -> list[Any]:
+    """The samples of shards, as training builds them."""
+    from nvmm.data.samples.chat import ImageTags
+    from nvmm.data.samples.instruct import InstructBuilder
+    from nvmm.data.samples.preference import PreferenceBuilder
+    from tests.data.conftest import template
+
+    make = {"sft": InstructBuilder, "preference": PreferenceBuilder}[builder]
+    dataset = Dataset(
+        str(pattern),
+        make(template(), ImageTags(), 1, tokenizer=tokenizer, sequence_length=2048),
+    )
+    return [dataset[number] for number in range(len(dataset))]
+
+
+def test_shards_train_as_they_are_and_records_tell_where_they_come_from(tmp_path: Path) -> None:
+    words = reward_run.tokenizer(tmp_path / "tokenizer")
+    config = pipeline("preference", generators="judged")
+    config["steps"]["prompts"]["files"] = prompts(tmp_path)
+    with ChatServer(write, plan) as server:
+        [summary] = run_ranks(run, 2, config, server.url, tmp_path / "out")[:1]
+        assert max(server.answered.values()) == 1  # two ranks, one of them asks
+    assert summary["bad"] == 0
+    samples = built("preference", tmp_path / "out" / "shards" / "preference-*.tar", words)
+    pairs = records(tmp_path / "out", "preference")
+    assert len(samples) == len(pairs) == summary["metrics"]["preference records"] > 2
+    for sample, pair in zip(samples, pairs, strict=True):
+        assert [float(text.extras["reward"]) for text in sample.texts] == [1.0, 0.0]
+        assert [turn["role"] for turn in pair["prompt"]] == ["user", "assistant", "user"]
+        # The user who was played neither thanks nor asks politely.
+        assert "hank" not in pair["prompt"][2]["content"]
+        assert pair["chosen"] != pair["rejected"] and len(pair["chosen"]) >= len(pair["rejected"])
+        # Every answer that it depends on is named, and is in the cache under that name.
+        entries = {entry["step"]: entry for entry in pair["lineage"]}
+        assert list(entries) == ["prompts", "second_turn", "answered", "compared", "pairs"]
+        said = [*entries["second_turn"]["said"], *entries["answered"]["said"]]
+        for answer in [*said, *entries["compared"]["judged"]]:
+            path = tmp_path / "out" / "cache" / answer["answer"][:2] / f"{answer['answer']}.json"
+            kept = json.loads(path.read_text())
+            assert kept["request"]["model"] == f"model-{answer['generator']}"
+            assert digest(kept["request"]["messages"]) == answer["prompt"]
+        assert {one["generator"] for one in entries["answered"]["said"]} == {"writer", "second"}
+        assert entries["compared"]["judged"][0]["template"] == "compare"
+
+
+def test_instructions_are_verified(tmp_path: Path) -> None:
+    """SFT gets answers that follow, preferences one that does and one that does not; the shares
+    have no prompt in common."""
+    words = reward_run.tokenizer(tmp_path / "tokenizer")
+    config = pipeline("instructions")
+    config["steps"]["prompts"]["files"] = prompts(tmp_path, 24)
+    config["steps"]["answered"]["samples"] = 3
+
+    def varied(body: dict[str, Any]) -> str:
+        seed = body["seed"] % 4
+        return ["A word, <<title>>. That is all.", "no", "NO", "Therefore [name] *it* is light."][
+            seed
+        ]
+
+    with ChatServer(varied) as server:
+        [summary] = run_ranks(run, 1, config, server.url, tmp_path / "out")
+    shards = tmp_path / "out" / "shards"
+    assert len(built("sft", shards / "sft-*.tar", words)) == len(records(tmp_path / "out", "sft"))
+    assert built("preference", shards / "preference-*.tar", words)
+    good, pairs = (records(tmp_path / "out", name) for name in ("sft", "preference"))
+    for record in [*good, *pairs]:
+        rules = list(zip(record["instruction_id_list"], record["kwargs"], strict=True))
+        answer = record.get("chosen") or record["messages"][-1]["content"]
+        assert all(follows(answer, *rule) for rule in rules)
+        if "rejected" in record:
+            assert not all(follows(record["rejected"], *rule) for rule in rules)
+    asked = [
+        {(record.get("prompt") or record["messages"])[0]["content"] for record in part}
+        for part in (good, pairs)
+    ]
+    assert not asked[0] & asked[1]
+    assert summary["bad"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": {"best": {"by": "verifier"}}}, "has no score 'verifier'"),
+        ({"steps": {"refined": {"prompt": "nothing"}}}, "no prompt 'nothing'"),
+        ({"steps": {"refined": {"generator": "nobody"}}}, "no generator 'nobody'"),
+        ({"steps": {"refined": {"after": ["sft"]}}}, "no after 'sft'"),
+        ({"steps": {"topics": {"values": []}}}, "job.steps.topics has nothing to work on"),
+        ({"prompts": {"refine": "{{ prom }}"}}, "'prom' is undefined"),
+        ({"prompts": {"refine": "{{ prompt"}}, "job.prompts.refine is no jinja2 template"),
+        ({"generators": {"writer": {"structured": "xml"}}}, "structured"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = merged(small(), change)
+    with ChatServer(write) as server, pytest.raises(RuntimeError, match=message):
+        run_ranks(run, 1, config, server.url, tmp_path / "out")
+
+
+def test_another_step_in_the_folder_is_refused(tmp_path: Path) -> None:
+    config = small()
+    with ChatServer(write) as server:
+        run_ranks(run, 1, config, server.url, tmp_path / "out")
+        changed = merged(config, {"prompts": {"refine": "Say it anew: {{ prompt }}"}})
+        with pytest.raises(RuntimeError, match=r"steps/refined holds the output of another job"):
+            run_ranks(run, 1, changed, server.url, tmp_path / "out")
+        # What changes no answer is no other pipeline.
+        faster = merged(config, {"generators": {"writer": {"concurrency": 1, "input_price": 2.0}}})
+        [summary] = run_ranks(run, 1, faster, server.url, tmp_path / "out")
+    assert summary["written"] == 0
+    assert summary["metrics"]["cost"] == summary["metrics"]["input_tokens"] * 2 / 1e6
+
+
+def test_a_refusal_is_of_its_record_and_an_outage_stops_the_job(tmp_path: Path) -> None:
+    config = small(endpoint={"max_retries": 1})
+    down = [True]
+
+    def faults(trial: int, number: int) -> Any:
+        return 500 if down[0] and number % 5 == 0 else 400 if number % 5 == 1 else None
+
+    with ChatServer(write, faults) as server:
+        with pytest.raises(RuntimeError, match="fails 2 times; the last time: 500"):
+            run_ranks(run, 1, config, server.url, tmp_path / "out")
+        down[0] = False
+        answered = dict(server.answered)
+        [summary] = run_ranks(run, 1, config, server.url, tmp_path / "out")
+        assert all(server.answered[key] == count for key, count in answered.items())
+        assert max(server.answered.values()) == 1
+        errors = [row["error"] for name in config["steps"] for row in rows(tmp_path / "out", name)]
+        refused = [error for error in errors if error and "refuses (400): " in error]
+        assert len(refused) == summary["bad"] > 0
+        # The broken word of an endpoint that has no such model stops at once.
+        with ChatServer(write, lambda trial, number: 401) as closed:
+            with pytest.raises(RuntimeError, match="the endpoint answers 401"):
+                run_ranks(run, 1, config, closed.url, tmp_path / "closed")
+            assert closed.asked.total() <= 4

@@ -30,9 +30,9 @@ class Write(Local):
         form: sft or preference.
         name: the shards are NAME-00000.tar, ...; null: the step's name.
         samples_per_shard: their number.
-        share: the digest of a record's first turn of a user, as a number in [0, 1), is from the first
-            up to the second. So disjoint shares have no prompt in common: those for SFT and those
-            for preferences.
+        share: the digest of a record's first turn of a user, as a number in [0, 1), is from the
+            first up to the second. So disjoint shares have no prompt in common: those for SFT and
+            those for preferences.
     """
 
     form: Form
