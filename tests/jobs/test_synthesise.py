@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.errors import InstantiationException
 
 from nvmm.config.check import fill_unset, to_plain
 from nvmm.config.compose import composed
@@ -40,18 +42,42 @@ def pipeline(
     return job
 
 
-def run(
-    rank: int, world: int, init: str, config: dict[str, Any], url: str, output: Path
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    """A rank of this process alone."""
+    from nvmm.parallel.setup import Parallel, shutdown
+
+    Parallel().initialize(seed=1, rank=0, world_size=1)
+    yield
+    shutdown()
+
+
+def run(config: dict[str, Any], url: str, output: Path) -> dict[str, Any]:
+    """Run a pipeline whose endpoints are at `url`."""
+    return made(config, url).run({"job": config}, None, output)  # type: ignore[no-any-return]
+
+
+def run_rank(
+    rank: int,
+    world: int,
+    init: str,
+    config: dict[str, Any],
+    url: str,
+    output: Path,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
-    """Run a pipeline on this rank; the endpoints are at `url`."""
+    """The same on a rank of several."""
     import torch.distributed as dist
 
+    from nvmm.inference.restore import restore
     from nvmm.parallel.setup import Parallel
 
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    Parallel().initialize(seed=1)
-    return made(config, url).run({"job": config}, None, output)  # type: ignore[no-any-return]
+    if checkpoint is None:
+        Parallel().initialize(seed=1)
+        return run(config, url, output)
+    return made(config, url).run({}, restore(checkpoint), output)  # type: ignore[no-any-return]
 
 
 def made(config: dict[str, Any], url: str) -> Any:
@@ -102,9 +128,9 @@ def plan(trial: int, number: int) -> Any:
 def test_faults_are_counted_and_retried_and_nothing_is_lost_or_asked_twice(tmp_path: Path) -> None:
     config = small()
     with ChatServer(write) as calm:
-        [undisturbed] = run_ranks(run, 1, config, calm.url, tmp_path / "calm")
+        undisturbed = run(config, calm.url, tmp_path / "calm")
     with ChatServer(write, plan) as server:
-        [summary] = run_ranks(run, 1, config, server.url, tmp_path / "faults")
+        summary = run(config, server.url, tmp_path / "faults")
         kinds, requests = dict(server.kinds), summary["requests"]
         # 1. Everything that went wrong was seen and counted, and tried again.
         assert all(kinds[str(kind)] > 0 for kind in (429, 500, "late", "broken", 503))
@@ -116,10 +142,10 @@ def test_faults_are_counted_and_retried_and_nothing_is_lost_or_asked_twice(tmp_p
         assert 1 < server.most <= ENDPOINT["concurrency"]
         # 3. The same command asks nothing more; nor does another output with the same cache.
         before = server.asked.total()
-        again = run_ranks(run, 1, config, server.url, tmp_path / "faults")[0]
+        again = run(config, server.url, tmp_path / "faults")
         assert (again["written"], again["rows"]) == (0, summary["rows"])
         shared = config | {"cache": str(tmp_path / "faults" / "cache")}
-        [other] = run_ranks(run, 1, shared, server.url, tmp_path / "other")
+        other = run(shared, server.url, tmp_path / "other")
         assert server.asked.total() == before
         assert other["requests"].get("requests", 0) == 0
     assert contents(tmp_path / "other") == contents(tmp_path / "faults")
@@ -137,7 +163,7 @@ def test_faults_are_counted_and_retried_and_nothing_is_lost_or_asked_twice(tmp_p
 
 
 def killed(init: str, config: dict[str, Any], url: str, output: Path) -> None:
-    run(0, 1, init, config, url, output)
+    run_rank(0, 1, init, config, url, output)
 
 
 @pytest.mark.parametrize("count", [9, 26])
@@ -152,7 +178,7 @@ def test_a_killed_pipeline_goes_on_and_asks_for_no_answer_that_it_has(
             reached.set()
 
     with ChatServer(write, plan) as calm:
-        run_ranks(run, 1, config, calm.url, tmp_path / "calm")
+        run(config, calm.url, tmp_path / "calm")
     with ChatServer(write, plan, on_request) as server:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
@@ -169,7 +195,7 @@ def test_a_killed_pipeline_goes_on_and_asks_for_no_answer_that_it_has(
         kept = len(list((tmp_path / "killed" / "cache").rglob("[!.]*.json")))
         lost = server.answered.total() - kept
         assert 0 <= lost <= ENDPOINT["concurrency"]  # only what was on its way
-        [summary] = run_ranks(run, 1, config, server.url, tmp_path / "killed")
+        summary = run(config, server.url, tmp_path / "killed")
         assert server.answered.total() == summary["metrics"]["answers"] + lost
     assert contents(tmp_path / "killed") == contents(tmp_path / "calm")
     assert contents(tmp_path / "killed", "cache") == contents(tmp_path / "calm", "cache")
@@ -203,7 +229,7 @@ def test_shards_train_as_they_are_and_records_tell_where_they_come_from(tmp_path
     config = pipeline("preference", generators="judged")
     config["steps"]["prompts"]["files"] = prompts(tmp_path)
     with ChatServer(write, plan) as server:
-        [summary] = run_ranks(run, 2, config, server.url, tmp_path / "out")[:1]
+        [summary] = run_ranks(run_rank, 2, config, server.url, tmp_path / "out")[:1]
         assert max(server.answered.values()) == 1  # two ranks, one of them asks
     assert summary["bad"] == 0
     samples = built("preference", tmp_path / "out" / "shards" / "preference-*.tar", words)
@@ -243,7 +269,7 @@ def test_instructions_are_verified(tmp_path: Path) -> None:
         ]
 
     with ChatServer(varied) as server:
-        [summary] = run_ranks(run, 1, config, server.url, tmp_path / "out")
+        summary = run(config, server.url, tmp_path / "out")
     shards = tmp_path / "out" / "shards"
     assert len(built("sft", shards / "sft-*.tar", words)) == len(records(tmp_path / "out", "sft"))
     assert built("preference", shards / "preference-*.tar", words)
@@ -277,20 +303,23 @@ def test_instructions_are_verified(tmp_path: Path) -> None:
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     config = merged(small(), change)
-    with ChatServer(write) as server, pytest.raises(RuntimeError, match=message):
-        run_ranks(run, 1, config, server.url, tmp_path / "out")
+    with ChatServer(write) as server, pytest.raises(ValueError, match=message):
+        try:
+            run(config, server.url, tmp_path / "out")
+        except InstantiationException as error:  # of a constructor, by Hydra
+            raise error.__cause__ or error from error
 
 
 def test_another_step_in_the_folder_is_refused(tmp_path: Path) -> None:
     config = small()
     with ChatServer(write) as server:
-        run_ranks(run, 1, config, server.url, tmp_path / "out")
+        run(config, server.url, tmp_path / "out")
         changed = merged(config, {"prompts": {"refine": "Say it anew: {{ prompt }}"}})
-        with pytest.raises(RuntimeError, match=r"steps/refined holds the output of another job"):
-            run_ranks(run, 1, changed, server.url, tmp_path / "out")
+        with pytest.raises(ValueError, match=r"steps/refined holds the output of another job"):
+            run(changed, server.url, tmp_path / "out")
         # What changes no answer is no other pipeline.
         faster = merged(config, {"generators": {"writer": {"concurrency": 1, "input_price": 2.0}}})
-        [summary] = run_ranks(run, 1, faster, server.url, tmp_path / "out")
+        summary = run(faster, server.url, tmp_path / "out")
     assert summary["written"] == 0
     assert summary["metrics"]["cost"] == summary["metrics"]["input_tokens"] * 2 / 1e6
 
@@ -303,11 +332,11 @@ def test_a_refusal_is_of_its_record_and_an_outage_stops_the_job(tmp_path: Path) 
         return 500 if down[0] and number % 5 == 0 else 400 if number % 5 == 1 else None
 
     with ChatServer(write, faults) as server:
-        with pytest.raises(RuntimeError, match="fails 2 times; the last time: 500"):
-            run_ranks(run, 1, config, server.url, tmp_path / "out")
+        with pytest.raises(OSError, match="fails 2 times; the last time: 500"):
+            run(config, server.url, tmp_path / "out")
         down[0] = False
         answered = dict(server.answered)
-        [summary] = run_ranks(run, 1, config, server.url, tmp_path / "out")
+        summary = run(config, server.url, tmp_path / "out")
         assert all(server.answered[key] == count for key, count in answered.items())
         assert max(server.answered.values()) == 1
         errors = [row["error"] for name in config["steps"] for row in rows(tmp_path / "out", name)]
@@ -315,6 +344,34 @@ def test_a_refusal_is_of_its_record_and_an_outage_stops_the_job(tmp_path: Path) 
         assert len(refused) == summary["bad"] > 0
         # The broken word of an endpoint that has no such model stops at once.
         with ChatServer(write, lambda trial, number: 401) as closed:
-            with pytest.raises(RuntimeError, match="the endpoint answers 401"):
-                run_ranks(run, 1, config, closed.url, tmp_path / "closed")
+            with pytest.raises(OSError, match="the endpoint answers 401"):
+                run(config, closed.url, tmp_path / "closed")
             assert closed.asked.total() <= 4
+
+
+def save(rank: int, world: int, init: str, folder: Path) -> None:
+    from tests.test_evaluate import save
+
+    save(rank, world, init, folder, text_only=True)
+
+
+def test_a_checkpoint_writes_whatever_the_ranks(tmp_path: Path) -> None:
+    """One rank, and two that share the prompts and were stopped: the same bytes."""
+    run_ranks(save, 1, tmp_path)
+    config = pipeline("dialogues", generators="checkpoint")
+    config["prompts"]["user_turn"] = "{{ messages | length }}"
+    config["generators"]["writer"] |= {"max_new_tokens": 5, "batch_size": 2, "temperature": 1.0}
+    steps = config["steps"]
+    steps["prompts"] |= {"files": prompts(tmp_path, 5), "part_size": 2}
+    steps["played"] |= {"part_size": 2}
+    [alone] = run_ranks(run_rank, 1, config, "", tmp_path / "one", tmp_path / "run")
+    [both, _] = run_ranks(run_rank, 2, config, "", tmp_path / "two", tmp_path / "run")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert alone["requests"]["requests"] == both["requests"]["requests"]
+    texts = [record["messages"] for record in records(tmp_path / "one", "sft")]
+    assert len({str(text) for text in texts}) == len(texts) == 5 - alone["bad"] > 0
+    # A part that is lost comes back from the cache, and nothing is asked.
+    (tmp_path / "two" / "steps" / "played" / "part-00001.arrow").unlink()
+    [again] = run_ranks(run_rank, 1, config, "", tmp_path / "two", tmp_path / "run")
+    assert again["written"] == 2 and list(again["requests"]) == ["answers of the cache"]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

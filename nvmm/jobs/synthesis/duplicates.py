@@ -10,6 +10,9 @@ from typing import Any
 from nvmm.jobs.synthesis.records import Made, Record, conversation_of
 from nvmm.jobs.synthesis.step import Desk, Local
 
+_LITTLE = 0.05
+"""What a candidate too many costs the index, where a missed one costs the rest of 1."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deduplicate(Local):
@@ -48,7 +51,10 @@ class Deduplicate(Local):
     def _compared(self, records: list[Record]) -> Iterator[tuple[Record, str | None]]:
         from datasketch import MinHash, MinHashLSH
 
-        index = MinHashLSH(threshold=self.threshold, num_perm=self.num_perm)
+        # The index must miss no candidate: what it proposes too much, the estimate below sorts out.
+        index = MinHashLSH(
+            threshold=self.threshold, num_perm=self.num_perm, weights=(_LITTLE, 1 - _LITTLE)
+        )
         kept: list[tuple[str, Any]] = []
         for record in records:
             sketch = MinHash(num_perm=self.num_perm, seed=self.seed)
