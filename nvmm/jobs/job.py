@@ -131,7 +131,7 @@ def run(
             writes, group, groups = writes and group == 0, 0, 1
         parts = Parts(folder)
         total = sum(len(parts.numbers(part)) for part in missing)
-        with progress(total, job.name, "item", disable=not first) as bar:
+        with progress(total, job.name, "item", disable=not first or not total) as bar:
             for part in missing[group::groups]:
                 numbers = parts.numbers(part)
                 rows = work.rows(numbers)

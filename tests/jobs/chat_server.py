@@ -23,9 +23,10 @@ class ChatServer:
     """`with ChatServer(write) as server: server.url`.
 
     write: body of a request -> text of the answer. faults: number of the trial, from 1, and digest
-    as a number -> what goes wrong: a status, "late", "broken" (JSON cut in the middle), None.
+    as a number -> what goes wrong: a status, "late", "broken" (JSON cut in the middle),
+    "words" (no completion), "length" (an answer that was cut) or None.
     asked: digest -> its trials; answered: digest -> its complete answers. on_request: is called
-    with the count of all requests, before one is answered.
+    with the count of all requests, before one is answered. pause: what a 429 asks for.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class ChatServer:
         write: Writer,
         faults: Callable[[int, int], Any] = lambda trial, number: None,
         on_request: Callable[[int], None] = lambda count: None,
+        pause: float = 0.02,
     ) -> None:
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.kinds: Counter[str] = Counter()
         self.bodies: dict[str, dict[str, Any]] = {}
+        self.keys: set[str | None] = set()
         self.busy = self.most = 0
         lock = threading.Lock()
         outer = self
@@ -54,6 +57,7 @@ class ChatServer:
                     outer.most = max(outer.most, outer.busy)
                     outer.asked[digest] += 1
                     outer.bodies[digest] = body
+                    outer.keys.add(self.headers["authorization"])
                     trial, count = outer.asked[digest], outer.asked.total()
                 try:
                     on_request(count)
@@ -71,17 +75,21 @@ class ChatServer:
                     outer.kinds[str(fault)] += 1
                 if isinstance(fault, int):
                     error = {"error": {"message": f"planned {fault}"}}
-                    headers = {"retry-after": "0.02"} if fault == 429 else {}
+                    headers = {"retry-after": str(pause)} if fault == 429 else {}
                     self.send(fault, json.dumps(error), headers)
                     return
                 if fault == "late":
                     time.sleep(0.05)
+                if fault == "words":
+                    self.send(200, "no JSON at all", {})
+                    return
                 text = write(body)
                 if fault == "broken":
                     text = text[: len(text) // 2]
                 message = {"role": "assistant", "content": text}
                 usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                finish = "length" if fault == "length" else "stop"
+                choice = {"index": 0, "message": message, "finish_reason": finish}
                 completion = {
                     "id": "1",
                     "object": "chat.completion",

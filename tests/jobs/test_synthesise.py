@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from typing import Any
 import pytest
 from hydra.errors import InstantiationException
 
-from nvmm.config.check import fill_unset, to_plain
+from nvmm.config.check import config_dir, fill_unset, to_plain
 from nvmm.config.compose import composed
 from nvmm.config.nested import merged
 from nvmm.data.shards.dataset import Dataset
 from nvmm.evaluation.instruction_following import follows
-from nvmm.jobs.synthesis.records import digest
+from nvmm.jobs.synthesis.endpoint import Endpoint
+from nvmm.jobs.synthesis.records import Request, digest
+from nvmm.jobs.synthesis.writing import Strings
 from nvmm.proof.ranks import _PRELOAD
 from tests import reward_run
 from tests.jobs.chat_server import ChatServer, write
@@ -375,3 +379,106 @@ def test_a_checkpoint_writes_whatever_the_ranks(tmp_path: Path) -> None:
     [again] = run_ranks(run_rank, 1, config, "", tmp_path / "two", tmp_path / "run")
     assert again["written"] == 2 and list(again["requests"]) == ["answers of the cache"]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+PIPELINES = sorted(path.stem for path in (config_dir() / "job" / "steps").glob("*.yaml"))
+
+
+def shipped(name: str, files: str) -> dict[str, Any]:
+    config = pipeline(name, generators="judged" if name == "preference" else "endpoint")
+    for step in config["steps"].values():
+        if "values" in step:
+            step["values"] = step["values"][:2]
+        step |= {"count": 2} if "count" in step else {}
+        step |= {"files": files} if "files" in step else {}
+    return config
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_shipped_pipeline_runs_and_writes(name: str, tmp_path: Path) -> None:
+    """With its own prompts, which use fields that are there."""
+    (tmp_path / "files.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"Do {n}.", "text": f"Text {n}."}) for n in range(8))
+    )
+    with ChatServer(write) as server:
+        summary = run(shipped(name, str(tmp_path / "files.jsonl")), server.url, tmp_path / "out")
+        assert max(server.answered.values()) == 1
+    assert summary["bad"] == 0
+    form = "preference" if name == "preference" else "sft"
+    words = reward_run.tokenizer(tmp_path / "tokenizer")
+    assert built(form, tmp_path / "out" / "shards" / f"{form}-*.tar", words)
+
+
+def test_every_shipped_prompt_is_used() -> None:
+    used = {"extract"}  # by listing=extract
+    for name in PIPELINES:
+        steps = made(shipped(name, "x"), "").steps.values()
+        used |= {prompt for step in steps for prompt in step.asks}
+    assert used == set(pipeline("open_qa")["prompts"])
+
+
+def ask(server: ChatServer, schema: Any = None, count: int = 1, **options: Any) -> Any:
+    """Ask an endpoint; return its replies and the counts."""
+    kept: list[Any] = []
+    endpoint = Endpoint("m", server.url, **{**ENDPOINT, "max_retries": 2, **options})
+    requests = [
+        (f"{number:064x}", Request("g", (("user", f"say {number} x"),), None, schema))
+        for number in range(count)
+    ]
+    counts: Counter[str] = Counter()
+    replies = endpoint.replies(requests, lambda *pair: kept.append(pair), counts, None)
+    return replies, counts, kept
+
+
+def test_parameters_of_an_endpoint_are_sent(tmp_path: Path) -> None:
+    with ChatServer(write) as server:
+        (tmp_path / "key").write_text("secret\n")
+        ask(server, api_key_file=str(tmp_path / "key"), temperature=0.1, top_p=0.2, max_tokens=3)
+        [body] = server.bodies.values()
+        assert {k: body[k] for k in ("model", "temperature", "top_p", "max_tokens", "seed")} == {
+            **{"model": "m", "temperature": 0.1, "top_p": 0.2, "max_tokens": 3, "seed": 0}
+        }
+        assert server.keys == {"Bearer secret"}
+    with ChatServer(write) as server:
+        ask(server, send_seed=False, extra={"top_k": 5})
+        [body] = server.bodies.values()
+        assert "seed" not in body and body["top_k"] == 5 and "response_format" not in body
+    forms = {"json_schema": "json_schema", "json_object": "json_object", "prompt": None}
+    for structured, form in forms.items():
+        with ChatServer(lambda body: "{}") as server:
+            ask(server, Strings, structured=structured)
+            [body] = server.bodies.values()
+            assert body.get("response_format", {}).get("type") == form
+    with pytest.raises(ValueError, match="api_key_file=gone cannot be read"):
+        ask(server, api_key_file="gone")
+
+
+def test_what_an_endpoint_may_do_wrong() -> None:
+    with ChatServer(write, lambda trial, number: "words" if trial < 3 else None) as server:
+        [reply], counts, kept = ask(server)
+        assert reply.error is None and counts["retries after no chat completion"] == 2
+        assert len(kept) == 1
+    with ChatServer(write, lambda trial, number: "length") as server:
+        [reply], _, kept = ask(server, max_tokens=7)
+        assert (reply.text, reply.error) == ("", "the answer was cut at max_tokens=7")
+        assert len(kept) == 1  # it is an answer, and was paid for
+    with ChatServer(write, lambda trial, number: 503) as server:
+        [reply], counts, kept = ask(server, skip_failing=True)
+        assert "fails 3 times; the last time: 503" in str(reply.error)
+        assert (kept, counts["retries after 503"], server.asked.total()) == ([], 2, 3)
+    with ChatServer(lambda body: time.sleep(0.5) or "late") as server:
+        with pytest.raises(OSError, match="no answer in time"):
+            ask(server, timeout=0.05, max_retries=1)
+    with pytest.raises(OSError, match="no connection"):
+        ask(server, max_retries=0)  # it is closed
+
+
+def test_the_rate_is_kept() -> None:
+    with ChatServer(write) as server:
+        begun = time.monotonic()
+        ask(server, count=4, requests_per_minute=600)
+        assert time.monotonic() - begun >= 0.3  # three gaps of a tenth of a second
+    with ChatServer(write, lambda trial, number: 429 if trial == 1 else None, pause=0.4) as server:
+        begun = time.monotonic()
+        ask(server, concurrency=1)
+        assert time.monotonic() - begun >= 0.4 > ENDPOINT["backoff"]
