@@ -394,7 +394,7 @@ def shipped(name: str, files: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "instructions"])
 def test_every_shipped_pipeline_runs_and_writes(name: str, tmp_path: Path) -> None:
     """With its own prompts, which use fields that are there."""
     (tmp_path / "files.jsonl").write_text(
@@ -453,6 +453,12 @@ def test_parameters_of_an_endpoint_are_sent(tmp_path: Path) -> None:
         ask(server, api_key_file="gone")
 
 
+def _error_of(action: Any) -> str:
+    with pytest.raises(OSError) as error:
+        action()
+    return str(error.value)
+
+
 def test_what_an_endpoint_may_do_wrong() -> None:
     with ChatServer(write, lambda trial, number: "words" if trial < 3 else None) as server:
         [reply], counts, kept = ask(server)
@@ -467,10 +473,9 @@ def test_what_an_endpoint_may_do_wrong() -> None:
         assert "fails 3 times; the last time: 503" in str(reply.error)
         assert (kept, counts["retries after 503"], server.asked.total()) == ([], 2, 3)
     with ChatServer(lambda body: time.sleep(0.5) or "late") as server:
-        with pytest.raises(OSError, match="no answer in time"):
-            ask(server, timeout=0.05, max_retries=1)
-    with pytest.raises(OSError, match="no connection"):
-        ask(server, max_retries=0)  # it is closed
+        error = _error_of(lambda: ask(server, timeout=0.05, max_retries=1))
+        assert "no answer in time" in error
+    assert "no connection" in _error_of(lambda: ask(server, max_retries=0))  # it is closed
 
 
 def test_the_rate_is_kept() -> None:
