@@ -77,7 +77,7 @@ ablate-tiles: venv ## one tile, no tags, 1-D tags (SEEDS=1 SYSTEM=x REGIME=image
 
 demo-retrieval: venv kernels ## MM-Embed in small on openmoji: mined against random negatives (SEEDS=1: one seed)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[demo,jobs]'
-	$(BIN)/python tools/demo_retrieval.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
+	$(BIN)/python -W ignore tools/demo_retrieval.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 bench: venv ## times of the commands and steps
 	$(BIN)/python tools/bench_entry.py

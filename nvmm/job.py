@@ -40,8 +40,9 @@ def run(composed: compose.Job) -> dict[str, Any]:
     with refusals("job"):
         job = instantiate(config["job"])
         if config["checkpoint"]["path"] is None:
+            _refuse_without_checkpoint(config)
             setup.prepare_backend()
-            instantiate(config["parallel"]).initialize(seed=config["seed"])
+            instantiate(config["parallel"]).initialize(seed=0)  # nothing draws
             model = None
         else:
             model = restore_from(config, config["build"] | job.build)
@@ -57,6 +58,15 @@ def run(composed: compose.Job) -> dict[str, Any]:
             print(f"{name:<32} {value:8}")
     setup.shutdown()
     return summary
+
+
+def _refuse_without_checkpoint(config: dict[str, Any]) -> None:
+    """Raise ValueError for a key that changes a checkpoint, where none is given."""
+    values = {"tokenizer": config["tokenizer"]["path"]}
+    names = ("base", "sequence_length", "build", "precision", "backend", "kernels", "trust_config")
+    values |= {name: config[name] for name in names}
+    if given := [name for name, value in values.items() if value]:
+        raise ValueError(f"{given[0]} is of a checkpoint; give checkpoint=DIR, or leave it out")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ def mine(num_queries: int, num_documents: int, repeats: int) -> None:
     import datasets
     from sentence_transformers.util import mine_hard_negatives
 
-    from nvmm.jobs.mine import Filters, Hit, choose, search
+    from nvmm.jobs.mine import Filters, choose
+    from nvmm.jobs.search import Hit, search
 
     draw = np.random.default_rng(0)
     documents = unit(draw.standard_normal((num_documents, 384)).astype(np.float32))

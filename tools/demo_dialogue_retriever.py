@@ -124,7 +124,7 @@ def encode(to: Path, seed: int, model: str) -> list[studies.Command]:
         return command(
             run / "vectors" / name,
             *("-m", "nvmm.job", "job=encode", f"checkpoint={checkpoint}", f"job.side={side}"),
-            *(f"job.folder={to}/data/{form}/beir", f"output={run}/vectors/{name}/rows"),
+            *(f"job.data.folder={to}/data/{form}/beir", f"output={run}/vectors/{name}/rows"),
         )
 
     sides = [job("corpus", "dialogue", "corpus")]
@@ -154,15 +154,15 @@ def variant(to: Path, model: str, seed: int, steps: int) -> studies.Variant:
 
 def rankings(to: Path, seed: int, model: str, form: str) -> dict[str, list[str]]:
     """Return query id -> all chunks' ids, best first."""
-    from nvmm.jobs.encode import read_vectors  # it needs the extra jobs
+    from nvmm.jobs.encode import Vectors  # it needs the extra jobs
 
     vectors = run_folder(to, seed, model) / "vectors"
-    documents, parts = read_vectors(vectors / "corpus/rows")
-    queries, asked = read_vectors(vectors / form / "rows")
-    scores = np.concatenate(asked) @ np.concatenate(parts).T
+    corpus, queries = (Vectors.read(vectors / name / "rows") for name in ("corpus", form))
+    scores = np.concatenate(queries.chunks) @ np.concatenate(corpus.chunks).T
     orders = np.argsort(-scores, axis=1, kind="stable")
     return {
-        name: [documents[i] for i in order] for name, order in zip(queries, orders, strict=True)
+        name: [corpus.ids[i] for i in order]
+        for name, order in zip(queries.ids, orders, strict=True)
     }
 
 

@@ -87,6 +87,7 @@ _TYPES: dict[str, dict[str, str]] = {
         **_ASKING,
         **{"batch_size": "int", "num_samples": "int | None", "output": "str | None"},
     },
+    "job": {**_ASKING, **{"checkpoint.path": "str | None", "output": "str"}},
     "generate": {
         **_ASKING,
         **{"prompt": "str", "system": "str | None", "image": "str | list[str] | None"},
@@ -241,7 +242,7 @@ def accepts(key: str, config: DictConfig | Mapping[str, Any]) -> bool:
             node = node[part]
             continue
         if "_target_" not in node:
-            return inside
+            return inside or (depth > 1 and not node)  # {} takes any key
         parameter = _parameters(node).get(part)
         if parameter is None:
             return _signature(node).any_keyword
@@ -325,7 +326,7 @@ def _unknown_keys(
         if key not in schema:
             yield Problem(prefix + key, value, _unknown(f"a key of {where}", key, schema))
         elif isinstance(schema[key], Mapping) and "_target_" not in schema[key]:
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and schema[key]:  # {} takes any key
                 yield from _unknown_keys(value, schema[key], f"{prefix}{key}.", where)
 
 

@@ -27,14 +27,13 @@ from nvmm.convert.models import (
     TWO_TOWERS,
     SavedModel,
     check_written,
+    files_beside,
     part_of,
     write_state,
     write_weights,
 )
-from nvmm.convert.pooling_modules import write_modules
 from nvmm.convert.processor import processor
 from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
-from nvmm.convert.sentence_transformers import check_embedder, write_embedder
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
@@ -73,7 +72,7 @@ def export(
     model = _model(saved, part)
     embeds = "pooling" in (model.get("language") or model)
     if embeds:
-        check_embedder(saved.state["config"], format_name, model)
+        files_beside(format_name).check(saved.state["config"], format_name, model)
     config, rows = layout(saved, format_name, part, vocab_size)
     source: Source = saved.source if part is None else SubModel(saved.source, f"{part}.")
     original = _original(saved, format_name, part)
@@ -110,12 +109,9 @@ def export(
             if talk.trained and format_name in reward.FORMATS:
                 scoring.write_padding(temporary, talk, whole_config["pad_token_id"])
             check_conversation(temporary, talk)
-        if format_name == "bert":
-            if talk is not None:
-                embedder = {**saved.state["config"], "model": model}
-                write_modules(temporary, embedder, config["hidden_size"])
-        elif embeds and "hidden_size" in config:
-            write_embedder(temporary, saved.state["config"], format_name, config)
+        if embeds and "hidden_size" in config:
+            embedder = {**saved.state["config"], "model": model}
+            files_beside(format_name).write(temporary, embedder, format_name, config)
 
 
 def layout(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from nvmm.config.check import option
-from nvmm.convert import pooling_modules
 from nvmm.convert.files import publish
-from nvmm.convert.formats import bert, nvlm_d
+from nvmm.convert.formats import nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.models import (
@@ -27,7 +26,6 @@ from nvmm.convert.models import (
     write_state,
     write_weights,
 )
-from nvmm.convert.sentence_transformers import read_data
 from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
@@ -100,8 +98,7 @@ def check_given(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> N
         where = f"--from {part}={folder.path}: the given model"
         configured = part_of(model, part, where) if part else model
         derived = folder.model()
-        if folder.format == "bert":
-            derived |= {k: configured[k] for k in bert.unsaid(folder.config) if k in configured}
+        derived |= {k: configured[k] for k in folder.unsaid() if k in configured}
         lines = mismatches(derived, configured, str(folder.path), "the given config")
         problems += [f"{part}: {line}" if part else line for line in lines]
     if problems:
@@ -129,6 +126,7 @@ def import_folders(
 
     Raises ValueError listing every key that does not fit, before anything is written.
     """
+    _check_tokenizers(folders, model)
     # 1. Every folder under our names; the tables account for each of their keys.
     converted = {
         part: folder.to_ours(part_of(model, part, "the model") if part else model)
@@ -167,14 +165,9 @@ def import_folders(
     }
     # 4. Weights, tokenizer and state.json, which completes the checkpoint.
     language_folder = next((folders[p] for p in ("", *PARTS[:1], *TOWERS) if p in folders), None)
-    if language_folder is not None and language_folder.format == "bert":
-        modules = language_folder.config.get(bert.MODULES)
-        given = pooling_modules.data(modules, model.get("language", model))
-        saved["data"] = saved["data"] or given
-        options = pooling_modules.tokenizer_options(language_folder.path)
-        saved["tokenizer"] = saved["tokenizer"] or options
-    elif language_folder is not None and saved["data"] is None:
-        saved["data"] = read_data(language_folder.path, language_folder.format, model)
+    if language_folder is not None:
+        given = language_folder.saved(model)
+        saved |= {key: value for key, value in given.items() if saved[key] is None}
     with publish(to) as temporary:
         write_weights(temporary, cast, "import", workers)
         digest = None
@@ -193,6 +186,17 @@ def import_folders(
             },
         )
     return sorted(missing)
+
+
+def _check_tokenizers(folders: Mapping[str, HubFolder], model: Mapping[str, Any]) -> None:
+    """Raise ValueError where two towers, which get the same ids, have two tokenizers."""
+    digests = {}
+    for folder in (folders[part] for part in TOWERS if part in folders):
+        if (folder.path / "tokenizer.json").is_file():
+            given = {"data": None, "tokenizer": None, "model": model, **folder.saved(model)}
+            digests[folder.path] = _with_tokenizer(given, folder, folder.path)[1]
+    if len(set(digests.values())) > 1:
+        raise ValueError(f"{' and '.join(map(str, digests))} have two tokenizers, towers share one")
 
 
 def _with_tokenizer(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,14 +16,13 @@ from nvmm.checkpoint.digests import digest
 from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.checkpoint.record import read_record, write_record
+from nvmm.convert import embedders, sentence_encoders
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
-from nvmm.convert.formats import bert, clip, megatron, projector
+from nvmm.convert.formats import clip, megatron, projector
 from nvmm.convert.formats.all import FORMATS, detect, read_config
-from nvmm.convert.formats.decoder import EMBEDDING, HEAD, POOLING
-from nvmm.convert.pooling_modules import read_modules
+from nvmm.convert.formats.decoder import EMBEDDING, HEAD
 from nvmm.convert.safetensors import SafetensorsSource
-from nvmm.convert.sentence_transformers import read_pooling
 from nvmm.convert.sources import Cast, Source, SubModel, at_row, compare_shapes, read, refuse
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
@@ -34,6 +34,11 @@ SOURCES = (*PARTS, "connector")
 """The parts of a composed model that a folder of their own may give."""
 TOWERS = ("query", "context")
 TWO_TOWERS = "nvmm.models.two_towers.TwoTowers"
+
+
+def files_beside(format_name: str) -> ModuleType:
+    """Return the module of the files beside an embedder: its `read`, `saved`, `check`, `write`."""
+    return sentence_encoders if format_name == "bert" else embedders
 
 
 def part_of(model: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
@@ -71,6 +76,18 @@ class HubFolder:
             return FORMATS[self.format].to_model(self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+
+    def unsaid(self) -> tuple[str, ...]:
+        """Return the keys of our config that a folder of its format may leave open, and does."""
+        of_format = getattr(FORMATS[self.format], "unsaid", None)
+        return () if of_format is None else tuple(of_format(self.config))
+
+    def saved(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint of `model`, whose texts its files describe, says beside it."""
+        given: dict[str, Any] = files_beside(self.format).saved(
+            self.path, self.format, self.config, model
+        )
+        return given
 
     def connector(self) -> HubFolder:
         """Return the projector of a whole model's folder as a folder of its own.
@@ -123,10 +140,7 @@ def open_folder(path: Path) -> HubFolder:
     try:
         config = FORMATS[format_name].complete(config, source.spec)
         config = untied(config, source)
-        if format_name == "bert":
-            config |= {bert.MODULES: read_modules(path)}
-        elif EMBEDDING in config:
-            config[POOLING] = read_pooling(path)
+        config |= files_beside(format_name).read(path, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)

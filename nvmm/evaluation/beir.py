@@ -18,7 +18,7 @@ from nvmm.evaluation.benchmark import (
     finite,
     refuse_settings,
 )
-from nvmm.evaluation.ranking import hit_rate, ndcg, recall, reciprocal_rank
+from nvmm.evaluation.ranking import check_cutoffs, hit_rate, ndcg, recall, reciprocal_rank
 
 if TYPE_CHECKING:
     from nvmm.evaluation.journal import Journal
@@ -52,8 +52,7 @@ class Retrieval(Benchmark):
     builder: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.cutoffs or any(k < 1 for k in self.cutoffs):
-            raise ValueError(f"benchmark.cutoffs={list(self.cutoffs)} must be ranks of at least 1")
+        check_cutoffs(self.cutoffs)
         if self.judge == "mteb" and list(self.cutoffs) != list(_CUTOFFS):
             raise ValueError(
                 f"benchmark.cutoffs={list(self.cutoffs)} needs benchmark.judge=nvmm: mteb has its"
@@ -86,7 +85,7 @@ class Retrieval(Benchmark):
         else:
             scores = evaluate(embed, corpus, queries, qrels, **options, cutoffs=self.cutoffs)
         text = "\n".join(f"{name:<16} {value:8.4f}" for name, value in scores.items())
-        main = {name: s for name, s in scores.items() if name in ("ndcg_at_10", "recall_at_100")}
+        main = {key: scores[key] for key in ("ndcg_at_10", "recall_at_100") if key in scores}
         return Result(
             {"judge": self.judge, **scores}, {f"{self.name}_retrieval": main or scores}, text
         )

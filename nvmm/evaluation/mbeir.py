@@ -17,7 +17,7 @@ from nvmm.data.prepare.mbeir import Item
 from nvmm.data.samples.images import decode_image
 from nvmm.data.samples.retrieval import Content
 from nvmm.evaluation.benchmark import Benchmark, Result, Settings, finite, refuse_settings
-from nvmm.evaluation.ranking import hit_rate, modality_accuracy, ndcg
+from nvmm.evaluation.ranking import check_cutoffs, hit_rate, modality_accuracy, ndcg
 from nvmm.inference.embedding import TextAndImage, TextEncoder
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
 
 _QUERIES = 256
+MTEB_CUTOFFS = (1, 3, 5, 10, 20, 100, 1000)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class UniversalRetrieval(Benchmark):
     judge: Literal["nvmm", "mteb"] = "nvmm"
     name: str = "mbeir"
     builder: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_cutoffs(self.cutoffs)
+        if self.judge == "mteb" and (strange := sorted(set(self.cutoffs) - set(MTEB_CUTOFFS))):
+            raise ValueError(
+                f"benchmark.cutoffs={strange} need benchmark.judge=nvmm: mteb has"
+                f" {', '.join(map(str, MTEB_CUTOFFS))}"
+            )
 
     def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Embed candidates and queries, and score the rankings; ranks share the items.

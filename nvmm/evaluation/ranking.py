@@ -6,6 +6,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 
+def check_cutoffs(cutoffs: Sequence[int]) -> None:
+    """Raise ValueError for no ranks, and for one below 1."""
+    if not cutoffs or any(k < 1 for k in cutoffs):
+        raise ValueError(f"benchmark.cutoffs={list(cutoffs)} must be ranks of at least 1")
+
+
 def ndcg(ranking: Sequence[str], relevant: Mapping[str, int], k: int) -> float:
     """Return the discounted gain of the first k over the best possible; gains are relevances.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -18,7 +19,9 @@ from nvmm.data.samples.retrieval import Content, RetrievalBuilder
 from nvmm.inference.decoding import embed, gather, share
 
 _BATCHES = 32
-"""So many batches' texts are sorted by length, and their pictures are in memory together."""
+"""So many batches' texts are sorted by length together."""
+_BYTES = 256 * 1024 * 1024
+"""Fewer are where their pictures' tiles reach this size, which are in memory together."""
 
 
 class TextAndImage(NamedTuple):
@@ -71,7 +74,8 @@ class TextEncoder:
         size = parallel_state.get_data_parallel_world_size()
         numbers = share(len(items), parallel_state.get_data_parallel_rank(), size)
         local = self.local([items[number] for number in numbers], instruction, role)
-        return torch.stack(gather(list(local), len(items)))
+        # Rows of arrays travel alone; each row of a tensor is pickled with the whole tensor.
+        return torch.from_numpy(np.stack(gather(list(local.numpy()), len(items))))
 
     def local(
         self,
@@ -86,24 +90,33 @@ class TextEncoder:
             None: the first one is raised.
         """
         result = torch.full((len(items), self.size), torch.nan)
-        device = next(self.model[0].parameters()).device
-        window = self.batch_size * _BATCHES
-        for first in range(0, len(items), window):
-            samples: dict[int, Sample] = {}
-            for number, item in enumerate(items[first : first + window], first):
-                try:
-                    samples[number] = self._sample(item, instruction, role)
-                except ValueError as error:  # BadSample too
-                    if errors is None:
-                        raise
-                    errors[number] = str(error)
-            # Texts of like length share a batch.
-            order = sorted(samples, key=lambda number: samples[number].num_tokens)
-            for start in range(0, len(order), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
-                result[chosen] = embed(self.model, [batch.to(device)]).cpu()
+        samples: dict[int, Sample] = {}
+        held = 0
+        for number, item in enumerate(items):
+            try:
+                samples[number] = sample = self._sample(item, instruction, role)
+            except ValueError as error:  # BadSample too
+                if errors is None:
+                    raise
+                errors[number] = str(error)
+                continue
+            held += sum(media.values.nbytes for media in sample.texts[0].media.values())
+            batches, rest = divmod(len(samples), self.batch_size)
+            if not rest and (batches == _BATCHES or held >= _BYTES):
+                self._embed(samples, result)
+                samples, held = {}, 0
+        self._embed(samples, result)
         return result
+
+    def _embed(self, samples: Mapping[int, Sample], result: Tensor) -> None:
+        """Write the samples' vectors to the rows of their numbers; texts of like length share a
+        batch."""
+        device = next(self.model[0].parameters()).device
+        order = sorted(samples, key=lambda number: samples[number].num_tokens)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = collate([samples[i] for i in chosen], pad_id=self.builder.tokenizer.pad_id)
+            result[chosen] = embed(self.model, [batch.to(device)]).cpu()
 
     def _sample(self, item: Embeddable, instruction: str | None, role: int) -> Sample:
         if isinstance(item, str) or item.image is None:

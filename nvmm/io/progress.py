@@ -16,12 +16,16 @@ _LINE_FORMAT = (
 )
 
 
-def progress(total: int, name: str, unit: str = "sample", **options: Any) -> tqdm:
+def progress(
+    total: int, name: str, unit: str = "sample", *, rate: bool = False, **options: Any
+) -> tqdm:
     """Return a tqdm bar on stderr; `update` counts, from any thread.
 
+    rate: give units a second in a log file too; a terminal's bar always does.
     options: tqdm's own, `disable` and `delay` among them; `unit="B"` counts bytes.
     """
     terminal = sys.stderr.isatty()
+    line_format = _LINE_FORMAT + ", {rate_noinv_fmt}" * rate
     return _Bar(
         total=total,
         desc=name,
@@ -31,7 +35,7 @@ def progress(total: int, name: str, unit: str = "sample", **options: Any) -> tqd
         mininterval=0.1 if terminal else _LINE_SECONDS,
         miniters=1,
         dynamic_ncols=terminal,
-        bar_format=None if terminal else _LINE_FORMAT,
+        bar_format=None if terminal else line_format,
         **options,
     )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from nvmm.config.choices import require
 from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.evaluation.mbeir import content
 from nvmm.inference.restore import Restored
-from nvmm.jobs.job import Job, Work, digest, pictures_digest
+from nvmm.jobs.job import Job, Work, digest, items_digest, pictures_digest
 from nvmm.jobs.parts import Parts
 
 Side = Literal["corpus", "queries"]
@@ -59,6 +58,11 @@ class Encode(Job):
 
     def prepare(self, model: Restored | None) -> Work:
         """Read the items; ValueError for a checkpoint that is no embedder."""
+        if (split := getattr(self.data, "split", None)) is not None:
+            raise ValueError(
+                f"job.data.split={split} is of judgements; job=encode embeds all of its side, so"
+                " leave it out"
+            )
         encoder = self.require(model).encoder(self.batch_size)
         items = self.data.documents if self.side == "corpus" else self.data.questions
         ids = list(items)
@@ -82,16 +86,20 @@ class Encode(Job):
                 contents = [content(items[chosen[place]]) for place in places]
                 vectors[places] = encoder.local(contents, prompt, role, bad)
                 errors |= {places[number]: message for number, message in bad.items()}
-            for place in (~torch.isfinite(vectors)).any(1).nonzero()[:, 0].tolist():
-                errors.setdefault(place, f"{chosen[place]}: its vector is not finite")
-            vectors[list(errors)] = 0
-            return self._table(chosen, vectors.numpy(), errors)
+            number_format = torch.float16 if self.dtype == "fp16" else torch.float32
+            written = vectors.to(number_format)
+            for place in (~torch.isfinite(written)).any(1).nonzero()[:, 0].tolist():
+                fits = bool(torch.isfinite(vectors[place]).all())
+                why = "has no place in job.dtype=fp16; take fp32" if fits else "is not finite"
+                errors.setdefault(place, f"{chosen[place]}: its vector {why}")
+            written[list(errors)] = 0
+            return _table(chosen, written.numpy(), errors)
 
-        inputs = digest(
-            [(name, item.text, item.image) for name, item in items.items()],
-            prompts,
-            pictures_digest([item.image for item in items.values()]),
-        )
+        inputs = {
+            "items": items_digest(items),
+            "instructions": digest(prompts),
+            "pictures": pictures_digest([item.image for item in items.values()]),
+        }
         return Work(len(ids), inputs, rows)
 
     def _prompts(self, default: str | None) -> str | Mapping[str, str] | None:
@@ -103,25 +111,25 @@ class Encode(Job):
         prompts = self.data.prompts
         return default if prompts is None else dict(prompts)
 
-    def _table(self, ids: list[str], vectors: NDArray[Any], errors: Mapping[int, str]) -> pa.Table:
-        number_format: Any = np.float16 if self.dtype == "fp16" else np.float32
-        flat = pa.array(vectors.astype(number_format).reshape(-1))
-        mask = pa.array([place in errors for place in range(len(ids))])
-        column = pa.FixedSizeListArray.from_arrays(
-            flat, vectors.shape[1], mask=mask if errors else None
-        )
-        faults = pa.array([errors.get(place) for place in range(len(ids))], pa.string())
-        return pa.table({"id": ids, "vector": column, "error": faults})
+
+def _table(ids: list[str], vectors: NDArray[Any], errors: Mapping[int, str]) -> pa.Table:
+    mask = pa.array([place in errors for place in range(len(ids))])
+    column = pa.FixedSizeListArray.from_arrays(
+        pa.array(vectors.reshape(-1)), vectors.shape[1], mask=mask if errors else None
+    )
+    faults = pa.array([errors.get(place) for place in range(len(ids))], pa.string())
+    return pa.table({"id": ids, "vector": column, "error": faults})
 
 
 @dataclass(frozen=True)
 class Vectors:
     """The output of an `encode` job.
 
-    ids: of the items that have a vector. chunks: their vectors in parts [rows, h], memory-mapped.
-    errors: id -> why an item has no vector.
+    identity: what the vectors depend on. ids: of the items that have a vector. chunks: their
+    vectors in parts [rows, h], memory-mapped. errors: id -> why an item has no vector.
     """
 
+    identity: dict[str, Any]
     ids: list[str]
     chunks: list[NDArray[Any]]
     errors: dict[str, str]
@@ -129,12 +137,14 @@ class Vectors:
     @staticmethod
     def read(folder: str | Path) -> Vectors:
         """Read an output; ValueError where it is not whole, or is another job's."""
-        table = Parts(Path(folder).expanduser()).read()
+        parts = Parts(Path(folder).expanduser())
+        table = parts.read()
         if not {"id", "vector", "error"} <= set(table.column_names):
             raise ValueError(f"{folder} is no output of job=encode: it has {table.column_names}")
         size = table.schema.field("vector").type.list_size
         bad = table.filter(table["error"].is_valid())
         return Vectors(
+            parts.manifest["identity"],
             table.filter(table["vector"].is_valid())["id"].to_pylist(),
             [chunk.flatten().to_numpy().reshape(-1, size) for chunk in table["vector"].chunks],
             dict(zip(bad["id"].to_pylist(), bad["error"].to_pylist(), strict=True)),

@@ -37,9 +37,21 @@ class Generate(Job):
     part_size: int = 1024
     name: str = "generate"
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"job.max_new_tokens={self.max_new_tokens} must be at least 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"job.temperature={self.temperature} must be at least 0, and"
+                f" job.top_p={self.top_p} above 0 and at most 1"
+            )
+        if self.temperature == 0 and self.top_p != 1:
+            raise ValueError(f"job.top_p={self.top_p} does nothing with job.temperature=0")
+
     def prepare(self, model: Restored | None) -> Work:
         """Open the shards with the checkpoint's builder."""
         model = self.require(model)
+        model.require_answers()
         dataset, inputs = open_shards(self.shards, model)
 
         def rows(numbers: range) -> pa.Table:

@@ -26,6 +26,7 @@ from nvmm.io.progress import progress
 from nvmm.jobs.parts import Parts
 
 if TYPE_CHECKING:
+    from nvmm.data.prepare.mbeir import Item
     from nvmm.inference.restore import Restored
 
 _READERS = 8
@@ -36,13 +37,14 @@ _READERS = 8
 class Work:
     """A job that is ready to make its rows.
 
-    size: its items, which are numbered from 0. inputs: a digest of them. rows: makes the rows of
-        these items, one each, in order; the ranks of a model-parallel group call it together.
+    size: its items, which are numbered from 0. inputs: digests of them, as JSON. rows: makes the
+        rows of these items, one each, in order; the ranks of a model-parallel group call it
+        together.
     together: all ranks call `rows` for every part and get the same; else groups share the parts.
     """
 
     size: int
-    inputs: str
+    inputs: Any
     rows: Callable[[range], pa.Table]
     together: bool = False
 
@@ -96,6 +98,9 @@ def run(
     """
     from megatron.core import parallel_state
 
+    for name in ("part_size", "batch_size"):
+        if (value := getattr(job, name, 1)) < 1:
+            raise ValueError(f"job.{name}={value} must be at least 1")
     work = job.prepare(model)
     if not work.size:
         raise ValueError(f"job={job.name} has no items")
@@ -131,7 +136,8 @@ def run(
             writes, group, groups = writes and group == 0, 0, 1
         parts = Parts(folder)
         total = sum(len(parts.numbers(part)) for part in missing)
-        with progress(total, job.name, "item", disable=not first or not total) as bar:
+        quiet = not first or not total
+        with progress(total, job.name, "item", rate=True, disable=quiet) as bar:
             for part in missing[group::groups]:
                 numbers = parts.numbers(part)
                 rows = work.rows(numbers)
@@ -162,6 +168,11 @@ def run(
 def digest(*values: Any) -> str:
     """Return a digest of values that JSON can write."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def items_digest(items: Mapping[str, Item]) -> str:
+    """Return a digest of ids and texts of items, and of which have a picture."""
+    return digest([(name, item.text, item.image is not None) for name, item in items.items()])
 
 
 def pictures_digest(paths: Sequence[str | None]) -> str:

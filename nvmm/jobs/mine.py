@@ -44,6 +44,14 @@ class Filters:
                 f"job.range_min={self.range_min} must be at least 0 and below"
                 f" job.range_max={self.range_max}"
             )
+        lowest = float("-inf") if self.min_score is None else self.min_score
+        if self.max_score is not None and lowest > self.max_score:
+            raise ValueError(
+                f"job.min_score={self.min_score} must be at most job.max_score={self.max_score}"
+            )
+        for name in ("absolute_margin", "relative_margin"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"job.{name}={value} must be at least 0")
 
     def accepts(self, hit: Hit, positive: float) -> bool:
         """Return whether a document may be a negative beside a positive of this score."""
@@ -194,6 +202,16 @@ class Mine(Filters, Job):
             return pa.Table.from_pylist([row(query, rankings) for query in chosen], _SCHEMA)
 
         return Work(len(near.asked), digest(near.inputs, dict(modality)), rows, together=True)
+
+    def metrics(self, rows: pa.Table) -> dict[str, float]:
+        """Return negatives a query, and the share of queries with fewer than wanted, and none."""
+        counts = [len(ids) for ids in rows["ids"].to_pylist()]
+        few = sum(count < self.num_negatives for count in counts)
+        return {
+            "negatives_per_query": sum(counts) / len(counts),
+            "queries_with_fewer": few / len(counts),
+            "queries_without": counts.count(0) / len(counts),
+        }
 
     def _negatives(
         self,

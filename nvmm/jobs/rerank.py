@@ -16,7 +16,8 @@ from nvmm.data.samples.chat import IMAGE_MARKER
 from nvmm.data.samples.record import plain_question
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
-from nvmm.jobs.job import Job, Work, digest, file_digest, pictures_digest
+from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest, pictures_digest
+from nvmm.jobs.parts import Parts
 from nvmm.jobs.prompts import batches, build, continuation_tokens
 from nvmm.jobs.search import rankings_of, read_rankings
 
@@ -85,6 +86,10 @@ class Rerank(Job):
         model.require_answers()
         rankings = read_rankings(self.ranking)
         require_known(rankings, self.data.questions, self.data.documents, "ranked")
+        items = items_digest(self.data.documents)
+        identity = Parts(Path(self.ranking).expanduser()).manifest["identity"]
+        if identity["inputs"]["items"] != items:
+            raise ValueError(f"job.ranking={self.ranking} ranks other documents than job.data's")
         if lacking := [query for query in self.data.relevant if query not in rankings]:
             raise ValueError(f"{self.ranking} lacks {len(lacking)} judged queries: {lacking[:5]}")
         pairs = _Pairs(self, rankings, model)
@@ -106,9 +111,8 @@ class Rerank(Job):
                 records.append({"query_id": query, "ids": ids, "scores": values, "error": error})
             return pa.Table.from_pylist(records, _SCHEMA)
 
-        inputs = digest(
-            file_digest(Path(self.ranking).expanduser() / "manifest.json"), pairs.digest()
-        )
+        ranking = file_digest(Path(self.ranking).expanduser() / "manifest.json")
+        inputs = {"items": items, "ranking": ranking, "pairs": pairs.digest()}
         return Work(len(rankings), inputs, rows)
 
     def metrics(self, rows: pa.Table) -> dict[str, float]:

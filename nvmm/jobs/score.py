@@ -47,6 +47,11 @@ class Score(Job):
     def __post_init__(self) -> None:
         if self.preferences is not None:
             require("job.preferences", self.preferences, TooLong)
+            if self.continuations is not None:
+                raise ValueError(
+                    "job.preferences scores the data's answers, job.continuations those of its own;"
+                    " give one of them"
+                )
 
     @property
     def build(self) -> dict[str, Any]:
@@ -62,6 +67,7 @@ class Score(Job):
         Raises ValueError for a continuation without tokens, and for two of the same tokens.
         """
         model = self.require(model)
+        model.require_answers()
         dataset, inputs = open_shards(self.shards, model)
         room = model.max_sequence_length
         compares = model.builder.compares and self.continuations is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nvmm.data.prepare.layouts import RetrievalSet
 from nvmm.evaluation.ranking import mean_scores
 from nvmm.inference.restore import Restored
 from nvmm.jobs.encode import Vectors
-from nvmm.jobs.job import Job, Work, digest, file_digest
+from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest
 from nvmm.jobs.parts import Parts
 
 _SLACK = 64
@@ -73,17 +73,45 @@ def _merged(
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(places, order, axis=1)
 
 
+def _require_fitting(
+    found: Mapping[str, Any], asked: Mapping[str, Any], corpus: str, queries: str
+) -> None:
+    """Raise ValueError for vectors of the other side, and for those of two models.
+
+    found, asked: identities of the jobs that wrote the folders `corpus` and `queries`. The sample
+    builders may differ, as by a sequence length of its own for queries.
+    """
+    for key, folder, identity in (("corpus", corpus, found), ("queries", queries, asked)):
+        side = identity["job"]["side"]
+        if side != key:
+            raise ValueError(f"job.{key}={folder} was encoded with job.side={side}")
+    for part in ("weights", "model", "tokenizer"):
+        first, second = (identity["checkpoint"][part] for identity in (found, asked))
+        if first != second:
+            raise ValueError(
+                f"{corpus} and {queries} are vectors of two checkpoints, whose {part} differ:"
+                f" {first[:12]} and {second[:12]}"
+            )
+
+
 class Neighbours:
     """The judged queries of a set, and the documents near them, by the vectors of two jobs.
 
-    asked: ids of the judged queries, in the order of the judgements. inputs: a digest of what
-        rankings depend on. errors: id -> why a query has no vector.
+    asked: ids of the judged queries, in the order of the judgements. items: a digest of the
+        documents. inputs: one of what rankings depend on. errors: id -> why a query has no vector.
 
-    Raises ValueError for judgements of ids that the `encode` jobs have not.
+    Raises ValueError for judgements of ids that the `encode` jobs have not, and for vectors of
+    other documents, of the other side, and of two checkpoints.
     """
 
     def __init__(self, data: RetrievalSet, queries: str, corpus: str) -> None:
         found, asked = Vectors.read(corpus), Vectors.read(queries)
+        _require_fitting(found.identity, asked.identity, corpus, queries)
+        self.items = items_digest(data.documents)
+        if found.identity["inputs"]["items"] != self.items:
+            raise ValueError(
+                f"job.corpus={corpus} has vectors of other documents than job.data names"
+            )
         self.documents, self._chunks = found.ids, found.chunks
         self.errors = asked.errors
         self.relevant = data.relevant
@@ -197,7 +225,8 @@ class Search(Job):
                 SCHEMA,
             )
 
-        return Work(len(near.asked), near.inputs, rows, together=True)
+        inputs = {"items": near.items, "vectors": near.inputs}
+        return Work(len(near.asked), inputs, rows, together=True)
 
     def metrics(self, rows: pa.Table) -> dict[str, float]:
         """Return hit rate, recall, nDCG, MRR and mAP of the rankings."""

@@ -177,6 +177,8 @@ class Synthesise:
 
     def _asking(self, folder: Path, settings: Mapping[str, Any], model: Restored | None) -> Asking:
         """Return the generators behind the cache."""
+        if model is not None and not any(one.in_process for one in self.generators.values()):
+            raise ValueError("no generator is a checkpoint; leave checkpoint= out")
         asked = {}
         for name, source in self.generators.items():
             asked[name] = dict(source.identity)

@@ -42,12 +42,16 @@ def is_choice(node: ast.expr) -> bool:
 
 
 def compared(node: ast.AST, names: set[str]) -> set[str]:
-    """Those of `names` that the body of a class, as `x` or `self.x`, compares with fixed texts."""
+    """Those of `names` that the body of a class, as `x` or `self.x`, compares with fixed texts.
+
+    A text that is looked for in a parameter ("a" in mode) makes no choice of it.
+    """
     found = set()
     for comparison in ast.walk(node):
         if isinstance(comparison, ast.Compare):
             sides = [comparison.left, *comparison.comparators]
-            if any(map(is_choice, sides)):
+            is_equality = isinstance(comparison.ops[0], ast.Eq | ast.NotEq)
+            if any(map(is_choice, sides if is_equality else sides[1:])):
                 found |= {ast.unparse(side).removeprefix("self.") for side in sides}
     return found & names
 
@@ -87,6 +91,8 @@ def test_every_target_of_the_configs_is_looked_at() -> None:
         ("mode is None", set()),
         ("mode == other", set()),
         ("len(mode) == 'a'", set()),
+        ("'a' in mode", set()),
+        ("'a' not in self.mode", set()),
     ],
 )
 def test_what_counts_as_a_comparison(source: str, expected: set[str]) -> None:
@@ -158,10 +164,8 @@ def at(key: str, node: Any) -> dict[str, Any]:
         ("precision", FP8, "fp8.amax_compute_algo", "max, most_recent"),
         ("kernels", {"_target_": "nvmm.kernels.library.Kernels"}, "rope", "auto, eager, fused"),
         (
-            "optim",
-            OPTIM,
-            "schedule",
-            "cosine, linear, constant",
+            *("optim", OPTIM, "schedule"),
+            "cosine, linear, minus_sqrt, exponential, inverse_sqrt, constant",
         ),
         ("optim", OPTIM, "moments_dtype", "fp32, bf16"),
         ("trainer", {"_target_": "nvmm.training.trainer.Trainer"}, "on_nonfinite", "stop, skip"),

@@ -348,7 +348,7 @@ def shards(folder: Path) -> Path:
             **({"instruction": "Find the place."} if i % 2 else {}),
             "positive": f"here is {i}",
             "negatives": [f"there is {j}" for j in range(i, i + 9)],
-            "positive_ids": [f"id{j}" for j in range(i, i + 40)],
+            "positive_ids": [f"id{j}" for j in range(i, i + 12)],
             "positive_image": "positive.png",
         }
         for i in range(24)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nvmm.convert import exporting, models
 from nvmm.convert.formats import bert
-from nvmm.convert.pooling_modules import read_modules
+from nvmm.convert.sentence_encoders import read_modules
 from nvmm.data.prepare import retrieval_sets
 from nvmm.data.shards.dataset import write_shards
 from nvmm.inference.restore import Restored, restore
@@ -211,6 +211,9 @@ def test_a_run_of_two_ranks_is_exported(tmp_path: Path) -> None:
     tokenizer = {"image_token": "[UNK]", "end_of_turn": "[SEP]", "path": str(tmp_path / "words")}
     build = {
         "_target_": "nvmm.data.samples.retrieval.RetrievalBuilder",
+        "_partial_": True,
+        "num_negatives": 0,
+        "in_batch_negatives": True,
         "masking": "none",
         "query_prefix": "query: ",
         "document_prefix": "passage: ",
@@ -236,7 +239,7 @@ def test_a_run_of_two_ranks_is_exported(tmp_path: Path) -> None:
     from tests.convert.test_nv_embed import TEXTS as SAVED
 
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
-    expected = vectors(theirs, tmp_path / "hf", "mean", 40, SAVED)
+    expected = vectors(theirs, tmp_path / "hf", "mean", 40, SAVED, prefix="passage: ")
     torch.testing.assert_close(found[0][1], expected, rtol=0, atol=1e-5)
 
 
@@ -259,6 +262,13 @@ BAD: dict[str, tuple[str, dict[str, Any] | list[Any], str]] = {
     ),
     "case": ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case=true"),
     "list": ("sentence_bert_config.json", [], "must hold an object"),
+    "modules": ("modules.json", [1], "modules.json must hold a list of objects"),
+    "number": ("1_Pooling/config.json", {"pooling_mode": 3}, "pooling 3 must be one of cls"),
+    "prompts": (
+        "config_sentence_transformers.json",
+        {"prompts": ["query: "]},
+        "must be an object of texts",
+    ),
 }
 
 

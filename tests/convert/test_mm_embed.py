@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvmm.convert import exporting, importing, models
+from nvmm.convert import embedders, exporting, importing, models
 from nvmm.convert.formats import clip, mm_embed
-from nvmm.convert.formats.processing_mm_embed import _upright
+from nvmm.convert.formats.processing_mm_embed import Masking, MMEmbedProcessor, _upright
 from nvmm.convert.sources import read
+from nvmm.data.samples import retrieval
 from nvmm.data.samples.images import decode_image
 from nvmm.inference.embedding import TextAndImage
 from tests import tiny
@@ -121,6 +122,12 @@ def test_transformers_gives_our_vectors(exported: tuple[Path, Any, Any]) -> None
         torch.testing.assert_close(alone[0], ours[1], rtol=0, atol=1e-5)
     assert (expected[0] - expected[1]).norm(dim=1).min() > 1e-2, "an instruction changes a vector"
     assert (ours[3] - ours[5]).norm() > 1e-2, "a picture changes a vector"
+
+
+def test_the_processor_has_the_maskings_of_training_and_no_other() -> None:
+    assert get_args(Masking) == get_args(retrieval.Masking)
+    with pytest.raises(ValueError, match="masking=foo must be one of sentence_transformers, nv_e"):
+        MMEmbedProcessor(masking="foo")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -375,9 +382,7 @@ def test_what_the_format_cannot_express_is_named(tokenizer: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             mm_embed.from_model(model | change)
-    from nvmm.convert.sentence_transformers import check_embedder
-
     for key, value in (("max_tiles", 4), ("tile_size", 32), ("tokens_per_tile", 4)):
         config = multimodal_config(tokenizer, **{key: value})
         with pytest.raises(ValueError, match=f"build.{key}={value}; it can"):
-            check_embedder(config, "mm_embed", config["model"])
+            embedders.check(config, "mm_embed", config["model"])

@@ -15,9 +15,9 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from nvmm.convert import exporting, importing, models
+from nvmm.batch import POSITIVE, QUERY
+from nvmm.convert import embedders, exporting, importing, models
 from nvmm.convert.formats import nv_embed
-from nvmm.convert.sentence_transformers import write_embedder
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.evaluation import beir
 from nvmm.inference.embedding import TextAndImage, TextEncoder
@@ -239,7 +239,8 @@ def test_a_checkpoint_is_scored(
     scores = json.loads((tmp_path / "metrics.json").read_text())
     texts = dict(zip(ids, TEXTS, strict=True))
 
-    def encode(_: Any, instruction: str | None) -> Tensor:
+    def encode(_: Any, instruction: str | None, role: int) -> Tensor:
+        assert role == (POSITIVE if instruction is None else QUERY)
         return documents if instruction is None else queries
 
     expected = beir.evaluate(encode, texts, texts, known, instruction=INSTRUCTION, cutoffs=(1, 10))
@@ -254,7 +255,7 @@ def test_a_masking_that_sentence_transformers_lacks_is_named(
     config["data"]["train"]["build"]["masking"] = "nv_embed"
     shutil.copytree(exported[0], tmp_path / "hf")
     shutil.rmtree(tmp_path / "hf" / "2_Normalize")
-    write_embedder(tmp_path / "hf", config, "nv_embed", {"hidden_size": 64})
+    embedders.write(tmp_path / "hf", config, "nv_embed", {"hidden_size": 64})
     assert "not masking=nv_embed" in caplog.text
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvmm.config.signatures import completed
-from nvmm.convert import exporting, models
+from nvmm.convert import embedders, exporting, models
 from nvmm.convert.formats import llama, mistral, qwen2, qwen3
 from nvmm.convert.formats.all import FORMATS
 from tests import tiny
@@ -134,11 +134,9 @@ def test_what_no_plain_folder_can_say_is_refused(tokenizer: Path) -> None:
     window = plain["transformer"] | {"window_size": [8, 0], "add_qkv_bias": False}
     with pytest.raises(ValueError, match="contradict each other"):
         mistral.from_model(plain | {"transformer": window})
-    from nvmm.convert.sentence_transformers import check_embedder
-
     config = embedder("qwen3", "Mean", False, "mm_embed", tokenizer)
     with pytest.raises(ValueError, match=r"masking=mm_embed is not .* use --format nv_embed"):
-        check_embedder(config, "qwen3", config["model"])
+        embedders.check(config, "qwen3", config["model"])
     assert qwen3.from_model(config["model"])["is_causal"] is False
 
 
@@ -180,5 +178,7 @@ def test_sentence_transformers_files_that_we_lack_are_named(
     modules = json.loads((exported[2] / "modules.json").read_text())
     with pytest.raises(ValueError, match="Transformer, Pooling must be Transformer, Pooling, Norm"):
         models.open_folder(changed("modules.json", modules[:2]))
+    with pytest.raises(ValueError, match="do_lower_case=true is not read"):
+        models.open_folder(changed("sentence_bert_config.json", {"do_lower_case": True}))
     strange = changed("config_sentence_transformers.json", {"prompts": {"query": "query: "}})
     assert main(["import", "--from", str(strange), "--to", str(tmp_path / "none")]) == 2

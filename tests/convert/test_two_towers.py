@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from nvmm.batch import POSITIVE, QUERY
 from nvmm.convert import models
+from nvmm.data.prepare.layouts import BeirFolder
 from nvmm.evaluation.beir import Retrieval
 from nvmm.evaluation.benchmark import Settings
 from nvmm.jobs.encode import Encode
@@ -28,6 +30,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("towers")
     for number, name in enumerate(models.TOWERS):
         model = folder_of(folder / name, "plain", "cls")
+        # The towers share a vocabulary, which each folder's training orders anew.
+        for file in ("tokenizer.json", "vocab.txt") if number else ():
+            shutil.copy(folder / "query" / file, folder / name / file)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + 0.3 * number)
@@ -98,7 +103,7 @@ def test_jobs_and_evaluation_send_each_side_to_its_tower(folders: Path, tmp_path
         encode = restored.encoder(2)
         sides = {"queries": encode(texts, role=QUERY), "corpus": encode(texts, role=POSITIVE)}
         for side, expected in sides.items():
-            work = Encode(folder=str(beir), side=side).prepare(restored)  # type: ignore[arg-type]
+            work = Encode(BeirFolder(str(beir)), side).prepare(restored)  # type: ignore[arg-type]
             found = torch.tensor(work.rows(range(len(texts)))["vector"].to_pylist())
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)  # in other batches
         benchmark = Retrieval(folder=str(beir), cutoffs=[1, 2])
@@ -116,11 +121,15 @@ def test_what_is_no_pair_of_towers_is_refused(
 ) -> None:
     query, context, to = f"query={folders / 'query'}", f"context={folders / 'context'}", "--to"
     folder_of(tmp_path / "mean", "plain", "mean")
+    shutil.copytree(folders / "context", tmp_path / "words")
+    words = tmp_path / "words" / "tokenizer_config.json"
+    words.write_text(words.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
     one, ours = str(folders / "query"), str(folders / "ours")
     assert main(["import", "--from", one, to, str(tmp_path / "one")]) == 0
     refused = [
         (["import", "--from", query], "gives query; without model="),
         (["import", f"--from={query}", f"--from=context={tmp_path / 'mean'}"], "be one model"),
+        (["import", f"--from={query}", f"--from=context={tmp_path / 'words'}"], "two tokenizers"),
         (["import", f"--from={query}", f"--from={context}", "model=bert_tiny"], "has no query"),
         (["export", "--from", ours, "--format", "bert"], "has two towers: export each"),
         (["export", "--from", ours, "--format", "bert", "--part", "vision"], "has no vision"),

@@ -225,8 +225,10 @@ KEYS = {
     "generate": ["job.shards=x.tar"],
     "mine": ["job.queries=y", "job.corpus=z"],
     "rerank": ["job.ranking=x"],
+    "reward": ["job.shards=x.tar"],
     "score": ["job.shards=x.tar", "job.continuations=['True','False']"],
     "search": ["job.queries=y", "job.corpus=z"],
+    "synthesise": ["job.generators.writer.model=x"],
 }
 OPTIONS = Path(__file__).parents[2] / "configs" / "job"
 
@@ -238,13 +240,89 @@ def test_every_job_composes(name: str, layout: str) -> None:
 
     from nvmm.config import check, compose
     from nvmm.jobs.job import Job
+    from nvmm.jobs.synthesise import Synthesise
 
     data = list(KEYS[name])
-    if name not in ("generate", "score"):
+    if "job.shards=x.tar" not in data and name != "synthesise":
         data += [f"job/data={layout}", "job.data.folder=x"]
         data += ["job.data.pool=p"] * (layout == "mbeir")
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
     assert check.check(composed, entry="job", world_size=1) == []
     made = instantiate(composed.job, _convert_="all")
-    assert isinstance(made, Job)
+    assert isinstance(made, Job | Synthesise)
     assert made.name == name
+
+
+def test_a_job_refuses_what_does_nothing(tmp_path: Path) -> None:
+    from nvmm.data.prepare.layouts import BeirFolder
+    from nvmm.jobs.encode import Encode
+    from nvmm.jobs.generate import Generate
+    from nvmm.jobs.score import Score
+
+    with pytest.raises(ValueError, match=r"job\.data\.split=test is of judgements"):
+        Encode(data=BeirFolder("x", "test"), side="queries").prepare(None)
+    with pytest.raises(ValueError, match="give one of them"):
+        Score("x.tar", preferences="drop", continuations=["a", "b"])
+    with pytest.raises(ValueError, match=r"job\.top_p=0\.5 does nothing with job\.temperature=0"):
+        Generate("x.tar", top_p=0.5)
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}):
+        with pytest.raises(ValueError, match="must be at least"):
+            Generate("x.tar", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"part_size": 0}, {"batch_size": -1}])
+def test_sizes_are_at_least_one(wrong: dict[str, int]) -> None:
+    from nvmm.jobs.generate import Generate
+    from nvmm.jobs.job import run
+
+    with pytest.raises(ValueError, match="must be at least 1"):
+        run(Generate("x.tar", **wrong), {}, None, "out")  # type: ignore[arg-type]
+
+
+def test_keys_of_a_checkpoint_need_one(capsys: pytest.CaptureFixture[str]) -> None:
+    from nvmm import job as command
+    from nvmm.config import check, compose
+
+    search = ["job=search", "job.data.folder=x", "job.queries=y", "job.corpus=z", "output=o"]
+    for change, key in (
+        ("sequence_length=64", "sequence_length"),
+        ("build.masking=none", "build"),
+        ("tokenizer.path=x", "tokenizer"),
+        ("backend=native", "backend"),
+        ("trust_config=true", "trust_config"),
+    ):
+        composed = compose.composed("job", [*search, change])
+        assert check.check(composed, entry="job", world_size=1) == []
+        with pytest.raises(SystemExit) as stopped:
+            command.run(compose.Job(check.to_plain(composed), []))
+        assert stopped.value.code == compose.BAD_CONFIG
+        assert f"{key} is of a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number_format", ["fp16", "fp32"])
+def test_values_that_fp16_cannot_hold(
+    number_format: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    from nvmm.data.prepare.layouts import BeirFolder
+    from nvmm.jobs import encode
+
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": str(n), "text": "a"}) + "\n" for n in range(3))
+    )
+    vectors = torch.tensor([[1.0, 2.0], [7e4, 0.0], [float("nan"), 0.0]])
+    encoder = SimpleNamespace(
+        size=2, builder=SimpleNamespace(instruction=None), local=lambda *_: vectors.clone()
+    )
+    model: Any = SimpleNamespace(encoder=lambda batch_size: encoder)
+    monkeypatch.setattr(encode, "pictures_digest", lambda paths: "")
+    job = encode.Encode(data=BeirFolder(str(tmp_path)), side="corpus", dtype=number_format)
+    rows = job.prepare(model).rows(range(3)).to_pylist()
+    assert rows[0] == {"id": "0", "vector": [1, 2], "error": None}
+    assert "is not finite" in rows[2]["error"]
+    if number_format == "fp16":
+        assert rows[1]["vector"] is None
+        assert rows[1]["error"] == "1: its vector has no place in job.dtype=fp16; take fp32"
+    else:
+        assert rows[1]["vector"] == [7e4, 0]

@@ -102,7 +102,7 @@ def retrieval_set(tmp_path: Path) -> Options:
     return {
         "data": BeirFolder(str(tmp_path), "train"),
         "corpus": write_vectors(tmp_path / "c", documents, vectors, 40),
-        "queries": write_vectors(tmp_path / "q", queries, noisy, 7),
+        "queries": write_vectors(tmp_path / "q", queries, noisy, 7, side="queries"),
     }
 
 
@@ -145,7 +145,12 @@ def test_what_has_no_vector_is_left_out_with_its_reason(
     queries = Vectors.read(retrieval_set["queries"])
     chunks = queries.chunks
     asked = write_vectors(
-        tmp_path / "asked", queries.ids, np.concatenate(chunks), 7, {"q5": "5.png is damaged"}
+        tmp_path / "asked",
+        queries.ids,
+        np.concatenate(chunks),
+        7,
+        {"q5": "5.png is damaged"},
+        side="queries",
     )
     options = {**retrieval_set, "corpus": corpus, "queries": asked, "num_negatives": 90}
     rows = mined(options, tmp_path / "out")
@@ -178,9 +183,13 @@ def circle(tmp_path: Path, qrels: str) -> Options:
     return {
         "data": MBeirFiles(str(tmp_path), str(tmp_path / "pool"), qrels=str(tmp_path / "qrels")),
         "corpus": write_vectors(
-            tmp_path / "c", names, np.stack([np.cos(angles), np.sin(angles)], 1), 16
+            tmp_path / "c",
+            names,
+            np.stack([np.cos(angles), np.sin(angles)], 1),
+            16,
+            texts={line["did"]: line["txt"] and f"{line['txt']}." for line in lines},
         ),
-        "queries": write_vectors(tmp_path / "q", queries, np.eye(2)[[0] * 4], 4),
+        "queries": write_vectors(tmp_path / "q", queries, np.eye(2)[[0] * 4], 4, side="queries"),
         "num_negatives": 50,
         "range_max": 50,
         "modality_floor": 45,
@@ -226,6 +235,17 @@ def test_what_mining_refuses(retrieval_set: Options, tmp_path: Path) -> None:
     refuse("dev.tsv cannot be read", data=BeirFolder(folder, "dev"))
     refuse(r"job\.range_min=5 must be at least 0 and below", range_min=5, range_max=5)
     refuse(r"num_negatives=6 must be at least 1 and at most 5", num_negatives=6, range_max=5)
+    refuse(r"job\.min_score=0.9 must be at most job\.max_score=0.1", min_score=0.9, max_score=0.1)
+    refuse(r"job\.relative_margin=-0.1 must be at least 0", relative_margin=-0.1)
+    asked, found = retrieval_set["queries"], retrieval_set["corpus"]
+    refuse(r"job\.corpus=.* was encoded with job\.side=queries", corpus=asked, queries=found)
+    renamed = dict.fromkeys([f"d{n}" for n in range(90)], "another text")
+    other = write_vectors(tmp_path / "d", list(renamed), np.eye(90)[:, :8], 40, texts=renamed)
+    refuse("has vectors of other documents than job.data names", corpus=other)
+    foreign = write_vectors(
+        tmp_path / "foreign", ["q1"], np.eye(9), 1, side="queries", weights="other"
+    )
+    refuse("vectors of two checkpoints, whose weights differ: w and other", queries=foreign)
     refuse(r"job\.strategy", strategy="best")
     refuse(r"job\.strategy=random does nothing", strategy="random", modality_floor=3)
     parts = Parts.begin(tmp_path / "other", 1, 1, {})

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from nvmm.data.prepare.layouts import MBeirFiles
+from nvmm.data.prepare.layouts import BeirFolder, MBeirFiles, RetrievalSet
 from nvmm.data.samples.record import plain_question
 from nvmm.evaluation.ranking import mean_scores
+from nvmm.jobs.job import items_digest
 from nvmm.jobs.parts import Parts
 from nvmm.jobs.rerank import Rerank, _Pairs, reordered
 from nvmm.jobs.search import SCHEMA, read_rankings
@@ -27,8 +28,10 @@ from tests.ranks import run_ranks
 PROMPT = "{candidate}\nQuery: {query}\nDo they match? True or False"
 
 
-def write_ranking(folder: Path, rankings: dict[str, list[str]]) -> str:
-    parts = Parts.begin(folder, len(rankings), len(rankings), {})
+def write_ranking(folder: Path, rankings: dict[str, list[str]], data: RetrievalSet) -> str:
+    """Write the output of a search of `data`."""
+    identity = {"inputs": {"items": items_digest(data.documents)}}
+    parts = Parts.begin(folder, len(rankings), len(rankings), identity)
     rows = [{"query_id": query, "ids": ids} for query, ids in rankings.items()]
     parts.write(0, pa.Table.from_pylist(rows, SCHEMA))
     parts.finish()
@@ -123,7 +126,7 @@ def test_pairs_of_pictures_and_texts(multimodal: Path, tmp_path: Path) -> None:
     options = {
         "_target_": "nvmm.jobs.rerank.Rerank",
         "data": {"_target_": MBEIR, **files},
-        "ranking": write_ranking(tmp_path / "ranking", rankings),
+        "ranking": write_ranking(tmp_path / "ranking", rankings, MBeirFiles(**files)),
         "prompt": PROMPT + " {instruction}",
         "top": 4,
         "batch_size": 3,
@@ -170,10 +173,11 @@ def test_texts_by_a_text_only_model_at_any_layout(tmp_path: Path) -> None:
     qrels = "query-id\tcorpus-id\tscore\nq\ta\t1\nr\tb\t1\n"
     (tmp_path / "qrels" / "test.tsv").write_text(qrels)
     rankings = {"q": ["a", "c"], "r": ["d", "b", "a"]}
+    data = BeirFolder(str(tmp_path), "test")
     options = {
         "_target_": "nvmm.jobs.rerank.Rerank",
         "data": {"_target_": BEIR, "folder": str(tmp_path), "split": "test"},
-        "ranking": write_ranking(tmp_path / "ranking", rankings),
+        "ranking": write_ranking(tmp_path / "ranking", rankings, data),
         "prompt": PROMPT,
         "max_candidate_tokens": 3,
         "part_size": 1,
@@ -202,12 +206,19 @@ def test_texts_by_a_text_only_model_at_any_layout(tmp_path: Path) -> None:
     files = write_set(tmp_path / "mbeir")
     pictures = {
         "data": {"_target_": MBEIR, **files},
-        "ranking": write_ranking(tmp_path / "r2", {f"1:{n}": ["1:0", "1:1"] for n in range(9)}),
+        "ranking": write_ranking(
+            tmp_path / "r2",
+            {f"1:{n}": ["1:0", "1:1"] for n in range(9)},
+            MBeirFiles(**files),
+        ),
     }
     first = rows("pictures", 1, {}, **pictures)[0]
     assert first["ids"] == ["1:0", "1:1"] and first["scores"][1] is None
     assert "reads texts alone, no pictures" in first["error"]
     with pytest.raises(RuntimeError, match=r"1 of their candidates are not in it: \['z'\]"):
-        rows("x", 1, {}, ranking=write_ranking(tmp_path / "r3", {"q": ["z"], "r": []}))
+        rows("x", 1, {}, ranking=write_ranking(tmp_path / "r3", {"q": ["z"], "r": []}, data))
     with pytest.raises(RuntimeError, match=r"lacks 1 judged queries: \['r'\]"):
-        rows("y", 1, {}, ranking=write_ranking(tmp_path / "r4", {"q": ["a"]}))
+        rows("y", 1, {}, ranking=write_ranking(tmp_path / "r4", {"q": ["a"]}, data))
+    other = write_ranking(tmp_path / "r5", rankings, MBeirFiles(**files))
+    with pytest.raises(RuntimeError, match=r"r5 ranks other documents than job\.data's"):
+        rows("z", 1, {}, ranking=other)

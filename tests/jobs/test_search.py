@@ -10,19 +10,39 @@ import pyarrow as pa
 import pytest
 
 from nvmm.data.prepare.layouts import BeirFolder
+from nvmm.data.prepare.mbeir import Item
 from nvmm.jobs.encode import Vectors
-from nvmm.jobs.job import Job
+from nvmm.jobs.job import Job, items_digest
 from nvmm.jobs.parts import Parts
 from nvmm.jobs.search import Search, search
 from tests.ranks import run_ranks
 
 
 def write_vectors(
-    folder: Path, ids: list[str], vectors: Any, part_size: int, bad: Mapping[str, str] | None = None
+    folder: Path,
+    ids: list[str],
+    vectors: Any,
+    part_size: int,
+    bad: Mapping[str, str] | None = None,
+    *,
+    side: str = "corpus",
+    weights: str = "w",
+    texts: Mapping[str, str | None] | None = None,
 ) -> str:
-    """Write the output of an encode job; `bad` ids have an error and no vector."""
+    """Write the output of an encode job; `bad` ids have an error and no vector.
+
+    texts: of the items, null for a picture; else each is its id.
+    """
     bad = bad or {}
-    parts = Parts.begin(folder, len(ids), part_size, {})
+    checkpoint = {"weights": weights, "model": "m", "tokenizer": "t", "builder": "b"}
+    texts = texts or {name: name for name in ids}
+    items = {n: Item(t or "", "p.png" if t is None else None, "") for n, t in texts.items()}
+    identity = {
+        "job": {"side": side},
+        "checkpoint": checkpoint,
+        "inputs": {"items": items_digest(items)},
+    }
+    parts = Parts.begin(folder, len(ids), part_size, identity)
     for part in range(parts.count):
         numbers = parts.numbers(part)
         flat = pa.array(vectors[numbers.start : numbers.stop].astype(np.float32).reshape(-1))
@@ -77,13 +97,17 @@ def test_a_searching_job_equals_brute_force_on_one_and_two_ranks(tmp_path: Path)
     queries = random.standard_normal((25, 16)).astype(np.float32)
     queries[0] = documents[7]
     names = [f"d{n}" for n in range(5000)]
+    corpus = [json.dumps({"_id": name, "text": name}) for name in names]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(corpus))
     (tmp_path / "qrels").mkdir()
     lines = [f"q{n}\td{100 * n}\t1" for n in range(25)]
     (tmp_path / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]))
     job = Search(
         data=BeirFolder(str(tmp_path), "test"),
         corpus=write_vectors(tmp_path / "c", names, documents, 700, {"d9": "damaged"}),
-        queries=write_vectors(tmp_path / "q", [f"q{n}" for n in range(25)], queries, 10),
+        queries=write_vectors(
+            tmp_path / "q", [f"q{n}" for n in range(25)], queries, 10, side="queries"
+        ),
         k=50,
         part_size=9,
     )

@@ -314,6 +314,15 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, tmp_path: Path
             raise error.__cause__ or error from error
 
 
+def test_a_checkpoint_that_nobody_asks_is_refused(tmp_path: Path) -> None:
+    model: Any = object()
+    with pytest.raises(ValueError, match="leave checkpoint= out"):
+        made(small(), "").run({}, model, tmp_path)
+    config = pipeline("dialogues", generators="checkpoint")
+    with pytest.raises(ValueError, match="job.generators.writer is Checkpoint: give checkpoint"):
+        run(config, "", tmp_path)
+
+
 def test_another_step_in_the_folder_is_refused(tmp_path: Path) -> None:
     config = small()
     with ChatServer(write) as server:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nvmm.config.check import check, to_plain
-from nvmm.config.compose import composed
+from nvmm.config.compose import argument, composed
 from nvmm.jobs import encode
 from tests.data.prepare.test_python_faq import FAQ
 from tools import demo_dialogue_retriever as demo
@@ -55,8 +56,11 @@ def test_every_training_composes_and_passes_the_checks(
             plain = to_plain(config)
             assert plain["trainer"]["max_steps"] == 7
             assert ("language" in plain["model"]) is (model == "towers")
-        jobs = [c.folder.name for c in chain if "nvmm.job" in c.arguments]
-        assert jobs == ["corpus", *demo.FORMS]
+        jobs = {c.folder.name: c.arguments for c in chain if "nvmm.job" in c.arguments}
+        assert list(jobs) == ["corpus", *demo.FORMS]
+        for arguments in jobs.values():
+            overrides = [argument(text) for text in arguments if "=" in text]
+            assert check(composed("job", overrides), entry="job", world_size=1) == []
         assert len({command.folder for command in chain}) == len(chain)
 
 
@@ -67,11 +71,11 @@ def test_scores_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         "dialogue": (["q0", "q1"], [[1.0, 0.3], [0.0, 2.0]]),
     }
 
-    def read(folder: Path) -> tuple[list[str], list[np.ndarray]]:
+    def read(folder: Path) -> SimpleNamespace:
         names, rows = vectors[folder.parent.name]
-        return names, [np.array(row)[None] for row in rows]
+        return SimpleNamespace(ids=names, chunks=[np.array(row)[None] for row in rows])
 
-    monkeypatch.setattr(encode, "read_vectors", read)
+    monkeypatch.setattr(encode.Vectors, "read", read)
     qrels = tmp_path / "data/dialogue/beir/qrels"
     qrels.mkdir(parents=True)
     (qrels / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tc\t1\nq1\tb\t1\n")

@@ -20,7 +20,7 @@ from nvmm.convert.mapping import QKV, Drop, PadVocabulary, Row, Unused, expand
 
 TARGET = "nvmm.models.bidirectional.BidirectionalEncoder"
 MODULES = "sentence_transformers_modules"
-"""A key that no config.json has: what `pooling_modules.read_modules` finds beside it."""
+"""A key that no config.json has: what `sentence_encoders.read` finds beside it."""
 PREFIX, OLD_NORMS = "encoder_prefix", "old_names_of_norms"
 """Keys that no config.json has; `complete` finds their values in the names."""
 POOLINGS = {"cls": "CLS", "mean": "Mean", "lasttoken": "EOS"}

@@ -6,7 +6,7 @@ It uses nothing of nvmm, and no torchvision: PyTorch makes a picture's pixels, a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 TEMPLATE = "Instruct: {instruction}\nQuery: "
+Masking = Literal["sentence_transformers", "nv_embed", "mm_embed", "none"]
 
 
 class MMEmbedProcessor(ProcessorMixin):
@@ -25,6 +26,8 @@ class MMEmbedProcessor(ProcessorMixin):
     image_std: of pixels in [0, 1]. masking: which tokens of an instruction are not pooled, as
     `data.train.build.masking` of nvmm has it. max_length: longest sequence; longer ones lose the
     end of their text.
+
+    Raises ValueError for another masking.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -41,10 +44,12 @@ class MMEmbedProcessor(ProcessorMixin):
         image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
         bos_token_id: int | None = None,
         eos_token_id: int = 2,
-        masking: str = "mm_embed",
+        masking: Masking = "mm_embed",
         max_length: int = 512,
         **kwargs: Any,
     ) -> None:
+        if masking not in get_args(Masking):
+            raise ValueError(f"masking={masking} must be one of {', '.join(get_args(Masking))}")
         self.image_token_id, self.image_token = image_token_id, image_token
         self.image_seq_length, self.image_size = image_seq_length, image_size
         self.image_mean, self.image_std = list(image_mean), list(image_std)

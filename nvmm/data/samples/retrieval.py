@@ -389,7 +389,9 @@ class RetrievalBuilder(Builder):
         num_tiles: tiles of a picture, whose places stand before the text.
 
         Raises BadSample where the places of a picture do not fit into the sequence length, and
-        where the text has the placeholder itself.
+        where the text has the placeholder itself: beside a picture, of its own or of another text
+        of the batch, the model refuses it. Where there are no pictures it is a word, if one of the
+        vocabulary.
         """
         prefix = TEMPLATE.format(instruction=instruction) if instruction else ""
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
@@ -403,15 +405,14 @@ class RetrievalBuilder(Builder):
                     f"a picture of {places} tokens behind {len(before)} and before EOS does not fit"
                     f" into data.sequence_length={self.sequence_length}",
                 )
-            if self.tokenizer.image_id in (*before, *rest):
-                raise BadSample(
-                    source, f"the text has the placeholder {self.tokenizer.image_token}"
-                )
             ids = [*before, *[self.tokenizer.image_id] * places, *rest]
         else:
             ids = [*begin, *self.tokenizer.encode(prefix + text)]
         ids = ids[: self.sequence_length - 1]
         ids.append(self.tokenizer.eos_id)
+        is_word = self.tokens_per_tile is None and not self.tokenizer.image_is_extra
+        if not is_word and ids.count(self.tokenizer.image_id) != places:
+            raise BadSample(source, f"the text has the placeholder {self.tokenizer.image_token}")
         start = 0
         if instruction and self.masking != "none":
             start = len(self.tokenizer.encode(prefix))

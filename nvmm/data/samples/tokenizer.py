@@ -95,6 +95,11 @@ class Tokenizer:
         """Return the id of one token, None if the vocabulary has no such token."""
         return None if token is None else self._backend.token_to_id(token)
 
+    @property
+    def image_is_extra(self) -> bool:
+        """Whether the image token is one of `extra_tokens`: a model may have no word of its id."""
+        return self.image_token in self._extra_tokens
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; special tokens written in it become their one id.
 

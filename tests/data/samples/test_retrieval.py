@@ -386,6 +386,30 @@ def test_a_picture_is_never_cut(with_pictures: RetrievalBuilder) -> None:
         shorter(mixed())
 
 
+def test_no_text_has_the_placeholder_whatever_its_batch_has(
+    with_pictures: RetrievalBuilder, tokenizer: Tokenizer
+) -> None:
+    """A model counts the placeholders of a whole batch, to which another text adds its picture."""
+
+    def refused(build: RetrievalBuilder, word: str) -> None:
+        match = f"the text has the placeholder {build.tokenizer.image_token}"
+        for name in ("positive", "query"):
+            with pytest.raises(BadSample, match=rf"a\.tar:0: {match}"):
+                build(member(**RECORD | {name: f"a {word} bird", "negatives": ["a", "it"]}))
+        with pytest.raises(ValueError, match=match):
+            build.text("bird", f"find {word}")
+
+    refused(with_pictures, "<image>")
+    # A word of the vocabulary may be the placeholder, as Mistral's <unk>; beside pictures it is no
+    # word any more.
+    words = Tokenizer(tokenizer.path, image_token="Ġsmall", end_of_turn="</s>")
+    refused(builder(words, tokens_per_tile=4), "small")
+    text = builder(words).text("a small bird").text
+    assert words.image_id in text.tokens.tolist(), "without pictures it is a word as any other"
+    # One that was added is none: the model may have no embedding of its id.
+    refused(builder(with_pictures.tokenizer), "<image>")
+
+
 def test_pictures_that_a_record_cannot_have(
     with_pictures: RetrievalBuilder, tokenizer: Tokenizer
 ) -> None:
