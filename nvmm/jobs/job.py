@@ -72,6 +72,12 @@ class Job(ABC):
         """Return scores of the whole output for metrics.json; by default there are none."""
         return {}
 
+    def run(
+        self, settings: Mapping[str, Any], model: Restored | None, output: str | Path
+    ) -> dict[str, Any]:
+        """Make the rows that are missing; see the function `run`."""
+        return run(self, settings, model, output)
+
     def require(self, model: Restored | None) -> Restored:
         """Return the model; ValueError where no checkpoint was given."""
         if model is None:
@@ -98,7 +104,7 @@ def run(
     work = job.prepare(model)
     if not work.size:
         raise ValueError(f"job={job.name} has no items")
-    identity = {**settings, "inputs": work.inputs, "checkpoint": _identity(model)}
+    facts = {**settings, "inputs": work.inputs, "checkpoint": identity(model)}
     folder = Path(output).expanduser()
     first = dist.get_rank() == 0
     group, groups = (
@@ -113,8 +119,8 @@ def run(
         if first:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_alone(folder))
-                parts = Parts.begin(folder, work.size, job.part_size, identity)
+                stack.enter_context(alone(folder))
+                parts = Parts.begin(folder, work.size, job.part_size, facts)
                 missing = parts.missing()
                 if missing and parts.manifest["parts"] is not None:
                     parts.reopen(missing)
@@ -130,7 +136,8 @@ def run(
             writes, group, groups = writes and group == 0, 0, 1
         parts = Parts(folder)
         total = sum(len(parts.numbers(part)) for part in missing)
-        with progress(total, job.name, "item", rate=True, disable=not first) as bar:
+        quiet = not first or not total
+        with progress(total, job.name, "item", rate=True, disable=quiet) as bar:
             for part in missing[group::groups]:
                 numbers = parts.numbers(part)
                 rows = work.rows(numbers)
@@ -211,7 +218,7 @@ def file_digest(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _identity(model: Restored | None) -> dict[str, Any] | None:
+def identity(model: Restored | None) -> dict[str, Any] | None:
     """Return what rows depend on in a checkpoint: weights, graph, tokenizer, sample builder."""
     if model is None:
         return None
@@ -228,7 +235,7 @@ def _identity(model: Restored | None) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; ValueError where one works in it."""
     with contextlib.ExitStack() as stack:
         try:

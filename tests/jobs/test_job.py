@@ -228,6 +228,7 @@ KEYS = {
     "reward": ["job.shards=x.tar"],
     "score": ["job.shards=x.tar", "job.continuations=['True','False']"],
     "search": ["job.queries=y", "job.corpus=z"],
+    "synthesise": ["job.generators.writer.model=x"],
 }
 OPTIONS = Path(__file__).parents[2] / "configs" / "job"
 
@@ -239,15 +240,16 @@ def test_every_job_composes(name: str, layout: str) -> None:
 
     from nvmm.config import check, compose
     from nvmm.jobs.job import Job
+    from nvmm.jobs.synthesise import Synthesise
 
     data = list(KEYS[name])
-    if "job.shards=x.tar" not in data:
+    if "job.shards=x.tar" not in data and name != "synthesise":
         data += [f"job/data={layout}", "job.data.folder=x"]
         data += ["job.data.pool=p"] * (layout == "mbeir")
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
     assert check.check(composed, entry="job", world_size=1) == []
     made = instantiate(composed.job, _convert_="all")
-    assert isinstance(made, Job)
+    assert isinstance(made, Job | Synthesise)
     assert made.name == name
 
 

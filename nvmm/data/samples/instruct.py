@@ -159,12 +159,14 @@ class InstructBuilder(Builder):
         """
         return self._build(members, prompt=True, suffix=suffix)
 
-    def conversation(self, turns: Sequence[Turn], source: str) -> Sample:
+    def conversation(self, turns: Sequence[Turn], source: str, *, prompt: bool = False) -> Sample:
         """Return a whole conversation without pictures, as a reward model scores it.
+
+        prompt: up to where the next answer begins, as a model is asked for it.
 
         Raises BadSample where it is longer than `sequence_length`: cut, it would be another one.
         """
-        rendered = self._render(turns, [], self.max_tiles, source)
+        rendered = self._render(turns, [], self.max_tiles, source, prompt)
         if len(rendered.tokens) > self.sequence_length:
             raise BadSample(
                 source,
