@@ -319,7 +319,7 @@ def test_a_checkpoint_that_nobody_asks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave checkpoint= out"):
         made(small(), "").run({}, model, tmp_path)
     config = pipeline("dialogues", generators="checkpoint")
-    with pytest.raises(ValueError, match="job.generators.writer is Checkpoint: give checkpoint"):
+    with pytest.raises(ValueError, match=r"job\.generators\.writer is Checkpoint: give checkpoint"):
         run(config, "", tmp_path)
 
 
