@@ -61,7 +61,7 @@ def job(
 
     type(made).prepare = lambda self, model: replace(work, rows=rows)
     try:
-        return run(made, options, model, output)
+        return run(made, {"job": options}, model, output)
     except InterruptedError:
         return None
 
