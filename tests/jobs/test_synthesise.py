@@ -319,7 +319,7 @@ def test_a_checkpoint_that_nobody_asks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave checkpoint= out"):
         made(small(), "").run({}, model, tmp_path)
     config = pipeline("dialogues", generators="checkpoint")
-    with pytest.raises(ValueError, match=r"job\.generators\.writer is Checkpoint: give checkpoint"):
+    with pytest.raises(ValueError, match=r"generators\.writer is Checkpoint: give check"):
         run(config, "", tmp_path)
 
 
@@ -496,3 +496,32 @@ def test_the_rate_is_kept() -> None:
         begun = time.monotonic()
         ask(server, concurrency=1)
         assert time.monotonic() - begun >= 0.4 > ENDPOINT["backoff"]
+
+
+def test_a_reward_model_of_ours_judges_the_answers_of_an_endpoint(tmp_path: Path) -> None:
+    """Its scores are those that the model gives to the conversations."""
+    config = reward_run.config_of(tmp_path / "tokenizer")
+    [expected] = run_ranks(reward_run.save, 1, {}, config, tmp_path / "run", reward_run.TURNS)
+    said = {turns[0].text: turns[1].text for turns in reward_run.TURNS}
+    files = tmp_path / "prompts.jsonl"
+    files.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in said))
+    steps = "nvmm.jobs.synthesis"
+    job = pipeline("dialogues")
+    job["generators"]["judge"] = {
+        "_target_": f"{steps}.checkpoint.RewardCheckpoint",
+        "weights": [1.0, -2.0],
+    }
+    job["steps"] = {
+        "prompts": job["steps"]["prompts"] | {"files": str(files)},
+        "answered": {"_target_": f"{steps}.answering.Respond", "by": ["writer"]},
+        "scored": {"_target_": f"{steps}.judging.Reward", "judge": "judge"},
+        "best": {"_target_": f"{steps}.judging.Best", "by": "reward", "at_least": -1e9},
+    }
+    with ChatServer(lambda body: said[body["messages"][-1]["content"]]) as server:
+        run_ranks(run_rank, 1, job, server.url, tmp_path / "out", tmp_path / "run")
+    found = [
+        record["lineage"][-1]["best"]["scores"] for record in records(tmp_path / "out", "best")
+    ]
+    rewards = [scores[0] - 2 * scores[1] for scores in expected.tolist()]
+    assert [one["reward"] for one in found] == pytest.approx(rewards, abs=1e-5)
+    assert len(set(rewards)) == len(said) > 1
