@@ -137,7 +137,7 @@ class _Prompts(Questions):
 
     def ask(self, members: Mapping[str, Any], builder: Builder) -> Example:
         """Return a prompt."""
-        plain = {name: value for name, value in members.items() if name != "rules"}
+        plain = {key: value for key, value in members.items() if key != "rules"}
         rules = [json.dumps(rule) for rule in members["rules"]]
         return Example(builder.prompt(plain), builder.question(plain), rules, "all")
 
