@@ -75,7 +75,7 @@ def count_words(text: str) -> int:
 
 
 def test_documents_are_cut_to_fit_with_their_summary(tmp_path: Path) -> None:
-    long = " ".join(f"The caf\u00e9 {n} is here." for n in range(100))  # 500 words
+    long = " ".join(f"The na\u00efve {n} is here." for n in range(100))  # 500 words
     folder = narrativeqa(tmp_path / "n", {"short": "A few words.", "long": long})
     lost: list[str] = []
     lengths = Lengths(shortest=50, longest=300, reserve=20)
