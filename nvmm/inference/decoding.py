@@ -65,8 +65,8 @@ def generate(
 
     Returns: the new tokens of each prompt, at most `max_new_tokens`.
 
-    Raises ValueError for a layout that cannot decode, for options out of range, and for a prompt
-    whose answer could end behind the model's longest sequence.
+    Raises ValueError for a layout that cannot decode, for options out of range, for a prompt whose
+    answer could end behind the model's longest sequence, and as `check_cache` does.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -77,6 +77,8 @@ def generate(
     _check_layout(model)
     for prompt in prompts:
         _check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
+        if use_cache:
+            check_cache(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
     # 1. Pad prompts on the left, so that the next tokens of all rows take one slot of the cache.
     batch, spans = left_padded(prompts, pad_id)
     device = next(model[0].parameters()).device
@@ -186,7 +188,8 @@ def score_continuations(
 
     continuations: token ids, at least one each, the same for all prompts.
 
-    Raises ValueError for a prompt that the model is too short for, with a continuation.
+    Raises ValueError for a prompt that the model is too short for, with a continuation, and as
+    `check_cache` does.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -194,6 +197,7 @@ def score_continuations(
     most = max(map(len, continuations))
     for prompt in prompts:
         _check_length(model, prompt.num_tokens, prompt.sample_id, most)
+        check_cache(model, prompt.num_tokens, prompt.sample_id, most)
     device = next(model[0].parameters()).device
     batch, spans = left_padded(prompts, pad_id)
     batch = batch.to(device)
@@ -323,6 +327,28 @@ def _check_length(
         raise ValueError(
             f"sample {samples}: {tokens} tokens{answer} are more than the model's"
             f" max_sequence_length={limit}"
+        )
+
+
+def check_cache(
+    model: Sequence[Module], tokens: int, sample: int, new_tokens: int, first: int | None = None
+) -> None:
+    """Raise ValueError where keys of a cache would have other angles than without a cache.
+
+    A RoPE scaling by the sequence's length gives all keys new angles as the sequence grows; those
+    in a cache keep their old ones.
+
+    tokens: of the whole prompt; new_tokens: the last one is never fed. first: tokens that are in
+        the cache before the rest of the prompt runs; None where the prompt runs in one pass.
+    """
+    chunk: Any = model[0]
+    rotary = getattr(chunk, "language", chunk).rotary
+    last, first = tokens + new_tokens - 1, tokens if first is None else first
+    if rotary.scaling is not None and not rotary.scaling.is_constant(first, last):
+        raise ValueError(
+            f"sample {sample}: {type(rotary.scaling).__name__} scales RoPE by the length, which"
+            f" grows from {first} to {last} tokens; a cache would keep the angles of the shorter"
+            " one, so use_cache must be false"
         )
 
 
