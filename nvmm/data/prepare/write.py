@@ -117,7 +117,7 @@ def write_resumed(
         raise ValueError(f"there is no record to write{why}")
     print(f"{len(paths)} shards: {options.to}/{options.name}-*.tar")
     if left_out:
-        print(f"left out, {len(left_out)}:")
+        print("left out:" if make is None else f"{len(left_out)} left out:")
         _print_first(left_out)
 
 

@@ -40,12 +40,9 @@ def test_shares_of_ten_thousand_samples(name: str, tmp_path: Path, tiny: Tokeniz
     assert sum(raw.values()) == pytest.approx(total)
     blend: list[dict[str, Any]] = YAMLS[f"data/{name}.yaml"]["blend"]
     assert {entry["name"] for entry in blend} == raw.keys()
-    entries = []
-    for number, entry in enumerate(blend):
-        members = [{"__key__": str(n), "json": b"{}"} for n in range(1 + number % 3)]
-        [path] = write_shards(tmp_path, entry["name"], members)
-        assert Path(entry["shards"]).match(f"{entry['name']}-*.tar")
-        entries.append({"name": entry["name"], "weight": entry["weight"], "shards": str(path)})
+    [path] = write_shards(tmp_path, "a", [{"__key__": str(n), "json": b"{}"} for n in range(3)])
+    entries = [{**entry, "shards": str(path), "build": None} for entry in blend]
+    assert all(Path(entry["shards"]).match(f"{entry['name']}-*.tar") for entry in blend)
     train = Dataset(None, build=TokenRows)  # type: ignore[arg-type]
     data = Data(64, 0, train, blend=entries, tokenizer=tiny)
     order = data.order(SAMPLES // 10)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nvmm.data.collate import collate
 from nvmm.data.prepare.long_text import SLIMPAJAMA, Rules, Stream, rows, separator_ids
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.token_rows import TokenRows
@@ -203,6 +204,19 @@ def test_rows_are_read_whole_or_document_by_document(
             assert text.tokens.tolist()[-3:] == separator
             assert len(text.tokens) >= span["end"] - span["start"]
     assert max(len(record["spans"]) for record in records) > 1
+    # Packed, every document is a segment that attends to itself, with positions from 0.
+    parted = [read(record, separate_documents=True) for record in records[:2]]
+    batch = collate(parted, pad_id=0, packed=True)
+    starts = [
+        64 * row + start
+        for row, record in enumerate(records[:2])
+        for start in [0, *(span["start"] for span in record["spans"][1:])]
+    ]
+    assert batch.cu_seqlens is not None and batch.cu_seqlens.tolist() == [*starts, 128]
+    assert [int(batch.position_ids[0, start]) for start in starts] == [0] * len(starts)
+    whole = collate([read(record) for record in records[:2]], pad_id=0, packed=True)
+    assert whole.cu_seqlens is not None and whole.cu_seqlens.tolist() == [0, 64, 128]
+    assert whole.tokens.equal(batch.tokens)
     bad = records[0]
     for changed, why in (
         ({"begins": "else"}, "of another tokenizer"),
