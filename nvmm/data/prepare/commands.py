@@ -36,6 +36,13 @@ def add_commands(commands: Any) -> None:
         command.set_defaults(run=run)
         if name != "msmarco":
             command.add_argument("--from", dest="source", required=True, help="file or folder")
+        if name in ("chatqa", "chatrag", "squad", "tatqa", "conversations"):
+            command.add_argument(
+                "--on-bad",
+                choices=("stop", "skip"),
+                default="stop",
+                help="skip: leave bad records out, and list them in the end",
+            )
     _add_passages(parsers)
     _add_dialogues(parsers["unanswerable"], parsers["pairs"])
     _add_narrativeqa(parsers["narrativeqa"])
@@ -101,8 +108,11 @@ def _ms_marco(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dict[s
 
 
 def _evidence(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dict[str, Any]]:
-    documents = evidence.read_documents(fields_of(options.documents))
-    asked = evidence.questions(fields_of(options.source), documents)
+    if options.documents:
+        documents = evidence.read_documents(fields_of(options.documents))
+        asked = evidence.questions(fields_of(options.source), documents)
+    else:
+        asked = evidence.chatqa_questions(objects(options.source))
     bounds = evidence.Bounds(options.words, options.high, options.low)
     if options.command == "pairs":
         return evidence.pairs(asked, bounds, negatives=options.num_negatives, seed=options.seed)
@@ -127,14 +137,24 @@ def _narrativeqa(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dic
 
 
 _COMMANDS: dict[str, Run] = {
-    "chatqa": lambda options, _: conversations.chatqa(objects(options.source)),
-    "chatrag": lambda options, _: conversations.chatrag(
-        objects(options.source), options.num_contexts, gold=options.gold, passage=options.passage
+    "chatqa": lambda options, left_out: conversations.chatqa(
+        objects(options.source), _skip(options, left_out)
     ),
-    "squad": lambda options, _: conversations.squad(options.source),
-    "tatqa": lambda options, _: conversations.tatqa(objects(options.source), options.part),
+    "chatrag": lambda options, left_out: conversations.chatrag(
+        objects(options.source),
+        options.num_contexts,
+        gold=options.gold,
+        passage=options.passage,
+        skip=_skip(options, left_out),
+    ),
+    "squad": lambda options, left_out: conversations.squad(
+        options.source, _skip(options, left_out)
+    ),
+    "tatqa": lambda options, left_out: conversations.tatqa(
+        objects(options.source), options.part, _skip(options, left_out)
+    ),
     "conversations": lambda options, left_out: conversations.plain(
-        objects(options.source), left_out
+        objects(options.source), left_out, _skip(options, left_out)
     ),
     "dpr": _dpr,
     "msmarco": _ms_marco,
@@ -142,6 +162,10 @@ _COMMANDS: dict[str, Run] = {
     "pairs": _evidence,
     "narrativeqa": _narrativeqa,
 }
+
+
+def _skip(options: argparse.Namespace, left_out: LeftOut) -> conversations.Skip:
+    return left_out if options.on_bad == "skip" else None
 
 
 def _tokenizer(options: argparse.Namespace) -> Tokenizer:
@@ -176,7 +200,9 @@ def _add_passages(parsers: dict[str, argparse.ArgumentParser]) -> None:
 def _add_dialogues(unanswerable: argparse.ArgumentParser, pairs: argparse.ArgumentParser) -> None:
     bounds = evidence.Bounds()
     for command in (unanswerable, pairs):
-        command.add_argument("--documents", required=True, help="lines of _id and text")
+        command.add_argument(
+            "--documents", help="lines of _id and text; none: --from is ChatQA's training data"
+        )
         command.add_argument("--words", type=int, default=bounds.words, help="most of a chunk")
         command.add_argument("--high", type=float, default=bounds.high, help="recall above it")
         command.add_argument("--low", type=float, default=bounds.low, help="recall below it")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from nvmm.config.choices import require
 from nvmm.data.samples.forms import ROLES
@@ -26,6 +26,9 @@ Record = dict[str, Any]
 Context = str | Mapping[str, Any]
 """A text, or a table {"header", "rows"}, which the template writes in its own form."""
 Part = Literal["arithmetic", "others"]
+Skip = Callable[[str], None] | None
+"""Leaves a bad record out, and is told which and why; None: it is an error."""
+Item = TypeVar("Item")
 PASSAGE = "title: {title}, source: {text}"
 """How ChatRAG-Bench's own scripts write a retrieved passage."""
 _SPOKEN = ("system", "user", "assistant")
@@ -64,12 +67,15 @@ def record(
     return made
 
 
-def chatqa(items: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+def chatqa(items: Iterable[Mapping[str, Any]], skip: Skip = None) -> Iterator[Record]:
     """Yield the records of ChatQA's training data; an empty document is no context."""
-    for number, item in enumerate(items, 1):
-        with_document = _is_text(item.get("document"))
-        contexts = [item["document"]] if with_document else []
-        yield _made(number, item.get("messages"), item.get("answers"), contexts)
+
+    def make(item: Mapping[str, Any]) -> list[Record]:
+        document = item.get("document")
+        contexts = [str(document)] if _is_text(document) else []
+        return [record(_listed(item.get("messages")), _listed(item.get("answers")), contexts)]
+
+    return _each(enumerate(items, 1), make, skip)
 
 
 def chatrag(
@@ -78,6 +84,7 @@ def chatrag(
     *,
     gold: bool = False,
     passage: str = PASSAGE,
+    skip: Skip = None,
 ) -> Iterator[Record]:
     """Yield the records of ChatRAG-Bench.
 
@@ -90,56 +97,60 @@ def chatrag(
     """
     if num_contexts < 1:
         raise ValueError(f"num_contexts={num_contexts} must be at least 1")
-    for number, item in enumerate(items, 1):
-        given = item.get("ground_truth_ctx") if gold else (item.get("ctxs") or [])[:num_contexts]
-        if gold and not given:
-            raise ValueError(f"record {number} has no ground_truth_ctx")
-        listed = given if isinstance(given, list) else [given]
-        contexts = [_passage(ctx, passage, number) for ctx in listed]
-        if not contexts and _is_text(item.get("document")):
+
+    def make(item: Mapping[str, Any]) -> list[Record]:
+        key = "ground_truth_ctx" if gold else "ctxs"
+        contexts = [_passage(ctx, passage) for ctx in _listed(item.get(key))]
+        contexts = contexts if gold else contexts[:num_contexts]
+        if not contexts and not gold and _is_text(item.get("document")):
             contexts = [item["document"]]
-        answers = item["answers"] if item.get("answers") is not None else item.get("answer")
-        answers = list(answers) if isinstance(answers, list) else [answers]
-        answers += [item["exe_answer"]] if item.get("exe_answer") is not None else []
-        texts = [answer if isinstance(answer, str) else str(answer) for answer in answers]
-        yield _made(number, item.get("messages"), texts, contexts)
+        if not contexts:
+            raise ValueError(f"has no {key}{'' if gold else ' and no document'}")
+        answers = _listed(item.get("answers", item.get("answer")))
+        answers += _listed(item.get("exe_answer"))
+        return [record(_listed(item.get("messages")), [str(text) for text in answers], contexts)]
+
+    return _each(enumerate(items, 1), make, skip)
 
 
-def _passage(ctx: Any, form: str, number: int) -> str:
+def _passage(ctx: Any, form: str) -> str:
     """Return a retrieved passage as a text."""
     if isinstance(ctx, str):
         return ctx
-    text = None
-    if isinstance(ctx, Mapping):
-        text = ctx.get("text", ctx.get("ctx"))
+    text = ctx.get("text", ctx.get("ctx")) if isinstance(ctx, Mapping) else None
     if not _is_text(text):
-        raise ValueError(f"record {number}: a passage needs a text or ctx, got {ctx!r}")
+        raise ValueError(f"a passage needs a text or ctx, got {ctx!r}")
     title = ctx.get("title")
     return form.format(title=title, text=text) if title else str(text)
 
 
-def squad(path: str | Path) -> Iterator[Record]:
+def squad(path: str | Path, skip: Skip = None) -> Iterator[Record]:
     """Yield the records of a SQuAD file, 1.1 or 2.0; its impossible questions are unanswerable.
 
-    Raises ValueError naming the file, and the question's id.
+    Raises ValueError naming the file where it is none, and the question's id.
     """
     try:
         articles = json.loads(Path(path).read_bytes().decode("utf-8-sig"))["data"]
+        asked = [
+            (question.get("id"), (question, paragraph["context"]))
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no SQuAD file: no JSON with a list data ({error})") from error
-    for article in articles:
-        for paragraph in article.get("paragraphs") or []:
-            for question in paragraph.get("qas") or []:
-                asked = [{"role": "user", "content": question.get("question")}]
-                possible = not question.get("is_impossible", False)
-                answers = [answer.get("text") for answer in question.get("answers") or []]
-                try:
-                    yield record(asked, answers, [paragraph.get("context")], answerable=possible)
-                except ValueError as error:
-                    raise ValueError(f"{path}: question {question.get('id')}: {error}") from error
+        raise ValueError(f"{path} is no SQuAD file: {error!r}") from error
+
+    def make(pair: tuple[Mapping[str, Any], str]) -> list[Record]:
+        question, context = pair
+        turns = [{"role": "user", "content": question.get("question")}]
+        answers = [answer.get("text") for answer in question.get("answers") or []]
+        possible = not question.get("is_impossible", False)
+        return [record(turns, answers, [context], answerable=possible)]
+
+    return _each(asked, make, skip)
 
 
-def tatqa(items: Iterable[Mapping[str, Any]], part: Part) -> Iterator[Record]:
+def tatqa(items: Iterable[Mapping[str, Any]], part: Part, skip: Skip = None) -> Iterator[Record]:
     """Yield the records of TAT-QA: the table and then the paragraphs are the contexts.
 
     part: "arithmetic" has the questions that are calculated, whose answer is the formula
@@ -147,51 +158,65 @@ def tatqa(items: Iterable[Mapping[str, Any]], part: Part) -> Iterator[Record]:
         the span, or the spans with commas between.
     """
     require("part", part, Part)
-    for number, item in enumerate(items, 1):
+
+    def make(item: Mapping[str, Any]) -> list[Record]:
         try:
             header, *rows = item["table"]["table"]
             paragraphs = sorted(item["paragraphs"], key=lambda paragraph: paragraph["order"])
-            texts = [paragraph["text"] for paragraph in paragraphs]
+            contexts: list[Context] = [{"header": header, "rows": rows}]
+            contexts += [paragraph["text"] for paragraph in paragraphs]
             listed = list(item["questions"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"record {number} is none of TAT-QA: {error!r}") from error
-        contexts: list[Context] = [{"header": header, "rows": rows}, *texts]
+            raise ValueError(f"is none of TAT-QA: {error!r}") from error
+        made = []
         for question in listed:
             is_calculated = question.get("answer_type") == "arithmetic"
-            if is_calculated != (part == "arithmetic"):
-                continue
-            answer = question.get("derivation" if is_calculated else "answer")
-            answer = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
-            asked = [{"role": "user", "content": question.get("question")}]
-            yield _made(number, asked, [answer], contexts)
+            if is_calculated == (part == "arithmetic"):
+                answer = question.get("derivation" if is_calculated else "answer")
+                turns = [{"role": "user", "content": question.get("question")}]
+                made.append(record(turns, [", ".join(map(str, _listed(answer)))], contexts))
+        return made
+
+    return _each(enumerate(items, 1), make, skip)
 
 
-def plain(items: Iterable[Mapping[str, Any]], left_out: Callable[[str], None]) -> Iterator[Record]:
+def plain(
+    items: Iterable[Mapping[str, Any]], left_out: Callable[[str], None], skip: Skip = None
+) -> Iterator[Record]:
     """Yield chats up to their last answer.
 
     An item is {"messages": [{"role", "content"}]} or {"conversations": [{"from", "value"}]}.
     left_out: is told of turns at the end that nobody answers.
     """
-    for number, item in enumerate(items, 1):
-        given = item["messages"] if item.get("messages") is not None else item.get("conversations")
+
+    def make(item: Mapping[str, Any]) -> list[Record]:
+        given = _listed(item.get("messages", item.get("conversations")))
+        turns = [_turn(message, place) for place, message in enumerate(given, 1)]
+        kept = len(turns)
+        while kept and turns[kept - 1]["role"] != "assistant":
+            kept -= 1
+        if kept < 2:
+            raise ValueError("has no answer of the assistant")
+        if kept < len(turns):
+            left_out(f"the {len(turns) - kept} turns behind {turns[kept - 1]['content'][:40]!r}")
+        return [{"messages": turns[:kept]}]
+
+    return _each(enumerate(items, 1), make, skip)
+
+
+def _each(
+    items: Iterable[tuple[Any, Item]], make: Callable[[Item], list[Record]], skip: Skip
+) -> Iterator[Record]:
+    """Yield the records of named items; errors have the name, and go to `skip` if there is one."""
+    for name, item in items:
         try:
-            turns = [_turn(message, place) for place, message in enumerate(given or [], 1)]
+            made = make(item)
         except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from error
-        while turns and turns[-1]["role"] != "assistant":
-            left_out(f"record {number}: turn {len(turns)} of the {turns.pop()['role']}, at the end")
-        if len(turns) < 2:
-            raise ValueError(f"record {number} has no answer of the assistant")
-        yield {"messages": turns}
-
-
-def _made(number: int, messages: Any, answers: Any, contexts: Sequence[Context]) -> Record:
-    """Return a record whose errors name the number of the item that it is made of."""
-    listed = answers if isinstance(answers, list) else [] if answers is None else [answers]
-    try:
-        return record(messages or [], listed, contexts)
-    except ValueError as error:
-        raise ValueError(f"record {number}: {error}") from error
+            if skip is None:
+                raise ValueError(f"record {name}: {error}") from error
+            skip(f"record {name}: {error}")
+        else:
+            yield from made
 
 
 def _turn(message: Any, number: int) -> dict[str, str]:
@@ -211,3 +236,7 @@ def _turn(message: Any, number: int) -> dict[str, str]:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,7 +1,7 @@
 """Dialogues over documents become unanswerable questions and ranking pairs, by where answers stand.
 
-Inputs are those of `nvmm.data.prepare.dialogues`. What a chunk holds of an answer is the 4-gram
-recall of that module: more than 0.5 is high, less than 0.1 low.
+Inputs are those of `nvmm.data.prepare.dialogues`, or ChatQA's training data. What a chunk holds of
+an answer is the 4-gram recall of that module: more than 0.5 is high, less than 0.1 low.
 
 Unanswerable (ChatQA, arXiv:2401.10225): the words that answer are deleted from a document whose
 spans people have marked, or the chunks of high recall are dropped from one without marks; such a
@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvmm.config.choices import require
-from nvmm.data.prepare.conversations import Record, record
+from nvmm.data.prepare.conversations import Record, chatqa, record
 from nvmm.data.prepare.dialogues import chunk_words, four_gram_recall
 from nvmm.data.prepare.ranking import pair
 from nvmm.data.samples.dialogue import turns
@@ -98,6 +100,20 @@ def questions(
             yield Asked(f"{name}/{place // 2}", asked, answer, listed, documents[document])
 
 
+def chatqa_questions(items: Iterable[Mapping[str, Any]]) -> Iterator[Asked]:
+    """Yield the questions of ChatQA's training data, as SyntheticConvQA has them; none is marked.
+
+    Raises ValueError naming the record for one without document, question or answer.
+    """
+    for number, item in enumerate(items, 1):
+        document = item.get("document")
+        if not isinstance(document, str) or not document.strip():
+            raise ValueError(f"record {number} has no document")
+        [made] = chatqa([item])
+        *asked, answer = made["messages"]
+        yield Asked(f"record {number}", asked, answer["content"], None, document)
+
+
 def unanswerable(
     asked: Iterable[Asked],
     by: By,
@@ -141,11 +157,14 @@ def _without_spans(question: Asked) -> tuple[list[str], str]:
     """Return the document without the marked spans, wherever they stand in it, and why not."""
     if question.spans is None:
         return [], "no evidence is marked"
-    text = question.document
+    kept = [True] * len(question.document)
     for span in filter(None, question.spans):
-        if span not in question.document:
+        places = [match.start() for match in re.finditer(re.escape(span), question.document)]
+        if not places:
             return [], f"the evidence {span[:40]!r} is not in the document"
-        text = text.replace(span, "")
+        for place in places:  # spans may overlap
+            kept[place : place + len(span)] = [False] * len(span)
+    text = "".join(itertools.compress(question.document, kept))
     return ([text], "") if text.strip() else ([], "nothing is left of the document")
 
 

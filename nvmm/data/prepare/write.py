@@ -77,7 +77,7 @@ def write_resumed(
     """Write samples to shards in steps: the same call goes on where one that was killed stopped.
 
     options: those of `add_options`; all of them, and the sizes of the files that they name, must be
-        the same in a call that goes on. make: returns the samples, as in `write`, which are then
+        the same in a call that goes on, but for --on-bad: no shard before has a bad record. make: returns the samples, as in `write`, which are then
         made again up to where it stopped. resumed: returns a function from a state to the samples
         behind it (`nvmm.data.prepare.resume`), for those that are dear.
 
@@ -89,7 +89,7 @@ def write_resumed(
     settings = {
         key: value
         for key, value in sorted(vars(options).items())
-        if key not in ("to", "name", "replace", "run")
+        if key not in ("to", "name", "replace", "on_bad", "run")
     }
     progress = tqdm(unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10)
 

@@ -18,10 +18,6 @@ ASKED = [{"role": "user", "content": "Who sings?"}]
 TURNS = [*ASKED, {"role": "assistant", "content": "A wren."}, {"role": "user", "content": "When?"}]
 
 
-def nothing(line: str) -> None:
-    raise AssertionError(line)
-
-
 def test_chatqa_training_data() -> None:
     items = [
         {"document": "The wren sings at dawn.", "messages": TURNS, "answers": ["At dawn."]},
@@ -65,8 +61,10 @@ def test_chatrag_bench() -> None:
     [made] = chatrag([{"messages": ASKED, "document": "all", "answer": "one"}], 5)
     assert made["contexts"] == ["all"]
     assert made["messages"][-1]["content"] == "one"
-    with pytest.raises(ValueError, match="record 1 has no ground_truth_ctx"):
+    with pytest.raises(ValueError, match="record 1: has no ground_truth_ctx"):
         list(chatrag([{"messages": ASKED, "answer": "one"}], 5, gold=True))
+    with pytest.raises(ValueError, match="record 1: has no ctxs and no document"):
+        list(chatrag([{"messages": ASKED, "answer": "one"}], 5))
 
 
 def test_squad_1_and_2(tmp_path: Path) -> None:
@@ -83,7 +81,7 @@ def test_squad_1_and_2(tmp_path: Path) -> None:
     assert not_answered["messages"][-1] == {"role": "assistant", "content": ""}
     question["answers"] = []
     path.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
-    with pytest.raises(ValueError, match=r"s.json: question q0: answers must be texts"):
+    with pytest.raises(ValueError, match=r"record q0: answers must be texts"):
         list(squad(path))
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"s.json is no SQuAD file"):
@@ -104,7 +102,7 @@ def test_tatqa_has_its_table_and_two_parts() -> None:
     assert arithmetic["contexts"] == other["contexts"] == [table, "first", "second"]
     assert arithmetic["messages"][-1]["content"] == "1 + 2"
     assert other["messages"][-1]["content"] == "a, b"
-    with pytest.raises(ValueError, match="record 1 is none of TAT-QA"):
+    with pytest.raises(ValueError, match="record 1: is none of TAT-QA"):
         list(tatqa([{}], "others"))
 
 
@@ -113,8 +111,8 @@ def test_plain_chats_lose_what_nobody_answers() -> None:
     told: list[str] = []
     [made] = plain([{"conversations": [*shared, {"from": "human", "value": "?"}]}], told.append)
     assert [turn["role"] for turn in made["messages"]] == ["user", "assistant"]
-    assert told == ["record 1: turn 3 of the user, at the end"]
-    with pytest.raises(ValueError, match="record 1 has no answer"):
+    assert told == ["the 1 turns behind 'Hello'"]
+    with pytest.raises(ValueError, match="record 1: has no answer"):
         list(plain([{"messages": ASKED}], told.append))
 
 
@@ -162,6 +160,15 @@ def test_commands_write_what_a_dataset_reads(
         command(monkeypatch, *write)
     command(monkeypatch, *write, "--replace", "--samples-per-shard", 5)
     assert [path.name for path in tmp_path.glob("*.tar")] == ["train-00000.tar"]
+    items = json.loads((tmp_path / "t.json").read_text())
+    items[1]["answers"], items[2]["messages"] = [], None
+    (tmp_path / "t.json").write_text(json.dumps(items))
+    with pytest.raises(ValueError, match="record 2: answers must be texts"):
+        command(monkeypatch, *write, "--replace")
+    command(monkeypatch, *write, "--replace", "--on-bad", "skip")
+    assert [record["contexts"] for record in written(tmp_path)] == [["d0"], ["d3"], ["d4"]]
+    said = capsys.readouterr().out
+    assert "2 left out:\n  record 2: answers" in said and "record 3: messages must end" in said
     (tmp_path / "t.json").write_text("[]")
     with pytest.raises(ValueError, match="there is no record to write"):
         command(monkeypatch, *write, "--name", "empty")

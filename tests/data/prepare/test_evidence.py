@@ -62,6 +62,8 @@ def test_marked_spans_are_deleted_wherever_they_stand() -> None:
     [record], _ = made(f"{SINGS}. {CROW}. {SINGS}!", "spans", ["the wren sings", "the hedge"])
     assert record["contexts"] == [f" at dawn in . {CROW}.  at dawn in !"]
     assert record["answerable"] is False
+    [record], _ = made(SINGS, "spans", ["the wren sings", "sings at dawn"])
+    assert record["contexts"] == [" in the hedge"], "spans overlap"
     assert made(CROW, "spans", "wren")[1] == ["d/1: the evidence 'wren' is not in the document"]
     assert made(CROW, "spans")[1] == ["d/1: no evidence is marked"]
     assert made(CROW, "spans", CROW)[1] == ["d/1: nothing is left of the document"]
@@ -132,9 +134,20 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps(dialogue))
     (tmp_path / "docs.jsonl").write_text(json.dumps({"_id": "birds", "text": f"{SINGS} {CROW}"}))
 
-    def run(*arguments: Any) -> list[dict[str, Any]]:
+    def run(*arguments: Any, after: Any = ()) -> list[dict[str, Any]]:
         files = ("--from", tmp_path / "d.jsonl", "--documents", tmp_path / "docs.jsonl")
-        options = (*arguments, *files, "--words", 8, "--to", tmp_path, "--name", "x", "--replace")
+        options = (
+            *arguments,
+            *files,
+            "--words",
+            8,
+            "--to",
+            tmp_path,
+            "--name",
+            "x",
+            "--replace",
+            *after,
+        )
         monkeypatch.setattr(sys, "argv", ["shard.py", *map(str, options)])
         shard.main()
         return written(tmp_path, "x")
@@ -143,3 +156,11 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [deleted] = run("unanswerable", "--by", "spans", "--count", 1)
     assert deleted["contexts"] == [f" sings at dawn in the hedge {CROW}"]
     assert [pair["relevant"] for pair in run("pairs")] == [[0], []]
+    chatqa = {"document": f"{SINGS} {CROW}", "messages": messages[:1], "answers": [ANSWER]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(chatqa))
+    options = ("--documents", "")
+    assert [pair["passages"] for pair in run("pairs", after=options)] == [[SINGS], [CROW]]
+    assert run("unanswerable", "--by", "recall", after=options)[0]["contexts"] == [CROW]
+    (tmp_path / "d.jsonl").write_text(json.dumps({**chatqa, "document": ""}))
+    with pytest.raises(ValueError, match="record 1 has no document"):
+        run("pairs", after=options)
