@@ -77,9 +77,10 @@ def write_resumed(
     """Write samples to shards in steps: the same call goes on where one that was killed stopped.
 
     options: those of `add_options`; all of them, and the sizes of the files that they name, must be
-        the same in a call that goes on, but for --on-bad: no shard before has a bad record. make: returns the samples, as in `write`, which are then
-        made again up to where it stopped. resumed: returns a function from a state to the samples
-        behind it (`nvmm.data.prepare.resume`), for those that are dear.
+        the same in a call that goes on, but for --on-bad: no shard before has a bad record.
+    make: returns the samples, as in `write`, which are made again up to where it stopped.
+    resumed: returns a function from a state to the samples behind it (`nvmm.data.prepare.resume`),
+        for those that are dear.
 
     Raises ValueError where nothing is written, or an unfinished call had other options.
     """
