@@ -4,6 +4,7 @@ no YAML repeats another, or a constructor."""
 import functools
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ EXPERIMENTS = sorted(
 )
 
 
+SHRINKS_ALIKE = re.compile("34b|70b|chatqa2/stage|rankrag/")
 YAMLS = {
     str(path.relative_to(config_dir())): yaml.safe_load(path.read_text())
     for path in sorted(config_dir().rglob("*.yaml"))
@@ -76,9 +78,9 @@ def test_no_tabs_or_trailing_spaces(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "experiment",
-    # The 34B and 70B ones differ from the 72B and 8B ones in sizes, which shrinking takes away.
+    # What is slow differs from another in sizes, which shrinking takes away, or in its data.
     [
-        pytest.param(e, marks=pytest.mark.slow if "34b" in e or "70b" in e else ())
+        pytest.param(e, marks=pytest.mark.slow if SHRINKS_ALIKE.search(e) else ())
         for e in EXPERIMENTS
     ],
 )
