@@ -106,7 +106,7 @@ def chatrag(
             contexts = [item["document"]]
         if not contexts:
             raise ValueError(f"has no {key}{'' if gold else ' and no document'}")
-        answers = _listed(item.get("answers", item.get("answer")))
+        answers = _listed(_first(item, "answers", "answer"))
         answers += _listed(item.get("exe_answer"))
         return [record(_listed(item.get("messages")), [str(text) for text in answers], contexts)]
 
@@ -190,7 +190,7 @@ def plain(
     """
 
     def make(item: Mapping[str, Any]) -> list[Record]:
-        given = _listed(item.get("messages", item.get("conversations")))
+        given = _listed(_first(item, "messages", "conversations"))
         turns = [_turn(message, place) for place, message in enumerate(given, 1)]
         kept = len(turns)
         while kept and turns[kept - 1]["role"] != "assistant":
@@ -240,3 +240,8 @@ def _is_text(value: Any) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _first(item: Mapping[str, Any], *keys: str) -> Any:
+    """Return the first value that is there; tables leave the others null."""
+    return next((item[key] for key in keys if item.get(key) is not None), None)

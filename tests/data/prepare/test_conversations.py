@@ -58,7 +58,7 @@ def test_chatrag_bench() -> None:
     assert [made["contexts"][0], made["contexts"][-1]] == ["Birds: text 0", "bare"]
     [made] = chatrag([item], 5, gold=True)
     assert made["contexts"] == ["gold"]
-    [made] = chatrag([{"messages": ASKED, "document": "all", "answer": "one"}], 5)
+    [made] = chatrag([{"messages": ASKED, "document": "all", "answers": None, "answer": "one"}], 5)
     assert made["contexts"] == ["all"]
     assert made["messages"][-1]["content"] == "one"
     with pytest.raises(ValueError, match="record 1: has no ground_truth_ctx"):
