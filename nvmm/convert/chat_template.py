@@ -153,24 +153,26 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
         if not is_local(folder):
             copy_tokenizer(folder, Path(name))
         tokenizer = Tokenizer(str(folder) if is_local(folder) else name, **options)
+        digest = saved.state.get("tokenizer_digest")
+        if digest is not None and tokenizer.digest != digest:
+            raise ValueError(
+                f"{folder} is not the tokenizer that {saved.path} was trained with (digest"
+                f" {tokenizer.digest[:12]}, not {digest[:12]}); name that one: --tokenizer"
+            )
         build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
         template = _template(build.get("template"), tokenizer)
-    digest = saved.state.get("tokenizer_digest")
-    if digest is not None and tokenizer.digest != digest:
-        raise ValueError(
-            f"{folder} is not the tokenizer that {saved.path} was trained with (digest"
-            f" {tokenizer.digest[:12]}, not {digest[:12]}); name that one: --tokenizer"
-        )
     trained = "sources" not in saved.state or "merged_from" in saved.state
     return Conversation(tokenizer, folder, template, trained, str(build.get("end") or ""))
 
 
 def _template(given: Any, tokenizer: Tokenizer) -> ChatTemplate | JinjaTemplate | None:
-    """Return the dialect of a saved builder, bound to its tokenizer, None where it has none."""
+    """Return the dialect of a saved builder, None where it has none."""
     target = _TEMPLATES.get(str(given.get("_target_"))) if isinstance(given, Mapping) else None
     if target is None:
         return None
-    return target(**{k: v for k, v in given.items() if k != "_target_"}).bound(tokenizer)
+    template = target(**{k: v for k, v in given.items() if k != "_target_"})
+    # An import may have the dialect of a config that its tokenizer was not made for.
+    return template.bound(tokenizer) if isinstance(template, JinjaTemplate) else template
 
 
 def jinja(

@@ -213,9 +213,9 @@ def test_the_context_block_of_an_export(ours: Path, tmp_path: Path) -> None:
 
 OWN = """\
 
-{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ word }}{% if not loop.last \
-or m.role == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ word ~ m.content ~ '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' ~ word }}{% endif %}"""
 
 
 def test_a_jinja_template_is_exported_as_it_was_trained(ours: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_jinja_template_is_exported_as_it_was_trained(ours: Path, tmp_path: Pa
             {},
             {
                 "system": 'Say "so" {{',
-                "variables": {"word": ["é"], "none": None, "no": {"a": True}},
+                "variables": {"word": ["é"], "nothing": None, "no": {"a": True}},
             },
         ]
     ):

@@ -61,6 +61,9 @@ class JinjaTemplate:
     ) -> None:
         if path is not None and name is not None:
             raise ValueError(f"template.name={name} is of the tokenizer's folder, not of {path}")
+        for key in variables or {}:
+            if not key.isidentifier() or key.lower() in ("true", "false", "none"):
+                raise ValueError(f"template.variables.{key} is no name of a variable in Jinja")
         self.path = path
         self.name = name
         self.end = end
