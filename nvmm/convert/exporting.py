@@ -33,6 +33,7 @@ from nvmm.convert.models import (
     write_weights,
 )
 from nvmm.convert.processor import processor
+from nvmm.convert.rankers import Ranker
 from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
@@ -51,6 +52,7 @@ def export(
     vocab_size: int | None = None,
     tokenizer: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    ranker: bool = False,
 ) -> None:
     """Write a checkpoint of ours as a Hugging Face folder.
 
@@ -60,6 +62,8 @@ def export(
         vocab_size: rows of the vocabulary; None for an imported model's own number, else the
             model's vocab_size.
         tokenizer: its folder, where that has moved.
+        ranker: as a ranker by P(True) (`nvmm.convert.rankers`): in a format of reward models a
+            classifier of one score, in that of a language model with what vLLM needs to score it.
 
     Raises ValueError when the format cannot express the model, or keys do not fit.
     """
@@ -69,6 +73,13 @@ def export(
             " export them alone with `adapter export`"
         )
     # 1. Every key and shape is checked here, before anything is written.
+    ranks = None
+    if ranker:
+        ranks, talk = Ranker.of(saved), conversation(saved, tokenizer)
+        if part is not None or talk is None:
+            raise ValueError("--ranker is of a whole language model with a tokenizer")
+        if format_name in reward.FORMATS:
+            saved = ranks.classifier(saved, talk)
     model = _model(saved, part)
     embeds = "pooling" in (model.get("language") or model)
     if embeds:
@@ -84,6 +95,8 @@ def export(
         _set_ends(language_of(whole_config), talk)
         if format_name in reward.FORMATS:
             whole_config |= scoring.fields(saved, talk, whole_config)
+    if ranks is not None and format_name in reward.FORMATS:
+        whole_config |= ranks.fields()
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
@@ -109,6 +122,8 @@ def export(
             if talk.trained and format_name in reward.FORMATS:
                 scoring.write_padding(temporary, talk, whole_config["pad_token_id"])
             check_conversation(temporary, talk)
+            if ranks is not None:
+                ranks.write(temporary, talk, whole_config["architectures"][0])
         if embeds and "hidden_size" in config:
             embedder = {**saved.state["config"], "model": model}
             files_beside(format_name).write(temporary, embedder, format_name, config)

@@ -78,6 +78,7 @@ class Restored:
         top_p: float = 1.0,
         seed: int = 1234,
         use_cache: bool = True,
+        share_prefix: bool = False,
     ) -> list[str]:
         """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s.
 
@@ -99,6 +100,7 @@ class Restored:
             top_p=top_p,
             seed=seed,
             use_cache=use_cache,
+            share_prefix=share_prefix,
         )
         return [self.tokenizer.decode(tokens).strip() for tokens in outputs]
 
@@ -150,12 +152,22 @@ class Restored:
         return [found[i] for i in range(len(samples))]
 
     def score_continuations(
-        self, prompts: Sequence[Sample], continuations: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sample],
+        continuations: Sequence[Sequence[int]],
+        *,
+        share_prefix: bool = False,
     ) -> Tensor:
-        """Return log-probabilities, fp64 [prompts, continuations], of token ids after prompts."""
+        """Return log-probabilities, fp64 [prompts, continuations], of token ids after prompts.
+
+        share_prefix: see `nvmm.inference.decoding.score_continuations`.
+        """
         from nvmm.inference.decoding import score_continuations
 
-        return score_continuations(self.model, prompts, continuations, pad_id=self.tokenizer.pad_id)
+        pad_id = self.tokenizer.pad_id
+        return score_continuations(
+            self.model, prompts, continuations, pad_id=pad_id, share_prefix=share_prefix
+        )
 
     def embed(
         self,
