@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from nvmm.config.blends import with_whole_builders
 from nvmm.config.problem import MISSING, Problem, View, nearest
 from nvmm.config.rules.all import violations
 from nvmm.config.signatures import Parameter, Signature, UnknownTargetError, signature
@@ -173,7 +174,8 @@ def digest(config: Mapping[str, Any]) -> str:
 def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Follow every interpolation; return the plain config and a problem for each that is bad.
 
-    A value that is not set stays `???` and is a problem too.
+    A value that is not set stays `???` and is a problem too. Builders of a blend become whole ones
+    (`nvmm.config.blends`).
     """
     problems: list[Problem] = []
 
@@ -206,7 +208,7 @@ def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
     if not isinstance(config, DictConfig):
         config = OmegaConf.create(dict(config))
-    return plain(config, ""), problems
+    return with_whole_builders(plain(config, "")), problems
 
 
 def suggestion(key: str, config: DictConfig | Mapping[str, Any]) -> str | None:

@@ -37,12 +37,23 @@ def differences(
 def merged(base: Any, changes: Any, drop: tuple[str, ...] = ()) -> Any:
     """Return `base` with `changes` laid over it, dict by dict; neither is altered.
 
+    A dict inside them whose `_target_` is another one replaces that of `base`: its keys are others.
+
     drop: names of `base` that are left out of every dict that `changes` has too.
     """
     if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
         return changes
     remaining = {name: value for name, value in base.items() if name not in drop}
-    return remaining | {n: merged(base.get(n), value, drop) for n, value in changes.items()}
+    return remaining | {
+        name: value if _is_another(base.get(name), value) else merged(base.get(name), value, drop)
+        for name, value in changes.items()
+    }
+
+
+def _is_another(base: Any, changes: Any) -> bool:
+    """Return whether both name a constructor, and another one each."""
+    targets = [node.get("_target_") for node in (base, changes) if isinstance(node, Mapping)]
+    return len(targets) == 2 and None not in targets and targets[0] != targets[1]
 
 
 def flat(value: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -38,6 +38,15 @@ def test_merging_lays_changes_over_and_alters_neither() -> None:
     assert merged(base, {"b": {"c": 6}})["b"] == {"c": 6, "stale": 4}
     assert base["b"] == {"c": 3, "stale": 4}
     assert merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+    # Another constructor inside has other keys; that of the dict itself is exchanged alone.
+    base = {"_target_": "a", "x": 1, "form": {"_target_": "b", "y": 2}}
+    assert merged(base, {"form": {"_target_": "c"}})["form"] == {"_target_": "c"}
+    assert merged(base, {"form": {"_target_": "b", "z": 3}})["form"] == {
+        "_target_": "b",
+        "y": 2,
+        "z": 3,
+    }
+    assert merged(base, {"_target_": "d"}) == {**base, "_target_": "d"}
 
 
 def test_flattening_joins_names() -> None:

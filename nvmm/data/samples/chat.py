@@ -6,13 +6,14 @@ placeholders, then `</Image>`. Placeholders are expanded here, before any mask i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import tile_indices
+from nvmm.data.samples.rendered import Rendered, Writer
 from nvmm.data.samples.tokenizer import Tokenizer
 
 IMAGE_MARKER = "<image>"
@@ -20,6 +21,9 @@ IMAGE_MARKER = "<image>"
 
 DOCUMENT = "document"
 """The role of a turn that is a document: no roles are written and all of its text is trained."""
+
+CONTEXT = "context"
+"""The role of a turn that is what an answer rests on: chunks of documents, or passages."""
 
 Variant = Literal["none", "1d", "2d_grid", "2d_bbox"]
 TagForm = Literal["megatron", "hf"]
@@ -69,6 +73,52 @@ class ImageTags:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message; role is system, CONTEXT, user or assistant, or the only turn's DOCUMENT.
+
+    trained: whether the loss is on an assistant's turn.
+    """
+
+    role: str
+    text: str
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a conversation's text, of one weight; or `ids`, which are tokens already.
+
+    alone: it is made tokens apart from what stands beside it.
+    """
+
+    text: str = ""
+    weight: float = 0.0
+    ids: tuple[int, ...] = ()
+    alone: bool = False
+
+
+class Template(Protocol):
+    """A dialect, bound to a tokenizer: how turns become text, and what of it is trained.
+
+    bos: whether a text without turns begins with the tokenizer's BOS token.
+    """
+
+    bos: bool
+
+    def bound(self, tokenizer: Tokenizer) -> Template: ...
+
+    def joins(self, tokenizer: Tokenizer) -> bool: ...
+
+    def end_token(self, tokenizer: Tokenizer) -> tuple[str, int]: ...
+
+    def lead(self, tokenizer: Tokenizer, first: bool = False) -> tuple[str, str]: ...
+
+    def pieces(
+        self, turns: Sequence[Turn], tokenizer: Tokenizer, *, prompt: bool, source: str = ""
+    ) -> Iterator[Piece]: ...
+
+
+@dataclass(frozen=True)
 class Affixes:
     """The texts around a role's text."""
 
@@ -89,8 +139,11 @@ class ChatTemplate:
     end: token that ends an answer; None for the tokenizer's `end_of_turn`, "" for no token (texts
         that are scored and not answered).
     before_end: text between an answer and its end token, trained with both.
+    end_earlier: whether an answer that is not the last turn ends with both too.
     generation_prompt: text that a prompt ends with; None for the separator and the assistant's
-        prefix.
+        prefix. What such an answer's prefix has beyond it, as the space of `Assistant: ` behind
+        `Assistant:`, is the model's to write, and so trained with the answer.
+    trim: whether the white space around each turn's text is left out.
     system: system message of samples that bring none; None for no system turn.
     supervise_suffix: whether the text behind an answer's end token is trained too.
     special_tokens: texts in the affixes that must be one token each.
@@ -107,6 +160,8 @@ class ChatTemplate:
         supervise_suffix: bool = False,
         special_tokens: Sequence[str] = (),
         before_end: str = "",
+        end_earlier: bool = True,
+        trim: bool = False,
     ) -> None:
         missing = {"user", "assistant"} - roles.keys()
         if missing:
@@ -129,6 +184,8 @@ class ChatTemplate:
         self.system = system
         self.supervise_suffix = supervise_suffix
         self.special_tokens = tuple(special_tokens)
+        self.end_earlier = end_earlier
+        self.trim = trim
         if system is not None and "system" not in self.roles:
             raise ValueError(f"template.system={system!r} needs template.roles.system")
         if supervise_suffix and not self.roles["assistant"].suffix:
@@ -139,8 +196,17 @@ class ChatTemplate:
 
     def __repr__(self) -> str:
         # Token counts of an index go by this text, so that a key it lacks is one without effect.
-        said = {k: v for k, v in sorted(vars(self).items()) if v or k != "before_end"}
+        later = {"before_end": "", "end_earlier": True, "trim": False}
+        said = {k: v for k, v in sorted(vars(self).items()) if k not in later or v != later[k]}
         return f"ChatTemplate({', '.join(f'{k}={v!r}' for k, v in said.items())})"
+
+    def bound(self, tokenizer: Tokenizer) -> ChatTemplate:
+        """Return the template for a tokenizer, here itself, as all its texts are given.
+
+        Raises ValueError for a tokenizer that lacks a token that the template needs.
+        """
+        self.check(tokenizer)
+        return self
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError for a tokenizer that lacks a token that the template needs."""
@@ -173,17 +239,59 @@ class ChatTemplate:
         assert token is not None, "checked with the tokenizer"
         return self.end, token
 
+    def lead(self, tokenizer: Tokenizer, first: bool = False) -> tuple[str, str]:
+        """Return the text in front of an answer: what a prompt ends with, and what the model
+        writes before the answer's first word.
 
-@dataclass(frozen=True)
-class Turn:
-    """One message; role is system, user or assistant, or the only turn's DOCUMENT.
+        first: of a turn that no other stands in front of.
+        """
+        end, _ = self.end_token(tokenizer)
+        text = ("" if first else self.separator) + self.roles["assistant"].prefix
+        text, prompt = (each.replace("{end}", end) for each in (text, self.generation_prompt))
+        ahead = text[len(prompt) :] if text.startswith(prompt) else ""
+        head = text[: len(text) - len(ahead)]
+        # A prompt ends before the space of a word's token: the first token will be ` A`, not `A`.
+        size = len(head) - tokenizer.joined_space(head)
+        return head[:size], head[size:] + ahead
 
-    trained: whether the loss is on an assistant's turn.
-    """
+    def pieces(
+        self, turns: Sequence[Turn], tokenizer: Tokenizer, *, prompt: bool, source: str = ""
+    ) -> Iterator[Piece]:
+        """Yield the text of a conversation, with what is trained of it; see `render`.
 
-    role: str
-    text: str
-    trained: bool = True
+        Raises BadSample naming `source` for a turn of a role that the template lacks.
+        """
+        if self.system is not None and not any(turn.role == "system" for turn in turns):
+            turns = [Turn("system", self.system), *turns]
+        end, _ = self.end_token(tokenizer)
+        if self.bos and tokenizer.bos_id is not None:
+            yield Piece(ids=(tokenizer.bos_id,))
+        for index, turn in enumerate(turns):
+            affixes = self.roles.get(turn.role)
+            if affixes is None:
+                roles = ", ".join(self.roles)
+                raise BadSample(source, f"a turn of {turn.role}, and template.roles has {roles}")
+            prefix, suffix = (
+                text.replace("{end}", end) for text in (affixes.prefix, affixes.suffix)
+            )
+            text = turn.text.strip() if self.trim else turn.text
+            # 1. System, context and user are text between affixes, and none of it is trained.
+            if turn.role != "assistant":
+                yield Piece((self.separator if index else "") + prefix)
+                yield Piece(text)
+                yield Piece(suffix)
+                continue
+            # 2. The assistant's text and end token are trained, and what the model writes in front
+            # of it; a template may add the suffix.
+            head, ahead = self.lead(tokenizer, first=not index)
+            yield Piece(head)
+            ends = self.end_earlier or index == len(turns) - 1
+            closing = self.before_end + end if ends else ""
+            yield Piece(ahead + text + closing, float(turn.trained))
+            yield Piece(suffix, float(self.supervise_suffix and turn.trained))
+        if prompt:
+            text = self.generation_prompt.replace("{end}", end)
+            yield Piece(text[: len(text) - tokenizer.joined_space(text)])
 
 
 @dataclass(frozen=True)
@@ -203,90 +311,12 @@ class ImageLayout:
         return ImageLayout(grid, tile_indices(grid, use_thumbnail=use_thumbnail))
 
 
-@dataclass(frozen=True)
-class AttendedTile:
-    """A tile outside the sequence.
-
-    start, stop: its tag is tokens start .. stop - 1 of the text. tag_ids: its tag where that stands
-    in front of its keys instead, and not in the text.
-    """
-
-    start: int
-    stop: int
-    tag_ids: Sequence[int] = ()
-
-
-@dataclass
-class Rendered:
-    """Turns as tokens.
-
-    weights: the weight of each token as a target. positions: the first placeholder of every tile in
-    the sequence. attended: the tiles outside of it. Both are in the order of the tiles.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    attended: list[AttendedTile] = field(default_factory=list)
-
-
-class _Writer:
-    """A writer collects text until a boundary forces tokenisation.
-
-    Neighbouring pieces become tokens as one text, so that ids are those of the whole conversation.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.out = Rendered()
-        self.pending: list[tuple[str, float]] = []
-
-    def text(self, text: str, weight: float = 0.0) -> None:
-        if text:
-            self.pending.append((text, weight))
-
-    def flush(self) -> None:
-        if self.pending:
-            texts, weights = zip(*self.pending, strict=True)
-            ids, places = self.tokenizer.encode_pieces(texts, continued=bool(self.out.tokens))
-            self.out.tokens.extend(ids)
-            self.out.weights.extend(weights[place] for place in places)
-            self.pending = []
-
-    def ids(self, ids: Sequence[int], weight: float) -> None:
-        self.out.tokens.extend(ids)
-        self.out.weights.extend([weight] * len(ids))
-
-    def alone(self, text: str, weight: float) -> None:
-        """Write a text that is tokenised apart from its neighbours."""
-        self.flush()
-        self.text(text, weight)
-        self.flush()
-
-    def tile(self, tag: str, num_tokens: int, alone: bool) -> None:
-        if alone:
-            self.flush()
-        self.text(tag)
-        self.flush()
-        self.out.positions.append(len(self.out.tokens))
-        self.ids([self.tokenizer.image_id] * num_tokens, 0.0)
-
-    def attended(self, tag: str, in_text: bool) -> None:
-        """Write a tile outside the sequence; its tag stands in the text or in front of its keys."""
-        self.flush()
-        start = len(self.out.tokens)
-        if in_text:
-            self.alone(tag, 0.0)
-        ids = [] if in_text or not tag else self.tokenizer.encode_pieces([tag], continued=True)[0]
-        self.out.attended.append(AttendedTile(start, len(self.out.tokens), ids))
-
-
 def render(
     turns: Sequence[Turn],
     images: Sequence[ImageLayout],
     *,
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    template: Template,
     tags: ImageTags,
     tile_size: int,
     tokens_per_tile: int,
@@ -316,65 +346,40 @@ def render(
     if markers != len(images):
         reason = f"the text has {markers} {IMAGE_MARKER} markers, the sample {len(images)} images"
         raise BadSample(source, reason)
-    has_system = any(turn.role in ("system", DOCUMENT) for turn in turns)
-    if template.system is not None and not has_system:
-        turns = [Turn("system", template.system), *turns]
-    end, _ = template.end_token(tokenizer)
-    out = _Writer(tokenizer)
+    if any(turn.role == "assistant" and IMAGE_MARKER in turn.text for turn in turns):
+        raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
+    out = Writer(tokenizer)
+    if turns and turns[0].role == DOCUMENT:
+        pieces = _document(turns[0], tokenizer, template, generation_prompt)
+    else:
+        pieces = template.pieces(turns, tokenizer, prompt=generation_prompt, source=source)
     remaining = iter(images)
-
-    def text_with_images(text: str, write: Callable[[str], None]) -> None:
-        before, *rest = text.split(IMAGE_MARKER)
-        write(before)
-        for after in rest:
-            _write_image(out, next(remaining), tags, tile_size, tokens_per_tile, attended)
-            write(after)
-
-    if template.bos and tokenizer.bos_id is not None:
-        out.ids([tokenizer.bos_id], 0.0)
-    for index, turn in enumerate(turns):
-        # 1. A document has no roles: all of it is trained, and its end-of-text token.
-        if turn.role == DOCUMENT:
-            text_with_images(turn.text, lambda text: out.alone(text, 1.0))
-            if generation_prompt:
-                return out.out
+    for piece in pieces:
+        if piece.ids:
             out.flush()
-            out.ids([tokenizer.eos_id], 1.0)
-            continue
-        affixes = template.roles.get(turn.role)
-        if affixes is None:
-            roles = ", ".join(template.roles)
-            raise BadSample(source, f"a turn of {turn.role}, and template.roles has {roles}")
-        prefix, suffix = (text.replace("{end}", end) for text in (affixes.prefix, affixes.suffix))
-        prefix = (template.separator if index else "") + prefix
-        # 2. System and user are text between affixes, and none of it is trained.
-        if turn.role != "assistant":
-            out.text(prefix)
-            text_with_images(turn.text, out.text)
-            out.text(suffix)
-            continue
-        # 3. The assistant's text and end token are trained, and the space in front of it where
-        # that is of the answer's first token; a template may add the suffix.
-        if IMAGE_MARKER in turn.text:
-            raise BadSample(source, f"{IMAGE_MARKER} in an assistant turn")
-        prefix, space = _without_joined_space(prefix, tokenizer)
-        out.text(prefix)
-        out.text(space + turn.text + template.before_end + end, float(turn.trained))
-        out.text(suffix, float(template.supervise_suffix and turn.trained))
-    if generation_prompt:
-        prompt = template.generation_prompt.replace("{end}", end)
-        out.text(_without_joined_space(prompt, tokenizer)[0])
+            out.ids(piece.ids, piece.weight)
+        write = out.alone if piece.alone else out.text
+        before, *rest = piece.text.split(IMAGE_MARKER)
+        write(before, piece.weight)
+        for after in rest:
+            image = next(remaining, None)
+            if image is None:
+                raise BadSample(source, f"the template itself writes {IMAGE_MARKER}")
+            _write_image(out, image, tags, tile_size, tokens_per_tile, attended)
+            write(after, piece.weight)
     out.flush()
     return out.out
 
 
-def _without_joined_space(prefix: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Split a text before an answer, with the white space that is one token with a word behind it.
-
-    A prompt ends before that space, as the model's first token will be ` A` and not `A`.
-    """
-    size = len(prefix) - tokenizer.joined_space(prefix)
-    return prefix[:size], prefix[size:]
+def _document(
+    document: Turn, tokenizer: Tokenizer, template: Template, prompt: bool
+) -> Iterator[Piece]:
+    """Yield the text of a document, all of it trained, and its end unless it is a prompt."""
+    if template.bos and tokenizer.bos_id is not None:
+        yield Piece(ids=(tokenizer.bos_id,))
+    yield Piece(document.text, 1.0, alone=True)
+    if not prompt:
+        yield Piece(ids=(tokenizer.eos_id,), weight=1.0)
 
 
 def is_attended(tile: int, attended: Attended) -> bool:
@@ -383,7 +388,7 @@ def is_attended(tile: int, attended: Attended) -> bool:
 
 
 def _write_image(
-    out: _Writer,
+    out: Writer,
     image: ImageLayout,
     tags: ImageTags,
     tile_size: int,

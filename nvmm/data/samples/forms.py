@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Protocol
 from nvmm.config.choices import require
 from nvmm.data.samples.chat import DOCUMENT, IMAGE_MARKER, Turn
 from nvmm.data.samples.images import ImageOrSize
+from nvmm.data.samples.passages import Contexts
 from nvmm.data.samples.record import Record, num_named
 
 ROLES = {
@@ -55,12 +56,15 @@ class Example:
     """A sample to render.
 
     turns: they have one `<image>` for each of `images`. accepted: every right answer to the last
-    turn.
+    turn. contexts: what the answer rests on; their turn is put in when the sample is made to fit.
+    whole: whether the turns are never cut.
     """
 
     turns: list[Turn]
     images: Sequence[ImageOrSize]
     accepted: list[str]
+    contexts: Contexts | None = None
+    whole: bool = False
 
 
 class Form(Protocol):

@@ -8,9 +8,10 @@ the images are cut to that many tiles; tiles and tokens are put together as a `T
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -21,13 +22,13 @@ from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.chat import (
+    CONTEXT,
     DOCUMENT,
     IMAGE_MARKER,
     Attended,
-    ChatTemplate,
     ImageLayout,
     ImageTags,
-    Rendered,
+    Template,
     Turn,
     is_attended,
     render,
@@ -42,10 +43,12 @@ from nvmm.data.samples.images import (
     tile_image,
 )
 from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
+from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
 
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """The tile limits that are tried in turn until a sample fits (Megatron-LM's ladder)."""
+Supervise = Literal["all", "last"]
 
 
 class InstructBuilder(Builder):
@@ -61,16 +64,19 @@ class InstructBuilder(Builder):
     form: reads the turns of a sample; null: Chat().
     fields, unread: see `Builder`.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
-        its end; media are never cut. Attended tiles take no positions, so text is cut first.
+        its end; media are never cut. Attended tiles take no positions, so text is cut first. Where
+        the answer rests on contexts, they lose their end, and the turns are never cut.
+    supervise: the answers that are trained: all, or the last one alone, as ChatQA is.
 
     names: fields that are read beside the form's.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
+    only_last = False
 
     def __init__(
         self,
-        template: ChatTemplate,
+        template: Template,
         tags: ImageTags,
         tokens_per_tile: int,
         tile_size: int = 448,
@@ -82,10 +88,12 @@ class InstructBuilder(Builder):
         form: Form | None = None,
         fields: Fields | None = None,
         unread: Sequence[str] = (),
+        supervise: Supervise = "all",
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
     ) -> None:
+        require("supervise", supervise, Supervise)
         if tokens_per_tile < 1 or tile_size < 1:
             raise ValueError(
                 f"tokens_per_tile={tokens_per_tile}, tile_size={tile_size}: both must be at least 1"
@@ -98,7 +106,7 @@ class InstructBuilder(Builder):
                 f"tags.form={tags.form} with attended={attended}: a tag that is tokenised together"
                 " with its neighbours has no tokens of its own; use megatron"
             )
-        template.check(tokenizer)
+        template = template.bound(tokenizer)
         super().__init__(
             fields,
             Limits(max_pixels=max_pixels),
@@ -120,6 +128,8 @@ class InstructBuilder(Builder):
             # Token counts that were kept when turns were tokenised apart are of other ids. It is
             # part of their digest only where it is set.
             self.joined = True
+        if supervise == "last":  # As with `joined`: other digests stay as they were.
+            self.only_last = True
 
     def reads(self, member: str) -> bool:
         """Return whether it is the record's, one that `fields` names, or else a picture."""
@@ -159,6 +169,33 @@ class InstructBuilder(Builder):
         """
         return self._build(members, prompt=True, suffix=suffix)
 
+    def asking(self, form: Form | None = None, reserve: int = 0) -> InstructBuilder:
+        """Return a builder for the prompts of records under our own names of fields
+        (`record.members_of`).
+
+        form: reads them; None: the one of training. reserve: tokens that a prompt leaves free for
+        its answer: its contexts are cut, or it is a BadSample.
+
+        Raises ValueError where nothing would be left.
+        """
+        if not 0 <= reserve < self.sequence_length:
+            raise ValueError(
+                f"{reserve} tokens for an answer, and data.sequence_length={self.sequence_length}"
+            )
+        other = copy.copy(self)
+        other.form = form or self.form
+        other.fields, other.unread = {}, ()
+        other.sequence_length = self.sequence_length - reserve
+        return other
+
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the tokens of an answer's beginning as they follow a prompt.
+
+        A space that the model writes first is of them: ` True` behind `Assistant:`.
+        """
+        ahead = self.template.lead(self.tokenizer)[1]
+        return self.tokenizer.encode_pieces([ahead + text], continued=True)[0]
+
     def conversation(self, turns: Sequence[Turn], source: str, *, prompt: bool = False) -> Sample:
         """Return a whole conversation without pictures, as a reward model scores it.
 
@@ -188,7 +225,7 @@ class InstructBuilder(Builder):
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
         """Return tokens and tiles of the training example, from text and the images' headers."""
         source, example = self._example(members, Record.sizes)
-        rendered, _ = self._fit(example.turns, example.images, source, prompt=False)
+        rendered, _ = self._fit_example(example, source, prompt=False)
         return len(rendered.tokens), len(rendered.positions) + len(rendered.attended)
 
     def _example(
@@ -205,6 +242,9 @@ class InstructBuilder(Builder):
         example = self.form(record, read(record))
         if example.turns[0].role == DOCUMENT:
             example = self._cut(example, record.source)
+        elif self.only_last:
+            earlier = [replace(turn, trained=False) for turn in example.turns[:-1]]
+            example = replace(example, turns=[*earlier, example.turns[-1]])
         return record.source, example
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool, suffix: str = "") -> Sample:
@@ -222,9 +262,10 @@ class InstructBuilder(Builder):
     def _sample(self, example: Example, source: str, prompt: bool) -> Sample:
         """Return the sample of an example whose images are decoded."""
         # The images are cut under the limit that the turns were rendered with.
-        rendered, limit = self._fit(example.turns, example.images, source, prompt)
+        rendered, limit = self._fit_example(example, source, prompt)
         if not prompt and not any(rendered.weights):
-            raise BadSample(source, "no supervised token; a sample needs an assistant turn")
+            where = " at its end" if self.only_last else ""
+            raise BadSample(source, f"no supervised token; a sample needs an assistant turn{where}")
         weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
         text = self._text(
             replace(rendered, weights=weights), self._tiles(example.images, limit), source
@@ -301,6 +342,34 @@ class InstructBuilder(Builder):
                 tag_ids=torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-1),
             )
         return media
+
+    def _fit_example(self, example: Example, source: str, prompt: bool) -> tuple[Rendered, int]:
+        """Render with as many tiles, and then as much of the contexts, as fit; see `_fit`.
+
+        Raises BadSample for turns that must not be cut and are too long, and where no context would
+        be left.
+        """
+        contexts, length = example.contexts, self.sequence_length
+        if not example.whole:
+            return self._fit(example.turns, example.images, source, prompt)
+        for limit in self._limits(example.images):
+            rendered = self._render(_resting(example), example.images, limit, source, prompt)
+            if len(rendered.tokens) <= length:
+                return rendered, limit
+        while contexts is not None and contexts.may_cut:
+            contexts = contexts.shortened(len(rendered.tokens) - length, self.tokenizer)
+            if contexts is None:
+                break
+            turns = _resting(replace(example, contexts=contexts))
+            rendered = self._render(turns, example.images, limit, source, prompt)
+            if len(rendered.tokens) <= length:
+                return rendered, limit
+        lost = " and lose every context" if example.contexts is not None else ""
+        raise BadSample(
+            source,
+            f"needs {len(rendered.tokens)} tokens, and data.sequence_length={length} would cut its"
+            f" turns{lost}",
+        )
 
     def _fit(
         self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
@@ -387,3 +456,12 @@ class InstructBuilder(Builder):
         num_fitting = sum(end <= self.sequence_length for end in self._ends(rendered))
         text = IMAGE_MARKER.join(document.text.split(IMAGE_MARKER)[: num_fitting + 1])
         return replace(example, turns=[Turn(DOCUMENT, text)], images=images[:num_fitting])
+
+
+def _resting(example: Example) -> list[Turn]:
+    """Return the turns with that of the contexts behind the system's."""
+    if example.contexts is None:
+        return example.turns
+    start = sum(turn.role == "system" for turn in example.turns[:1])
+    block = Turn(CONTEXT, example.contexts.text)
+    return [*example.turns[:start], block, *example.turns[start:]]

@@ -22,12 +22,13 @@ from nvmm.config.choices import require
 from nvmm.data.samples import pairs
 from nvmm.data.samples import reference as reference_module
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags, Rendered
+from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags
 from nvmm.data.samples.forms import Example, Form
 from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.pairs import Answers
 from nvmm.data.samples.record import PLAIN, Fields, Record
+from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import builder_digest
 

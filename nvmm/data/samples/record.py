@@ -89,6 +89,14 @@ def plain_question(text: str, pictures: Sequence[bytes], source: str) -> dict[st
     return members | {f"{number}.png": data for number, data in enumerate(pictures)}
 
 
+def members_of(record: Mapping[str, Any], source: str) -> dict[str, bytes | str]:
+    """Return a record as members of a sample, for a builder that reads our own names of fields.
+
+    source: what messages call it.
+    """
+    return {"__url__": source, "__key__": "", "json": json.dumps(record).encode()}
+
+
 def check_fields(fields: Fields, names: Sequence[str], unread: Sequence[str] = ()) -> None:
     """Raise ValueError for a name that no form reads, for members that cannot be decoded, and for
     a place that is named as unread too."""

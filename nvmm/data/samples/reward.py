@@ -23,11 +23,12 @@ import torch
 
 from nvmm.batch import Sample, Text
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags, Rendered, Turn
+from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags, Turn
 from nvmm.data.samples.forms import Example, asked, check_beside, turns_of
 from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.record import PLAIN, Fields, Record
+from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
 
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")

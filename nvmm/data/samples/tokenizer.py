@@ -154,6 +154,11 @@ class Tokenizer:
         ]
         return ids, [bisect_right(ends, place) for place in places]
 
+    def beginning(self, text: str, num_tokens: int) -> str:
+        """Return the beginning of `text` that its first `num_tokens` tokens are of."""
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets[: max(num_tokens, 0)]
+        return text[: max((end for _, end in offsets), default=0)]
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))

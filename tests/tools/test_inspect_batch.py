@@ -1,0 +1,128 @@
+"""The inspector shows the loss mask of every template, and of every part of a blend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvmm.config import compose
+from nvmm.config.check import check, config_dir, to_plain
+from nvmm.data.shards.dataset import write_shards
+from tests.data.samples import llama
+from tools.inspect_batch import show
+
+EXTRA = ["<|im_start|>", "<|im_end|>", "<extra_id_0>", "<extra_id_1>"]
+TURNS = [
+    {"role": "user", "content": "Hi."},
+    {"role": "assistant", "content": "Ho!"},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Two"},
+]
+MASKS = {
+    "chatml": ["Ho!<|im_end|>", "Two<|im_end|>"],
+    "yi": ["Ho!<|im_end|>", "Two<|im_end|>"],
+    "llama3": ["Ho!<|im_end|>", "Two<|im_end|>"],
+    "nemotron": ["Ho!\n<extra_id_1>", "Two\n<extra_id_1>"],
+    "nemotron_reward": ["Ho!", "Two"],
+    "pretraining": ["Ho!<|im_end|>", "Two<|im_end|>"],
+    "chatqa": [" Ho", " Two<|im_end|>"],  # Llama's splitter joins the mark and the blank line.
+}
+"""The stretches that are trained, with supervise=all."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    llama.save(folder / "tokenizer")
+    ranking = {"question": "Who?", "passages": ["He."], "relevant": [0]}
+    sets: dict[str, Any] = {
+        "chat": {"messages": TURNS},
+        "qa": {"messages": TURNS[2:], "contexts": ["A chunk.", "Another."]},
+        "ranking": ranking,
+        "list": ranking | {"passages": ["He.", "She."], "relevant": [0, 1]},
+    }
+    for name, record in sets.items():
+        write_shards(folder, name, [{"__key__": "0", "json": json.dumps(record).encode()}])
+    return folder
+
+
+def shown(folder: Path, capsys: pytest.CaptureFixture[str], *given: str, sample: int = 0) -> str:
+    overrides = [
+        "experiment=language/tiny",
+        f"tokenizer.path={folder / 'tokenizer'}",
+        "tokenizer.image_token='<|reserved_special_token_0|>'",
+        f"tokenizer.extra_tokens={EXTRA}",
+        *given,
+    ]
+    config = compose.composed("train", overrides)
+    assert check(config) == []
+    options = argparse.Namespace(split="train", all=False, no_color=True, html=None)
+    assert show(to_plain(config), [sample], options) == 0
+    return capsys.readouterr().out
+
+
+def trained(text: str) -> list[str]:
+    return re.findall(r"\[\[(.*?)\]\]", text, re.DOTALL)
+
+
+def test_every_template_is_here() -> None:
+    assert {path.stem for path in (config_dir() / "template").glob("*.yaml")} == set(MASKS)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_mask_of_a_template(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = f"data.train.shards={folder}/chat-*.tar"
+    dialect = f"template@data.train.build.template={name}"
+    assert trained(shown(folder, capsys, shards, dialect)) == MASKS[name]
+    last = shown(folder, capsys, shards, dialect, "data.train.build.supervise=last")
+    assert trained(last) == MASKS[name][1:]
+
+
+FORMS = {
+    "qa": ("{instruction: Say it.}", "\n\nA chunk.\n\nAnother.\n\nUser: Say it. One?", " Two"),
+    "ranking": (
+        "{_target_: nvmm.data.samples.contexts.Ranking}",
+        "Passage: He.\n\nUser: For the question Who?, access whether the passage is",
+        " True",
+    ),
+    "list": (
+        "{_target_: nvmm.data.samples.contexts.ListRanking, passages: {_target_:"
+        " nvmm.data.samples.passages.Passages, several: 'Passage {number}: {text}'}}",
+        "Passage 1: He.\n\nPassage 2: She.\n\nUser: For the question Who?, access",
+        " 1, 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_part_of_a_blend_has_its_own_form(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its entry says what differs from data.train.build; a nested list may be between."""
+    form, text, answer = FORMS[name]
+    chat = f"{{name: chat, weight: 1, shards: {folder}/chat-*.tar}}"
+    part = f"{{name: part, weight: 1, shards: {folder}/{name}-*.tar, build: {{form: {form}}}}}"
+    for blend, ordinal in (
+        (f"[{chat},{part}]", 1),
+        (f"[{chat},{{weight: 1, blend: [{part}]}}]", 1),
+    ):
+        given = ["data=chatqa", "data.train.shards=null", f"data.blend={blend}"]
+        found = shown(folder, capsys, *given, sample=ordinal << 53)
+        assert text in found and trained(found) == [f"{answer}<|im_end|>"]
+        # The other part keeps the form of data.train.build.
+        assert trained(shown(folder, capsys, *given)) == MASKS["chatqa"][1:]
+
+
+def test_a_key_that_the_builder_lacks_is_refused(folder: Path) -> None:
+    entry = "{shards: a, build: {form: {instructions: x}}}"
+    given = ["data=chatqa", "data.train.shards=null", f"data.blend=[{entry}]"]
+    config = compose.composed("train", ["experiment=language/tiny", "tokenizer.path=x", *given])
+    [problem] = check(config)
+    assert "data.blend[0].build.form.instructions" in str(problem) and "instruction" in str(problem)
