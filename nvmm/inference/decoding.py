@@ -7,7 +7,7 @@ positions begin behind its padding, and the pad keys are masked, so no answer de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def generate(
     seed: int = 0,
     use_cache: bool = True,
     share_prefix: bool = False,
+    ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt; collective over a model-parallel group, which gets the result.
 
@@ -65,6 +66,7 @@ def generate(
             that it is decoded in.
         use_cache: False runs the whole sequence for every token (to check the cache).
         share_prefix: run tokens that all prompts begin with once (`nvmm.inference.prefix`).
+        ended: says of an answer's tokens whether they are enough, for stop strings for instance.
 
     Returns: the new tokens of each prompt, at most `max_new_tokens`.
 
@@ -120,6 +122,8 @@ def generate(
                 running.remove(row)
             else:
                 answers[row].append(token)
+                if ended is not None and ended(answers[row]):
+                    running.remove(row)
         if not running:
             break
         # 4. With a cache only the new tokens are run next, without one all tokens again.
