@@ -108,6 +108,11 @@ class PreferenceBuilder(InstructBuilder):
                 )
             self.reference = reference
 
+    @property
+    def most_texts(self) -> int:
+        """The chosen and the rejected answer."""
+        return 2
+
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """Return the sample of a pair, or of an unpaired answer.
 
