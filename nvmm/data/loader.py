@@ -136,7 +136,10 @@ class Data:
         settings = Settings(self.window)
         if self.pack:
             digests = self.count_lengths()
-            settings = Settings(self.window, self.sequence_length, segment_multiple, digests)
+            # Where segments are not padded, a sample takes its tokens, however many texts it has.
+            most = {c.name: c.dataset.build.most_texts for c in self.components}
+            texts = {name: n for name, n in most.items() if n > 1 and segment_multiple > 1}
+            settings = Settings(self.window, self.sequence_length, segment_multiple, digests, texts)
         return Order(self.components, self.seed, settings, global_batch_size, position)
 
     def num_batches(self, split: str, global_batch_size: int) -> int:

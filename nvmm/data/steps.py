@@ -15,7 +15,7 @@ import numpy as np
 from nvmm.batch import Batch, Sample
 from nvmm.data.collate import collate
 from nvmm.data.order import sample_ids
-from nvmm.data.order.packing import Pack, assign
+from nvmm.data.order.packing import Pack, assign, multiples
 from nvmm.data.samples.bad_sample import BadSample, blamed
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.shards.dataset import Dataset
@@ -130,11 +130,14 @@ class GlobalBatches:
                     "could not be built when tokens were counted; to count them anew, delete"
                     f" {dataset.index.path}",
                 )
-            if tokens != expected or tokens > self.order.settings.capacity:
+            capacity, multiple = self.order.settings.capacity, self.segment_multiple
+            taken = multiples(np.array(tokens), multiple, dataset.build.most_texts)
+            if tokens != expected or taken > capacity // multiple:
+                padding = f" and may need {taken * multiple} with padding" if multiple > 1 else ""
                 raise BadSample(
                     sample.source,
-                    f"has {tokens} tokens; its index says {expected}, and a row takes"
-                    f" {self.order.settings.capacity}",
+                    f"has {tokens} tokens{padding}; its index says {expected}, and a row takes"
+                    f" {capacity // multiple * multiple}",
                 )
         return sample
 

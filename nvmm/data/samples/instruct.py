@@ -69,10 +69,13 @@ class InstructBuilder(Builder):
     supervise: the answers that are trained: all, or the last one alone, as ChatQA is.
 
     names: fields that are read beside the form's.
+    end: text behind a conversation and not behind a prompt; a parameter of the builders of reward
+        models, which read the score there.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
     only_last = False
+    end: str = ""
 
     def __init__(
         self,
@@ -404,7 +407,7 @@ class InstructBuilder(Builder):
 
     def _may_be_cut(self, rendered: Rendered) -> bool:
         """Return whether all media and some answer stand within the sequence length."""
-        length = self.sequence_length
+        length = self.sequence_length - len(self.end_ids)
         return max(self._ends(rendered), default=0) <= length and any(rendered.weights[:length])
 
     def _ends(self, rendered: Rendered) -> list[int]:
@@ -434,7 +437,7 @@ class InstructBuilder(Builder):
             )
             for image in images
         ]
-        return render(
+        rendered = render(
             turns,
             layouts,
             tokenizer=self.tokenizer,
@@ -446,6 +449,17 @@ class InstructBuilder(Builder):
             generation_prompt=prompt,
             source=source,
         )
+        end = [] if prompt else self.end_ids
+        return replace(
+            rendered,
+            tokens=[*rendered.tokens, *end],
+            weights=[*rendered.weights, *[0.0] * len(end)],
+        )
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens of `end`."""
+        return self.tokenizer.encode_pieces([self.end], continued=True)[0] if self.end else []
 
     def _cut(self, example: Example, source: str) -> Example:
         """Cut a document behind the last image that fits, with one tile an image."""

@@ -11,7 +11,7 @@ import torch
 from nvmm.batch import IMAGE, Sample
 from nvmm.data.collate import collate
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.chat import ImageTags
+from nvmm.data.samples.chat import ImageTags, Turn
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.samples.preference import PreferenceBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -134,6 +134,20 @@ def test_a_pair_that_is_too_long_is_dropped_or_its_answers_are_cut(tiny: Tokeniz
     start = int(whole.texts[0].weights.argmax())
     with pytest.raises(BadSample, match="would cut an image or the whole answer"):
         builder(tiny, sequence_length=start, too_long="cut")(members)
+    # A reward model reads its score at the end, which stays and takes some of the room.
+    end = "<|im_end|>"
+    closed = builder(tiny, sequence_length=room, too_long="cut", end=end)
+    sample = closed(members)
+    assert closed.measure(members)[0] == sample.num_tokens
+    for text, uncut, size in zip(sample.texts, whole.texts, (None, room - 1), strict=True):
+        assert text.tokens.tolist() == [*uncut.tokens[:size].tolist(), tiny.token_id(end)]
+        assert text.weights[-1] == 0 and torch.equal(text.weights[:-1], uncut.weights[:size])
+    asked = builder(tiny, sequence_length=room).prompt(members)
+    assert torch.equal(closed.prompt(members).text.tokens, asked.text.tokens)
+    turns = [Turn("user", "Hi"), Turn("assistant", HO)]
+    assert torch.equal(closed.conversation(turns, "").text.tokens, sample.texts[0].tokens)
+    with pytest.raises(BadSample, match="would cut an image or the whole answer"):
+        builder(tiny, sequence_length=start + 1, too_long="cut", end=end)(members)
     alike = member(prompt="Hi", chosen="Yes " * 5, rejected="Yes " * 6)
     with pytest.raises(BadSample, match="chosen and rejected are the same tokens"):
         builder(tiny, sequence_length=start + 2, too_long="cut")(alike)
