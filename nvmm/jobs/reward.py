@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from nvmm.batch import Sample
 from nvmm.data.samples.preference import PreferenceBuilder
 from nvmm.data.samples.reward import RewardBuilder
 from nvmm.inference.restore import Restored
@@ -44,8 +45,11 @@ class Reward(Job):
         model = self.require(model)
         dataset, inputs = open_shards(self.shards, model)
         builder = model.builder
-        scoring = isinstance(builder, RewardBuilder | PreferenceBuilder)
-        make = builder.scored if scoring else builder.__call__
+        make: Callable[[dict[str, Any]], Sample] = (
+            builder.scored
+            if isinstance(builder, RewardBuilder | PreferenceBuilder)
+            else builder.__call__
+        )
 
         def rows(numbers: range) -> pa.Table:
             samples, errors = build(dataset.members, numbers, make, model.max_sequence_length)

@@ -61,8 +61,8 @@ class Amounts:
     """The number of demonstrations and of the prompts of each split, and the seed."""
 
     sft: int = 16_000
-    preference: int = 1_500
-    rpo: int = 1_500
+    preference: int = 5_000
+    rpo: int = 5_000
     heldout: int = 500
     seed: int = 1234
 
