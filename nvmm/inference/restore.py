@@ -84,13 +84,40 @@ class Restored:
 
         Raises ValueError for an embedder, which has no words to answer with.
         """
+        outputs = self.generate_tokens(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            use_cache=use_cache,
+        )
+        return [self.text_of(tokens) for tokens in outputs]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer's tokens."""
+        return self.tokenizer.decode(tokens).strip()
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sample],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 1234,
+        use_cache: bool = True,
+    ) -> list[list[int]]:
+        """Return the tokens of each answer; one that did not end has `max_new_tokens` of them.
+
+        As `generate` otherwise.
+        """
         from nvmm.inference.decoding import generate
 
         self.require_answers()
         if not prompts:
             return []
-
-        outputs = generate(
+        return generate(
             self.model,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -102,7 +129,6 @@ class Restored:
             use_cache=use_cache,
             share_prefix=share_prefix,
         )
-        return [self.tokenizer.decode(tokens).strip() for tokens in outputs]
 
     def score(self, samples: Sequence[Sample], batch_size: int = 8) -> list[tuple[float, int]]:
         """Return log-probability and number of each sample's supervised tokens, in order."""

@@ -26,7 +26,7 @@ from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags
 from nvmm.data.samples.forms import Example, Form
 from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize
 from nvmm.data.samples.instruct import InstructBuilder
-from nvmm.data.samples.pairs import Answers
+from nvmm.data.samples.pairs import Answer, Answers
 from nvmm.data.samples.record import PLAIN, Fields, Record
 from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -132,6 +132,28 @@ class PreferenceBuilder(InstructBuilder):
         if self.reference is not None:
             texts = self._referred(texts, record)
         return Sample(tuple(texts), source=record.source)
+
+    def scored(self, members: Mapping[str, Any]) -> Sample:
+        """Return the sample to score: the answers of a record, or a conversation that has none to
+        prefer, and ends with an answer.
+
+        Raises BadSample as for training; a conversation is not cut, which would be another one.
+        """
+        if pairs.is_preference(self.record(members)):
+            return self(members)
+        source, example = super()._example(members, Record.images)
+        if example.turns[-1].role != "assistant":
+            raise BadSample(source, "the last turn is not the assistant's: nothing is scored")
+        for limit in self._limits(example.images):
+            rendered = self._render(example.turns, example.images, limit, source)
+            if len(rendered.tokens) <= self.sequence_length:
+                text = self._text(rendered, self._tiles(example.images, limit), source)
+                return Sample((_described(text, Answer([], True)),), source=source)
+        raise BadSample(
+            source,
+            f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+            f"{self.sequence_length}",
+        )
 
     def _referred(self, texts: list[Text], record: Record) -> list[Text]:
         """Return the texts with the reference's log-probabilities; BadSample where it has none."""

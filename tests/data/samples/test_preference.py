@@ -197,6 +197,24 @@ def test_a_missing_sample_has_the_extras_of_others(tiny: Tokenizer) -> None:
     assert batch.num_tokens == sum(int(t.weights.sum()) for t in build(member(**PLAIN)).texts)
 
 
+def test_what_is_scored_is_a_pair_or_a_conversation_that_is_never_cut(tiny: Tokenizer) -> None:
+    build = builder(tiny)
+    pair = member(prompt=HI, chosen=HO, rejected=NO)
+    assert [text.tokens.tolist() for text in build.scored(pair).texts] == [
+        text.tokens.tolist() for text in build(pair).texts
+    ]
+    one = build.scored(member(messages=[user(HI), said(HO)]))
+    assert [text.tokens.tolist() for text in one.texts] == [build(pair).texts[0].tokens.tolist()]
+    assert set(one.text.extras) == build.extras
+    shown = [user(f"<image>{HI}"), said(HO)]
+    seen = build.scored(member(image_bytes(32, 32), messages=shown))
+    assert set(seen.text.media) == {IMAGE}
+    with pytest.raises(BadSample, match="last turn is not the assistant's"):
+        build.scored(member(messages=[user(HI)]))
+    with pytest.raises(BadSample, match=r"a text of \d+ tokens, and data.sequence_length=64"):
+        build.scored(member(messages=[user(HI), said(HO * 60)]))
+
+
 def test_an_unknown_rule_is_refused(tiny: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"build\.too_long=split must be one of drop, cut"):
         builder(tiny, too_long="split")
