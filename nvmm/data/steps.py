@@ -57,11 +57,13 @@ class Step:
     """One rank's share of a step.
 
     problems: id and reason of each bad sample. position: of the order after the step, or None.
+    dropped: number of a dataset -> media that its samples left out.
     """
 
     batches: list[Batch]
     problems: list[tuple[int, str]]
     position: dict[str, Any] | None
+    dropped: dict[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +90,26 @@ class GlobalBatches:
         costs = [pack.cost for pack in packs]
         assigned = assign(costs, self.micro_batch_size, self.size, padded=not self.packed)
         problems: list[tuple[int, str]] = []
+        samples = [
+            [self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples]
+            for micro_batch in assigned[self.rank]
+        ]
         batches = [
             collate(
-                [self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples],
+                micro_batch,
                 pad_id=self.pad_id,
                 pad_multiple=self.pad_multiple,
                 segment_multiple=self.segment_multiple,
                 packed=self.packed,
             )
-            for micro_batch in assigned[self.rank]
+            for micro_batch in samples
         ]
-        return Step(batches, problems, self.order.position(k + 1))
+        dropped: dict[int, int] = {}
+        for sample in (sample for micro_batch in samples for sample in micro_batch):
+            if sample.dropped:
+                ordinal = int(sample_ids.split(sample.sample_id)[0][()])
+                dropped[ordinal] = dropped.get(ordinal, 0) + sample.dropped
+        return Step(batches, problems, self.order.position(k + 1), dropped)
 
     def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
         """Return the sample, or the blank of its dataset's builder in the slot of a bad one.

@@ -91,6 +91,7 @@ class Restored:
             top_p=top_p,
             seed=seed,
             use_cache=use_cache,
+            share_prefix=share_prefix,
         )
         return [self.text_of(tokens) for tokens in outputs]
 
@@ -107,6 +108,7 @@ class Restored:
         top_p: float = 1.0,
         seed: int = 1234,
         use_cache: bool = True,
+        share_prefix: bool = False,
     ) -> list[list[int]]:
         """Return the tokens of each answer; one that did not end has `max_new_tokens` of them.
 
