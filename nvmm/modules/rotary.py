@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from nvmm.parallel import context_parallel
 
 REFUSED = ("rotary_interleaved", "fused_single_qkv_rope", "flash_decode")
 """Fields of TransformerConfig that would turn in another order, or in another place."""
+_MASK_TYPE = 4
+"""Place of the mask's type in what mcore's step returns."""
 
 
 class Rotary:
@@ -112,10 +115,17 @@ class RotaryAttention(SelfAttention):
         """Turn query [s, b, heads, d] and key [s, b, groups, d], then do mcore's step.
 
         mcore calls this between the projection and its own rotation, in training too; it is handed
-        no rotation, so that it has nothing left to turn.
+        no rotation, so that it has nothing left to turn. Behind a cache it turns off the mask, as
+        for one new token: several keep it, aligned with the last key.
         """
         if rotary_pos_emb is not None:
             query, key = rope(query, key, rotary_pos_emb[0])
-        return super()._adjust_key_value_for_inference(
-            inference_context, query, key, value, None, *args, **kwargs
+        adjusted = list(
+            super()._adjust_key_value_for_inference(
+                inference_context, query, key, value, None, *args, **kwargs
+            )
         )
+        if inference_context is not None and len(query) > 1:
+            if inference_context.sequence_len_offset > 0:
+                adjusted[_MASK_TYPE] = AttnMaskType.causal_bottom_right
+        return tuple(adjusted)

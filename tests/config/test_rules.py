@@ -272,11 +272,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "trainer.batch_ramp[0].tokens=4095",
         "at least the 4096 tokens of one step",
     ),
-    ({"model__vision__image_size": 450}, "model.vision.image_size=450", "patch_size=14"),
+    ({"model__vision__image_size": 13}, "model.vision.image_size=13", "patch_size=14"),
     (
         {"model__connector__downsample": 3},
         "model.connector.downsample=3",
-        "must divide the ViT grid (32x32); use one of 1, 2, 4, 8, 16, 32",
+        "must divide the ViT grid (32x32); use one of 1, 2, 4, 8, 16, 32, or model.connector.pad",
     ),
     ({"data__train__build__max_tiles": 12}, "data.sequence_length=2048", "13 tiles"),
     ({"data__train__build__tile_size": 224}, "data.train.build.tile_size=224", "448"),

@@ -240,6 +240,23 @@ WHOLE: dict[str, Any] = {
         "vision_config": VISION | {"model_type": "clip_vision_model"},
         "latent_attention_config": {},
     },
+    "llava": {
+        "model_type": "llava",
+        "text_config": families._SHAPE | {"model_type": "llama"},
+        "vision_config": VISION,
+    },
+    "vila": families._SHAPE
+    | {
+        "model_type": "llava_llama",
+        "mm_vision_tower": "somebody/else",
+        "vision_config": VISION | {"model_type": "clip_vision_model"},
+    },
+    "vila15": {
+        "model_type": "llava_llama",
+        "llm_cfg": families._SHAPE | {"model_type": "llama"},
+        "vision_tower_cfg": VISION | {"model_type": "siglip_vision_model"},
+        "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+    },
     "siglip": {"model_type": "siglip", "vision_config": VISION, "text_config": {}},
 }
 

@@ -356,7 +356,26 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "nvlm_d": [
         {"llm_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "intern_vit_6b"}}
     ],
+    "llava": [
+        {"model_type": "llava"},
+        {
+            "model_type": "llava",
+            "vision_config": {"model_type": "siglip_vision_model"},
+            "vision_feature_select_strategy": "full",
+        },
+    ],
     "llava_next": [{"model_type": "llava_next"}],
+    "vila": [
+        {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": kind}
+        for kind in ("linear", "mlp2x_gelu")
+    ],
+    "vila15": [
+        {
+            "llm_cfg": {"model_type": "llama"},
+            "vision_tower_cfg": {"model_type": "siglip_vision_model", "hidden_size": 768},
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+        }
+    ],
     "nv_embed": [{"text_config": {"model_type": "bidir_mistral", "sliding_window": None}}],
     "bert": [{"model_type": "bert"}],
     "mm_embed": [

@@ -14,6 +14,7 @@ from nvmm.config import compose
 from nvmm.config.check import check, config_dir, to_plain
 from nvmm.data.shards.dataset import write_shards
 from tests.data.samples import llama
+from tests.data.samples.test_jinja_template import MARKED
 from tools.inspect_batch import show
 
 EXTRA = ["<extra_id_0>", "<extra_id_1>"]
@@ -31,6 +32,10 @@ MASKS = {
     "nemotron_reward": ["Ho!", "Two"],
     "pretraining": ["Ho!<|im_end|>", "Two<|im_end|>"],
     "chatqa": [" Ho!", " Two<|im_end|>"],
+    "vicuna": [" Ho!<|im_end|>", " Two<|im_end|>"],
+    "caption": ["Ho!<|im_end|>", "Two<|im_end|>"],
+    "llava_plain": ["Ho!\n", "Two\n"],
+    "jinja": ["Ho!<|im_end|>", "Two<|im_end|>"],
 }
 """The stretches that are trained, with supervise=all."""
 
@@ -38,7 +43,7 @@ MASKS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    llama.save(folder / "tokenizer")
+    llama.save(folder / "tokenizer", MARKED)
     ranking = {"question": "Who?", "passages": ["He."], "relevant": [0]}
     sets: dict[str, Any] = {
         "chat": {"messages": TURNS},

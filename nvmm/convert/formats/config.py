@@ -58,6 +58,8 @@ _CONNECTOR_DEFAULTS = {
     "layernorm_epsilon": 1e-6,
     "bias": False,
     "activation_func": GELU,
+    "pad_grid": False,
+    "token_order": "rows",
 }
 _FREE = frozenset(
     {

@@ -61,6 +61,9 @@ class JinjaTemplate:
     ) -> None:
         if path is not None and name is not None:
             raise ValueError(f"template.name={name} is of the tokenizer's folder, not of {path}")
+        for key in variables or {}:
+            if not key.isidentifier() or key.lower() in ("true", "false", "none"):
+                raise ValueError(f"template.variables.{key} is no name of a variable in Jinja")
         self.path = path
         self.name = name
         self.end = end
@@ -108,6 +111,23 @@ class JinjaTemplate:
                 " the token that ends it by template.end"
             )
         return other
+
+    def text(self, closing: str = "") -> str:
+        """Return a template of Transformers that writes the same, with `system` and `variables` as
+        they are here, and `closing` behind a whole conversation."""
+        sets = "".join(f"{{% set {k} = {_literal(v)} %}}" for k, v in self.variables.items())
+        if self.system is not None:
+            message = f'[{{"role": "system", "content": {json.dumps(self.system)}}}]'
+            roles = 'messages | map(attribute="role")'
+            sets += f'{{% if "system" not in {roles} %}}{{% set messages = {message} + messages %}}'
+            sets += "{% endif %}"
+        # What stands behind a block's end would lose a line break: an expression's end keeps it.
+        text = (sets + '{{ "" }}' if sets else "") + self.source
+        if closing:
+            text += (
+                f"{{% if not add_generation_prompt %}}{{{{ {json.dumps(closing)} }}}}{{% endif %}}"
+            )
+        return text
 
     def joins(self, tokenizer: Tokenizer) -> bool:
         """Return False: no token counts are kept of turns that were tokenised apart."""
@@ -278,6 +298,17 @@ def _no_date(_: str) -> None:
 
 def _to_json(value: Any, **options: Any) -> str:
     return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _literal(value: Any) -> str:
+    """Return a plain value as Jinja writes it: JSON, but for null."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{json.dumps(k)}: {_literal(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value)
 
 
 def _of_folder(folder: Path, name: str | None) -> tuple[str, str]:

@@ -333,5 +333,7 @@ def test_bad_paths_are_named(words: Tokenizer, tmp_path: Path) -> None:
         JinjaTemplate(str(tmp_path / "gone")).bound(words)
     with pytest.raises(ValueError, match=r"template\.name=a is of the tokenizer's folder"):
         JinjaTemplate("b", name="a")
+    with pytest.raises(ValueError, match=r"template\.variables\.none is no name"):
+        JinjaTemplate(variables={"none": 1})
     with pytest.raises(BadSample, match=r"U\+FDD0"):
         draw(words, JinjaTemplate().bound(words), [Turn("user", "\ufdd0"), TURNS[2]])
