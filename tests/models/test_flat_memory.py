@@ -52,16 +52,20 @@ class Memory(TorchDispatchMode):
         return out
 
 
-def model_of(chunk: Any = None, **changes: Any) -> Any:
-    """One narrow layer, beside which a mask of all pairs is large."""
-    target = tiny.embedder("Mean") if changes.pop("embeds", False) else tiny.language()
+def settings(embeds: bool = False, **changes: Any) -> dict[str, Any]:
+    """The config of one narrow layer, beside which a mask of all pairs is large."""
+    target = tiny.embedder("Mean") if embeds else tiny.language()
     target["transformer"] |= {
         **{"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 1},
         **{"kv_channels": 8, "ffn_hidden_size": 16, **changes.pop("transformer", {})},
     }
-    target |= {"vocab_size": 60, "padded_vocab_size": 64, "max_sequence_length": 8192, **changes}
+    sizes = {"vocab_size": 60, "padded_vocab_size": 64, "max_sequence_length": 8192}
+    return target | sizes | changes
+
+
+def model_of(chunk: Any = None, **changes: Any) -> Any:
     chunk = chunk or Parallel().chunks(Precision())[0]
-    return instantiate(target, _convert_="all")(chunk=chunk)
+    return instantiate(settings(**changes), _convert_="all")(chunk=chunk)
 
 
 def batch_of(*lengths: int, **options: Any) -> Batch:
