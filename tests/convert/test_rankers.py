@@ -105,7 +105,7 @@ def test_a_classifier_scores_as_we_rank(
 def test_vllm_s_settings_make_the_same_score(
     run: Path, expected: tuple[Tensor, list[list[int]]], tmp_path: Path
 ) -> None:
-    """By vLLM's rule of `from_2_way_softmax`: the row of the second word minus that of the first."""
+    """By vLLM's rule of `from_2_way_softmax`: the second word's row minus the first's."""
     import transformers
 
     folder = export(run, tmp_path / "plain", "llama")

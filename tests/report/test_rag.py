@@ -28,7 +28,7 @@ TABLES = {
 def trace(number: int) -> dict[str, Any]:
     hit = {"id": "doc#0-9", "score": 0.4321, "relevant": True, "text": "a <chunk> & text"}
     way = {"contexts": ["doc#0-9"], "prompt": "System: <s>\n\nUser: Why?", "text": "So <it> is."}
-    wrong = {"contexts": [], "prompt": "", "text": None, "error": "q: too long"}
+    wrong: dict[str, Any] = {"contexts": [], "prompt": "", "text": None, "error": "q: too long"}
     return {
         "id": f"q{number}",
         "messages": [{"role": "user", "content": "Why <b>?"}],
