@@ -4,6 +4,8 @@ python tools/shard.py llava --json train.json --images images/ --to shards/ --na
 python tools/shard.py jsonl --json train.jsonl --files image=images/ --files sound=sounds/ --to ...
 python tools/shard.py parquet --from 'tables/*.parquet' --to ...
 python tools/shard.py hf --from folder/ --split train --to ...
+python tools/shard.py chatqa --from train.json --to ...       (conversations and questions: --help)
+python tools/shard.py long --from texts.jsonl --tokenizer DIR --tokens 10000000000 --to ...
 python tools/shard.py index 'shards/train-*.tar'
 python tools/shard.py index --config experiment=NAME tokenizer.path=DIR data.train.shards=...
 """
@@ -17,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from nvmm.config.compose import failures
+from nvmm.data.prepare import commands as questions
 from nvmm.data.prepare import json_records, tables
 from nvmm.data.prepare.write import add_options, write
 from nvmm.data.shards.storage import expand
@@ -109,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
                 default="stop",
                 help="skip: leave out records whose files are missing, and list them in the end",
             )
+    questions.add_commands(commands)
     command = commands.add_parser("index", help="index shards; with a config count tokens too")
     command.add_argument("shards", nargs="*", help="file patterns")
     command.add_argument("--index-dir", help="folder for it, where the shards' own cannot hold it")
@@ -143,6 +147,8 @@ def samples(
 
 def main() -> None:
     options = parser().parse_args()
+    if "run" in options:
+        return options.run(options)
     if options.command != "index":
         return write(options, partial(samples, options))
     if bool(options.shards) == bool(options.config):

@@ -18,7 +18,8 @@ from torch.nn import Module
 
 from nvmm.batch import IGNORE_INDEX, Batch, Sample
 from nvmm.data.collate import collate
-from nvmm.inference.prefix import prefill
+from nvmm.inference.limits import check_cache, check_layout, check_length
+from nvmm.inference.prefix import prefill, shared_tokens
 from nvmm.inference.sampling import choose, generator
 from nvmm.parallel import schedule
 
@@ -68,8 +69,8 @@ def generate(
 
     Returns: the new tokens of each prompt, at most `max_new_tokens`.
 
-    Raises ValueError for a layout that cannot decode, for options out of range, and for a prompt
-    whose answer could end behind the model's longest sequence.
+    Raises ValueError for a layout that cannot decode, for options out of range, for a prompt whose
+    answer could end behind the model's longest sequence, and as `check_cache` does.
     """
     if share_prefix and not use_cache:
         raise ValueError("share_prefix=true needs use_cache=true: the prefix is kept in the cache")
@@ -79,9 +80,12 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-    _check_layout(model)
+    check_layout(model)
+    first = (shared_tokens(prompts) or None) if share_prefix else None
     for prompt in prompts:
-        _check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
+        check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
+        if use_cache:
+            check_cache(model, prompt.num_tokens, prompt.sample_id, max_new_tokens, first)
     # 1. Pad prompts on the left, so that the next tokens of all rows take one slot of the cache.
     batch, spans = left_padded(prompts, pad_id)
     device = next(model[0].parameters()).device
@@ -144,7 +148,7 @@ def score(
         raise ValueError("score needs the model in eval mode")
     for batch in batches:
         longest = int(batch.lengths.max())
-        _check_length(model, longest, batch.sample_ids.tolist())
+        check_length(model, longest, batch.sample_ids.tolist())
     device = next(model[0].parameters()).device
     batches = [batch.to(device) for batch in batches]
     if by_text:
@@ -175,14 +179,17 @@ def score_continuations(
     continuations: token ids, at least one each, the same for all prompts. share_prefix: run tokens
     that all prompts begin with once (`nvmm.inference.prefix`).
 
-    Raises ValueError for a prompt that the model is too short for, with a continuation.
+    Raises ValueError for a prompt that the model is too short for, with a continuation, and as
+    `check_cache` does.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    _check_layout(model)
+    check_layout(model)
     most = max(map(len, continuations))
+    first = (shared_tokens(prompts) or None) if share_prefix else None
     for prompt in prompts:
-        _check_length(model, prompt.num_tokens, prompt.sample_id, most)
+        check_length(model, prompt.num_tokens, prompt.sample_id, most)
+        check_cache(model, prompt.num_tokens, prompt.sample_id, most, first)
     device = next(model[0].parameters()).device
     batch, spans = left_padded(prompts, pad_id)
     batch = batch.to(device)
@@ -222,9 +229,9 @@ def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
 
     It is collective over a model-parallel group, which gets the result.
     """
-    _check_layout(model)
+    check_layout(model)
     for batch in batches:
-        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
+        check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
     outputs = _forward(model, batches, "embedding")
     count = sum(int((batch.lengths > 0).sum()) for batch in batches)
     config: Any = model[0].config
@@ -244,13 +251,13 @@ def rewards(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
 
     Raises ValueError for a model that is no reward model, and for a text that it is too short for.
     """
-    _check_layout(model)
+    check_layout(model)
     chunk: Any = model[0]
     outputs = getattr(getattr(chunk, "language", chunk), "num_outputs", None)
     if outputs is None:
         raise ValueError("the checkpoint has no scores: it is no reward model")
     for batch in batches:
-        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
+        check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
     scores = _forward(model, batches, "score")
     count = sum(batch.owners.numel() for batch in batches)
     dtype = torch.promote_types(next(chunk.parameters()).dtype, torch.float32)
@@ -278,43 +285,6 @@ def gather(local: Sequence[Any], num_samples: int) -> list[Any]:
     for rank, rank_results in enumerate(shares):
         results[rank::size] = rank_results
     return results
-
-
-def _check_layout(model: Sequence[Module]) -> None:
-    """Raise ValueError for a layout that cannot run one new token a step."""
-    if len(model) != 1:
-        raise ValueError(
-            "parallel.virtual_pipeline_model_parallel_size must be null in generation, not"
-            f" {len(model)}"
-        )
-    if model[0].training:
-        raise ValueError("generate needs the model in eval mode")
-    config: Any = model[0].config
-    if config.sequence_parallel:
-        raise ValueError("parallel.sequence_parallel must be false in generation (one new token)")
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"parallel.context_parallel_size={config.context_parallel_size} must be 1 in generation"
-        )
-
-
-def longest(model: Sequence[Module]) -> int:
-    """Return the tokens of the model's longest sequence."""
-    chunk: Any = model[0]
-    return int(getattr(chunk, "language", chunk).max_sequence_length)
-
-
-def _check_length(
-    model: Sequence[Module], tokens: int, samples: int | list[int], new_tokens: int = 0
-) -> None:
-    """Raise ValueError for a sequence that is longer than the model's longest."""
-    limit = longest(model)
-    if tokens + new_tokens > limit:
-        answer = f" and max_new_tokens={new_tokens}" if new_tokens else ""
-        raise ValueError(
-            f"sample {samples}: {tokens} tokens{answer} are more than the model's"
-            f" max_sequence_length={limit}"
-        )
 
 
 def _advance(

@@ -70,7 +70,7 @@ VALUES: dict[str, list[Any]] = {
     "optim.groups": [[{"pattern": "*linear_qkv*", "learning_rate": 1e-5}]],
     "image_mean": [[0.1, 0.2, 0.3]],
     "image_std": [[0.1, 0.2, 0.3]],
-    "seq_len_interpolation_factor": [2.0],
+    "rope_scaling": [{"_target_": "nvmm.modules.rope_scaling.Linear", "factor": 2.0}],
     "matryoshka_dims": [[8]],
     "objective.attributes": [
         [*("verbosity", "complexity", "coherence", "correctness", "helpfulness"), *"abcd"]
@@ -105,7 +105,6 @@ VALUES: dict[str, list[Any]] = {
 }
 """End of a key -> values to try, where its type does not say enough."""
 BESIDE: dict[str, dict[str, Any]] = {
-    "rope_scaling_factor": {"model.language.rope_scaling": True, "model.rope_scaling": True},
     "optim.decay_steps": {"optim.min_learning_rate": 1e-5},
     "optim.warmup_tokens": {"optim.warmup_steps": 0},
     "optim.decay_tokens": {"optim.warmup_steps": 0},

@@ -349,11 +349,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"model__language__rotary_percent": 1.5}, f"{LM}.rotary_percent=1.5", "at most 1"),
     ({"model__language__rotary_base": 0}, f"{LM}.rotary_base=0", "above 0"),
     (
-        {"model__language__seq_len_interpolation_factor": 0},
-        f"{LM}.seq_len_interpolation_factor=0",
-        "above 0",
-    ),
-    (
         {"optim__groups": [{"pattern": ["x"], "learning_rate": 1}]},
         "optim.groups[0].pattern=['x']",
         "a pattern of names",

@@ -56,8 +56,7 @@ def frequencies(kind: str, raw: dict[str, Any]) -> tuple[Tensor, Tensor]:
     theirs = getattr(transformers, f"{title}Model")(config).rotary_emb.inv_freq
     model = FORMATS[kind].to_model({"model_type": kind, **raw})
     ours = instantiate(model, _convert_="all")(chunk=Parallel().chunks(Precision())[0])
-    scale = model.get("seq_len_interpolation_factor") or 1.0
-    return ours.rotary_pos_emb.inv_freq / scale, theirs
+    return ours.rotary.frequencies(torch.tensor(1)), theirs
 
 
 @pytest.mark.usefixtures("world")
