@@ -125,6 +125,56 @@ def test_vllm_s_settings_make_the_same_score(
     torch.testing.assert_close(score, expected[0], atol=1e-5, rtol=0)
 
 
+def answers(
+    rank: int, world: int, init: str, run: Path, records: list[dict[str, Any]]
+) -> list[str]:
+    """Our greedy answers to records with contexts."""
+    import torch.distributed as dist
+
+    from nvmm.data.samples.contexts import ContextChat
+    from nvmm.data.samples.record import members_of
+    from nvmm.inference.restore import restore
+    from nvmm.jobs.prompts import asking
+
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
+    model = restore(run)
+    asks = asking(model, ContextChat(), 12)
+    prompts = [asks.prompt(members_of(record, source="record")) for record in records]
+    return model.generate(prompts, 12, share_prefix=True)
+
+
+def test_a_plain_folder_answers_as_we_do(run: Path, tmp_path: Path) -> None:
+    """Messages with contexts through the exported chat template, and greedily from there."""
+    import transformers
+
+    question = {"role": "user", "content": "Who sings?"}
+    talk = [question, {"role": "assistant", "content": "The bird."}, question]
+    contexts = list(DOCUMENTS.values())[:2]
+    records = [
+        {"messages": [question]},
+        {"messages": [question], "contexts": contexts},
+        {"messages": talk, "contexts": contexts[:1]},
+    ]
+    [ours] = run_ranks(answers, 1, run, records)
+    folder = export(run, tmp_path / "plain", "llama")
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    for record, expected in zip(records, ours, strict=True):
+        block = "\n\n".join(record.get("contexts", []))
+        before = [{"role": "context", "content": block}] if block else []
+        inputs = words.apply_chat_template(
+            [*before, *record["messages"]],
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            found = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        text = words.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.strip() == expected
+    assert len(set(ours)) == 3
+
+
 def test_rankers_that_cannot_be_exported(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
