@@ -150,7 +150,7 @@ def test_a_plain_folder_answers_as_we_do(run: Path, tmp_path: Path) -> None:
     question = {"role": "user", "content": "Who sings?"}
     talk = [question, {"role": "assistant", "content": "The bird."}, question]
     contexts = list(DOCUMENTS.values())[:2]
-    records = [
+    records: list[dict[str, Any]] = [
         {"messages": [question]},
         {"messages": [question], "contexts": contexts},
         {"messages": talk, "contexts": contexts[:1]},
