@@ -18,7 +18,8 @@ from torch.nn import Module
 
 from nvmm.batch import IGNORE_INDEX, Batch, Sample
 from nvmm.data.collate import collate
-from nvmm.inference.prefix import prefill
+from nvmm.inference.limits import check_cache, check_layout, check_length
+from nvmm.inference.prefix import prefill, shared_tokens
 from nvmm.inference.sampling import choose, generator
 from nvmm.parallel import schedule
 
@@ -81,11 +82,12 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-    _check_layout(model)
+    check_layout(model)
+    first = (shared_tokens(prompts) or None) if share_prefix else None
     for prompt in prompts:
-        _check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
+        check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
         if use_cache:
-            check_cache(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
+            check_cache(model, prompt.num_tokens, prompt.sample_id, max_new_tokens, first)
     # 1. Pad prompts on the left, so that the next tokens of all rows take one slot of the cache.
     batch, spans = left_padded(prompts, pad_id)
     device = next(model[0].parameters()).device
@@ -150,7 +152,7 @@ def score(
         raise ValueError("score needs the model in eval mode")
     for batch in batches:
         longest = int(batch.lengths.max())
-        _check_length(model, longest, batch.sample_ids.tolist())
+        check_length(model, longest, batch.sample_ids.tolist())
     device = next(model[0].parameters()).device
     batches = [batch.to(device) for batch in batches]
     if by_text:
@@ -186,11 +188,12 @@ def score_continuations(
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
-    _check_layout(model)
+    check_layout(model)
     most = max(map(len, continuations))
+    first = (shared_tokens(prompts) or None) if share_prefix else None
     for prompt in prompts:
-        _check_length(model, prompt.num_tokens, prompt.sample_id, most)
-        check_cache(model, prompt.num_tokens, prompt.sample_id, most)
+        check_length(model, prompt.num_tokens, prompt.sample_id, most)
+        check_cache(model, prompt.num_tokens, prompt.sample_id, most, first)
     device = next(model[0].parameters()).device
     batch, spans = left_padded(prompts, pad_id)
     batch = batch.to(device)
@@ -230,9 +233,9 @@ def embed(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
 
     It is collective over a model-parallel group, which gets the result.
     """
-    _check_layout(model)
+    check_layout(model)
     for batch in batches:
-        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
+        check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
     outputs = _forward(model, batches, "embedding")
     count = sum(int((batch.lengths > 0).sum()) for batch in batches)
     config: Any = model[0].config
@@ -252,13 +255,13 @@ def rewards(model: Sequence[Module], batches: Sequence[Batch]) -> Tensor:
 
     Raises ValueError for a model that is no reward model, and for a text that it is too short for.
     """
-    _check_layout(model)
+    check_layout(model)
     chunk: Any = model[0]
     outputs = getattr(getattr(chunk, "language", chunk), "num_outputs", None)
     if outputs is None:
         raise ValueError("the checkpoint has no scores: it is no reward model")
     for batch in batches:
-        _check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
+        check_length(model, int(batch.lengths.max()), batch.sample_ids.tolist())
     scores = _forward(model, batches, "score")
     count = sum(batch.owners.numel() for batch in batches)
     dtype = torch.promote_types(next(chunk.parameters()).dtype, torch.float32)
@@ -286,65 +289,6 @@ def gather(local: Sequence[Any], num_samples: int) -> list[Any]:
     for rank, rank_results in enumerate(shares):
         results[rank::size] = rank_results
     return results
-
-
-def _check_layout(model: Sequence[Module]) -> None:
-    """Raise ValueError for a layout that cannot run one new token a step."""
-    if len(model) != 1:
-        raise ValueError(
-            "parallel.virtual_pipeline_model_parallel_size must be null in generation, not"
-            f" {len(model)}"
-        )
-    if model[0].training:
-        raise ValueError("generate needs the model in eval mode")
-    config: Any = model[0].config
-    if config.sequence_parallel:
-        raise ValueError("parallel.sequence_parallel must be false in generation (one new token)")
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"parallel.context_parallel_size={config.context_parallel_size} must be 1 in generation"
-        )
-
-
-def longest(model: Sequence[Module]) -> int:
-    """Return the tokens of the model's longest sequence."""
-    chunk: Any = model[0]
-    return int(getattr(chunk, "language", chunk).max_sequence_length)
-
-
-def _check_length(
-    model: Sequence[Module], tokens: int, samples: int | list[int], new_tokens: int = 0
-) -> None:
-    """Raise ValueError for a sequence that is longer than the model's longest."""
-    limit = longest(model)
-    if tokens + new_tokens > limit:
-        answer = f" and max_new_tokens={new_tokens}" if new_tokens else ""
-        raise ValueError(
-            f"sample {samples}: {tokens} tokens{answer} are more than the model's"
-            f" max_sequence_length={limit}"
-        )
-
-
-def check_cache(
-    model: Sequence[Module], tokens: int, sample: int, new_tokens: int, first: int | None = None
-) -> None:
-    """Raise ValueError where keys of a cache would have other angles than without a cache.
-
-    A RoPE scaling by the sequence's length gives all keys new angles as the sequence grows; those
-    in a cache keep their old ones.
-
-    tokens: of the whole prompt; new_tokens: the last one is never fed. first: tokens that are in
-        the cache before the rest of the prompt runs; None where the prompt runs in one pass.
-    """
-    chunk: Any = model[0]
-    rotary = getattr(chunk, "language", chunk).rotary
-    last, first = tokens + new_tokens - 1, tokens if first is None else first
-    if rotary.scaling is not None and not rotary.scaling.is_constant(first, last):
-        raise ValueError(
-            f"sample {sample}: {type(rotary.scaling).__name__} scales RoPE by the length, which"
-            f" grows from {first} to {last} tokens; a cache would keep the angles of the shorter"
-            " one, so use_cache must be false"
-        )
 
 
 def _advance(

@@ -13,7 +13,7 @@ from torch.nn import Module
 
 from nvmm.batch import Batch, Sample, Text
 from nvmm.data.collate import collate
-from nvmm.inference.decoding import longest
+from nvmm.inference.limits import longest
 from nvmm.parallel import schedule
 
 

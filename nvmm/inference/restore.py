@@ -52,7 +52,7 @@ class Restored:
     @property
     def max_sequence_length(self) -> int:
         """The tokens of the longest sequence, a prompt and its answer."""
-        from nvmm.inference.decoding import longest
+        from nvmm.inference.limits import longest
 
         return longest(self.model)
 

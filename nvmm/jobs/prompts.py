@@ -108,13 +108,14 @@ def _by_prefix(samples: dict[int, Sample], size: int) -> list[list[int]]:
     # best[n]: the fewest columns for the first n samples, and where the last batch of them begins.
     best = [(0, 0)]
     for stop in range(1, len(order) + 1):
-        choices, shared, width = [], 0, 0
+        choices: list[tuple[int, int]] = []
+        shared, sizes = 0, []
         for start in range(stop - 1, max(stop - size, 0) - 1, -1):
-            rows = stop - start
-            width = max(width, len(texts[start]))
-            shared = len(texts[start]) if rows == 1 else min(shared, alike[start + 1])
-            once = shared if rows > 1 else 0
-            columns = once + rows * (width - once) + _PASS
+            sizes.append(len(texts[start]))
+            # What a prompt shares with all of a sorted run is the least of what neighbours share.
+            shared = min(shared, alike[start + 1]) if len(sizes) > 1 else sizes[0]
+            once = min(shared, min(sizes) - 1) if len(sizes) > 1 else 0
+            columns = once + len(sizes) * (max(sizes) - once) + _PASS
             choices.append((best[start][0] + columns, start))
         best.append(min(choices))
     cuts = [len(order)]

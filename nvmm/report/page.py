@@ -1,5 +1,7 @@
 """A run directory as one HTML page: `python -m nvmm.report RUN_DIR` writes RUN_DIR/report.html.
 
+The output of a RAG run has a page of its own (`nvmm.report.rag`).
+
 The page needs no network, script or library. A section whose file is missing says so. It reads:
 
 - `summary.json` (`nvmm.training.summary`); `stages`, if there, lists the run directories that this
@@ -25,6 +27,7 @@ from typing import Any
 import yaml
 
 from nvmm.config.nested import flat
+from nvmm.report import rag
 from nvmm.report.charts import (
     Series,
     figure,
@@ -351,9 +354,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Write the report that the command line names, and print where it is."""
     parser = argparse.ArgumentParser(prog="nvmm.report", description="Write a run's report.html.")
-    parser.add_argument("run_dir", type=Path, help="run directory, as training printed it")
+    parser.add_argument("run_dir", type=Path, help="run directory, or output of job=rag")
     arguments = parser.parse_args()
     try:
+        if (arguments.run_dir / rag.TRACES).is_file():
+            print(f"report: {rag.write(arguments.run_dir)}")
+            return
         page = write_report(arguments.run_dir)
         exact = _json(page.parent / "summary.json").get("heldout_exact_match")
     except ValueError as error:

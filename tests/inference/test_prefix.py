@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from nvmm.batch import IMAGE, Sample, Text, TextMedia
 from nvmm.inference.decoding import generate, score_continuations
+from nvmm.inference.limits import check_cache
 from nvmm.inference.prefix import saved_tokens, shared_tokens
 from tests.inference.test_decoding import CONTINUATIONS, PAD, prompt, tiny_model
 from tests.ranks import run_ranks
@@ -81,6 +83,19 @@ def test_a_shared_prefix_changes_nothing(tp: int, pp: int) -> None:
         assert found["shared", False][2] == 44
         assert found["shared", True][2] == 5 + 4 * 6
         assert found["apart", True][2] == found["apart", False][2]
+
+
+def test_a_scaling_by_length_forbids_a_prefix_of_other_angles() -> None:
+    """The prefix runs as a sequence of its own length."""
+    scaling = SimpleNamespace(is_constant=lambda first, last: first > 100 or last <= 100)
+    model: Any = [SimpleNamespace(rotary=SimpleNamespace(scaling=scaling))]
+    check_cache(model, 120, 7, 10)
+    check_cache(model, 120, 7, 10, first=101)
+    check_cache(model, 90, 7, 11, first=50)
+    with pytest.raises(ValueError, match=r"from 50 to 129 tokens; .* share_prefix must be false"):
+        check_cache(model, 120, 7, 10, first=50)
+    with pytest.raises(ValueError, match=r"from 99 to 101 tokens; .* use_cache must be false"):
+        check_cache(model, 99, 7, 3)
 
 
 def uncached(rank: int, world: int, init: str) -> None:

@@ -63,8 +63,10 @@ def generator_config(folder: Path) -> dict[str, Any]:
     )
     options = {"image_token": "<picture>", "end_of_turn": "</s>"}
     size = Tokenizer(str(folder), **options).vocab_size
+    model = tiny.language(vocab_size=size, padded_vocab_size=448, max_sequence_length=512)
+    model["transformer"]["add_qkv_bias"] = False
     return {
-        "model": tiny.language(vocab_size=size, padded_vocab_size=448, max_sequence_length=512),
+        "model": model,
         "tokenizer": {
             "_target_": "nvmm.data.samples.tokenizer.Tokenizer",
             "path": str(folder),
@@ -91,7 +93,9 @@ def generator_config(folder: Path) -> dict[str, Any]:
     }
 
 
-def save_generator(rank: int, world: int, init: str, config: dict[str, Any], to: Path) -> None:
+def save_generator(
+    rank: int, world: int, init: str, config: dict[str, Any], to: Path, dtype: Any = "fp64"
+) -> None:
     from hydra.utils import instantiate
 
     from nvmm.checkpoint.save import Checkpoint
@@ -102,7 +106,7 @@ def save_generator(rank: int, world: int, init: str, config: dict[str, Any], to:
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
     config["model"]["transformer"]["init_method_std"] = 0.3
     model = instantiate(config["model"], _convert_="all")
-    chunks = build_chunks(model, parallel, Precision("fp64"), seed=5)
+    chunks = build_chunks(model, parallel, Precision(dtype), seed=5)
     tokenizer = instantiate(config["tokenizer"])
     state = {"config": config, "tokenizer_digest": tokenizer.digest}
     Checkpoint(directory=to / "checkpoints").save(3, chunks, NoOptimizer(), state)

@@ -270,6 +270,8 @@ def test_layouts_and_sharing_give_the_same_answers(
     ("changes", "message"),
     [
         ({"answers": {}}, "must name at least one way"),
+        ({"answers": {"x": {"k": 3}}}, r"job\.answers\.x={'k': 3} needs _target_=nvmm\.jobs\.rag"),
+        ({"answers": {"../x": None}}, r"job\.answers\.\.\./x: the name must be one of a folder"),
         ({"ranking": None}, r"job\.answers\.reranked: source=reranked needs job\.ranking"),
         ({"searched": 1}, r"job\.answers\.searched: k=2 must be at most job\.searched=1"),
         ({"candidates": [5]}, r"job\.candidates=\[5\] must be from 1 to job\.ranking\.top=4"),

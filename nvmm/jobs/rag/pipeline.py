@@ -101,6 +101,9 @@ class Rag:
         for name, contexts in self.answers.items():
             if Path(name).name != name or name.startswith("."):
                 raise ValueError(f"job.answers.{name}: the name must be one of a folder")
+            if not isinstance(contexts, Contexts):
+                target = f"{Contexts.__module__}.{Contexts.__name__}"
+                raise ValueError(f"job.answers.{name}={contexts} needs _target_={target}")
             if contexts.source == "reranked" and not top:
                 raise ValueError(f"job.answers.{name}: source=reranked needs job.ranking")
             if (contexts.k or 0) > self.searched or (contexts.candidates or 0) > top:
