@@ -186,7 +186,7 @@ class _Kept:
 
     def done(self, call: str, results: Sequence[tuple[Any, Any]]) -> None:
         """Write results of requests, each request once."""
-        lines = []
+        lines: list[dict[str, Any]] = []
         for request, result in results:
             key = _key(call, request)
             if key not in self._results:
