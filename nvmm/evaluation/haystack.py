@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvmm.data.samples.chat import IMAGE_MARKER
 from nvmm.evaluation.items import count
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n(?=\S)")
@@ -20,7 +21,7 @@ _TRIES = 12
 class Haystack:
     """The tokens of text files, repeated without end.
 
-    Raises ValueError for files that are missing or hold no text.
+    Raises ValueError for files that are missing, hold no text, or have the marker of pictures.
     """
 
     def __init__(self, paths: Sequence[str], builder: Any) -> None:
@@ -30,6 +31,10 @@ class Haystack:
                 texts.append(Path(path).expanduser().read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"benchmark.haystack={path} is no text ({error})") from error
+            if IMAGE_MARKER in texts[-1]:
+                raise ValueError(
+                    f"benchmark.haystack={path} has {IMAGE_MARKER}, which stands for a picture"
+                )
         self.text = "\n\n".join(text.strip() for text in texts).strip() + "\n\n"
         self._words = builder.tokenizer
         self._ids = self._words.encode(self.text)

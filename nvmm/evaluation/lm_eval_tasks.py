@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
-_SETTINGS = ("batch_size", "num_samples", "use_cache", "seed", "max_bad_fraction")
+_SETTINGS = ("batch_size", "num_samples", "use_cache", "seed")
 SAMPLES = "samples.jsonl"
 
 

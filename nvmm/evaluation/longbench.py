@@ -74,6 +74,8 @@ class LongBench(TextBenchmark):
             path = Path(self.folder).expanduser() / f"{name}{self.suffix}.jsonl"
             read = read_records(path, "benchmark.folder")
             records += [(f"{path}:{number}", name, record) for number, record in enumerate(read)]
+        # Of all records: this rank does not ask all of them, and some were answered before.
+        self._by_length.update((source, _group(record)) for source, _, record in records)
         return Listed(records, self._item)
 
     def _item(self, source: str, name: str, record: Mapping[str, Any]) -> Item:
@@ -91,11 +93,8 @@ class LongBench(TextBenchmark):
             metric = partial(classification, classes)
         if name in _FIRST_LINE:
             metric = partial(_of_first_line, metric)
-        if self.suffix:
-            length = record.get("length")
-            if not isinstance(length, int):
-                raise ValueError(f"{source}: length must be a number of words, got {length!r}")
-            self._by_length[source] = next((n for most, n in _LENGTHS if length < most), "8k+")
+        if self.suffix and not isinstance(record.get("length"), int):
+            raise ValueError(f"{source}: length must be a number, got {record.get('length')!r}")
         context, asked = texts
         text = re.sub(
             r"\{(context|input)\}",
@@ -128,6 +127,13 @@ class LongBench(TextBenchmark):
             text += [f"{name:<6} {value:.4f}" for name, value in more["lengths"].items()]
         scores = {f"{self.name}_score": {"average": more["average"], **means}}
         return Result(summary | more, scores, "\n".join(text))
+
+
+def _group(record: Mapping[str, Any]) -> str:
+    """Return the group of LongBench-E that a record's length, in words, belongs to."""
+    length = record.get("length")
+    known = isinstance(length, int)
+    return next((name for most, name in _LENGTHS if known and length < most), "8k+")
 
 
 def _of_first_line(metric: Metric, *, prediction: str, answers: Sequence[str]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from nvmm.evaluation.haystack import Haystack, exactly, hidden, recall
 from nvmm.evaluation.items import count
 from nvmm.evaluation.needle import Needle, heatmap
 from nvmm.evaluation.ruler import NOISE, MultiKey, Ruler, RulerTask, VariableTracking
+from tests.data.conftest import qwen  # noqa: F401
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_pad|>", "<|endoftext|>"]
 TEXT = (
@@ -62,7 +64,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def model(builder: InstructBuilder) -> Any:
-    return SimpleNamespace(builder=builder, max_sequence_length=8192)
+    return SimpleNamespace(builder=builder, max_sequence_length=16384)
 
 
 def test_a_needle_stands_behind_the_sentence_at_its_depth() -> None:
@@ -78,13 +80,17 @@ def test_a_needle_stands_behind_the_sentence_at_its_depth() -> None:
 
 
 def test_a_haystack_begins_at_a_sentence_and_has_no_end(
-    builder: InstructBuilder, book: str
+    builder: InstructBuilder, book: str, tmp_path: Path
 ) -> None:
     text = Haystack([book], builder)
     for start in range(0, len(text), 7):
         part = text.part(start, 3 * len(text))
         assert len(builder.tokenizer.encode(part)) == pytest.approx(3 * len(text), abs=3)
         assert re.match(r"It|The|Who|A man|He|At", part), part[:20]
+    pictures = tmp_path / "pictures.txt"
+    pictures.write_text("See <image>.")
+    with pytest.raises(ValueError, match=r"pictures.txt has <image>, which stands for a picture"):
+        Haystack([str(pictures)], builder)
     with pytest.raises(ValueError, match=r"benchmark.haystack=.*gone.txt is no text"):
         Haystack([book + "/gone.txt"], builder)
 
@@ -184,6 +190,30 @@ def test_rulers_questions_have_their_answers_and_length(
         assert solve(item.text) == sorted(item.answers)
     assert len(set(texts)) == 4
     assert [ruler.items(model(builder)).item(n).text for n in range(4)] == texts
+
+
+@pytest.mark.slow
+def test_lengths_are_exact_with_a_real_vocabulary(qwen: Tokenizer) -> None:  # noqa: F811
+    """On this project's own pages, tables and code among them."""
+    builder = InstructBuilder(
+        template=ChatTemplate({"user": {"suffix": "{end}"}, "assistant": {}}),
+        tags=ImageTags(),
+        tokens_per_tile=4,
+        tile_size=16,
+        tokenizer=qwen,
+        sequence_length=16384,
+    )
+    docs = Path(__file__).parents[2] / "docs"
+    pages = [str(docs / f"{name}.md") for name in ("fp8", "kernels", "numerics", "checkpoints")]
+    needle = Needle(haystack=pages, lengths=[512, 2001, 8192], depths=[0, 33, 100], repeats=3)
+    tasks = {name: task for name, task in TASKS.items() if name != "noise"}
+    ruler = Ruler(tasks=tasks, lengths=[1024, 4095], samples=3, haystack=pages)
+    for bench in (needle, ruler):
+        items = bench.items(model(builder))
+        for number in range(len(items)):
+            item = items.item(number)
+            length = int(item.kind.split("/")[bench is ruler])
+            assert count(item.text, builder) + item.max_new_tokens == length
 
 
 def solve(text: str) -> list[str]:

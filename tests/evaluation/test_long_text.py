@@ -12,6 +12,7 @@ import yaml
 
 from nvmm.config.check import config_dir
 from nvmm.evaluation import infinitebench, longbench
+from nvmm.evaluation.benchmark import Prediction
 from nvmm.evaluation.items import prompt, without_middle
 from nvmm.evaluation.longbench import classification, code_similarity, numbered
 from tests.evaluation.test_haystack import builder  # noqa: F401
@@ -174,6 +175,27 @@ def test_files_and_tasks_are_checked(tmp_path: Path) -> None:
     assert bench.items(model).fingerprint != items.fingerprint
     with pytest.raises(ValueError, match="vcsum is no task with a prompt"):
         longbench.LongBench("x", {}, {}, only=["vcsum"]).items(model)
+
+
+def test_longbench_e_is_reported_by_length(tmp_path: Path) -> None:
+    """Also for answers that this rank has not asked for."""
+    model: Any = SimpleNamespace()
+    records = [
+        {"context": "c", "input": "i", "answers": ["a"], "length": n} for n in (3999, 4000, 8000)
+    ]
+    (tmp_path / "qasper_e.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    bench = longbench.LongBench(str(tmp_path), {"qasper": "{input}"}, {"qasper": 4}, suffix="_e")
+    items = bench.items(model)
+    sources = [items.records[number][0] for number in range(3)]  # type: ignore[attr-defined]
+    lines = [
+        Prediction(number, source, "qasper", "i", ["a"], "a", score)
+        for number, (source, score) in enumerate(zip(sources, (1.0, 0.0, 0.5), strict=True))
+    ]
+    summary = bench.result(lines, tmp_path).summary
+    assert summary["lengths"] == {"0-4k": 1.0, "4-8k": 0.0, "8k+": 0.5}
+    assert summary["average"] == 0.5
+    with pytest.raises(ValueError, match="f: length must be a number, got None"):
+        bench._item("f", "qasper", {**records[0], "length": None})
 
 
 def test_a_long_prompt_loses_its_middle(builder: Any) -> None:  # noqa: F811

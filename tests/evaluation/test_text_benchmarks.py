@@ -88,11 +88,13 @@ def parallel(tensor: int, pipeline: int) -> dict[str, Any]:
 def test_conversations_are_scored_by_their_sets(folder: Path, tmp_path: Path) -> None:
     """The summary is what the predictions give by hand; a killed evaluation goes on behind them."""
     config = command(folder, "", benchmark=chatrag(folder), output=str(tmp_path / "out"))
+    # A rank of two data-parallel ones asks half of the turns.
+    [other, _] = run_ranks(launch, 2, config | {"output": str(tmp_path / "other")})
     run_ranks(test_evaluate.interrupted, 1, config | {"batch_size": 1})
     assert len(test_evaluate.read_written(tmp_path / "out")) == 2
     summaries = run_ranks(launch, 2, config | {"parallel": parallel(2, 1)})
     summary = summaries[0]
-    assert summaries[1] == summary
+    assert summaries[1] == summary == other
     lines = read(tmp_path / "out")
     assert [line["kind"] for line in lines] == [*["quac"] * 3, "chat", "convfinqa", "hybridial"]
     assert lines[0]["question"].endswith(" ".join(WORDS[:3]))
