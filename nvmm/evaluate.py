@@ -7,6 +7,7 @@ was trained with. The data-parallel ranks share the questions.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def evaluate(job: compose.Job) -> dict[str, Any]:
     compose.log_to_stderr()
     config = job.config
     with refusals("evaluate"):
-        benchmark = instantiate(config["benchmark"])
+        benchmark = made(config["benchmark"])
         settings = Settings(
             **{field.name: config[field.name] for field in fields(Settings) if field.name in config}
         )
@@ -59,6 +60,16 @@ def evaluate(job: compose.Job) -> dict[str, Any]:
         print(f"{result.text}\n{folder}")
     setup.shutdown()
     return summary
+
+
+def made(section: Mapping[str, Any]) -> Any:
+    """Return the benchmark of a config's section.
+
+    `builder` stays as it is written, constructors too: it is laid over the checkpoint's own.
+    """
+    own = {key: value for key, value in section.items() if key != "builder"}
+    builder = {"builder": section["builder"]} if "builder" in section else {}
+    return instantiate({**own, "_partial_": True})(**builder)
 
 
 def output_folder(output: str | None, checkpoint: Path, name: str) -> Path:

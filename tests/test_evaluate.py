@@ -20,7 +20,7 @@ from PIL import Image
 from nvmm.checkpoint.files import find
 from nvmm.config import compose
 from nvmm.config.compose import argument
-from nvmm.evaluate import output_folder
+from nvmm.evaluate import made, output_folder
 from nvmm.generate import members, quoted
 from nvmm.inference.trust import require_trusted
 from tests import tiny
@@ -628,20 +628,21 @@ def test_a_run_directory_means_its_newest_checkpoint(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", sorted(p.stem for p in BENCHMARKS.glob("*.yaml")))
 def test_every_benchmark_composes_and_scores(name: str) -> None:
     import hydra
-    from hydra.utils import instantiate
+    import yaml
+    from omegaconf import OmegaConf
 
     from nvmm.config import check
     from nvmm.evaluation.benchmark import Questions
 
+    given = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
+    lists = {"lengths": "[128]", "haystack": "[x.txt]", "tasks": "[mmlu]"}
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
-        mbeir = ["folder", "pool", "queries", "qrels", "instructions"]
-        keys = {"beir": ["folder"], "mbeir": mbeir}.get(name, ["shards"])
-        keys = ["path"] if name.startswith(("rewardbench", "ifeval")) else keys
-        data = [f"benchmark.{key}=x.tar" for key in keys]
+        keys = [key for key, value in given.items() if value == "???"]
+        data = [f"benchmark.{key}={lists.get(key, 'x.tar')}" for key in keys]
         overrides = [f"benchmark={name}", *data, "checkpoint.path=y"]
         composed = hydra.compose("evaluate", overrides)
     assert check.check(composed, entry="evaluate", world_size=1) == []
-    benchmark = instantiate(composed.benchmark, _convert_="all")
+    benchmark = made(OmegaConf.to_container(composed.benchmark, resolve=True))
     assert benchmark.name == name
     if not isinstance(benchmark, Questions):
         return  # scored in tests/evaluation and tests/convert/test_nv_embed.py

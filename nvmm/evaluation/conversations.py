@@ -97,6 +97,10 @@ class Conversations(TextBenchmark):
             path = Path(self.folder).expanduser() / self.sets[name].file
             read = read_records(path, f"benchmark.sets.{name}.file")
             records += [(f"{path}:{number}", name, record) for number, record in enumerate(read)]
+        # Of all records: this rank does not ask all of them, and some were answered before.
+        self._not_retrieved.update(
+            source for source, _, record in records if record.get("gold_retrieved") is False
+        )
         return Listed(records, self._item)
 
     def _item(self, source: str, name: str, record: Mapping[str, Any]) -> Item:
@@ -104,8 +108,6 @@ class Conversations(TextBenchmark):
         answers = _answers(record, source)
         if asked.drop_refusal:
             answers = [answer for answer in answers if answer != UNANSWERABLE]
-        if asked.unanswerable and record.get("gold_retrieved") is False:
-            self._not_retrieved.add(source)
         conversation = contract(record, source, asked, self.num_messages)
         metric: Metric = partial(_f1, self.refusals if asked.unanswerable else ())
         if asked.metric == "convfinqa":

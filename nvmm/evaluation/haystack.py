@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvmm.data.samples.chat import IMAGE_MARKER
 from nvmm.evaluation.items import count
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n(?=\S)")
@@ -19,7 +21,7 @@ _TRIES = 12
 class Haystack:
     """The tokens of text files, repeated without end.
 
-    Raises ValueError for files that are missing or hold no text.
+    Raises ValueError for files that are missing, hold no text, or have the marker of pictures.
     """
 
     def __init__(self, paths: Sequence[str], builder: Any) -> None:
@@ -29,6 +31,10 @@ class Haystack:
                 texts.append(Path(path).expanduser().read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"benchmark.haystack={path} is no text ({error})") from error
+            if IMAGE_MARKER in texts[-1]:
+                raise ValueError(
+                    f"benchmark.haystack={path} has {IMAGE_MARKER}, which stands for a picture"
+                )
         self.text = "\n\n".join(text.strip() for text in texts).strip() + "\n\n"
         self._words = builder.tokenizer
         self._ids = self._words.encode(self.text)
@@ -44,7 +50,7 @@ class Haystack:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def part(self, start: int, size: int) -> str:
-        """Return the text of `size` tokens from the sentence that begins behind token `start` on."""
+        """Return the text of `size` tokens, from the sentence behind token `start` on."""
         ids = self._ids
         first = start % len(ids)
         span = ids[first:] + ids * ((size + first + _SKIPPED) // len(ids) + 1)
@@ -61,20 +67,22 @@ _SKIPPED = 400
 """Tokens among which the beginning of a sentence is looked for."""
 
 
-def hidden(text: str, depth: float, needle: str) -> str:
-    """Return a text with a sentence behind `depth` of it, in [0, 1], moved back to a sentence's end.
+def hidden(text: str, needles: Sequence[tuple[float, str]]) -> str:
+    """Return a text with sentences (depth, sentence) in it.
 
-    Depth 0 is the very beginning, 1 the very end.
+    Each stands behind `depth` of the text, in [0, 1], moved back to the end of a sentence: 0 is the
+    very beginning, 1 the very end. Several at one place keep their order.
     """
-    if depth >= 1:
-        return f"{text.rstrip()} {needle}"
-    place = 0
-    for end in _SENTENCE_END.finditer(text):
-        if end.end() > depth * len(text):
-            break
-        place = end.end()
-    before, after = text[:place].rstrip(), text[place:].lstrip()
-    return f"{before} {needle} {after}" if before else f"{needle} {after}"
+    ends = [0, *(end.end() for end in _SENTENCE_END.finditer(text))]
+    places: dict[int, list[str]] = {}
+    for depth, needle in needles:
+        place = len(text) if depth >= 1 else ends[bisect_right(ends, depth * len(text)) - 1]
+        places.setdefault(place, []).append(needle)
+    parts, done = [], 0
+    for place, some in sorted(places.items()):
+        parts += [text[done:place].strip(), *some]
+        done = place
+    return " ".join(part for part in (*parts, text[done:].strip()) if part)
 
 
 def exactly(
@@ -125,6 +133,6 @@ def exactly(
 
 
 def recall(*, prediction: str, answers: Sequence[str]) -> float:
-    """Return the share of the answers that occur in the prediction, in any case (RULER's metric)."""
+    """Return the share of the answers that occur in the prediction, in any case, as RULER does."""
     text = prediction.lower()
     return sum(answer.lower() in text for answer in answers) / len(answers) if answers else 0.0

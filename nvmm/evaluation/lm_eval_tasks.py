@@ -6,6 +6,7 @@ sets as Hugging Face's `datasets` does: from its cache, or from local files that
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
-_SETTINGS = ("batch_size", "num_samples", "use_cache", "seed", "max_bad_fraction")
+_SETTINGS = ("batch_size", "num_samples", "use_cache", "seed")
 SAMPLES = "samples.jsonl"
+_SHOWN = 2000
+"""Characters of a text that predictions.jsonl keeps, its end."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class _Kept:
     def __init__(self, journal: Journal, data: Any) -> None:
         lines, _ = journal.start(data)
         self._journal = journal
-        self._results = {_key(line["call"], line["request"]): line["result"] for line in lines}
+        self._results = {line["key"]: line["result"] for line in lines}
         self._count = len(lines)
 
     def known(self, call: str, request: Any) -> Any:
@@ -186,16 +189,25 @@ class _Kept:
 
     def done(self, call: str, results: Sequence[tuple[Any, Any]]) -> None:
         """Write results of requests, each request once."""
-        lines = []
+        lines: list[dict[str, Any]] = []
         for request, result in results:
             key = _key(call, request)
             if key not in self._results:
                 self._results[key] = result
-                line = {"call": call, "request": request, "result": result}
+                line = {"call": call, "key": key, "request": _shown(request), "result": result}
                 lines.append({"sample_id": self._count + len(lines), **line})
         self._journal.append(lines, [])
         self._count += len(lines)
 
 
 def _key(call: str, request: Any) -> str:
-    return json.dumps([call, request], sort_keys=True)
+    """Return the digest of a request."""
+    text = json.dumps([call, request], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shown(request: Any) -> Any:
+    """Return a request with the ends of its long texts alone: they may be whole books."""
+    if isinstance(request, list):
+        return [_shown(part) for part in request]
+    return request[-_SHOWN:] if isinstance(request, str) else request

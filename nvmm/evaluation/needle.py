@@ -1,7 +1,7 @@
 """A needle in a haystack: one sentence hidden at a depth of a long text, and asked for.
 
-Kamradt 2023 (the test that ChatQA 2 reports to 128K). Recall is the share of the needle's parts that
-the answer has, so that no judge is needed.
+Kamradt 2023 (the test that ChatQA 2 reports to 128K). Recall is the share of the needle's parts
+that the answer has, so that no judge is needed.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ class Needle(TextBenchmark):
         start = Random(f"{self.seed}/{length}/{repeat}").randrange(len(text))
 
         def written(size: int, filler: str) -> str:
-            hay = hidden(text.part(start, size).rstrip() + filler, depth / 100, self.needle)
+            hay = text.part(start, size).rstrip() + filler
+            hay = hidden(hay, [(depth / 100, self.needle)])
             return self.prompt.replace("{question}", self.question).replace("{haystack}", hay)
 
         return exactly(length - self.max_new_tokens, written, builder)
@@ -133,8 +134,8 @@ class Needle(TextBenchmark):
         """Return the recall of every cell, and of all; rank 0 draws the heat map."""
         cells: dict[tuple[int, float], list[float]] = {}
         for line in predictions:
-            length, _, depth = line.kind.partition("/")
-            cells.setdefault((int(length), float(depth)), []).append(line.score)
+            length, _, percent = line.kind.partition("/")
+            cells.setdefault((int(length), float(percent)), []).append(line.score)
         grid = [
             [_mean(cells.get((length, float(depth)))) for length in self.lengths]
             for depth in self.depths
@@ -161,7 +162,7 @@ class Needle(TextBenchmark):
 def heatmap(
     grid: Sequence[Sequence[float | None]], lengths: Sequence[int], depths: Sequence[float]
 ) -> bytes:
-    """Return a PNG of recall [depths, lengths], red 0 and green 1; cells without a score are grey."""
+    """Return a PNG of recall [depths, lengths], red 0 to green 1; cells without score are grey."""
     import numpy as np
 
     figure = _figure()(figsize=(2 + 0.6 * len(lengths), 1.5 + 0.35 * len(depths)), dpi=120)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-UNANSWERABLE = "Sorry. I cannot find the answer based on the context."
+from nvmm.data.samples.contexts import SORRY
+
+UNANSWERABLE = SORRY
 """The answer to a question that its contexts do not answer: ChatQA's training target, and gold."""
 REFUSALS = (
     *("cannot find", "can't find", "can not find", "could not find", "couldn't find"),

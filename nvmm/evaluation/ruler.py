@@ -9,10 +9,9 @@ with `benchmark=lm_eval` (niah_multikey_1 ..., ruler_vt).
 from __future__ import annotations
 
 import hashlib
-import json
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -89,10 +88,7 @@ class MultiKey:
                 hay = text.part(start, size).rstrip()
             else:
                 hay = "\n".join(self._lines(size, set(names), others))
-            hay += filler
-            # Later places first: those before them keep their depth.
-            for place, needle in sorted(zip(places, needles, strict=True), reverse=True):
-                hay = hidden(hay, place, needle)
+            hay = hidden(hay + filler, list(zip(places, needles, strict=True)))
             return _MULTIKEY[plural].format(context=hay, query=query)
 
         most = None if self.haystack == "text" else max(2, length // 4)
@@ -103,7 +99,7 @@ class MultiKey:
         if self.haystack == "noise":
             return [NOISE] * size
         draw = Random(seed)
-        lines = []
+        lines: list[str] = []
         while len(lines) < size:
             [name] = _words(draw, 1)
             number = draw.randrange(1_000_000, 10_000_000)
@@ -221,8 +217,7 @@ class Ruler(TextBenchmark):
         digest = hashlib.sha256(text.text.encode() if text else b"").hexdigest()
         records = []
         for name, task in self.tasks.items():
-            options = asdict(task) if is_dataclass(task) and not isinstance(task, type) else {}
-            about = {"task": name, "options": json.dumps(options), "haystack": digest}
+            about = {"task": name, "options": repr(task), "haystack": digest}
             records += [
                 (f"{name}, length {length}", str(number), {**about, "length": length})
                 for length in self.lengths

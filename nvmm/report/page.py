@@ -10,12 +10,14 @@ The page needs no network, script or library. A section whose file is missing sa
 - `evaluation/<benchmark>/<checkpoint>/predictions.jsonl` (`nvmm.evaluate`; of each benchmark the
   newest checkpoint), one held-out sample a line: {sample_id, source, kind (of the question),
   question, answers: [...], prediction, score (1 is right)}. `images.jsonl` beside it has, for the
-  samples to be drawn, sample_id and the fields that `nvmm.evaluation.images` makes.
+  samples to be drawn, sample_id and the fields that `nvmm.evaluation.images` makes; `heatmap.png`
+  is that of a needle in a haystack.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import datetime
 import json
 import re
@@ -75,6 +77,7 @@ def write_report(run_dir: str | Path) -> Path:
     # 2. Make the sections; None leaves one out.
     sections = {
         "Held-out accuracy": _accuracy(summary, evaluations),
+        "Needle in a haystack": _heatmaps(newest),
         "Held-out images": _images([line for lines in evaluations.values() for line in lines]),
         "Training": _training(steps, _lines(run_dir / "validation.jsonl")),
         "Stages": _stages([*earlier, run_dir]) if earlier else None,
@@ -104,6 +107,19 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
     """Return the lines of predictions.jsonl with their images, those of images.jsonl beside it."""
     drawn = {line["sample_id"]: line for line in _lines(path.with_name("images.jsonl"))}
     return [{**line, **drawn.get(line.get("sample_id"), {})} for line in _lines(path)]
+
+
+def _heatmaps(newest: Mapping[str, Path]) -> str | None:
+    """Return the heat maps beside the predictions of `nvmm.evaluation.needle`, if there are any."""
+    drawn = {name: path.with_name("heatmap.png") for name, path in newest.items()}
+    figures = [
+        f"<figure><img alt='recall by depth and length' src='data:image/png;base64,"
+        f"{base64.b64encode(path.read_bytes()).decode()}'>"
+        f"<figcaption>{escape(name)}, {escape(path.parent.name)}</figcaption></figure>"
+        for name, path in drawn.items()
+        if path.is_file()
+    ]
+    return "".join(figures) or None
 
 
 def stages(run_dir: Path, summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nvmm.data.samples.chat import Turn
 from nvmm.evaluation.lm_eval_tasks import numbers
 from nvmm.evaluation.token_work import cut
 from tests import test_evaluate, tiny
@@ -66,6 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("lm_eval")
     run_ranks(save, 1, path)
+    (path / "run" / "summary.json").write_text("{}")
     saved = models.open_checkpoint(path / "run" / "checkpoints" / "step_00000003")
     exporting.export(saved, path / "hf", "qwen2")
     (path / "tasks").mkdir()
@@ -180,6 +182,8 @@ def test_numbers_are_those_of_the_harness_with_transformers(
     assert file.read_bytes().splitlines(keepends=True)[:17] == whole[:17]
     assert sorted(map(without_number, read(tmp_path / "out"))) == sorted(map(without_number, lines))
     samples = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    # The run's report takes lines that have no score of their own.
+    assert json.loads((folder / "run" / "summary.json").read_text())["lm_eval_toy_choice"]
     assert len(samples) == 15 and {"task", "doc_id", "acc"} <= json.loads(samples[0]).keys()
 
 
@@ -214,3 +218,84 @@ def test_every_layout_gives_the_same_numbers(
 def test_stop_strings_end_the_text() -> None:
     assert cut("one two three", ["three", "two"]) == "one "
     assert cut("one", ["x"]) == "one" == cut("one", [])
+
+
+def test_generation_options() -> None:
+    from nvmm.evaluation.lm_eval_model import generation
+
+    greedy = {"until": ["\n", "</s>"], "max_new_tokens": 5, "temperature": 0.0, "top_p": 1.0}
+    assert generation({"until": "\n", "max_gen_toks": 5, "do_sample": False}, "</s>") == greedy
+    assert generation({"temperature": 0.7, "do_sample": False}, "")["temperature"] == 0.0
+    drawn = generation({"temperature": 0.7, "top_p": 0.9, "max_tokens": 3, "num_beams": 1}, "")
+    assert drawn == {"until": [], "max_new_tokens": 3, "temperature": 0.7, "top_p": 0.9}
+    assert generation({"do_sample": True}, "")["temperature"] == 1.0
+    assert generation({}, "")["max_new_tokens"] == 256
+    with pytest.raises(ValueError, match=r"generation options \{'top_k': 5\} are not built"):
+        generation({"top_k": 5}, "")
+
+
+def test_texts_and_conversations_have_the_templates_tokens(tmp_path: Path) -> None:
+    """BOS stands in front once; a conversation's text has the tokens that training gives it."""
+    from types import SimpleNamespace
+
+    from nvmm.data.samples.chat import ChatTemplate, ImageTags
+    from nvmm.data.samples.instruct import InstructBuilder
+    from nvmm.data.samples.tokenizer import Tokenizer
+    from nvmm.evaluation.lm_eval_model import CheckpointLM
+    from tests.data.samples import llama
+
+    words = Tokenizer(
+        str(llama.save(tmp_path)),
+        end_of_turn="<|eot_id|>",
+        image_token="<|reserved_special_token_0|>",
+    )
+    roles = {
+        role: {"prefix": f"<|start_header_id|>{role}<|end_header_id|>\n\n", "suffix": "{end}"}
+        for role in ("system", "user", "assistant")
+    }
+    builder = InstructBuilder(
+        ChatTemplate(roles, bos=True, system="Help."),
+        ImageTags("none"),
+        tokens_per_tile=1,
+        tile_size=8,
+        tokenizer=words,
+        sequence_length=256,
+    )
+    model: Any = SimpleNamespace(
+        builder=builder, tokenizer=words, require_answers=lambda: None, max_sequence_length=256
+    )
+    asked = CheckpointLM(model)
+    first = words.bos_id
+    assert asked.prefix_token_id == first and asked.eot_token_id == words.eos_id
+    plain = words.encode("What is it?")
+    assert asked.tok_encode("What is it?") == [first, *plain]
+    assert asked.tok_encode("<|begin_of_text|>What is it?") == [first, *plain]
+    assert asked.tok_encode("What is it?", add_special_tokens=False) == plain
+    assert asked.tok_encode("What is it?", left_truncate_len=2) == plain[-2:]
+    assert CheckpointLM(model, add_bos=False).tok_encode("What is it?") == plain
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    text = asked.apply_chat_template(turns)
+    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nHelp.")
+    assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    [turn] = [Turn(t["role"], t["content"], False) for t in turns]
+    expected = builder.conversation([turn], "x", prompt=True).text.tokens.tolist()
+    assert asked.tok_encode(text) == expected
+    with pytest.raises(ValueError, match="gen_prefix"):
+        asked.apply_chat_template(turns, add_generation_prompt=False)
+    with pytest.raises(ValueError, match="has one template; use true"):
+        asked.chat_template("other")
+
+
+def test_rows_that_cannot_be_scored_are_refused() -> None:
+    from types import SimpleNamespace
+
+    from nvmm.inference.likelihood import likelihoods
+
+    model: Any = [SimpleNamespace(training=False, max_sequence_length=4)]
+    with pytest.raises(ValueError, match="2 tokens to score of 2: one must come before them"):
+        likelihoods(model, [([1, 2, 3], 2), ([1, 2], 2)], 0)
+    with pytest.raises(ValueError, match=r"6 tokens are more than max_sequence_length=4 \+ 1"):
+        likelihoods(model, [([1, 2, 3, 4, 5, 6], 1)], 0)
+    model[0].training = True
+    with pytest.raises(ValueError, match="needs the model in eval mode"):
+        likelihoods(model, [([1, 2], 1)], 0)
