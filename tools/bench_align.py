@@ -173,6 +173,7 @@ def sample_of(number: int, prompt: list[int], chosen: list[int], rejected: list[
 def export(rank: int, world: int, init: str, config: dict[str, Any], folder: Path) -> None:
     """Write the weights that ours begins with as Transformers' folder."""
     import transformers
+    from bench_embed import Memory
     from hydra.utils import instantiate
 
     from nvmm.convert.formats.all import FORMATS
@@ -180,7 +181,6 @@ def export(rank: int, world: int, init: str, config: dict[str, Any], folder: Pat
     from nvmm.convert.table import ToTheirs
     from nvmm.parallel.parameters import build_chunks, sharded_parameters
     from nvmm.parallel.setup import Parallel, Precision, shutdown
-    from tools.bench_embed import Memory
 
     parallel = Parallel()
     parallel.initialize(seed=1, rank=rank, world_size=world, init_method=init)
