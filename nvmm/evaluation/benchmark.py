@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -187,6 +187,9 @@ class Questions(Benchmark):
     max_new_tokens: int = 32
     builder: Mapping[str, Any] = field(default_factory=dict)
 
+    line: ClassVar[type[Prediction]] = Prediction
+    """What a line of predictions.jsonl holds."""
+
     @property
     def where(self) -> str:
         """The key that names the questions, and its value."""
@@ -216,7 +219,7 @@ class Questions(Benchmark):
         if settings.num_samples is not None:
             total = min(total, settings.num_samples)
         # 1. Take the answers that an evaluation before this one has written.
-        predictions, skipped = _known(journal, dataset)
+        predictions, skipped = _known(journal, dataset, self.line)
         known = {*(line.sample_id for line in predictions), *(line.sample_id for line in skipped)}
         predictions = [line for line in predictions if line.sample_id < total]
         skipped = [line for line in skipped if line.sample_id < total]
@@ -398,13 +401,15 @@ class Questions(Benchmark):
         return score
 
 
-def _known(journal: Journal, dataset: Any) -> tuple[list[Prediction], list[Skipped]]:
-    """Return what the journal has already, the same on every rank."""
+def _known(
+    journal: Journal, dataset: Any, kind: type[Prediction]
+) -> tuple[list[Prediction], list[Skipped]]:
+    """Return what the journal has already, predictions as `kind`; the same on every rank."""
     found: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             lines, left_out = journal.start(dataset.fingerprint)
-            known = [Prediction(**line) for line in lines], [Skipped(**line) for line in left_out]
+            known = [kind(**line) for line in lines], [Skipped(**line) for line in left_out]
             _check_known(journal, *known)
             found = [known]
         except (ValueError, TypeError, OSError) as error:

@@ -7,87 +7,56 @@ are those of the public code (github.com/allenai/reward-bench).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nvmm.data.prepare.json_records import read_records
 from nvmm.data.prepare.tables import parquet_rows
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.chat import Turn
 from nvmm.data.samples.instruct import InstructBuilder
-from nvmm.evaluation.benchmark import Benchmark, Result, Settings, refuse_settings
+from nvmm.evaluation.benchmark import (
+    Benchmark,
+    Prediction,
+    Questions,
+    Result,
+    Settings,
+    Skipped,
+    counted,
+    refuse_settings,
+)
+from nvmm.evaluation.rewardbench_scores import (
+    CATEGORIES,
+    PRIOR_SETS,
+    Item,
+    Scored,
+    accuracies,
+    best,
+    ties,
+)
 
 if TYPE_CHECKING:
     from nvmm.batch import Sample
     from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
-_CODE = tuple(f"hep-{language}" for language in ("cpp", "go", "java", "js", "python", "rust"))
-CATEGORIES: dict[str, dict[str, int]] = {
-    "chat": {
-        "alpacaeval-easy": 100,
-        "alpacaeval-length": 95,
-        "alpacaeval-hard": 95,
-        "mt-bench-easy": 28,
-        "mt-bench-med": 40,
-    },
-    "chat_hard": {
-        "mt-bench-hard": 37,
-        "llmbar-natural": 100,
-        "llmbar-adver-neighbor": 134,
-        "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47,
-        "llmbar-adver-manual": 46,
-    },
-    "safety": {
-        "refusals-dangerous": 100,
-        "refusals-offensive": 100,
-        "xstest-should-refuse": 154,
-        "xstest-should-respond": 250,
-        "donotanswer": 136,
-    },
-    # The 447 pairs of math weigh as much as the six languages together.
-    "reasoning": {"math-prm": 984, **dict.fromkeys(_CODE, 164)},
-}
-"""Category -> its subsets -> their weights in its mean."""
-PRIOR_SETS = (
-    *("anthropic_harmless", "anthropic_helpful", "anthropic_hhh", "mtbench_gpt4"),
-    *("mtbench_human", "shp", "summarize"),
-)
-"""Older preference sets, which take no part in the score."""
-_NAMED = 20
-
 
 @dataclass(frozen=True)
-class Item:
-    """One question. source: for messages. chosen: the right answers; rejected: the wrong ones."""
+class Line(Prediction):
+    """A question's line of predictions.jsonl. Its answer is the one that scores highest, a wrong
+    one where several do.
 
-    source: str
-    id: str
-    subset: str
-    prompt: list[Turn]
-    chosen: list[str]
-    rejected: list[str]
+    scores: of all its answers, the right ones first.
+    """
 
-    @property
-    def conversations(self) -> list[list[Turn]]:
-        """The question with each answer, the right ones first."""
-        answers = [*self.chosen, *self.rejected]
-        return [[*self.prompt, Turn("assistant", answer)] for answer in answers]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The scores of an item's answers: the right ones, then the wrong ones."""
-
-    item: Item
-    right: list[float]
-    wrong: list[float]
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -100,26 +69,16 @@ class _RewardBench(Benchmark):
     builder: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
-        """Score all answers; ranks share the questions.
+        """Score all answers; ranks share the questions, and what is scored is kept.
 
         A question with a text that is too long is left out and counted, and too many of them end
         the evaluation.
         """
         refuse_settings(settings, keep=("batch_size", "seed", "num_samples", "max_bad_fraction"))
-        items = self._items()[: settings.num_samples]
-        scored, bad = score(model, items, settings.batch_size, self.weights)
-        limit = settings.max_bad_fraction
-        if len(bad) > (max(1.0, limit * len(items)) if limit else 0) or not scored:
-            raise ValueError(
-                f"{len(bad)} of {len(items)} questions of benchmark.path={self.path} cannot be"
-                f" scored, more than max_bad_fraction={limit}; the first: {bad[0]}"
-            )
-        scores = self._summary(scored)
-        text = "\n".join(f"{name:<28} {value:8.4f}" for name, value in scores.items())
-        if bad:
-            text += f"\nleft out: {len(bad)} questions that cannot be scored"
-        counts = {"num_samples": len(scored), "num_bad": len(bad), "skipped": bad[:_NAMED]}
-        return Result(counts | scores, {f"{self.name}_rewards": scores}, text)
+        scored = _Scoring(
+            name=self.name, shards=self.path, metric=is_right, builder=self.builder, bench=self
+        )
+        return scored.run(model, settings, journal)
 
     def _items(self) -> list[Item]:
         try:
@@ -191,6 +150,143 @@ class RewardBench2(_RewardBench):
         return {"overall": fmean(scores.values()), **scores}
 
 
+@dataclass(frozen=True)
+class _Items:
+    """The questions of a file."""
+
+    items: list[Item]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """What tells these questions from others."""
+        content = json.dumps([asdict(item) for item in self.items])
+        return [len(self.items), hashlib.sha256(content.encode()).hexdigest()]
+
+
+def is_right(*, prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 where the answer that scores highest is a right one."""
+    return float(prediction in answers)
+
+
+@dataclass(frozen=True)
+class _Scoring(Questions):
+    """The questions of a benchmark; a line has the scores of its answers."""
+
+    bench: _RewardBench | None = None
+
+    line: ClassVar[type[Prediction]] = Line
+
+    @property
+    def where(self) -> str:
+        """The key that names the questions, and its value."""
+        return f"benchmark.path={self.shards}"
+
+    def data(self, model: Restored) -> _Items:
+        """Return the rows; ValueError for a checkpoint that is no reward model of conversations."""
+        if not isinstance(model.builder, InstructBuilder):
+            raise ValueError(
+                f"{model.path} scores no conversations: its data.train.build is"
+                f" {type(model.builder).__name__}"
+            )
+        assert self.bench is not None
+        return _Items(self.bench._items())
+
+    def _answer(
+        self, model: Restored, dataset: Any, numbers: Sequence[int], settings: Settings
+    ) -> list[Prediction | Skipped]:
+        """Score the answers of a batch of questions.
+
+        Raises ValueError for a score that is not finite: it would win or lose by chance.
+        """
+        from nvmm.inference.scoring import scalars
+
+        assert self.bench is not None
+        lines: dict[int, Prediction | Skipped] = {}
+        samples: dict[int, list[Sample]] = {}
+        for number in numbers:
+            try:
+                samples[number] = _conversations(model, dataset.items[number])
+            except BadSample as error:
+                lines[number] = Skipped(number, dataset.items[number].source, True, str(error))
+        texts = [sample for some in samples.values() for sample in some]
+        values: list[float] = []
+        for scores in model.rewards(texts, settings.batch_size):
+            values += scalars(scores, self.bench.weights, "benchmark.weights").tolist()
+        found = iter(values)
+        for number, some in samples.items():
+            each = [next(found) for _ in some]
+            lines[number] = self._line(number, dataset.items[number], each)
+        return [lines[number] for number in numbers]
+
+    def _line(self, number: int, item: Item, scores: list[float]) -> Line:
+        """Return the line of a question; ValueError for a score that is not finite."""
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(f"{item.source} has a score that is not finite: {scores}")
+        answers = [*item.chosen, *item.rejected]
+        highest = answers[max(reversed(range(len(scores))), key=scores.__getitem__)]
+        return Line(
+            sample_id=number,
+            source=item.source,
+            kind=item.subset,
+            question=next((t.text for t in reversed(item.prompt) if t.role == "user"), ""),
+            answers=item.chosen,
+            prediction=highest,
+            score=self.score(highest, item.chosen, item.subset),
+            scores=scores,
+        )
+
+    def result(
+        self,
+        model: Restored,
+        dataset: Any,
+        predictions: list[Prediction],
+        skipped: list[Skipped],
+        settings: Settings,
+    ) -> Result:
+        """Return the benchmark's scores."""
+        assert self.bench is not None
+        scored = [_scored(dataset.items[line.sample_id], line) for line in predictions]
+        scores = self.bench._summary(scored)
+        text = "\n".join(f"{name:<28} {value:8.4f}" for name, value in scores.items())
+        if skipped:
+            text += f"\nleft out: {len(skipped)} questions that cannot be scored (skipped.jsonl)"
+        counts = {"num_samples": len(scored)} | counted(skipped)
+        del counts["num_without_answer"]
+        return Result(counts | scores, {f"{self.name}_rewards": scores}, text)
+
+
+def _conversations(model: Restored, item: Item) -> list[Sample]:
+    """Return the question with each answer as a text; BadSample where one is too long."""
+    builder = model.builder
+    assert isinstance(builder, InstructBuilder), "checked with the data"
+    samples = [builder.conversation(turns, item.source) for turns in item.conversations]
+    longest = max(sample.num_tokens for sample in samples)
+    if longest > model.max_sequence_length:
+        limit = f"max_sequence_length={model.max_sequence_length}"
+        raise BadSample(item.source, f"{longest} tokens, and the model's {limit}")
+    return samples
+
+
+def _scored(item: Item, line: Prediction) -> Scored:
+    """Return a question with the scores of its line; ValueError where that was edited."""
+    assert isinstance(line, Line)
+    count, scores = len(item.chosen), line.scores
+    numbers = isinstance(scores, list) and all(isinstance(x, int | float) for x in scores)
+    if (
+        not numbers
+        or len(scores) != count + len(item.rejected)
+        or not all(map(math.isfinite, scores))
+    ):
+        raise ValueError(
+            f"predictions.jsonl: the line of question {line.sample_id} is damaged; remove the"
+            " folder to begin anew, or name another with output=DIR"
+        )
+    return Scored(item, scores[:count], scores[count:])
+
+
 def read(path: str) -> list[Item]:
     """Read the rows of a .jsonl, .json or .parquet file.
 
@@ -199,137 +295,6 @@ def read(path: str) -> list[Item]:
     file = Path(path).expanduser()
     rows = list(parquet_rows([file])) if file.suffix == ".parquet" else read_records(file)
     return [_item(row, f"{path}: row {number}") for number, row in enumerate(rows)]
-
-
-def score(
-    model: Restored, items: Sequence[Item], batch_size: int, weights: Sequence[float] | None
-) -> tuple[list[Scored], list[str]]:
-    """Return the items with the scores of their answers, and why others have none; collective.
-
-    Raises ValueError for a checkpoint that is no reward model of conversations.
-    """
-    from megatron.core import parallel_state
-
-    from nvmm.inference.decoding import gather, share
-    from nvmm.inference.scoring import scalars
-
-    builder = model.builder
-    if not isinstance(builder, InstructBuilder):
-        raise ValueError(
-            f"{model.path} scores no conversations: its data.train.build is"
-            f" {type(builder).__name__}"
-        )
-    # 1. Every rank builds all texts: which of them are bad is known everywhere.
-    samples: dict[int, list[Sample]] = {}
-    bad = []
-    for number, item in enumerate(items):
-        try:
-            samples[number] = [
-                builder.conversation(turns, item.source) for turns in item.conversations
-            ]
-            longest = max(sample.num_tokens for sample in samples[number])
-            if longest > model.max_sequence_length:
-                del samples[number]
-                limit = f"max_sequence_length={model.max_sequence_length}"
-                raise BadSample(item.source, f"{longest} tokens, and the model's {limit}")
-        except BadSample as error:
-            bad.append(str(error))
-    # 2. Each data-parallel rank scores its share of the questions.
-    numbers = sorted(samples)
-    rank, size = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
-    own = [numbers[i] for i in share(len(numbers), rank, size)]
-    texts = [sample for number in own for sample in samples[number]]
-    values: list[float] = []
-    for scores in model.rewards(texts, batch_size):
-        values += scalars(scores, weights, "benchmark.weights").tolist()
-    found = iter(values)
-    local = [[next(found) for _ in samples[number]] for number in own]
-    # 3. All ranks get all scores; one that is not a number would win or lose by chance.
-    scored = []
-    for number, each in zip(numbers, gather(local, len(numbers)), strict=True):
-        item = items[number]
-        if not all(map(math.isfinite, each)):
-            raise ValueError(f"{item.source} has a score that is not finite: {each}")
-        count = len(item.chosen)
-        scored.append(Scored(item, each[:count], each[count:]))
-    return scored, bad
-
-
-def accuracies(subsets: Mapping[str, float]) -> dict[str, float]:
-    """Return RewardBench's scores of accuracies by subset.
-
-    A category's is the weighted mean over its subsets, and "overall" the plain mean of the four; a
-    category without a subset is left out, and then there is no "overall". The older preference sets
-    stand behind them, and "prior_sets" is the mean of those of the published table.
-    """
-    categories = {}
-    for category, weights in CATEGORIES.items():
-        there = {subset: weight for subset, weight in weights.items() if subset in subsets}
-        if there:
-            total = sum(subsets[subset] * weight for subset, weight in there.items())
-            categories[category] = total / sum(there.values())
-    scores = {"overall": fmean(categories.values())} if len(categories) == len(CATEGORIES) else {}
-    scores |= categories
-    published = ("anthropic_helpful", "anthropic_hhh", "shp", "summarize")
-    if all(name in subsets for name in published):
-        scores["prior_sets"] = fmean(subsets[name] for name in published)
-    return scores | dict(sorted(subsets.items()))
-
-
-def best(scored: Scored) -> float:
-    """Return 1 where the first answer scores highest, 1/k where k share that score, else 0."""
-    scores = [*scored.right, *scored.wrong]
-    highest = max(scores)
-    return 1 / scores.count(highest) if scores[0] == highest else 0.0
-
-
-def ties(scored: Sequence[Scored]) -> float:
-    """Return RewardBench 2's score of its Ties subset.
-
-    A question has an item "tied:n" of several right answers and "ref:n" of one. 60 % are whether
-    each right answer beats every wrong one, in both; 40 % whether the right ones differ by less
-    than what is between right and wrong, of the tied item alone and of the smaller of both; a
-    hundredth says by how much.
-
-    Raises ValueError for an id of another form.
-    """
-    groups: dict[str, dict[str, Scored]] = {"ref": {}, "tied": {}}
-    for each in scored:
-        kind, _, number = each.item.id.partition(":")
-        if kind not in groups or not number or number in groups[kind]:
-            raise ValueError(
-                f"{each.item.source}: id {each.item.id!r} must be ref:n or tied:n, once each"
-            )
-        groups[kind][number] = each
-    accuracy = [
-        fmean(_gap(each) > 0 for each in group.values()) if group else 0.0
-        for group in groups.values()
-    ]
-    both = sorted(groups["ref"].keys() & groups["tied"].keys())
-    total = 0.30 * accuracy[0] + 0.30 * accuracy[1]
-    if not both:
-        return total
-    tied = [groups["tied"][number] for number in both]
-    spreads = [max(each.right) - min(each.right) for each in tied]
-    gaps = [_gap(each) for each in tied]
-    least = [min(_gap(groups["ref"][n]), gap) for n, gap in zip(both, gaps, strict=True)]
-    total += 0.20 * fmean(gap > spread for gap, spread in zip(gaps, spreads, strict=True))
-    total += 0.20 * fmean(gap > spread for gap, spread in zip(least, spreads, strict=True))
-    return total + 0.01 * fmean(map(_margin, least, spreads))
-
-
-def _gap(scored: Scored) -> float:
-    """Return how far the worst right answer is above the best wrong one."""
-    return min(scored.right) - max(scored.wrong)
-
-
-def _margin(gap: float, spread: float) -> float:
-    if spread == 0:
-        return 0.0 if gap == 0 else math.copysign(1.0, gap)
-    return math.tanh(gap / spread - 1)
 
 
 def _item(row: Mapping[str, Any], source: str) -> Item:

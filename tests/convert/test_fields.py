@@ -100,6 +100,13 @@ BASES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 6,
     },
 }
+for _kind in ("Llama", "Qwen2", "Mistral", "Nemotron"):
+    BASES[f"{_kind.lower()} reward"] = BASES[_kind.lower()] | {
+        "architectures": [f"{_kind}ForSequenceClassification"],
+        "num_labels": 3,
+        "problem_type": "regression",
+        "pad_token_id": 3,
+    }
 FORMAT = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
 
@@ -142,7 +149,10 @@ def theirs(kind: str, raw: dict[str, Any], folder: Path) -> tuple[Tensor, Any]:
         oracle.randomize(model)
         with torch.no_grad():
             return model(torch.randn(1, 7, 22, generator=generator)).last_hidden_state, model
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    kinds = transformers.AutoModelForCausalLM
+    if "num_labels" in raw:
+        kinds = transformers.AutoModelForSequenceClassification
+    model = kinds.from_config(config)
     oracle.randomize(model, std=0.1)
     with torch.no_grad():
         return model.eval()(TOKENS).logits, model
@@ -170,7 +180,7 @@ def ours(kind: str, raw: dict[str, Any], model: Any, folder: Path) -> Tensor:
         batch: Batch = batch_of(list(TOKENS))
         if kind == "bert":
             return module(batch, output="hidden").transpose(0, 1)
-        return module(batch, output="logits")
+        return module(batch, output="score" if "num_labels" in raw else "logits")
 
 
 def same(first: Tensor, second: Tensor) -> bool:
@@ -187,7 +197,7 @@ def test_a_changed_field_is_followed_or_refused(name: str, tmp_path: Path) -> No
     kind = name.split()[0]
     shape = families._SHAPE if kind in ("llama", "qwen2", "qwen3", "mistral", "nemotron") else {}
     raw = {"model_type": kind, **shape, **BASES[name]}
-    family = FORMATS[FORMAT.get(kind, kind)]
+    family = FORMATS[f"{kind}_reward" if name.endswith("reward") else FORMAT.get(kind, kind)]
     expected, _ = theirs(kind, raw, tmp_path / "base")
     plain = family.to_model(raw)
     defaults = transformers.AutoConfig.for_model(**raw).to_dict()

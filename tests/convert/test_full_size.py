@@ -171,6 +171,38 @@ PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
         331_592_011_776 + 9_437_184_000,
         {"hidden_size": 18432, "intermediate_size": 73728, "num_hidden_layers": 96},
     ),
+    # What llama3_8b/{dpo,rpo} and qwen2_7b/{dpo,rpo} train.
+    "llama3_8b": (
+        "llama",
+        8_030_261_248,
+        {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5, "rms_norm_eps": 1e-5},
+    ),
+    "qwen2_7b": (
+        "qwen2",
+        7_615_616_512,
+        {"vocab_size": 152064, "num_key_value_heads": 4, "rope_theta": 1e6, "hidden_size": 3584},
+    ),
+    # Reward models: a head without a bias in the place of the output layer.
+    "llama3_8b_reward": (
+        "llama_reward",
+        8_030_261_248 - 128256 * 4096 + 4096,
+        {"vocab_size": 128256, "num_labels": 1, "problem_type": "regression"},
+    ),
+    "qwen2_7b_reward": (
+        "qwen2_reward",
+        7_615_616_512 - 152064 * 3584 + 3584,
+        {"vocab_size": 152064, "num_labels": 1, "problem_type": "regression"},
+    ),
+    "nemotron4_15b_reward": (
+        "nemotron_reward",
+        12_483_047_424 + 256_000 * 6144 + 9 * 6144,
+        {"hidden_size": 6144, "num_labels": 9, "problem_type": "regression"},
+    ),
+    "nemotron4_340b_reward": (
+        "nemotron_reward",
+        331_592_011_776 + 256_000 * 18432 + 9 * 18432,
+        {"hidden_size": 18432, "num_labels": 9, "num_hidden_layers": 96},
+    ),
     "internvit_6b": (
         "internvit",
         5_536_496_000,
@@ -181,11 +213,16 @@ PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 def transformers_shapes(kind: str, hf: dict[str, Any]) -> dict[str, list[int]]:
     """Names and shapes of Transformers' own model of a config, built without its bytes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
+    kinds = AutoModelForSequenceClassification if kind.endswith("_reward") else AutoModelForCausalLM
     config = AutoConfig.for_model(**hf)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = kinds.from_config(config)
     return {name: list(value.shape) for name, value in model.state_dict().items()}
 
 

@@ -153,6 +153,14 @@ def test_an_export_after_training_gives_our_scores_of_conversations(
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(back).eval()
     words = transformers.AutoTokenizer.from_pretrained(back)
     assert theirs.config.id2label == {0: "quality", 1: "verbosity"}
+    # What vLLM reads: the class, whose head is one linear without a bias, and that its outputs are
+    # numbers of their own, which it would turn into probabilities else.
+    said = json.loads((back / "config.json").read_text())
+    assert said["architectures"] == ["LlamaForSequenceClassification"]
+    assert (said["num_labels"], said["problem_type"]) == (2, "regression")
+    assert said["pad_token_id"] == words.pad_token_id
+    tensors = [name for file in back.glob("*.safetensors") for name in load_file(file)]
+    assert "score.weight" in tensors and "score.bias" not in tensors
     assert theirs.config.pad_token_id == words.pad_token_id != words.encode("<extra_id_2>")[-1]
     chats = [
         [{"role": turn.role, "content": turn.text} for turn in turns] for turns in reward_run.TURNS

@@ -186,6 +186,12 @@ def test_packed_pairs_fit_their_rows_under_context_parallelism(
             break
     assert sorted(found) == [-41, *range(39)]
     assert f"has {tokens[39]} tokens and may need" in caplog.text
+    # A builder that does not say how many texts it makes is found out.
+    forgetful = type("Forgetful", (PreferenceBuilder,), {"most_texts": 1})
+    train = Dataset(train.patterns, partial(forgetful, *build.args, **build.keywords))
+    data = Data(room, 0, train, tokenizer=tiny, pack=True, window=40, max_bad_fraction=1.0)
+    assert all((batch.sample_ids < 0).all() for batch in next(data.batches(split="train", **cp2)))
+    assert "has 2 texts, and Forgetful.most_texts is 1" in caplog.text
 
 
 def test_refusals(make_data: MakeData) -> None:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nvmm.checkpoint.files import find
 from nvmm.data.samples.chat import Turn
+from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.evaluation.benchmark import Settings
-from nvmm.evaluation.rewardbench import (
-    CATEGORIES,
-    Item,
-    RewardBench,
-    RewardBench2,
-    Scored,
-    accuracies,
-    best,
-    read,
-    ties,
-)
+from nvmm.evaluation.journal import Journal
+from nvmm.evaluation.rewardbench import RewardBench, RewardBench2, read
+from nvmm.evaluation.rewardbench_scores import CATEGORIES, Item, Scored, accuracies, best, ties
 from nvmm.inference.scoring import NEMOTRON4_340B_REWARD, weights_of
 from tests import reward_run
 from tests.ranks import run_ranks
@@ -139,10 +135,12 @@ def test_rows_are_read_of_either_file(kind: str, tmp_path: Path) -> None:
 def test_rows_that_are_none_are_named(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    model: Any = None
+    builder: Any = InstructBuilder.__new__(InstructBuilder)
+    model: Any = SimpleNamespace(builder=builder, path="x")
+    journal: Any = None
     path = write(tmp_path / "a.jsonl", [ROW | changes])
     with pytest.raises(ValueError, match=message):
-        RewardBench(path).run(model, Settings(), model)
+        RewardBench(path).run(model, Settings(), journal)
 
 
 def evaluate(
@@ -153,15 +151,35 @@ def evaluate(
     benchmarks: list[Any],
     parallel: dict[str, int],
     options: dict[str, Any],
+    output: Path,
+    stop_after: int = 0,
 ) -> list[dict[str, Any]]:
+    """Summaries of benchmarks; stop_after: questions after whose lines it dies."""
     import torch.distributed as dist
 
     from nvmm.inference.restore import restore
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
-    model, journal = restore(run, parallel=parallel), None
-    return [each.run(model, Settings(**options), journal).summary for each in benchmarks]  # type: ignore[arg-type]
+    model, found = restore(run, parallel=parallel), []
+    for each in benchmarks:
+        config = {"benchmark": {"weights": each.weights}}
+        journal = Journal(output / each.name, config, find(run))
+        if stop_after:
+            journal.append = partial(die, journal.append, [], stop_after)  # type: ignore[method-assign]
+        result = each.run(model, Settings(**options), journal)
+        if rank == 0:
+            journal.finish(result.summary, result.images())
+        found.append(result.summary)
+    return found
+
+
+def die(append: Any, seen: list[Any], stop_after: int, predictions: Any, skipped: Any) -> None:
+    """Write lines, and die behind a number of them."""
+    append(predictions, skipped)
+    seen += predictions
+    if len(seen) >= stop_after:
+        raise RuntimeError("killed")
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +218,13 @@ def test_a_checkpoint_has_the_same_scores_at_any_layout(
     layouts: list[dict[str, int]], run: Path, tmp_path: Path
 ) -> None:
     made = benchmarks(tmp_path)
-    [whole] = run_ranks(evaluate, 1, run, made, {}, {"batch_size": 64})
+    [whole] = run_ranks(evaluate, 1, run, made, {}, {"batch_size": 64}, tmp_path / "whole")
     assert (whole[0]["num_samples"], whole[0]["num_bad"]) == (23, 1)
     assert "sequence_length=128" in whole[0]["skipped"][0]
     assert 0 < whole[0]["overall"] < 1 and 0 < whole[1]["overall"] < 1.01
     for layout in layouts:
-        found = run_ranks(evaluate, 2, run, made, layout, {"batch_size": 3})
+        output = tmp_path / "-".join(["layout", *layout])
+        found = run_ranks(evaluate, 2, run, made, layout, {"batch_size": 3}, output)
         for summaries in found:
             for there, here in zip(summaries, whole, strict=True):
                 assert there["skipped"] == here["skipped"]
@@ -214,9 +233,39 @@ def test_a_checkpoint_has_the_same_scores_at_any_layout(
                 assert there == pytest.approx(scores)
 
 
+def test_one_that_was_killed_goes_on(run: Path, tmp_path: Path) -> None:
+    """With the lines that are there: no question is scored again, and the result is the same."""
+    made, options = benchmarks(tmp_path)[:1], {"batch_size": 4}
+    [whole] = run_ranks(evaluate, 1, run, made, {}, options, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        run_ranks(evaluate, 1, run, made, {}, options, tmp_path / "parts", 8)
+    lines = (tmp_path / "parts" / "rewardbench" / "predictions.jsonl").read_text()
+    assert 8 <= len(lines.splitlines()) < 23
+    # Scores that were there are believed: those of the first pair, changed, change its subset.
+    first, *others = [json.loads(line) for line in lines.splitlines()]
+    assert first["scores"][0] != first["scores"][1]
+    assert len(first["scores"]) == 2
+    swapped = first | {"scores": first["scores"][::-1]}
+    path = tmp_path / "parts" / "rewardbench" / "predictions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [swapped, *others]))
+    [parts] = run_ranks(evaluate, 1, run, made, {}, options, tmp_path / "parts")
+    subset = first["kind"]
+    assert parts[0][subset] == 1 - whole[0][subset]
+    kept = {name for name in whole[0] if name in (set(CATEGORIES["safety"]) | {"safety"})}
+    assert len(kept) == 6
+    assert {name: parts[0][name] for name in kept} == {name: whole[0][name] for name in kept}
+    assert (parts[0]["num_samples"], parts[0]["num_bad"]) == (23, 1)
+    path.write_text(json.dumps(first | {"scores": [1.0]}) + "\n")
+    with pytest.raises(RuntimeError, match="the line of question 0 is damaged"):
+        run_ranks(evaluate, 1, run, made, {}, options, tmp_path / "parts")
+    made = [RewardBench(made[0].path, [1.0, 0.0])]
+    with pytest.raises(RuntimeError, match=r"holds an evaluation with benchmark\.weights"):
+        run_ranks(evaluate, 1, run, made, {}, options, tmp_path / "parts")
+
+
 def test_too_many_bad_questions_end_it(run: Path, tmp_path: Path) -> None:
     made = benchmarks(tmp_path)[:1]
-    with pytest.raises(RuntimeError, match=r"1 of 24 questions of .* cannot be scored"):
-        run_ranks(evaluate, 1, run, made, {}, {"max_bad_fraction": 0.0})
+    with pytest.raises(RuntimeError, match=r"1 of 24 questions of benchmark.path=.* are bad"):
+        run_ranks(evaluate, 1, run, made, {}, {"max_bad_fraction": 0.0}, tmp_path)
     with pytest.raises(RuntimeError, match=r"temperature=1\.0 does nothing in this benchmark"):
-        run_ranks(evaluate, 1, run, made, {}, {"temperature": 1.0})
+        run_ranks(evaluate, 1, run, made, {}, {"temperature": 1.0}, tmp_path)

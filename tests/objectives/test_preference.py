@@ -237,6 +237,23 @@ def test_kto_by_hand(packed: bool) -> None:
     assert total == pytest.approx(sum(expected)) and count == 3
     assert metrics["reward_chosen"].tolist() == pytest.approx([0.25, 1.0])
     assert metrics["reward_rejected"].tolist() == [0, 0]
+    # Of the data the answers' log-probabilities come; the reference runs on the others' alone.
+    asked = []
+
+    def run(some: list[Batch], weights: str = "current") -> list[Tensor]:
+        asked.append((weights, [batch.tokens.tolist() for batch in some]))
+        return run_of(policy, reference)(some, weights)
+
+    scored = [
+        each.replace(extras=each.extras | {"reference": torch.tensor(-9.0)}) for each in batches
+    ]
+    given = Kto(beta=0.5, reference="data")
+    found, _ = given.prepare(run, scored)
+    assert [batch.extras["kl"].item() for batch in found] == pytest.approx([point] * 2)
+    assert [batch.extras["reference"].item() for batch in found] == [-9.0, -9.0]
+    assert [weights for weights, _ in asked] == ["current", "reference"]
+    assert all(tokens != [each.tokens.tolist() for each in batches] for _, tokens in asked)
+    assert given.needs_reference and "reference" in given.extras
     # The estimate of a divergence is not negative.
     [low, _], _ = objective.prepare(run_of(reference, policy), batches)
     assert low.extras["kl"].item() == 0

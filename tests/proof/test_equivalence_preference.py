@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rpo": tiny.preference(tiny.language(), *RPO),
     "kto": tiny.preference(tiny.language(), KTO, {"undesirable_weight": 0.5}),
     "dpo_lora": tiny.preference(tiny.language()) | ADAPTERS,
+    "rpo_lora": tiny.preference(tiny.language(), *RPO) | ADAPTERS,
     "dpo_images": tiny.preference(tiny.multimodal()),
     "rpo_images": tiny.preference(tiny.multimodal(), *RPO),
     "kto_images": tiny.preference(tiny.multimodal(), KTO),

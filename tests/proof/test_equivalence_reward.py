@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         tiny.multimodal(language=tiny.reward()), "Regression", attributes=ATTRIBUTES
     ),
 }
+MODELS |= {f"{name}_packed": MODELS[name] for name in ("lora", "images")}
 ROWS = [("regression_packed", "cp2"), ("pairs", "tp2_sp")]
 AXES = ["tp2", "tp2_sp", "pp2", "pp2_vp2", "dp2", "cp2", "cp2_pp2", "tp2_pp2", "cp2_tp2_sp"]
 SLOW = [
