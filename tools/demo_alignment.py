@@ -3,7 +3,7 @@
 The prompts name words and ask for some of them in an order, a case and a form; verifiers check each
 demand exactly (nvmm/data/prepare/word_lists.py). Each seed trains
 
-  sft     a decoder of random weights, on right answers
+  sft     a decoder of random weights, on answers of a careless writer
   reward  a Bradley-Terry model, from sft, on pairs of sft's own answers: one that the verifiers
           accept, and one that they do not
   dpo     sft, on the same pairs
@@ -38,8 +38,10 @@ SEED = 1234
 POLICIES = ("sft", "dpo", "rpo")
 """The stages that answer."""
 PREFERRED = ("dpo", "rpo")
+WAYS = {"sampled": 1.0, "greedy": 0.0}
+"""How held-out prompts are answered -> temperature."""
 SAMPLES = 4
-MAX_NEW_TOKENS = 24  # the longest right answer has 17
+MAX_NEW_TOKENS = 24  # the longest right answer has 15
 EXAMPLES = 8
 COLUMNS = {
     "words": "keywords:existence",
@@ -110,19 +112,21 @@ def ranked(folder: Path, answered: Path, scored: Path, seed: int) -> studies.Com
     )
 
 
-def evaluation(run: Path) -> Path:
-    """Return the folder of a run's answers to the held-out prompts."""
-    return run / "evaluation/heldout"
+def evaluation(run: Path, way: str) -> Path:
+    """Return the folder of a run's answers to the held-out prompts, "sampled" or "greedy"."""
+    return run / "evaluation" / way
 
 
-def evaluate(run: Path) -> studies.Command:
-    """Return the evaluation of a run on the held-out prompts."""
-    folder = evaluation(run)
-    return command(
-        folder,
-        *("-m", "nvmm.evaluate", f"checkpoint={run}", f"output={folder}", "benchmark=ifeval"),
-        *(f"benchmark.path={DATA}/heldout.jsonl", f"benchmark.max_new_tokens={MAX_NEW_TOKENS}"),
-        "batch_size=64",
+def evaluate(run: Path) -> tuple[studies.Command, ...]:
+    """Return the evaluations of a run on the held-out prompts."""
+    return tuple(
+        command(
+            folder := evaluation(run, way),
+            *("-m", "nvmm.evaluate", f"checkpoint={run}", f"output={folder}", "benchmark=ifeval"),
+            *(f"benchmark.path={DATA}/heldout.jsonl", f"benchmark.max_new_tokens={MAX_NEW_TOKENS}"),
+            *(f"temperature={temperature}", "batch_size=64"),
+        )
+        for way, temperature in WAYS.items()
     )
 
 
@@ -146,7 +150,7 @@ def variant(folder: Path, seed: int, steps: Steps) -> studies.Variant:
         seed,
         (
             train("sft", f"data.train.shards={DATA}/sft/train-*.tar"),
-            evaluate(own / "sft"),
+            *evaluate(own / "sft"),
             answers(own / "pairs", own / "sft", "preference", seed),
             train("reward", *after("sft", "pairs")),
             answers(own / "heldout_pairs", own / "sft", "heldout", seed),
@@ -154,12 +158,12 @@ def variant(folder: Path, seed: int, steps: Steps) -> studies.Variant:
                 own / "heldout_scores", own / "reward", shards(own / "heldout_pairs", "preference")
             ),
             train("dpo", *after("sft", "pairs")),
-            evaluate(own / "dpo"),
+            *evaluate(own / "dpo"),
             answers(own / "rpo_answers", own / "dpo", "rpo", seed),
             scores(own / "rpo_scores", own / "reward", shards(own / "rpo_answers", "answers")),
             ranked(own / "rpo_pairs", own / "rpo_answers", own / "rpo_scores", seed),
             train("rpo", *after("dpo", "rpo_pairs")),
-            evaluate(own / "rpo"),
+            *evaluate(own / "rpo"),
         ),
     )
 
@@ -192,10 +196,12 @@ def measure(own: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     # 1. The held-out prompts.
     for stage in POLICIES:
-        metrics = json.loads((evaluation(own / stage) / "metrics.json").read_text())
-        found[f"{stage}/pass"] = 100 * metrics["prompt_level_strict"]
+        for way in WAYS:
+            path = evaluation(own / stage, way) / "metrics.json"
+            found[f"{stage}/{way}"] = 100 * json.loads(path.read_text())["prompt_level_strict"]
+        sampled = json.loads((evaluation(own / stage, "sampled") / "metrics.json").read_text())
         for column, name in COLUMNS.items():
-            found[f"{stage}/{column}"] = 100 * metrics["instructions"][name]
+            found[f"{stage}/{column}"] = 100 * sampled["instructions"][name]
     # 2. The reward model on the held-out pairs of the verifiers; equal scores are wrong.
     table = Parts(rows(own / "heldout_scores")).read().to_pylist()
     right = [line["rewards"][0] > line["rewards"][1] for line in table if line["error"] is None]
@@ -236,7 +242,7 @@ def tables(seeds: Sequence[Mapping[str, float]]) -> list[Table]:
             studies.spread([seed[f"{prefix}/{name}"] for seed in seeds], digits) for name in names
         ]
 
-    demands = ["pass", *COLUMNS]
+    demands = [*WAYS, *COLUMNS]
     sides = [
         f"{side} at the {when}" for side in ("chosen", "rejected") for when in ("start", "end")
     ]
@@ -250,8 +256,8 @@ def tables(seeds: Sequence[Mapping[str, float]]) -> list[Table]:
     return [
         Table(
             "Held-out prompts",
-            "Share of answers (greedy) that follow all demands, and of demands of a kind that are"
-            " followed; in percent.",
+            "Share of answers that follow all demands, sampled at temperature 1 and greedy; then"
+            " the share of each kind of demand that the sampled ones follow. In percent.",
             demands,
             [(stage, cells(stage, demands)) for stage in POLICIES],
         ),
@@ -320,7 +326,7 @@ def examples(own: Path) -> list[Example]:
     """Return some held-out prompts with every stage's answer."""
     lines = {}
     for stage in POLICIES:
-        text = (evaluation(own / stage) / "predictions.jsonl").read_text()
+        text = (evaluation(own / stage, "sampled") / "predictions.jsonl").read_text()
         lines[stage] = {line["sample_id"]: line for line in map(json.loads, text.splitlines())}
     shared = sorted(set.intersection(*(set(found) for found in lines.values())))
     return [
@@ -349,8 +355,9 @@ def report(folder: Path, seeds: Sequence[int], steps: Steps) -> None:
     notes = [
         f"{len(seeds)} seed(s); {seconds} seconds of processor time in all. Curves and answers are"
         " those of the first seed.",
-        "sft learns from right answers; reward and dpo from pairs of sft's answers that verifiers"
-        " made; rpo goes on from dpo, with pairs of dpo's answers that the reward model made.",
+        "sft learns from answers of a careless writer; reward and dpo from pairs of sft's answers"
+        " that verifiers made; rpo goes on from dpo, with pairs of dpo's answers that the reward"
+        " model made.",
     ]
     first = folder / f"seed{seeds[0]}"
     text = page("Alignment in small on lists of words", notes, made, curves(first), examples(first))

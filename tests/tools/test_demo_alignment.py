@@ -43,7 +43,7 @@ def test_every_command_composes_and_passes_the_checks() -> None:
         if kind == "train":
             assert plain["trainer"]["max_steps"] == 77 and plain["seed"] == 5
         kinds.append(kind)
-    assert [kinds.count(kind) for kind in ("train", "job", "evaluate")] == [4, 6, 3]
+    assert [kinds.count(kind) for kind in ("train", "job", "evaluate")] == [4, 6, 6]
 
 
 def test_each_stage_reads_what_is_made_before_it() -> None:
@@ -77,7 +77,7 @@ def test_prompts_of_the_stages_are_of_different_files() -> None:
 
 
 def test_tables_have_every_number() -> None:
-    names = [f"{stage}/{name}" for stage in demo.POLICIES for name in ("pass", *demo.COLUMNS)]
+    names = [f"{stage}/{name}" for stage in demo.POLICIES for name in (*demo.WAYS, *demo.COLUMNS)]
     names += ["reward/accuracy", "reward/pairs", "rpo_pairs/pairs"]
     names += ["rpo_pairs/chosen right", "rpo_pairs/rejected right"]
     for made in ("pairs", "heldout_pairs", "rpo_answers"):
@@ -90,8 +90,8 @@ def test_tables_have_every_number() -> None:
         ]
     seed = {name: float(number) for number, name in enumerate(names)}
     held, reward, likelihoods, data = demo.tables([seed, {k: v + 2 for k, v in seed.items()}])
-    assert held.rows[1] == ("dpo", [f"{8.0 + n:.1f} ± 1.4" for n in range(7)])
-    assert reward.rows[0][1][:2] == ["22.0 ± 1.4", "23 ± 1"]
+    assert held.rows[1] == ("dpo", [f"{9.0 + n:.1f} ± 1.4" for n in range(8)])
+    assert reward.rows[0][1][:2] == ["25.0 ± 1.4", "26 ± 1"]
     assert [name for name, _ in likelihoods.rows] == ["dpo", "rpo"]
     assert len(data.rows) == 3 and data.columns == ["answers", "left out", "right", "pairs"]
 
@@ -131,7 +131,7 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
     assert first.count("attempt 1") == len(chain())
     results = json.loads((tmp_path / "runs/results.json").read_text())["results"]["seed1234"]
     assert results["pairs/pairs"] > 0 and results["reward/pairs"] > 0
-    assert all(0 <= results[f"{stage}/pass"] <= 100 for stage in demo.POLICIES)
+    assert all(0 <= results[f"{stage}/sampled"] <= 100 for stage in demo.POLICIES)
     assert results["dpo/chosen at the start"] < 0 and results["rpo_pairs/pairs"] > 0
     page = (tmp_path / "runs/report.html").read_text()
     assert "Log-probabilities, rpo" in page and "<svg" in page

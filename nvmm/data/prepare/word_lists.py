@@ -29,19 +29,20 @@ from nvmm.io.files import write
 Order = Literal["given", "ascending", "descending"]
 Case = Literal["given", "capital"]
 Form = Literal["plain", "bullets", "quoted"]
+CARELESS = 0.25
+"""The probability that a demonstration overlooks a demand, as people's do."""
 FORMAT = 1
 """A number that is increased when the data made from the same arguments change."""
 WORDS = tuple(
     re.findall(
         r"\w+",
         """anchor bread candle desert engine forest garden hammer island jacket kettle ladder market
-    needle orange pencil quarry rabbit school tunnel umbrella valley window yellow basket coffee
-    dragon feather guitar helmet insect jungle kitchen lemon mirror nature ocean parrot river
-    silver ticket velvet wallet zebra""",
+        needle orange pencil quarry rabbit school tunnel umbrella valley window yellow coffee dragon
+        lemon mirror parrot river silver zebra""",
     )
 )
 """None of them stands in another one, or in a prompt's sentences: `keywords:existence` is exact."""
-LENGTHS = (3, 6)
+LENGTHS = (3, 5)
 """The fewest and the most words of a prompt."""
 SHARES = {"sft": 0.6, "preference": 0.75, "rpo": 0.9, "heldout": 1.0}
 """Split -> where its share of all sets of words ends."""
@@ -117,6 +118,21 @@ class Task:
         return f'"{text}"' if self.form == "quoted" else text
 
 
+def overlooked(task: Task, rng: random.Random) -> Task:
+    """Return what a careless writer makes of a task: each demand is left out now and then."""
+
+    def kept(wanted: Any, plain: Any) -> Any:
+        return plain if rng.random() < CARELESS else wanted
+
+    return Task(
+        task.words,
+        kept(task.count, len(task.words)),
+        kept(task.order, "given"),
+        kept(task.case, "given"),
+        kept(task.form, "plain"),
+    )
+
+
 def split_of(words: tuple[str, ...]) -> str:
     """Return the split of a set of words, whatever their order."""
     digest = hashlib.sha256(" ".join(sorted(words)).encode()).hexdigest()
@@ -144,6 +160,13 @@ def tasks(split: str, amount: int, seed: int) -> Iterator[tuple[str, Task]]:
             yield prompt, task
 
 
+def demonstrations(amount: int, seed: int) -> Iterator[tuple[str, Task, str]]:
+    """Yield prompts, their tasks, and careless answers."""
+    rng = random.Random(f"{seed}/careless")
+    for prompt, task in tasks("sft", amount, seed):
+        yield prompt, task, overlooked(task, rng).answer
+
+
 def _prompt(task: Task, rng: random.Random) -> str:
     part = "" if task.count == len(task.words) else f"the first {task.count} of "
     sentences = task.sentences
@@ -165,8 +188,8 @@ def build(folder: str | Path, amounts: Amounts = Amounts()) -> bool:
     # The stamp goes first and comes last, so that data half written are never taken for complete.
     stamp.unlink(missing_ok=True)
     samples = (
-        to_sample(f"sft{number:06d}", {"messages": _messages(prompt, task.answer)})
-        for number, (prompt, task) in enumerate(tasks("sft", amounts.sft, amounts.seed))
+        to_sample(f"sft{number:06d}", {"messages": _messages(prompt, answer)})
+        for number, (prompt, _, answer) in enumerate(demonstrations(amounts.sft, amounts.seed))
     )
     write_shards(folder / "sft", "train", samples, samples_per_shard=2000)
     for split in ("preference", "rpo", "heldout"):
@@ -179,7 +202,10 @@ def build(folder: str | Path, amounts: Amounts = Amounts()) -> bool:
         write(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
     _train_tokenizer(folder / "tokenizer", amounts.seed)
     rows = "\n".join(f"| {split} | {getattr(amounts, split)} |" for split in SHARES)
-    write(folder / "README.md", _CARD.format(rows=rows, seed=amounts.seed, words=len(WORDS)))
+    write(
+        folder / "README.md",
+        _CARD.format(rows=rows, seed=amounts.seed, words=len(WORDS), careless=CARELESS),
+    )
     write(stamp, json.dumps(settings, indent=2) + "\n")
     return True
 
@@ -218,14 +244,17 @@ _CARD = """# Lists of words under verifiable instructions
 Made by `tools/demo_alignment.py` of nvmm (seed {seed}); the same arguments give the same bytes. All
 of it is made by rule, of {words} English words that nvmm lists; nothing is of another source.
 
-A prompt names 3 to 6 words and asks for all or the first of them, in an order, a case and a form.
+A prompt names 3 to 5 words and asks for all or the first of them, in an order, a case and a form.
 Each demand has an exact verifier (IFEval's, and `order:alphabetical` of nvmm). A set of words is in
 one split, whatever the order and the demands.
+
+Demonstrations are careless: each of the four demands is overlooked with probability {careless}, and
+such answers are wrong.
 
 | split | prompts |
 |---|---|
 {rows}
 
-`sft/train-*.tar` has right answers too. The .jsonl files have prompts and verifiers in IFEval's
+`sft/train-*.tar` has demonstrations too. The .jsonl files have prompts and verifiers in IFEval's
 layout, and no answers. `tokenizer/` is a byte-level BPE in the Hugging Face format.
 """

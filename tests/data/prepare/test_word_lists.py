@@ -39,6 +39,16 @@ def test_answers_follow_and_each_fault_is_noticed() -> None:
     assert not right("river lemon zebra silver", quoted)
 
 
+def test_demonstrations_overlook_demands_and_nothing_else() -> None:
+    """Whoever overlooks none of them is right; with three or four demands a half or so is."""
+    shown = list(word_lists.demonstrations(2000, 1))
+    assert [prompt for prompt, _, _ in shown] == [prompt for prompt, _ in tasks("sft", 2000, 1)]
+    assert 0.45 < sum(right(answer, task) for _, task, answer in shown) / len(shown) < 0.6
+    for _, task, answer in shown:
+        written = answer.lower().strip('"').replace("* ", "").split()
+        assert set(written) in (set(task.words), set(task.words[: task.count]))
+
+
 def test_no_word_is_in_another_one_or_in_what_prompts_say() -> None:
     said = " ".join([*word_lists._SENTENCES.values(), "Take the first of these words"]).lower()
     for word in word_lists.WORDS:
