@@ -4,6 +4,7 @@ no YAML repeats another, or a constructor."""
 import functools
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nvmm.config.check import check, config_dir, resolve, to_plain
 from nvmm.config.signatures import default_of, signature
 from nvmm.proof.equivalence import ONE_RANK, run, shrink
 
+SIZED = re.compile("34b|vila.*(13b|8b)")
 EXPERIMENTS = sorted(
     str(path.relative_to(config_dir() / "experiment").with_suffix(""))
     for path in (config_dir() / "experiment").rglob("*.yaml")
@@ -76,8 +78,8 @@ def test_no_tabs_or_trailing_spaces(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "experiment",
-    # The 34B ones differ from the 72B ones in sizes, which shrinking takes away.
-    [pytest.param(e, marks=pytest.mark.slow if "34b" in e else ()) for e in EXPERIMENTS],
+    # These differ from the 72B's, 7B's and 3B's in sizes, which shrinking takes away.
+    [pytest.param(e, marks=pytest.mark.slow if SIZED.search(e) else ()) for e in EXPERIMENTS],
 )
 def test_experiment_trains_a_step_when_shrunk(experiment: str) -> None:
     config = shrink(to_plain(composed(experiment)[0]))
