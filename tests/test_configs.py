@@ -17,13 +17,14 @@ from nvmm.config.check import check, config_dir, resolve, to_plain
 from nvmm.config.signatures import default_of, signature
 from nvmm.proof.equivalence import ONE_RANK, run, shrink
 
+SIZED = re.compile("34b|vila.*(13b|8b)")
 EXPERIMENTS = sorted(
     str(path.relative_to(config_dir() / "experiment").with_suffix(""))
     for path in (config_dir() / "experiment").rglob("*.yaml")
 )
 
 
-SHRINKS_ALIKE = re.compile("34b|70b|chatqa2/stage|rankrag/")
+SHRINKS_ALIKE = re.compile("34b|70b|chatqa2/stage|rankrag/|vila.*(13b|8b)")
 YAMLS = {
     str(path.relative_to(config_dir())): yaml.safe_load(path.read_text())
     for path in sorted(config_dir().rglob("*.yaml"))

@@ -21,6 +21,7 @@ from nvmm.checkpoint.files import find
 from nvmm.config import compose
 from nvmm.config.compose import argument
 from nvmm.evaluate import made, output_folder
+from nvmm.evaluation.cider import CiderD
 from nvmm.generate import members, quoted
 from nvmm.inference.trust import require_trusted
 from tests import tiny
@@ -253,6 +254,30 @@ def test_the_first_samples_alone(folder: Path, unanswered: list[dict[str, Any]])
     for line, longer in zip(read(folder / "first"), unanswered[:3], strict=True):
         assert len(line["prediction"]) < len(longer["prediction"])
         assert longer["prediction"].startswith(line["prediction"].rstrip("\ufffd"))
+
+
+def test_captions_behind_examples_are_scored_over_the_whole_corpus(folder: Path) -> None:
+    """Two images before a third, CIDEr-D; a part of the questions has the scores of the whole."""
+    shards = write_questions(folder, "caption", {n: f"the number in picture {n}" for n in range(5)})
+    train = write_questions(folder, "solved", {n: WORDS[n] for n in range(5)})
+    config = command(folder, shards, output=str(folder / "shots"), batch_size=5)
+    config["benchmark"] |= {
+        "_target_": "nvmm.evaluation.few_shot.FewShot",
+        "shots": 2,
+        "train": train,
+        "suffix": "",
+        "metric": {"_target_": "nvmm.evaluation.cider.CiderD", "order": 1},
+    }
+    [summary] = run_ranks(launch, 1, config)
+    assert summary["num_bad"] == 1, "two images and a wide one of three tiles do not fit"
+    lines = read(folder / "shots")
+    metric = CiderD(order=1).prepared([line["answers"] for line in lines])
+    for line in lines:
+        expected = metric(prediction=line["prediction"], answers=line["answers"])
+        assert line["score"] == pytest.approx(expected)
+    part = config | {"num_samples": 2, "output": str(folder / "two_shots")}
+    run_ranks(launch, 1, part)
+    assert read(folder / "two_shots") == lines[:2]
 
 
 def interrupted(rank: int, world_size: int, init_method: str, config: dict[str, Any]) -> None:
@@ -628,23 +653,22 @@ def test_a_run_directory_means_its_newest_checkpoint(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", sorted(p.stem for p in BENCHMARKS.glob("*.yaml")))
 def test_every_benchmark_composes_and_scores(name: str) -> None:
     import hydra
-    import yaml
     from omegaconf import OmegaConf
 
     from nvmm.config import check
     from nvmm.evaluation.benchmark import Questions
 
-    given = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
     lists = {"lengths": "[128]", "haystack": "[x.txt]", "tasks": "[mmlu]"}
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
-        keys = [key for key, value in given.items() if value == "???"]
+        given = hydra.compose("evaluate", [f"benchmark={name}", "checkpoint.path=y"])
+        keys = OmegaConf.missing_keys(given.benchmark)
         data = [f"benchmark.{key}={lists.get(key, 'x.tar')}" for key in keys]
         overrides = [f"benchmark={name}", *data, "checkpoint.path=y"]
         composed = hydra.compose("evaluate", overrides)
     assert check.check(composed, entry="evaluate", world_size=1) == []
     benchmark = made(OmegaConf.to_container(composed.benchmark, resolve=True))
-    assert benchmark.name == name
-    if not isinstance(benchmark, Questions):
+    assert benchmark.name == (f"{name}_4" if name.startswith("few_shot") else name)
+    if not isinstance(benchmark, Questions) or hasattr(benchmark.metric, "prepared"):
         return  # scored in tests/evaluation and tests/convert/test_nv_embed.py
     for kind in ("all", *benchmark.metric_by_kind):
         assert benchmark.score("stop", ["stop"] * 10, kind) == 1.0

@@ -83,6 +83,22 @@ def multimodal(**changes: Any) -> dict[str, Any]:
     }
 
 
+def vila() -> dict[str, Any]:
+    """VILA 1.5 in small: SigLIP's block on 3 x 3 patches of 14 pixels, two of them beside it, a
+    padded grid, and Llama; every image is 4 tokens."""
+    model = multimodal()
+    model["language"]["transformer"]["add_qkv_bias"] = False
+    model["vision"] |= {
+        "image_size": 14,
+        "qk_norm": None,
+        "layer_scale": None,
+        "class_token": False,
+    }
+    model["vision"]["transformer"] |= {"normalization": "LayerNorm", "add_qkv_bias": True}
+    model["connector"] |= {"bias": True, "pad_grid": True, "token_order": "columns"}
+    return model
+
+
 def embedder(pooling: str = "LatentAttention", **changes: Any) -> dict[str, Any]:
     """NV-Embed in small: the decoder above without its causal mask, and a pooling."""
     sizes: dict[str, dict[str, Any]] = {
@@ -204,12 +220,19 @@ def cross_attending(**changes: Any) -> dict[str, Any]:
     }
 
 
-def config(model: dict[str, Any], *, attended: str | None = None, **optim: Any) -> dict[str, Any]:
+def config(
+    model: dict[str, Any],
+    *,
+    attended: str | None = None,
+    interleaved: bool = False,
+    **optim: Any,
+) -> dict[str, Any]:
     """A shrunk experiment over one of the models above; attended: as the data builder's.
 
     AdamW's eps is above the gradients' rounding, which its first steps would take to full size.
     """
-    own = {} if attended is None else {"attended": attended}
+    own: dict[str, Any] = {} if attended is None else {"attended": attended}
+    own |= {"interleaved": True} if interleaved else {}
     return own | {
         "model": copy.deepcopy(model),
         "objective": {"_target_": "nvmm.objectives.next_token.NextToken"},

@@ -44,7 +44,11 @@ def finite(vectors: Tensor, what: str) -> Tensor:
 
 
 class Metric(Protocol):
-    """A score of one prediction against the accepted answers, in [0, 1]."""
+    """A score of one prediction against the accepted answers, in [0, 1] but for CIDEr-D's 10.
+
+    One with a method `prepared` is of a corpus: it gets the answers to all questions of the data,
+    asked or not, and returns the metric that scores a prediction.
+    """
 
     def __call__(self, *, prediction: str, answers: Sequence[str]) -> float: ...
 
@@ -199,7 +203,8 @@ class Questions(Benchmark):
     def metric_name(self) -> str:
         """The name of the metric's function."""
         metric: Any = self.metric
-        return str(getattr(metric, "func", metric).__name__)
+        function = getattr(metric, "func", metric)
+        return str(getattr(function, "__name__", type(function).__name__))
 
     @property
     def changes(self) -> Mapping[str, Any]:
@@ -218,6 +223,9 @@ class Questions(Benchmark):
         total = len(dataset)
         if settings.num_samples is not None:
             total = min(total, settings.num_samples)
+        if hasattr(self.metric, "prepared"):
+            whole = self.metric.prepared(_all_answers(dataset, model.builder))
+            return replace(self, metric=whole).run(model, settings, journal)
         # 1. Take the answers that an evaluation before this one has written.
         predictions, skipped = _known(journal, dataset, self.line)
         known = {*(line.sample_id for line in predictions), *(line.sample_id for line in skipped)}
@@ -399,6 +407,19 @@ class Questions(Benchmark):
         if not math.isfinite(score):
             raise ValueError(f"benchmark.metric gives {score} for {prediction!r} and {answers}")
         return score
+
+
+def _all_answers(dataset: Any, builder: Builder) -> list[list[str]]:
+    """Return the accepted answers to each question that has some."""
+    found = []
+    for number in range(len(dataset)):
+        try:
+            answers = builder.references(dataset.members(number))
+        except _FAULTS:
+            continue  # It is named when it is asked.
+        if answers:
+            found.append(answers)
+    return found
 
 
 def _known(

@@ -76,6 +76,7 @@ def synthetic_steps(
     """Make micro-batches with images unevenly spread, ragged rows and an odd vocabulary.
 
     `config["attended"]` names the tiles that have no placeholders but are for cross-attention.
+    `config["interleaved"]` makes every tile an image of its own, with some words between two.
 
     Every second micro-batch of odd steps has no image at all, so with two data-parallel ranks one
     sees none in the whole step; of even steps the last micro-batch has none. Every `merge` of them
@@ -112,6 +113,7 @@ def synthetic_steps(
                         least_tiles=max(0, 1 - i * (index % 2 == 0)),
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
+                        interleaved=config.get("interleaved", False),
                     )
                     for i in range(per_batch)
                 ]
@@ -203,12 +205,14 @@ def _text(
     least_tiles: int,
     num_unsupervised: int,
     attended: str,
+    interleaved: bool = False,
 ) -> Text:
     """Draw random tokens and tiles, like a row of NVLM-D, -X or -H.
 
     In the sequence are all tiles (D), none (X) or the first one (H).
 
     num_unsupervised: tokens at the beginning that are no targets; placeholders never are.
+    interleaved: every tile is an image of its own, three words from the next, not a word.
     """
     # 1. The number of tiles, and of those in the sequence.
     count, size, per_tile = 0, 0, 0
@@ -219,10 +223,11 @@ def _text(
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]
-    # 2. Words, with a run of placeholders for each of them, one word apart.
-    length = int(torch.randint(9, 14, (), generator=generator)) + placed * (per_tile + 1)
+    # 2. Words, with a run of placeholders for each of them, some words apart.
+    pitch = per_tile + (3 if interleaved else 1)
+    length = int(torch.randint(9, 14, (), generator=generator)) + placed * pitch
     tokens = torch.randint(0, PLACEHOLDER, (length,), generator=generator)
-    starts = 2 + torch.arange(placed) * (per_tile + 1)
+    starts = 2 + torch.arange(placed) * pitch
     for start in starts.tolist():
         tokens[start : start + per_tile] = PLACEHOLDER
     weights = (tokens != PLACEHOLDER).float()
@@ -235,8 +240,8 @@ def _text(
         media[IMAGE] = TextMedia(
             values=tiles[:placed],
             positions=starts,
-            items=torch.zeros(placed, dtype=torch.int64),
-            tiles=torch.arange(placed),
+            items=torch.arange(placed) * interleaved,
+            tiles=torch.arange(placed) * (not interleaved),
             placeholder_id=PLACEHOLDER,
             tokens_per_item=per_tile,
         )

@@ -171,12 +171,7 @@ PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
         331_592_011_776 + 9_437_184_000,
         {"hidden_size": 18432, "intermediate_size": 73728, "num_hidden_layers": 96},
     ),
-    # What llama3_8b/{dpo,rpo} and qwen2_7b/{dpo,rpo} train.
-    "llama3_8b": (
-        "llama",
-        8_030_261_248,
-        {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 5e5, "rms_norm_eps": 1e-5},
-    ),
+    # What qwen2_7b/{dpo,rpo} train.
     "qwen2_7b": (
         "qwen2",
         7_615_616_512,
@@ -313,3 +308,43 @@ def test_mm_embed_8b_is_the_released_layout() -> None:
     assert set(back.dropped) == {*last, "image_newline"} | {
         f"vision_tower.vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")
     }
+
+
+_CLIP = 303_507_456 - 12_596_224 - 2 * 1024
+"""CLIP ViT-L/14-336 without its last layer and last norm."""
+_SIGLIP = 26 * 15_239_504 + (3 * 14 * 14 + 1) * 1152 + 27 * 27 * 1152
+"""SigLIP-so400m/14-384: 26 layers, the patch embedding, 27 x 27 positions."""
+VILA = {
+    "vila_7b": ("vila", _CLIP, (1024 + 1 + 4096 + 1) * 4096, 6_738_415_616 + 64 * 2 * 4096),
+    "vila_13b": ("vila", _CLIP, (1024 + 1 + 5120 + 1) * 5120, 13_015_864_320 + 64 * 2 * 5120),
+    "vila15_3b": ("vila15", _SIGLIP, 18_364_416, 2_701_560_320 + 64 * 2 * 2560),
+    "vila15_8b": ("vila15", _SIGLIP, 35_668_992, 8_030_261_248),
+}
+"""model -> format, parameters of vision, connector and language with its rows for a placeholder."""
+
+
+@pytest.mark.parametrize("model", sorted(VILA))
+def test_vila_has_its_parts_sizes_and_a_place_for_every_key(model: str) -> None:
+    kind, *counts = VILA[model]
+    ours, family = config_of(model), FORMATS[kind]
+    hf = family.from_model(ours)
+    assert family.from_model(completed(ours)) == hf
+    assert mismatches(family.to_model(hf), ours, "config.json", model) == []
+    constructor = instantiate(ours, _convert_="all")
+    shapes = {name: list(spec.shape) for name, spec in parameters(constructor).items()}
+    for part, count in zip(("vision", "connector", "language"), counts, strict=True):
+        of_part = [shape for name, shape in shapes.items() if name.startswith(f"{part}.")]
+        assert sum(map(math.prod, of_part)) == count, part
+    there = ToTheirs(Names(shapes), family.table(ours, hf))
+    theirs = {name: list(spec.shape) for name, spec in there.spec.items()}
+    back = ToOurs(Names(theirs), family.table(ours, family.complete(hf, there.spec)))
+    assert {name: list(spec.shape) for name, spec in back.spec.items()} == shapes
+    if kind == "vila":
+        assert hf["mm_vision_tower"] == "openai/clip-vit-large-patch14-336"
+        assert hf["mm_vision_select_layer"] == -2 and hf["mm_projector_type"] == "mlp2x_gelu"
+        linear = {**ours, "connector": {**ours["connector"], "hidden_size": None}}
+        assert family.from_model(linear)["mm_projector_type"] == "linear"
+        assert FORMATS["llava"].from_model(ours)["image_seq_length"] == 576
+    else:
+        assert hf["mm_projector_cfg"]["mm_projector_type"] == "mlp_downsample"
+        assert hf["vision_tower_cfg"]["num_hidden_layers"] == 26

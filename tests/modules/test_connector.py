@@ -43,7 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biases": {"hidden_size": 24, "bias": True, "layernorm": False},
     "one_layer": {"hidden_size": None},
     "one_layer_bias": {"hidden_size": None, "bias": True},
+    "padded": {"hidden_size": 24, "bias": True, "pad_grid": True},
+    "padded_by_columns": {"hidden_size": 24, "pad_grid": True, "token_order": "columns"},
 }
+GRIDS = {"padded": (3, 5), "padded_by_columns": (3, 5)}
+"""The grids of those whose grid is not 2 x 4."""
 
 
 def _run(rank: int, world: int, init: str) -> dict[str, Any]:
@@ -68,8 +72,9 @@ def _run(rank: int, world: int, init: str) -> dict[str, Any]:
                 values = torch.randn(p.global_shape, generator=generator)
                 for (offset,), piece in p.pieces(p.parameter.data):
                     piece.copy_(values[offset : offset + len(piece)])
-        x = torch.randn(3, 8, 5, generator=generator, requires_grad=True)
-        out = connector(x, (2, 4))
+        grid = GRIDS.get(name, (2, 4))
+        x = torch.randn(3, grid[0] * grid[1], 5, generator=generator, requires_grad=True)
+        out = connector(x, grid)
         (out * torch.randn(out.shape, generator=generator)).sum().backward()
         pieces = [
             (p.name, p.global_shape, offset, piece)
@@ -89,14 +94,20 @@ def one_rank() -> dict[str, Any]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_plain_torch(name: str, one_rank: dict[str, Any]) -> None:
     out, _, _, x, weights = one_rank[name]
-    y = pixel_shuffle(x.view(3, 2, 4, 5), 2).flatten(1, 2)
+    grid = GRIDS.get(name, (2, 4))
+    padded = torch.zeros(3, grid[0] + grid[0] % 2, grid[1] + grid[1] % 2, 5)
+    padded[:, : grid[0], : grid[1]] = x.view(3, *grid, 5)
+    y = pixel_shuffle(padded, 2)
+    if name == "padded_by_columns":
+        y = torch.stack([y[:, row, column] for column in range(3) for row in range(2)], 1)[:, None]
+    y = y.flatten(1, 2)
     if VARIANTS[name].get("layernorm", True):
         scale, shift = (weights[f"linear_fc1.layer_norm_{k}"] for k in ("weight", "bias"))
         y = F.layer_norm(y, (20,), scale, shift, VARIANTS[name].get("layernorm_epsilon", 1e-6))
     y = F.linear(y, weights["linear_fc1.weight"], weights.get("linear_fc1.bias"))
     if VARIANTS[name]["hidden_size"] is not None:
         y = F.linear(F.gelu(y), weights["linear_fc2.weight"], weights.get("linear_fc2.bias"))
-    assert out.shape == (3, 2, 16)
+    assert out.shape == (3, padded.shape[1] * padded.shape[2] // 4, 16)
     torch.testing.assert_close(out, y)
 
 
@@ -112,3 +123,10 @@ def test_two_ranks_equal_one(one_rank: dict[str, Any]) -> None:
                 index = tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))
                 assert shape == tuple(expected[key].shape)
                 torch.testing.assert_close(value, expected[key][index], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("world")
+def test_an_unknown_order_of_tokens_is_refused() -> None:
+    chunk = Parallel().chunks(Precision())[0]
+    with pytest.raises(ValueError, match=r"token_order=diagonal must be one of rows, columns"):
+        MLPConnector(token_order="diagonal", input_size=5, output_size=16, chunk=chunk)  # type: ignore[arg-type]

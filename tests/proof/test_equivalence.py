@@ -120,6 +120,11 @@ MODELS: dict[str, dict[str, Any]] = {
     ),
     "xattn_dense": tiny.config(tiny.cross_attending(**XATTN_DENSE), attended="all"),
 }
+for rest in ("", "_packed"):
+    MODELS[f"vila{rest}"] = tiny.config(tiny.vila(), interleaved=True)
+    MODELS[f"vila_frozen_vision{rest}"] = tiny.config(
+        tiny.vila(), interleaved=True, freeze=["vision.*"]
+    )
 ROWS = [
     # Every layout meets every system, and each of them meets packed and padded rows.
     *itertools.product(["language"], ["tp2", "pp2", "cp2", "dp2", "tp2_pp2"]),
@@ -140,6 +145,9 @@ ROWS = [
     ("nvlm_h", "pp4"),
     ("nvlm_h_packed", "cp2_tp2_sp"),
     ("xattn_dense", "tp2_sp"),
+    ("vila", "tp2_sp"),
+    ("vila_frozen_vision", "pp2_vp2"),
+    ("vila_frozen_vision_packed", "cp2"),
 ]
 MATRIX = ["tp2", "tp2_sp", "pp2", "pp2_vp2", "cp2", "cp2_tp2", "dp2", "tp2_pp2"]
 CONTEXT = ["cp2_tp2_sp", "cp2_dp2", "cp2_pp2", "cp2_overlap", "cp2_recompute"]
@@ -176,6 +184,14 @@ SLOW_ROWS = [
                 ["nvlm_x_frozen_language", "nvlm_h_frozen_language"], [*COMMON, "cp2_tp2_sp"]
             ),
             *itertools.product(["nvlm_x", "nvlm_h"], ["sharded", "sharded_sp", "sharded_pp2"]),
+            *itertools.product(
+                [
+                    f"vila{kind}{rest}"
+                    for kind in ("", "_frozen_vision")
+                    for rest in ("", "_packed")
+                ],
+                ["tp2_sp", "pp2", "pp2_vp2", "dp2_overlap", "cp2"],
+            ),
             *itertools.product(["xattn_dense"], [*COMMON, "cp2_tp2_sp", "tp2_sp_pp2"]),
         ]
     )

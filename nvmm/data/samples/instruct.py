@@ -47,6 +47,8 @@ from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
 from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
 
+Shots = Literal["turns", "document"]
+"""How solved examples stand before a question: as turns of a chat, or as one document."""
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """The tile limits that are tried in turn until a sample fits (Megatron-LM's ladder)."""
 Supervise = Literal["all", "last"]
@@ -217,6 +219,51 @@ class InstructBuilder(Builder):
         ahead = self.template.lead(self.tokenizer)[1]
         return self.tokenizer.encode_pieces([ahead + text], continued=True)[0]
 
+    def few_shot(
+        self,
+        members: Mapping[str, Any],
+        shots: Sequence[Mapping[str, Any]],
+        *,
+        suffix: str = "",
+        layout: Shots = "turns",
+        separator: str = "\n",
+        answer_separator: str = " ",
+    ) -> Sample:
+        """Return a sample's prompt behind solved examples, whose images stand in their places.
+
+        shots: members of samples that each have an answer. suffix: text behind every question.
+        separator: between the examples of a document; answer_separator: between a question and its
+        answer there.
+
+        Raises BadSample naming the sample that is no question with an answer.
+        """
+        require("layout", layout, Shots)
+        source, asked = self._example(members, Record.images)
+        solved = [self._example(shot, Record.images) for shot in shots]
+        every = [*solved, (source, replace(asked, turns=_unanswered(asked.turns)))]
+        for where, example in every:
+            last = example.turns[-2:] if (where, example) != every[-1] else example.turns[-1:]
+            if [turn.role for turn in last] != ["user", "assistant"][: len(last)]:
+                raise BadSample(where, "it is no question with an answer")
+        # 1. Every question gets its suffix; a system message stands once, the question's own.
+        turns = [
+            replace(turn, text=turn.text + suffix) if turn.role == "user" else turn
+            for _, example in every
+            for turn in example.turns
+            if turn.role != "system"
+        ]
+        images = [image for _, example in every for image in example.images]
+        if layout == "turns":
+            system = [turn for turn in asked.turns if turn.role == "system"]
+            return self._sample(Example([*system, *turns], images, []), source, prompt=True)
+        # 2. As a document, an answer follows its question.
+        text = "".join(
+            turn.text + (answer_separator if turn.role == "user" else separator)
+            for turn in turns[:-1]
+        )
+        document = Turn(DOCUMENT, text + turns[-1].text)
+        return self._sample(Example([document], images, []), source, prompt=True)
+
     def conversation(self, turns: Sequence[Turn], source: str, *, prompt: bool = False) -> Sample:
         """Return a whole conversation without pictures, as a reward model scores it.
 
@@ -270,10 +317,8 @@ class InstructBuilder(Builder):
 
     def _build(self, members: Mapping[str, Any], *, prompt: bool, suffix: str = "") -> Sample:
         source, example = self._example(members, Record.images)
-        turns = example.turns
         # A prompt ends before the last answer.
-        if prompt and turns[-1].role == "assistant":
-            turns = turns[:-1]
+        turns = _unanswered(example.turns) if prompt else example.turns
         if suffix:
             if not turns or turns[-1].role != "user":
                 raise BadSample(source, f"no user's turn to put {suffix!r} behind")
@@ -498,6 +543,11 @@ def _resting(example: Example) -> list[Turn]:
     start = sum(turn.role == "system" for turn in example.turns[:1])
     block = Turn(CONTEXT, example.contexts.text)
     return [*example.turns[:start], block, *example.turns[start:]]
+
+
+def _unanswered(turns: Sequence[Turn]) -> list[Turn]:
+    """Return the turns up to where the last answer begins."""
+    return list(turns[:-1] if turns[-1].role == "assistant" else turns)
 
 
 def _without_late_images(rendered: Rendered, tokens_per_tile: int, length: int) -> Rendered:

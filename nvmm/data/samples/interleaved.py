@@ -14,7 +14,8 @@ from nvmm.data.samples.record import Record
 
 @dataclass(frozen=True)
 class Interleaved(Document):
-    """A document of MMC4: `text_list`, and `image_info` with `matched_text_index`.
+    """A document of MMC4: `text_list`, and `image_info` with `matched_text_index`; or images and
+    their `caption`, as of COYO, which is a document of its own.
 
     An image stands immediately before its sentence, with no white space on either side of it; all
     text is trained. `<image>` written in a sentence is text, in upper case. A blank sentence is
@@ -26,13 +27,18 @@ class Interleaved(Document):
 
     separator: str = " "
     max_images: int = 6
-    names: ClassVar[tuple[str, ...]] = ("text_list", "image_info")
+    names: ClassVar[tuple[str, ...]] = ("text_list", "image_info", "caption")
 
     def __post_init__(self) -> None:
         if self.max_images < 1:
             raise ValueError(f"form.max_images={self.max_images} must be at least 1")
 
     def __call__(self, record: Record, images: Sequence[ImageOrSize]) -> Example:
+        if record.get("text_list") is None and record.get("caption") is not None:
+            if not images:
+                raise record.bad("a caption needs an image")
+            text = IMAGE_MARKER * len(images) + _neutral(record.text("caption"))
+            return Example([Turn(DOCUMENT, text)], images, [])
         sentences = record.sequence("text_list")
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise record.bad("text_list must hold texts alone")
@@ -43,7 +49,7 @@ class Interleaved(Document):
         pieces, order = [], []
         for number, sentence in enumerate(sentences):
             before = [image for image in chosen if places[image] == number]
-            text = sentence.strip().replace(IMAGE_MARKER, IMAGE_MARKER.upper())
+            text = _neutral(sentence)
             if before or text:
                 pieces.append(IMAGE_MARKER * len(before) + text)
                 order += before
@@ -71,3 +77,8 @@ class Interleaved(Document):
                 raise record.bad(f"image_info[{number}] matches none of {num_sentences} sentences")
             places.append(place)
         return places
+
+
+def _neutral(text: str) -> str:
+    """Return a text without white space at its ends, in which no marker stands."""
+    return text.strip().replace(IMAGE_MARKER, IMAGE_MARKER.upper())

@@ -347,6 +347,24 @@ def test_tiles_must_be_covered_by_patches() -> None:
 
 
 @pytest.mark.usefixtures("world")
+def test_pixels_behind_the_last_patch_are_dropped() -> None:
+    """SigLIP's 384 / 14 in small; tests/convert/test_vila.py compares it with Transformers."""
+    from nvmm.parallel.parameters import initialize
+
+    encoder = vision(image_size=18)
+    initialize(encoder, seed=1)
+    pixels = tiles(2, 18, 18)
+    assert encoder.grid(pixels) == (4, 4)
+    changed = pixels.clone()
+    changed[:, :, 16:] = 255 - changed[:, :, 16:]
+    changed[:, :, :, 16:] = 255 - changed[:, :, :, 16:]
+    assert torch.equal(encoder(pixels), encoder(changed))
+    # A tile of another size than the native one must be covered.
+    with pytest.raises(ValueError, match="tiles of 22 x 22 pixels"):
+        encoder(tiles(1, 22, 22))
+
+
+@pytest.mark.usefixtures("world")
 def test_pixels_are_normalised_in_fp32_and_rounded_once() -> None:
     """All 256 values of each channel, in a bf16 encoder."""
     config = tiny.multimodal()["vision"] | {"image_mean": [0.31, 0.5, 0.7]}
