@@ -661,8 +661,8 @@ def test_every_benchmark_composes_and_scores(name: str) -> None:
     lists = {"lengths": "[128]", "haystack": "[x.txt]", "tasks": "[mmlu]"}
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         given = hydra.compose("evaluate", [f"benchmark={name}", "checkpoint.path=y"])
-        keys = OmegaConf.missing_keys(given.benchmark)
-        data = [f"benchmark.{key}={lists.get(key, 'x.tar')}" for key in keys]
+        keys = sorted(OmegaConf.missing_keys(given.benchmark))
+        data = [f"{key}={lists.get(key.split('.')[-1], 'x.tar')}" for key in keys]
         overrides = [f"benchmark={name}", *data, "checkpoint.path=y"]
         composed = hydra.compose("evaluate", overrides)
     assert check.check(composed, entry="evaluate", world_size=1) == []
