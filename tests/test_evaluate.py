@@ -74,8 +74,15 @@ class NoOptimizer:
 
 
 def save(
-    rank: int, world_size: int, init_method: str, folder: Path, *, text_only: bool = False
+    rank: int,
+    world_size: int,
+    init_method: str,
+    folder: Path,
+    *,
+    text_only: bool = False,
+    favourites: int | None = None,
 ) -> None:
+    """favourites: the first tokens, which are likelier than others: ends of an answer are."""
     from hydra.utils import instantiate
 
     from nvmm.checkpoint.save import Checkpoint
@@ -126,6 +133,8 @@ def save(
     parallel = Parallel()
     parallel.initialize(seed=1, rank=rank, world_size=world_size, init_method=init_method)
     chunks = build_chunks(instantiate(model, _convert_="all"), parallel, Precision(), seed=5)
+    if favourites is not None:
+        chunks[0].output_layer.weight.data[favourites:] = 0
     state = {"config": config, "tokenizer_digest": digest}
     Checkpoint(directory=folder / "run" / "checkpoints").save(3, chunks, NoOptimizer(), state)
 

@@ -98,6 +98,7 @@ def export(options: argparse.Namespace) -> int:
         vocab_size=options.vocab_size,
         tokenizer=at(options.tokenizer) if options.tokenizer else None,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
+        ranker=options.ranker,
     )
     print(options.to)
     return 0
@@ -262,6 +263,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vocab-size", type=int, help="rows of the exported vocabulary")
     command.add_argument("--tokenizer", help="folder of the model's tokenizer, if it has moved")
     command.add_argument("--max-shard-gb", type=float, default=5.0)
+    command.add_argument(
+        "--ranker",
+        action="store_true",
+        help="as a ranker by P(True): a classifier of one score (--format llama_reward, ...), or a"
+        " language model with vLLM's settings to score it (--format llama, ...)",
+    )
 
     for name, text in (
         ("reshard", "a weights-only copy, in one piece"),

@@ -2,8 +2,11 @@
 
 python tools/shard.py llava --json train.json --images images/ --to shards/ --name train
 python tools/shard.py jsonl --json train.jsonl --files image=images/ --files sound=sounds/ --to ...
+python tools/shard.py mmc4 --json 'docs_*.jsonl' --images images/ --to shards/ --name mmc4
 python tools/shard.py parquet --from 'tables/*.parquet' --to ...
 python tools/shard.py hf --from folder/ --split train --to ...
+python tools/shard.py chatqa --from train.json --to ...       (conversations and questions: --help)
+python tools/shard.py long --from texts.jsonl --tokenizer DIR --tokens 10000000000 --to ...
 python tools/shard.py index 'shards/train-*.tar'
 python tools/shard.py index --config experiment=NAME tokenizer.path=DIR data.train.shards=...
 """
@@ -12,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from nvmm.config.compose import failures
-from nvmm.data.prepare import json_records, tables
+from nvmm.data.prepare import commands as questions
+from nvmm.data.prepare import json_records, mmc4, tables
 from nvmm.data.prepare.write import add_options, write
 from nvmm.data.shards.storage import expand
 
@@ -87,6 +92,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=FOLDER",
         help="a record's KEY names files in FOLDER; may be given several times",
     )
+    command = commands.add_parser("mmc4", help="MMC4's documents; pictures that cannot be had go")
+    command.add_argument("--json", required=True, help="pattern of .jsonl files")
+    command.add_argument(
+        "--images",
+        help="folder that image_name is relative to; left out: image_base64 in the lines",
+    )
     command = commands.add_parser("parquet", help="Parquet files; needs pyarrow")
     command.add_argument("--from", dest="source", required=True, help="file pattern")
     command = commands.add_parser("hf", help="folder of Hugging Face datasets; needs pyarrow")
@@ -95,6 +106,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--config", help="folder of the Parquet files, where there are several")
     for name, command in commands.choices.items():
         add_options(command, samples_per_shard=1000)
+        if name == "mmc4":
+            continue
         command.add_argument(
             "--unread",
             action="append",
@@ -109,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
                 default="stop",
                 help="skip: leave out records whose files are missing, and list them in the end",
             )
+    questions.add_commands(commands)
     command = commands.add_parser("index", help="index shards; with a config count tokens too")
     command.add_argument("shards", nargs="*", help="file patterns")
     command.add_argument("--index-dir", help="folder for it, where the shards' own cannot hold it")
@@ -132,6 +146,8 @@ def samples(
             options.unread,
             leave_out if options.on_missing == "skip" else None,
         )
+    if options.command == "mmc4":
+        return documents(options, leave_out)
     if options.command == "hf":
         rows = tables.folder_rows(options.source, options.split, options.config)
         return tables.samples(rows, options.unread)
@@ -141,8 +157,25 @@ def samples(
     return tables.samples(tables.parquet_rows(paths), options.unread)
 
 
+def documents(
+    options: argparse.Namespace, leave_out: Callable[[str], None]
+) -> Iterable[dict[str, Any]]:
+    """Yield the samples of MMC4's documents, then print how many of their pictures are left out."""
+    paths = expand(options.json)
+    if not paths:
+        raise ValueError(f"--json {options.json} matches no file")
+    counts: Counter[str] = Counter()
+    yield from mmc4.samples(paths, options.images, leave_out, counts)
+    print(
+        f"{counts['missing']} pictures missing and {counts['damaged']} damaged of"
+        f" {counts['pictures']}"
+    )
+
+
 def main() -> None:
     options = parser().parse_args()
+    if "run" in options:
+        return options.run(options)
     if options.command != "index":
         return write(options, partial(samples, options))
     if bool(options.shards) == bool(options.config):

@@ -38,9 +38,29 @@ def renamed(config: Any) -> Any:
     copy = {key: renamed(value) for key, value in config.items()}
     if copy.get("_target_") in MOVED:
         copy["_target_"] = MOVED[copy["_target_"]]
+    if "rope_scaling_factor" in copy or isinstance(copy.get("rope_scaling"), bool):
+        copy = _rope(copy)
     if copy.get("_target_") == _TEMPLATE and "roles" not in copy:
         return _dialect(copy)
     return copy
+
+
+_ROPE = "nvmm.modules.rope_scaling."
+
+
+def _rope(old: dict[str, Any]) -> dict[str, Any]:
+    """Return the present form of a language model that had three keys of its RoPE's scaling."""
+    keys = ("rope_scaling", "rope_scaling_factor", "seq_len_interpolation_factor")
+    new = {key: value for key, value in old.items() if key not in keys}
+    llama3, divisor = old.get("rope_scaling"), old.get("seq_len_interpolation_factor")
+    if llama3:
+        new["rope_scaling"] = {
+            "_target_": f"{_ROPE}Llama3",
+            "factor": old.get("rope_scaling_factor", 8.0),
+        }
+    elif divisor is not None:
+        new["rope_scaling"] = {"_target_": f"{_ROPE}Linear", "factor": divisor}
+    return new
 
 
 _TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"

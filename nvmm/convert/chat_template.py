@@ -12,11 +12,21 @@ from typing import Any
 from nvmm.convert.files import at, is_local
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.models import SavedModel
-from nvmm.data.samples.chat import IMAGE_MARKER, ChatTemplate, ImageTags, Turn, render
+from nvmm.data.samples.chat import (
+    CONTEXT,
+    IMAGE_MARKER,
+    ChatTemplate,
+    ImageTags,
+    Turn,
+    render,
+)
+from nvmm.data.samples.jinja_template import FILE, JinjaTemplate
 from nvmm.data.samples.tokenizer import Tokenizer
 
-FILE = "chat_template.jinja"
-_TEMPLATE = "nvmm.data.samples.chat.ChatTemplate"
+_TEMPLATES = {
+    "nvmm.data.samples.chat.ChatTemplate": ChatTemplate,
+    "nvmm.data.samples.jinja_template.JinjaTemplate": JinjaTemplate,
+}
 _READ_BY_ITSELF = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that Transformers reads without another beside them."""
 _TURNS = (
@@ -30,13 +40,15 @@ _JINJA = """\
 {{%- if {has_system} and systems | length == 0 -%}}
 {{%- set messages = [{{"role": "system", "content": {system}}}] + messages -%}}
 {{%- endif -%}}
-{{{{- {bos} -}}}}
+{documents}{{{{- {bos} -}}}}
 {{%- for message in messages -%}}
-{{%- if message["role"] not in affixes -%}}
+{{%- set role = {aliases}[message["role"]] | default(message["role"]) -%}}
+{{%- if role not in affixes -%}}
 {{{{- raise_exception("the model was not trained with a turn of " ~ message["role"]) -}}}}
 {{%- endif -%}}
 {{%- if not loop.first -%}}{{{{- {separator} -}}}}{{%- endif -%}}
-{{{{- affixes[message["role"]][0] -}}}}
+{{{{- affixes[role][0] -}}}}
+{{%- set content -%}}
 {{%- if message["content"] is string -%}}
 {{{{- message["content"] -}}}}
 {{%- else -%}}
@@ -47,12 +59,25 @@ _JINJA = """\
 {{%- endif -%}}
 {{%- endfor -%}}
 {{%- endif -%}}
-{{%- if message["role"] == "assistant" -%}}{{{{- {before_end} ~ {end} -}}}}{{%- endif -%}}
-{{{{- affixes[message["role"]][1] -}}}}
+{{%- endset -%}}
+{{{{- content | trim if {trim} else content -}}}}
+{{%- if role == "assistant" and ({end_earlier} or loop.last) -%}}
+{{{{- {before_end} ~ {end} -}}}}
+{{%- endif -%}}
+{{{{- affixes[role][1] -}}}}
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}{{{{- {generation_prompt} -}}}}
 {{%- else -%}}{{{{- {closing} -}}}}{{%- endif -%}}
 """
+_DOCUMENTS = """\
+{{%- if documents -%}}
+{{%- set start = 1 if messages and messages[0]["role"] == "system" else 0 -%}}
+{{%- set texts = documents | map(attribute="text") | join({separator}) -%}}
+{{%- set block = [{{"role": "{context}", "content": texts}}] -%}}
+{{%- set messages = messages[:start] + block + messages[start:] -%}}
+{{%- endif -%}}
+"""
+"""The documents of `apply_chat_template`, where a template has a role for contexts."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +91,7 @@ class Conversation:
 
     tokenizer: Tokenizer
     folder: Path
-    template: ChatTemplate | None
+    template: ChatTemplate | JinjaTemplate | None
     trained: bool
     end: str = ""
 
@@ -128,33 +153,48 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
         if not is_local(folder):
             copy_tokenizer(folder, Path(name))
         tokenizer = Tokenizer(str(folder) if is_local(folder) else name, **options)
-    digest = saved.state.get("tokenizer_digest")
-    if digest is not None and tokenizer.digest != digest:
-        raise ValueError(
-            f"{folder} is not the tokenizer that {saved.path} was trained with (digest"
-            f" {tokenizer.digest[:12]}, not {digest[:12]}); name that one: --tokenizer"
-        )
-    build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
-    given = build.get("template")
-    template = None
-    if isinstance(given, Mapping) and given.get("_target_") == _TEMPLATE:
-        template = ChatTemplate(**{k: v for k, v in given.items() if k != "_target_"})
+        digest = saved.state.get("tokenizer_digest")
+        if digest is not None and tokenizer.digest != digest:
+            raise ValueError(
+                f"{folder} is not the tokenizer that {saved.path} was trained with (digest"
+                f" {tokenizer.digest[:12]}, not {digest[:12]}); name that one: --tokenizer"
+            )
+        build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
+        template = _template(build.get("template"), tokenizer)
     trained = "sources" not in saved.state or "merged_from" in saved.state
     return Conversation(tokenizer, folder, template, trained, str(build.get("end") or ""))
 
 
+def _template(given: Any, tokenizer: Tokenizer) -> ChatTemplate | JinjaTemplate | None:
+    """Return the dialect of a saved builder, None where it has none."""
+    target = _TEMPLATES.get(str(given.get("_target_"))) if isinstance(given, Mapping) else None
+    if target is None:
+        return None
+    template = target(**{k: v for k, v in given.items() if k != "_target_"})
+    # An import may have the dialect of a config that its tokenizer was not made for.
+    return template.bound(tokenizer) if isinstance(template, JinjaTemplate) else template
+
+
 def jinja(
-    template: ChatTemplate, tokenizer: Tokenizer, reads_images: bool, closing: str = ""
+    template: ChatTemplate | JinjaTemplate,
+    tokenizer: Tokenizer,
+    reads_images: bool,
+    closing: str = "",
 ) -> str:
     """Return a template of Transformers that writes what `render` writes, and `closing` behind a
     whole conversation.
 
-    An image part of a message becomes our marker, for whoever expands it to tiles.
+    An image part of a message becomes our marker, for whoever expands it to tiles. A template with
+    a role for contexts takes them as messages of the role `context` or `document`, or as the
+    `documents` of `apply_chat_template`.
     """
+    if isinstance(template, JinjaTemplate):
+        return template.text(closing)
     end, _ = template.end_token(tokenizer)
     bos = ""
     if template.bos and tokenizer.bos_id is not None:
         bos = tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False)
+    rests = CONTEXT in template.roles
     values = {
         "affixes": {
             role: [affixes.prefix.replace("{end}", end), affixes.suffix.replace("{end}", end)]
@@ -168,11 +208,16 @@ def jinja(
         "end": end,
         "generation_prompt": template.generation_prompt.replace("{end}", end),
         "closing": closing,
+        "trim": template.trim,
+        "end_earlier": template.end_earlier,
+        "aliases": {"document": CONTEXT} if rests and "document" not in template.roles else {},
         "media": ["image"] if reads_images else [],
         "marker": IMAGE_MARKER,
     }
     # A JSON string is a Jinja string where its only escapes are those of quotes and controls.
-    return _JINJA.format(**{k: json.dumps(v, ensure_ascii=False) for k, v in values.items()})
+    texts = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+    documents = _DOCUMENTS.format(separator=texts["separator"], context=CONTEXT) if rests else ""
+    return _JINJA.format(documents=documents, **texts)
 
 
 def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) -> None:
@@ -212,7 +257,10 @@ def check_conversation(folder: Path, talk: Conversation) -> None:
     theirs = AutoTokenizer.from_pretrained(
         str(folder), local_files_only=True, trust_remote_code=False
     )
-    for turns, prompt in ((_TURNS[:2], False), (_TURNS, True)):
+    conversations: list[tuple[Sequence[Turn], bool]] = [(_TURNS[:2], False), (_TURNS, True)]
+    if isinstance(talk.template, ChatTemplate) and CONTEXT in talk.template.roles:
+        conversations.append(((Turn(CONTEXT, "One and one\n\nis two."), *_TURNS), True))
+    for turns, prompt in conversations:
         expected = talk.tokens(turns, prompt)
         found = theirs.apply_chat_template(
             [{"role": turn.role, "content": turn.text} for turn in turns],

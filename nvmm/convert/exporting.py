@@ -19,7 +19,15 @@ from nvmm.convert.chat_template import (
 )
 from nvmm.convert.files import publish
 from nvmm.convert.formats import reward
-from nvmm.convert.formats.all import FORMATS, copy_tokenizer, exported_config, write_folder
+from nvmm.convert.formats.all import (
+    FORMATS,
+    copy_tokenizer,
+    exported_config,
+    place_of,
+    weight_folders,
+    write_folder,
+    write_processor,
+)
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.formats.decoder import POOLING
 from nvmm.convert.mapping import Row
@@ -29,11 +37,13 @@ from nvmm.convert.models import (
     check_written,
     files_beside,
     part_of,
+    tensors,
     write_state,
     write_weights,
 )
 from nvmm.convert.processor import processor
-from nvmm.convert.safetensors import SafetensorsSource, write_safetensors
+from nvmm.convert.rankers import Ranker
+from nvmm.convert.safetensors import write_safetensors
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
 from nvmm.io.progress import progress
@@ -51,6 +61,7 @@ def export(
     vocab_size: int | None = None,
     tokenizer: Path | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    ranker: bool = False,
 ) -> None:
     """Write a checkpoint of ours as a Hugging Face folder.
 
@@ -60,6 +71,8 @@ def export(
         vocab_size: rows of the vocabulary; None for an imported model's own number, else the
             model's vocab_size.
         tokenizer: its folder, where that has moved.
+        ranker: as a ranker by P(True) (`nvmm.convert.rankers`): in a format of reward models a
+            classifier of one score, in that of a language model with what vLLM needs to score it.
 
     Raises ValueError when the format cannot express the model, or keys do not fit.
     """
@@ -69,49 +82,97 @@ def export(
             " export them alone with `adapter export`"
         )
     # 1. Every key and shape is checked here, before anything is written.
+    ranks = None
+    if ranker:
+        ranks, talk = Ranker.of(saved), conversation(saved, tokenizer)
+        if part is not None or talk is None:
+            raise ValueError("--ranker is of a whole language model with a tokenizer")
+        if format_name in reward.FORMATS:
+            saved = ranks.classifier(saved, talk)
     model = _model(saved, part)
     embeds = "pooling" in (model.get("language") or model)
     if embeds:
         files_beside(format_name).check(saved.state["config"], format_name, model)
+    talk = None if part == "vision" else conversation(saved, tokenizer)
+    placeholder = getattr(FORMATS[format_name], "placeholder", None)
+    if placeholder and talk is not None and vocab_size is None:
+        vocab_size = _rows_with_placeholder(saved, format_name, talk.tokenizer.image_id)
     config, rows = layout(saved, format_name, part, vocab_size)
     source: Source = saved.source if part is None else SubModel(saved.source, f"{part}.")
     original = _original(saved, format_name, part)
     converted = Cast(ToTheirs(source, rows), dtype)
     stored = next(iter(converted.spec.values())).dtype
-    talk = None if "vocab_size" not in language_of(config) else conversation(saved, tokenizer)
+    if "vocab_size" not in language_of(config):
+        talk = None
     whole_config = exported_config(config, original, stored)
     if talk is not None and talk.trained and not embeds:
         _set_ends(language_of(whole_config), talk)
         if format_name in reward.FORMATS:
             whole_config |= scoring.fields(saved, talk, whole_config)
+    if ranks is not None and format_name in reward.FORMATS:
+        whole_config |= ranks.fields()
+    if placeholder and talk is not None:
+        whole_config |= placeholder(talk.tokenizer.image_id, whole_config)
+    recipe = processor(model, format_name, _padding(saved, part))
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
         with progress(size, "export", unit="B") as bar:
-            written = write_safetensors(
-                temporary, converted, max_shard_bytes=max_shard_bytes, bar=bar
-            )
+            written = _write(temporary, converted, format_name, max_shard_bytes, bar)
         if converted.underflow:
             log.warning("export: %s", converted.underflow)
-        check_written(SafetensorsSource(temporary), converted, written)
+        check_written(tensors(temporary, format_name), converted, written)
+        texts = place_of(temporary, format_name, "TOKENIZER")
         if talk is not None:
-            copy_tokenizer(talk.folder, temporary)
+            copy_tokenizer(talk.folder, texts)
             if not embeds:
                 reads_images = part is None and "vision" in saved.model
-                write_conversation(temporary, talk, reads_images=reads_images)
+                write_conversation(texts, talk, reads_images=reads_images)
+            write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
         write_folder(
             temporary,
             whole_config,
             _card(saved, format_name, part, converted),
-            processor(model, format_name),
+            format_name,
+            recipe,
         )
         if talk is not None and not embeds:
             if talk.trained and format_name in reward.FORMATS:
                 scoring.write_padding(temporary, talk, whole_config["pad_token_id"])
-            check_conversation(temporary, talk)
+            check_conversation(texts, talk)
+            if ranks is not None:
+                ranks.write(temporary, talk, whole_config["architectures"][0])
         if embeds and "hidden_size" in config:
             embedder = {**saved.state["config"], "model": model}
             files_beside(format_name).write(temporary, embedder, format_name, config)
+
+
+def _write(
+    folder: Path, source: Source, format_name: str, max_shard_bytes: int, bar: Any
+) -> dict[str, int]:
+    """Write the weights into a format's folder or folders; return name -> digest."""
+    parts = weight_folders(format_name)
+    if not parts:
+        return write_safetensors(folder, source, max_shard_bytes=max_shard_bytes, bar=bar)
+    digests: dict[str, int] = {}
+    for name in parts:
+        (folder / name).mkdir()
+        part = SubModel(source, f"{name}.")
+        found = write_safetensors(folder / name, part, max_shard_bytes=max_shard_bytes, bar=bar)
+        digests |= {f"{name}.{key}": value for key, value in found.items()}
+    return digests
+
+
+def _padding(saved: SavedModel, part: str | None) -> Any:
+    """Return the colour that a whole model's images were filled up with, None where none was."""
+    train = (saved.state["config"].get("data") or {}).get("train") or {}
+    return (train.get("build") or {}).get("pad") if part is None else None
+
+
+def _rows_with_placeholder(saved: SavedModel, format_name: str, image_id: int) -> int:
+    """Return the rows of a vocabulary in which the placeholder has one too."""
+    original = language_of(_original(saved, format_name, None) or {}).get("vocab_size")
+    return max(original or saved.model["language"]["vocab_size"], image_id + 1)
 
 
 def layout(
@@ -147,7 +208,8 @@ def _original(saved: SavedModel, format_name: str, part: str | None) -> dict[str
 
 def language_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a config.json that describes the decoder."""
-    inner: dict[str, Any] = config.get("llm_config") or config.get("text_config") or config
+    nested = (config.get(name) for name in ("llm_config", "text_config", "llm_cfg"))
+    inner: dict[str, Any] = next(filter(None, nested), config)
     return inner
 
 

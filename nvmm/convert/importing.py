@@ -33,6 +33,7 @@ from nvmm.parallel.parameters import draw_row
 _BLOCK = 16_777_216  # elements drawn at a time
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _PLACEHOLDER = "<|vision_pad|>"
+_TAGS = "nvmm.data.samples.chat.ImageTags"
 
 
 def derive(folders: Mapping[str, HubFolder]) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def import_folders(
         write_weights(temporary, cast, "import", workers)
         digest = None
         if language_folder is not None and copy_tokenizer(
-            language_folder.path, temporary / "tokenizer"
+            language_folder.tokenizer, temporary / "tokenizer"
         ):
             saved, digest = _with_tokenizer(saved, language_folder, to / "tokenizer")
         write_state(
@@ -204,16 +205,21 @@ def _with_tokenizer(
 ) -> tuple[dict[str, Any], str]:
     """Return the saved config with its tokenizer, and the tokenizer's digest.
 
-    A sample builder is added if the tokenizer has ChatML's tokens.
+    A sample builder is added if the tokenizer has ChatML's tokens, or the model is LLaVA's.
     """
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
-        copy_tokenizer(source.path, here)
-        return _with_local_tokenizer(saved, here, final, source.config.get("image_token_index"))
+        copy_tokenizer(source.tokenizer, here)
+        image_id = source.config.get("image_token_index")
+        return _with_local_tokenizer(saved, here, final, image_id, source.format)
 
 
 def _with_local_tokenizer(
-    saved: Mapping[str, Any], here: Path, final: Path, image_id: int | None
+    saved: Mapping[str, Any],
+    here: Path,
+    final: Path,
+    image_id: int | None,
+    format_name: str,
 ) -> tuple[dict[str, Any], str]:
     configured = dict(saved["tokenizer"] or {"_target_": "nvmm.data.samples.tokenizer.Tokenizer"})
     options = {k: v for k, v in configured.items() if k not in ("_target_", "path")}
@@ -223,6 +229,14 @@ def _with_local_tokenizer(
     out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
         out["data"] = _chat(saved["model"])
+    elif out["data"] is None and format_name in ("llava", "vila") and tokenizer.bos_id is not None:
+        vision, out["data"] = saved["model"]["vision"], (data := _chat(saved["model"]))
+        data["train"]["build"] |= {
+            "template": option("template", "vicuna"),
+            "tags": {"_target_": _TAGS, "variant": "none", "image_start": "", "image_end": ""},
+            "max_tiles": 1,
+            "pad": [int(255 * mean) for mean in vision["image_mean"]],
+        }
     return out, tokenizer.digest
 
 
@@ -249,12 +263,13 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
         "_target_": "nvmm.data.samples.instruct.InstructBuilder",
         "_partial_": True,
         "template": option("template", "chatml"),
-        "tags": {"_target_": "nvmm.data.samples.chat.ImageTags"},
+        "tags": {"_target_": _TAGS},
         "tokens_per_tile": 1,
     }
     if "vision" in model:
         size = model["vision"]["image_size"]
-        side = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 2)
+        grid = size // model["vision"]["patch_size"]
+        side = -(-grid // model["connector"].get("downsample", 2))  # an odd grid is padded
         build |= {"tile_size": size, "tokens_per_tile": side * side}
     length = language.get("max_sequence_length", 4096)
     return {"sequence_length": length, "train": {"build": build}}

@@ -20,10 +20,20 @@ from nvmm.convert import embedders, sentence_encoders
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
 from nvmm.convert.formats import clip, megatron, projector
-from nvmm.convert.formats.all import FORMATS, detect, read_config
+from nvmm.convert.formats.all import FORMATS, detect, place_of, read_config, weight_folders
 from nvmm.convert.formats.decoder import EMBEDDING, HEAD
 from nvmm.convert.safetensors import SafetensorsSource
-from nvmm.convert.sources import Cast, Source, SubModel, at_row, compare_shapes, read, refuse
+from nvmm.convert.sources import (
+    Cast,
+    Merged,
+    Renamed,
+    Source,
+    SubModel,
+    at_row,
+    compare_shapes,
+    read,
+    refuse,
+)
 from nvmm.convert.table import ToOurs
 from nvmm.io.progress import progress
 
@@ -76,6 +86,11 @@ class HubFolder:
             return FORMATS[self.format].to_model(self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from error
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its tokenizer's files."""
+        return place_of(self.path, self.format, "TOKENIZER")
 
     def unsaid(self) -> tuple[str, ...]:
         """Return the keys of our config that a folder of its format may leave open, and does."""
@@ -136,7 +151,9 @@ def open_folder(path: Path) -> HubFolder:
             " adapter_config.json away to read the model alone, and take the adapter with `adapter"
             " import`"
         )
-    source = SafetensorsSource(path)
+    source = tensors(path, format_name)
+    for name, field in weight_folders(format_name).items():
+        config[field] = read_config(path / name)
     try:
         config = FORMATS[format_name].complete(config, source.spec)
         config = untied(config, source)
@@ -144,6 +161,14 @@ def open_folder(path: Path) -> HubFolder:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return HubFolder(path, format_name, config, source)
+
+
+def tensors(path: Path, format_name: str) -> Source:
+    """Return a folder's tensors; those of a part's own folder have names that begin with it."""
+    parts = weight_folders(format_name)
+    if not parts:
+        return SafetensorsSource(path)
+    return Merged([Renamed(SafetensorsSource(path / name), f"{name}.") for name in parts])
 
 
 def untied(config: dict[str, Any], source: Source) -> dict[str, Any]:

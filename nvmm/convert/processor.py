@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvmm.convert.formats.config import whole
@@ -11,8 +11,14 @@ _BICUBIC = 3
 _SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames a position
 
 
-def processor(model: Mapping[str, Any], format_name: str) -> dict[str, Any] | None:
-    """Return the content for a model's encoder; None for a model without one."""
+def processor(
+    model: Mapping[str, Any], format_name: str, pad: Sequence[int] | None = None
+) -> dict[str, Any] | None:
+    """Return the content for a model's encoder; None for a model without one.
+
+    pad: the colour that images were filled up to a square with (data.train.build.pad). Transformers
+    has it for LLaVA alone, with the mean colour: ValueError for another one.
+    """
     if "num_mel_bins" in model:
         positions = whole(model)["max_source_positions"]
         return {
@@ -28,9 +34,19 @@ def processor(model: Mapping[str, Any], format_name: str) -> dict[str, Any] | No
         return None
     full = whole(vision)
     side = full["image_size"]
-    processor_type = "SiglipImageProcessor" if format_name == "siglip" else "CLIPImageProcessor"
+    siglip = format_name == "siglip" or not full["class_token"]
+    processor_type = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
+    padding = {}
+    if pad is not None:
+        processor_type, padding = "LlavaImageProcessor", {"do_pad": True}
+        if list(pad) != [int(255 * mean) for mean in full["image_mean"]]:
+            raise ValueError(
+                f"data.train.build.pad={list(pad)}: {processor_type} pads with the mean colour"
+                f" {[int(255 * mean) for mean in full['image_mean']]} alone"
+            )
     return {
         "image_processor_type": processor_type,
+        **padding,
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": side, "width": side},

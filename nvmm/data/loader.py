@@ -28,7 +28,7 @@ from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with
 log = logging.getLogger("nvmm")
 OnError = Literal["skip", "stop"]
 SPLITS = ("train", "validation")
-COUNTERS = ("samples", "tokens", "bad")
+COUNTERS = ("samples", "tokens", "bad", "dropped")
 _FEW = 1000
 """A rate of bad samples is taken over this many at least; of fewer it would say little."""
 _ALL_BAD = 10
@@ -95,6 +95,7 @@ class Data:
         self.datasets = ["train"] if blend is None else mixture.names(blend)
         self._numbered = dict(enumerate(self.datasets))
         self._position: dict[str, Any] | None = None
+        self._dropped: dict[int, int] = {}
         self._described: set[str] = set()
         self._reported: dict[tuple[int, int], str] = {}
 
@@ -136,7 +137,10 @@ class Data:
         settings = Settings(self.window)
         if self.pack:
             digests = self.count_lengths()
-            settings = Settings(self.window, self.sequence_length, segment_multiple, digests)
+            # Where segments are not padded, a sample takes its tokens, however many texts it has.
+            most = {c.name: c.dataset.build.most_texts for c in self.components}
+            texts = {name: n for name, n in most.items() if n > 1 and segment_multiple > 1}
+            settings = Settings(self.window, self.sequence_length, segment_multiple, digests, texts)
         return Order(self.components, self.seed, settings, global_batch_size, position)
 
     def num_batches(self, split: str, global_batch_size: int) -> int:
@@ -256,7 +260,7 @@ class Data:
             for sample_id, problem in step.problems:
                 self._report(sample_id, problem)
             if step.position is not None:
-                self._position = step.position
+                self._position, self._dropped = step.position, step.dropped
             yield step.batches
 
     def _steps(self, global_batches: GlobalBatches, numbers: StepNumbers) -> Iterator[Step]:
@@ -298,6 +302,9 @@ class Data:
     def count(self, batches: Sequence[Batch], modalities: Collection[str]) -> dict[str, float]:
         """Count what micro-batches hold of each dataset: "<dataset>/<counter>", for all datasets.
 
+        The batches are those of the training step that was read last, whose samples left out
+        "dropped" media.
+
         modalities: the media to count, in items ("image.items") and tiles ("image.tiles").
         """
         counts = dict.fromkeys(self.counter_names(modalities), 0.0)
@@ -316,6 +323,8 @@ class Data:
                 for counter, value in values.items():
                     total = float(value[ordinals == ordinal].sum())
                     counts[f"{self._numbered[ordinal]}/{counter}"] += total
+        for ordinal, number in self._dropped.items():
+            counts[f"{self._numbered[ordinal]}/dropped"] += number
         return counts
 
     def check_bad(self, totals: Mapping[str, Mapping[str, float]]) -> None:

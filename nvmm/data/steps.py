@@ -15,7 +15,7 @@ import numpy as np
 from nvmm.batch import Batch, Sample
 from nvmm.data.collate import collate
 from nvmm.data.order import sample_ids
-from nvmm.data.order.packing import Pack, assign
+from nvmm.data.order.packing import Pack, assign, multiples
 from nvmm.data.samples.bad_sample import BadSample, blamed
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.shards.dataset import Dataset
@@ -57,11 +57,13 @@ class Step:
     """One rank's share of a step.
 
     problems: id and reason of each bad sample. position: of the order after the step, or None.
+    dropped: number of a dataset -> media that its samples left out.
     """
 
     batches: list[Batch]
     problems: list[tuple[int, str]]
     position: dict[str, Any] | None
+    dropped: dict[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +90,26 @@ class GlobalBatches:
         costs = [pack.cost for pack in packs]
         assigned = assign(costs, self.micro_batch_size, self.size, padded=not self.packed)
         problems: list[tuple[int, str]] = []
+        samples = [
+            [self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples]
+            for micro_batch in assigned[self.rank]
+        ]
         batches = [
             collate(
-                [self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples],
+                micro_batch,
                 pad_id=self.pad_id,
                 pad_multiple=self.pad_multiple,
                 segment_multiple=self.segment_multiple,
                 packed=self.packed,
             )
-            for micro_batch in assigned[self.rank]
+            for micro_batch in samples
         ]
-        return Step(batches, problems, self.order.position(k + 1))
+        dropped: dict[int, int] = {}
+        for sample in (sample for micro_batch in samples for sample in micro_batch):
+            if sample.dropped:
+                ordinal = int(sample_ids.split(sample.sample_id)[0][()])
+                dropped[ordinal] = dropped.get(ordinal, 0) + sample.dropped
+        return Step(batches, problems, self.order.position(k + 1), dropped)
 
     def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:
         """Return the sample, or the blank of its dataset's builder in the slot of a bad one.
@@ -130,11 +141,14 @@ class GlobalBatches:
                     "could not be built when tokens were counted; to count them anew, delete"
                     f" {dataset.index.path}",
                 )
-            if tokens != expected or tokens > self.order.settings.capacity:
+            capacity, multiple = self.order.settings.capacity, self.segment_multiple
+            taken = multiples(np.array(tokens), multiple, dataset.build.most_texts)
+            if tokens != expected or taken > capacity // multiple:
+                padding = f" and may need {taken * multiple} with padding" if multiple > 1 else ""
                 raise BadSample(
                     sample.source,
-                    f"has {tokens} tokens; its index says {expected}, and a row takes"
-                    f" {self.order.settings.capacity}",
+                    f"has {tokens} tokens{padding}; its index says {expected}, and a row takes"
+                    f" {capacity // multiple * multiple}",
                 )
         return sample
 

@@ -17,6 +17,7 @@ from typing import Any
 Verifier = Callable[..., bool]
 LESS_THAN, AT_LEAST = "less than", "at least"
 RELATIONS = (LESS_THAN, AT_LEAST)
+DIRECTIONS = ("ascending", "descending")
 CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 """What `constrained_response` lets one choose from."""
 _ABBREVIATIONS = re.compile(
@@ -242,6 +243,14 @@ def no_comma(answer: str) -> bool:
     return "," not in answer
 
 
+def alphabetical(answer: str, *, direction: str) -> bool:
+    """Its words are in alphabetical order, `ascending` or `descending`, in any case (ours)."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction {direction!r} must be one of {', '.join(DIRECTIONS)}")
+    found = [word.lower() for word in words(answer)]
+    return found == sorted(found, reverse=direction == DIRECTIONS[1])
+
+
 VERIFIERS: dict[str, Verifier] = {
     "keywords:existence": existence,
     "keywords:frequency": frequency,
@@ -268,5 +277,6 @@ VERIFIERS: dict[str, Verifier] = {
     "change_case:english_capital": english_capital,
     "change_case:english_lowercase": english_lowercase,
     "punctuation:no_comma": no_comma,
+    "order:alphabetical": alphabetical,
 }
 """Name of an instruction -> its verifier."""

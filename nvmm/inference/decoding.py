@@ -7,7 +7,6 @@ positions begin behind its padding, and the pad keys are masked, so no answer de
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,8 @@ from torch.nn import Module
 
 from nvmm.batch import IGNORE_INDEX, Batch, Sample
 from nvmm.data.collate import collate
+from nvmm.inference.prefix import prefill
+from nvmm.inference.sampling import choose, generator
 from nvmm.parallel import schedule
 
 
@@ -47,6 +48,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     use_cache: bool = True,
+    share_prefix: bool = False,
     ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """Continue every prompt; collective over a model-parallel group, which gets the result.
@@ -63,13 +65,16 @@ def generate(
         seed: a sampled answer depends on the seed and its prompt's `sample_id`, not on the batch
             that it is decoded in.
         use_cache: False runs the whole sequence for every token (to check the cache).
+        share_prefix: run tokens that all prompts begin with once (`nvmm.inference.prefix`).
         ended: says of an answer's tokens whether they are enough, for stop strings for instance.
 
     Returns: the new tokens of each prompt, at most `max_new_tokens`.
 
-    Raises ValueError for a layout that cannot decode, for options out of range, and for a prompt
-    whose answer could end behind the model's longest sequence.
+    Raises ValueError for a layout that cannot decode, for options out of range, for a prompt whose
+    answer could end behind the model's longest sequence, and as `check_cache` does.
     """
+    if share_prefix and not use_cache:
+        raise ValueError("share_prefix=true needs use_cache=true: the prefix is kept in the cache")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if temperature < 0:
@@ -79,6 +84,8 @@ def generate(
     _check_layout(model)
     for prompt in prompts:
         _check_length(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
+        if use_cache:
+            check_cache(model, prompt.num_tokens, prompt.sample_id, max_new_tokens)
     # 1. Pad prompts on the left, so that the next tokens of all rows take one slot of the cache.
     batch, spans = left_padded(prompts, pad_id)
     device = next(model[0].parameters()).device
@@ -90,8 +97,10 @@ def generate(
 
         rows, width = batch.tokens.shape
         context = StaticInferenceContext(rows, width + max_new_tokens)
+        if share_prefix:
+            batch = prefill(model, prompts, batch, context)
     # Each row draws from a generator of its own, so that its answer depends on no other row.
-    generators = [_generator(seed, int(i)) for i in batch.sample_ids]
+    generators = [generator(seed, int(i)) for i in batch.sample_ids]
     stops = set(stop_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
@@ -123,26 +132,6 @@ def generate(
             context.enable_decode_mode()
         batch, spans = _advance(batch, spans, chosen, keep=context is None)
     return answers
-
-
-def choose(logits: Tensor, temperature: float, top_p: float, uniforms: Sequence[float]) -> Tensor:
-    """Choose a token for each row of logits [b, vocab]: the likeliest, or a draw from the nucleus.
-
-    uniforms: for each row a number in [0, 1) that decides the draw.
-
-    Returns: int64 [b].
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities, order = torch.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
-    # A token is in the nucleus when those before it do not reach top_p yet; the first always is.
-    inside = probabilities.cumsum(-1) - probabilities < top_p
-    inside[:, 0] = True
-    mass = torch.where(inside, probabilities, 0.0).cumsum(-1)
-    targets = torch.tensor(uniforms, device=logits.device)[:, None] * mass[:, -1:]
-    index = torch.searchsorted(mass, targets, right=True)
-    index = torch.minimum(index, inside.sum(-1, keepdim=True) - 1)
-    return order.gather(-1, index)[:, 0]
 
 
 def score(
@@ -182,15 +171,18 @@ def score_continuations(
     continuations: Sequence[Sequence[int]],
     *,
     pad_id: int,
+    share_prefix: bool = False,
 ) -> Tensor:
     """Return fp64 [prompts, continuations]: log-probability of each continuation after each prompt.
 
     The prompts run once; the continuations are fed one token at a time behind their keys and values
     in the cache. It is collective over a model-parallel group, which gets the result.
 
-    continuations: token ids, at least one each, the same for all prompts.
+    continuations: token ids, at least one each, the same for all prompts. share_prefix: run tokens
+    that all prompts begin with once (`nvmm.inference.prefix`).
 
-    Raises ValueError for a prompt that the model is too short for, with a continuation.
+    Raises ValueError for a prompt that the model is too short for, with a continuation, and as
+    `check_cache` does.
     """
     from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -198,12 +190,15 @@ def score_continuations(
     most = max(map(len, continuations))
     for prompt in prompts:
         _check_length(model, prompt.num_tokens, prompt.sample_id, most)
+        check_cache(model, prompt.num_tokens, prompt.sample_id, most)
     device = next(model[0].parameters()).device
     batch, spans = left_padded(prompts, pad_id)
     batch = batch.to(device)
     spans = None if spans is None else spans.to(device)
     rows, width = batch.tokens.shape
     context = StaticInferenceContext(rows, width + most)
+    if share_prefix:
+        batch = prefill(model, prompts, batch, context)
 
     def forward(step: Batch, keys: Tensor | None) -> Tensor | None:
         """Return the log-probabilities of the next token [b, vocab], on the last stage."""
@@ -330,10 +325,26 @@ def _check_length(
         )
 
 
-def _generator(seed: int, sample_id: int) -> torch.Generator:
-    """Return a generator that depends on the seed and the sample alone."""
-    digest = hashlib.blake2b(f"{seed}/{sample_id}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+def check_cache(
+    model: Sequence[Module], tokens: int, sample: int, new_tokens: int, first: int | None = None
+) -> None:
+    """Raise ValueError where keys of a cache would have other angles than without a cache.
+
+    A RoPE scaling by the sequence's length gives all keys new angles as the sequence grows; those
+    in a cache keep their old ones.
+
+    tokens: of the whole prompt; new_tokens: the last one is never fed. first: tokens that are in
+        the cache before the rest of the prompt runs; None where the prompt runs in one pass.
+    """
+    chunk: Any = model[0]
+    rotary = getattr(chunk, "language", chunk).rotary
+    last, first = tokens + new_tokens - 1, tokens if first is None else first
+    if rotary.scaling is not None and not rotary.scaling.is_constant(first, last):
+        raise ValueError(
+            f"sample {sample}: {type(rotary.scaling).__name__} scales RoPE by the length, which"
+            f" grows from {first} to {last} tokens; a cache would keep the angles of the shorter"
+            " one, so use_cache must be false"
+        )
 
 
 def _advance(

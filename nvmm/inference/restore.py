@@ -78,18 +78,48 @@ class Restored:
         top_p: float = 1.0,
         seed: int = 1234,
         use_cache: bool = True,
+        share_prefix: bool = False,
     ) -> list[str]:
         """Return an answer to each prompt; the options are `nvmm.inference.decoding.generate`'s.
 
         Raises ValueError for an embedder, which has no words to answer with.
+        """
+        outputs = self.generate_tokens(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            use_cache=use_cache,
+            share_prefix=share_prefix,
+        )
+        return [self.text_of(tokens) for tokens in outputs]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer's tokens."""
+        return self.tokenizer.decode(tokens).strip()
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sample],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 1234,
+        use_cache: bool = True,
+        share_prefix: bool = False,
+    ) -> list[list[int]]:
+        """Return the tokens of each answer; one that did not end has `max_new_tokens` of them.
+
+        As `generate` otherwise.
         """
         from nvmm.inference.decoding import generate
 
         self.require_answers()
         if not prompts:
             return []
-
-        outputs = generate(
+        return generate(
             self.model,
             prompts,
             max_new_tokens=max_new_tokens,
@@ -99,8 +129,8 @@ class Restored:
             top_p=top_p,
             seed=seed,
             use_cache=use_cache,
+            share_prefix=share_prefix,
         )
-        return [self.tokenizer.decode(tokens).strip() for tokens in outputs]
 
     def score(self, samples: Sequence[Sample], batch_size: int = 8) -> list[tuple[float, int]]:
         """Return log-probability and number of each sample's supervised tokens, in order."""
@@ -150,12 +180,22 @@ class Restored:
         return [found[i] for i in range(len(samples))]
 
     def score_continuations(
-        self, prompts: Sequence[Sample], continuations: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sample],
+        continuations: Sequence[Sequence[int]],
+        *,
+        share_prefix: bool = False,
     ) -> Tensor:
-        """Return log-probabilities, fp64 [prompts, continuations], of token ids after prompts."""
+        """Return log-probabilities, fp64 [prompts, continuations], of token ids after prompts.
+
+        share_prefix: see `nvmm.inference.decoding.score_continuations`.
+        """
         from nvmm.inference.decoding import score_continuations
 
-        return score_continuations(self.model, prompts, continuations, pad_id=self.tokenizer.pad_id)
+        pad_id = self.tokenizer.pad_id
+        return score_continuations(
+            self.model, prompts, continuations, pad_id=pad_id, share_prefix=share_prefix
+        )
 
     def embed(
         self,

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from nvmm.batch import Sample
+from nvmm.data.samples.forms import Form
+from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset
+from nvmm.inference.prefix import common_prefix
 from nvmm.inference.restore import Restored
 from nvmm.jobs.job import digest
+
+_PASS = 64
+"""Tokens that a batch costs besides its own, so that batches do not become tiny (our choice)."""
 
 
 def open_shards(shards: str | Sequence[str], model: Restored) -> tuple[Dataset, str]:
@@ -20,6 +27,22 @@ def open_shards(shards: str | Sequence[str], model: Restored) -> tuple[Dataset, 
     keys = [dataset.index.key(number) for number in range(len(dataset))]
     sizes = (columns["stop"] - columns["start"]).tolist()
     return dataset, digest(keys, sizes)
+
+
+def asking(model: Restored, form: Form, reserve: int = 0) -> InstructBuilder:
+    """Return the builder of prompts from records of another form than that of training.
+
+    reserve: tokens that a prompt leaves free for its answer.
+
+    Raises ValueError for a checkpoint that was not trained on conversations.
+    """
+    model.require_answers()
+    if not isinstance(model.builder, InstructBuilder):
+        raise ValueError(
+            f"{model.path} was trained by {type(model.builder).__name__}, and prompts of another"
+            " form need an InstructBuilder"
+        )
+    return model.builder.asking(form=form, reserve=reserve)
 
 
 def continuation_tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -63,7 +86,38 @@ def build(
     return samples, errors
 
 
-def batches(samples: dict[int, Sample], size: int) -> list[list[int]]:
-    """Return the numbers of the samples in batches; samples of like length share one."""
+def batches(
+    samples: dict[int, Sample], size: int, *, share_prefix: bool = False
+) -> list[list[int]]:
+    """Return the numbers of the samples in batches; samples of like length share one.
+
+    share_prefix: samples with the same beginning share one instead, so that the fewest tokens run
+        when each batch runs what its samples have in common once.
+    """
+    if share_prefix:
+        return _by_prefix(samples, size)
     order = sorted(samples, key=lambda number: (samples[number].num_tokens, number))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _by_prefix(samples: dict[int, Sample], size: int) -> list[list[int]]:
+    """Sort by tokens, and cut that order where the fewest columns run, a pass counted as some."""
+    order = sorted(samples, key=lambda number: (samples[number].text.tokens.tolist(), number))
+    texts = [samples[number].text.tokens for number in order]
+    alike = [0, *(common_prefix(*pair) for pair in pairwise(texts))]
+    # best[n]: the fewest columns for the first n samples, and where the last batch of them begins.
+    best = [(0, 0)]
+    for stop in range(1, len(order) + 1):
+        choices, shared, width = [], 0, 0
+        for start in range(stop - 1, max(stop - size, 0) - 1, -1):
+            rows = stop - start
+            width = max(width, len(texts[start]))
+            shared = len(texts[start]) if rows == 1 else min(shared, alike[start + 1])
+            once = shared if rows > 1 else 0
+            columns = once + rows * (width - once) + _PASS
+            choices.append((best[start][0] + columns, start))
+        best.append(min(choices))
+    cuts = [len(order)]
+    while cuts[-1]:
+        cuts.append(best[cuts[-1]][1])
+    return [order[start:stop] for stop, start in reversed(list(pairwise(cuts)))]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from nvmm.batch import Sample
+from nvmm.data.samples.preference import PreferenceBuilder
 from nvmm.data.samples.reward import RewardBuilder
 from nvmm.inference.restore import Restored
 from nvmm.inference.scoring import scalars
@@ -21,7 +23,8 @@ class Reward(Job):
 
     A row has `key`, `scores` (for each text of the sample a list, one number an output), `rewards`
     (for each text their weighted sum) and `error`. A text is an answer: a labelled sample has one
-    (labels are not needed here), a pair the chosen and the rejected one.
+    (labels are not needed here), as has a conversation that ends with one; a pair has the chosen
+    and the rejected one.
 
     Args:
         shards: file patterns of tar shards, in the form that the checkpoint's builder reads.
@@ -42,7 +45,11 @@ class Reward(Job):
         model = self.require(model)
         dataset, inputs = open_shards(self.shards, model)
         builder = model.builder
-        make = builder.scored if isinstance(builder, RewardBuilder) else builder.__call__
+        make: Callable[[dict[str, Any]], Sample] = (
+            builder.scored
+            if isinstance(builder, RewardBuilder | PreferenceBuilder)
+            else builder.__call__
+        )
 
         def rows(numbers: range) -> pa.Table:
             samples, errors = build(dataset.members, numbers, make, model.max_sequence_length)

@@ -98,8 +98,9 @@ def _require_fitting(
 class Neighbours:
     """The judged queries of a set, and the documents near them, by the vectors of two jobs.
 
-    asked: ids of the judged queries, in the order of the judgements. items: a digest of the
-        documents. inputs: one of what rankings depend on. errors: id -> why a query has no vector.
+    asked: ids of the queries to rank for, by default the judged ones in their order. items: a
+        digest of the documents. inputs: one of what rankings depend on. errors: id -> why a query
+        has no vector.
 
     Raises ValueError for judgements of ids that the `encode` jobs have not, and for vectors of
     other documents, of the other side, and of two checkpoints.
@@ -116,14 +117,14 @@ class Neighbours:
         self.documents, self._chunks = found.ids, found.chunks
         self.errors = asked.errors
         self.relevant = data.relevant
-        self.asked = list(self.relevant)
+        self.asked = data.asked
         self._query_places = {name: place for place, name in enumerate(asked.ids)}
         self._places = {name: place for place, name in enumerate(self.documents)}
         unknown = [q for q in self.asked if q not in self._query_places and q not in asked.errors]
         unknown += [
             name
             for query in self.asked
-            for name in self.relevant[query]
+            for name in self.relevant.get(query, ())
             if name not in self._places and name not in found.errors
         ]
         if unknown or not self.asked:
@@ -230,7 +231,9 @@ class Search(Job):
         return Work(len(near.asked), inputs, rows, together=True)
 
     def metrics(self, rows: pa.Table) -> dict[str, float]:
-        """Return hit rate, recall, nDCG, MRR and mAP of the rankings."""
+        """Return hit rate, recall, nDCG, MRR and mAP of the rankings; none without judgements."""
+        if not self.data.relevant:
+            return {}
         return mean_scores(rankings_of(rows), self.data.relevant)
 
 

@@ -24,6 +24,7 @@ from nvmm.modules.flops import (
 )
 from nvmm.modules.lora import only_adapters_train
 from nvmm.modules.pooling import LatentAttention
+from nvmm.modules.rope_scaling import Scaling
 from nvmm.parallel.setup import Chunk
 
 
@@ -34,8 +35,8 @@ class EmbeddingModel(LanguageModel):
     `init_from`; the pooling's begin with `pooling.`.
 
     Args:
-        transformer, vocab_size, padded_vocab_size, rotary_base, max_sequence_length: see
-            LanguageModel.
+        transformer, vocab_size, padded_vocab_size, rotary_base, rope_scaling, max_sequence_length:
+            see LanguageModel.
         pooling: partial of a class of `nvmm.modules.pooling`; hidden_size and chunk are added.
         causal: keep the decoder's causal mask; False (NV-Embed) lets a token see its whole text.
         normalize: give every vector the length 1; False leaves a dot product its lengths.
@@ -51,6 +52,7 @@ class EmbeddingModel(LanguageModel):
         padded_vocab_size: int,
         pooling: Callable[..., Any],
         rotary_base: float = 10000,
+        rope_scaling: Scaling | None = None,
         max_sequence_length: int = 4096,
         causal: bool = False,
         normalize: bool = True,
@@ -65,6 +67,7 @@ class EmbeddingModel(LanguageModel):
             vocab_size,
             padded_vocab_size,
             rotary_base=rotary_base,
+            rope_scaling=rope_scaling,
             max_sequence_length=max_sequence_length,
             causal=causal,
             chunk=chunk,

@@ -18,7 +18,8 @@ from nvmm.modules.attention import visible_keys
 from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.flops import Training, language_flops, segment_lengths, sizes, training_of
 from nvmm.modules.output import fused_loss
-from nvmm.modules.rotary import RotaryAttention, rotation_table
+from nvmm.modules.rope_scaling import Scaling
+from nvmm.modules.rotary import Rotary, RotaryAttention
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk
@@ -33,8 +34,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: rows of the embedding, a config number that does not depend on TP.
             Rows from vocab_size on take no part in the softmax.
         rotary_base: RoPE base period; rotary_percent: rotated share of each head.
-        rope_scaling: Llama-3 frequency scaling by rope_scaling_factor.
-        seq_len_interpolation_factor: linear RoPE interpolation.
+        rope_scaling: a class of `nvmm.modules.rope_scaling`; null for RoPE as it is.
         share_embeddings_and_output_weights: tied input and output embeddings.
         max_sequence_length: longest sequence; longer data and prompts are refused.
         causal: False lets every token attend to its whole row or segment (embedders).
@@ -52,9 +52,7 @@ class LanguageModel(GPTModel):
         padded_vocab_size: int,
         rotary_base: float = 10000,
         rotary_percent: float = 1.0,
-        rope_scaling: bool = False,
-        rope_scaling_factor: float = 8.0,
-        seq_len_interpolation_factor: float | None = None,
+        rope_scaling: Scaling | None = None,
         share_embeddings_and_output_weights: bool = False,
         max_sequence_length: int = 4096,
         causal: bool = True,
@@ -80,15 +78,13 @@ class LanguageModel(GPTModel):
             pre_process=chunk.pre_process,
             post_process=chunk.post_process,
             share_embeddings_and_output_weights=share_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_percent=rotary_percent,
-            rotary_base=rotary_base,
-            rope_scaling=rope_scaling,
-            rope_scaling_factor=rope_scaling_factor,
+            position_embedding_type="none",
             scatter_embedding_sequence_parallel=False,
-            seq_len_interpolation_factor=seq_len_interpolation_factor,
             vp_stage=chunk.vp_stage,
         )
+        # mcore's "rope" would build a table of its own; `Rotary` says why that one is not used.
+        dim = int(self.config.kv_channels * rotary_percent)
+        self.rotary = Rotary(rotary_base, dim, rope_scaling)
         self.unpadded_vocab_size = vocab_size
         self.input_needs_gradient = chunk.input_needs_gradient
 
@@ -131,6 +127,7 @@ class LanguageModel(GPTModel):
         # 1. This context-parallel rank's part of the row: tokens [b, s / cp]. Packed segments are
         #    described whole, and merged media [s, b, h] are dealt like the tokens.
         packed = packed_seq_params(batch)
+        rotations = self.rotary.table(batch)
         if hidden is not None:
             hidden = context_parallel.shard(hidden, batch)
         batch = context_parallel.share(batch)
@@ -144,7 +141,7 @@ class LanguageModel(GPTModel):
             context=context,
             context_mask=context_spans,
             inference_context=inference_context,
-            rotary_pos_emb=rotation_table(self.rotary_pos_emb, batch.position_ids),
+            rotary_pos_emb=rotations,
             packed_seq_params=packed,
         )
         if not self.post_process or output == "hidden":

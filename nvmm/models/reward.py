@@ -20,6 +20,7 @@ from nvmm.models.language import LanguageModel
 from nvmm.modules.attention import visible_keys
 from nvmm.modules.flops import LINEAR_COST, Training, language_flops, segment_lengths, sizes
 from nvmm.modules.lora import only_adapters_train
+from nvmm.modules.rope_scaling import Scaling
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk, Normal, default_device
 
@@ -33,8 +34,7 @@ class RewardModel(LanguageModel):
 
     Args:
         transformer, vocab_size, padded_vocab_size, rotary_base, rotary_percent, rope_scaling,
-            rope_scaling_factor, seq_len_interpolation_factor, max_sequence_length: see
-            LanguageModel.
+            max_sequence_length: see LanguageModel.
         num_outputs: scores of a text (Nemotron-4-340B-Reward: 9).
         chunk: which part of the model this rank builds.
     """
@@ -47,9 +47,7 @@ class RewardModel(LanguageModel):
         num_outputs: int,
         rotary_base: float = 10000,
         rotary_percent: float = 1.0,
-        rope_scaling: bool = False,
-        rope_scaling_factor: float = 8.0,
-        seq_len_interpolation_factor: float | None = None,
+        rope_scaling: Scaling | None = None,
         max_sequence_length: int = 4096,
         *,
         chunk: Chunk,
@@ -63,8 +61,6 @@ class RewardModel(LanguageModel):
             rotary_base=rotary_base,
             rotary_percent=rotary_percent,
             rope_scaling=rope_scaling,
-            rope_scaling_factor=rope_scaling_factor,
-            seq_len_interpolation_factor=seq_len_interpolation_factor,
             max_sequence_length=max_sequence_length,
             chunk=chunk,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,14 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from nvmm.modules.masks import QUERY_BLOCK, bias_of, made_again
 from nvmm.parallel.context_parallel import gather, in_order
 
-_QUERY_BLOCK = 512
+_CAUSAL = (
+    AttnMaskType.causal,
+    AttnMaskType.padding_causal,
+    AttnMaskType.causal_bottom_right,
+)
 
 
 def flash_varlen(query: Tensor) -> Callable[..., Tensor] | None:
@@ -42,11 +48,11 @@ class CoreAttention(torch.nn.Module):
     The mask is never dense where the kernel can do without: causal and packed data use the
     kernel's own causal flag, and `attention_mask` is not a mask but an int tensor [b, 2] of each
     row's valid keys (first, last + 1), or None when every key is valid. Queries that see no key
-    output 0.
+    output 0. Whatever needs a mask works on blocks of queries, so that memory is flat per token.
 
     A layer with a window (`config.window_size=(n, 0)`, unless `window_attn_skip_freq` makes it a
-    full one) lets a query see its own key and the n before it. It works on blocks of queries, each
-    with the keys of its windows alone.
+    full one) lets a query see its own key and the n before it. A block of its queries reads the
+    keys of their windows alone.
 
     Under context parallelism the queries are this rank's zigzag chunks, and keys and values of
     the whole sequence are gathered before groups are expanded: two calls a row or segment, since
@@ -105,7 +111,7 @@ class CoreAttention(torch.nn.Module):
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by the native backend")
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
-        causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        causal = mask_type in _CAUSAL
         if self.cp_group is not None:
             if attention_mask is not None:
                 raise ValueError(
@@ -179,68 +185,87 @@ class CoreAttention(torch.nn.Module):
             for number, part in zip((rank, 2 * size - 1 - rank), local.split(chunk), strict=True):
                 q = part.permute(1, 2, 0, 3)
                 seen = (number + 1) * chunk if causal else k.shape[2]
-                out = self._attend_suffix(q, k[:, :, :seen], v[:, :, :seen], causal)
+                out = self._attend(q, k[:, :, :seen], v[:, :, :seen], causal, None)
                 outputs.append(out.permute(2, 0, 1, 3).flatten(2))
         attended = torch.cat(outputs)
         return attended if packed is None else attended.squeeze(1)
 
-    def _attend_suffix(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        """Attend with queries at the end of the keys, without a mask of all pairs."""
-        first = k.shape[2] - q.shape[2]
-        if not causal or first == 0 or q.is_cuda:
-            return self._attend(q, k, v, causal, None)
-        outputs = []
-        for start in range(0, q.shape[2], _QUERY_BLOCK):
-            block = q[:, :, start : start + _QUERY_BLOCK]
-            seen = first + start + block.shape[2]
-            outputs.append(self._attend(block, k[:, :, :seen], v[:, :, :seen], True, None))
-        return torch.cat(outputs, dim=2)
-
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, spans: Tensor | None
     ) -> Tensor:
-        """Attend with q [b, heads, sq, d] to k and v [b, groups, sk, d]; the result is like q."""
+        """Attend with q [b, heads, sq, d] to k and v [b, groups, sk, d]; the result is like q.
+
+        Causal queries are the last ones: the last query is at the last key.
+        """
         if k.shape[1] != q.shape[1]:
             repeat = q.shape[1] // k.shape[1]
             k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
-        if not self._is_windowed(k):
-            return self._attend_all(q, k, v, causal, spans)
-        assert self.window is not None
-        # The last query is at the last key; a block's first window begins at key `low`.
-        first, outputs = k.shape[2] - q.shape[2], []
-        for start in range(0, q.shape[2], _QUERY_BLOCK):
-            block = q[:, :, start : start + _QUERY_BLOCK]
-            low, end = max(0, first + start - self.window), first + start + block.shape[2]
+        first = k.shape[2] - q.shape[2]
+        window = self.window if self._is_windowed(k) else None
+        if spans is None and window is None:
+            if not causal or q.shape[2] == 1 or first == 0:
+                return self._attend_all(q, k, v, is_causal=causal and first == 0)
+            if q.is_cuda:
+                # The kernel's own bottom-right mask; on the CPU torch would make it dense.
+                return self._attend_all(q, k, v, bias=causal_lower_right(q.shape[2], k.shape[2]))
+        outputs = []
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            block = q[:, :, start : start + QUERY_BLOCK]
+            low, end = 0, k.shape[2]
+            if causal:
+                end = first + start + block.shape[2]
+            if window is not None:
+                low = max(0, first + start - window)
             inside = None if spans is None else spans - low
-            keys, values = k[:, :, low:end], v[:, :, low:end]
-            outputs.append(self._attend_all(block, keys, values, True, inside))
+            mask = functools.partial(
+                _mask,
+                queries=range(first + start - low, first + start - low + block.shape[2]),
+                keys=end - low,
+                causal=causal,
+                spans=inside,
+                window=window,
+                device=q.device,
+            )
+            outputs.append(self._attend_block(block, k[:, :, low:end], v[:, :, low:end], mask))
         return torch.cat(outputs, dim=2)
+
+    def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, mask: Callable[[], Tensor]) -> Tensor:
+        """Attend with a mask [b or 1, 1, sq, sk]; queries that see no key output 0."""
+        seen = mask()
+        empty = ~seen.any(-1, keepdim=True)
+        bias = bias_of(seen | empty, q.dtype)
+        del seen
+
+        def again() -> Tensor:
+            return bias_of(mask() | empty, q.dtype)
+
+        with made_again(bias, again):
+            out = self._attend_all(q, k, v, bias=bias)
+        return out.masked_fill(empty, 0.0)
 
     def _is_windowed(self, keys: Tensor) -> bool:
         """Return True when the window hides some of keys [b, heads, sk, d] from the last query."""
         return self.window is not None and keys.shape[2] > self.window + 1
 
     def _attend_all(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, spans: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Tensor:
-        """Attend as `_attend` in one call, k and v expanded to q's heads."""
-        window = self.window if self._is_windowed(k) else None
-        keywords: dict[str, Any] = {"scale": self.softmax_scale}
-        empty = None
-        if spans is None and window is None and (not causal or q.shape[2] == k.shape[2]):
-            keywords["is_causal"] = causal
-        elif spans is None and window is None and q.is_cuda:
-            # The kernel's own bottom-right mask; on the CPU torch would make it dense.
-            keywords["attn_mask"] = causal_lower_right(q.shape[2], k.shape[2])
-        else:
-            mask = _mask(q, k, causal, spans, window)
-            empty = ~mask.any(-1, keepdim=True)
-            keywords["attn_mask"] = mask | empty
+        """Attend in one call, k and v expanded to q's heads."""
         with self._dropout_generator():
-            out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=self.dropout if self.training else 0.0, **keywords
+            return F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=bias,
+                is_causal=is_causal,
+                dropout_p=self.dropout if self.training else 0.0,
+                scale=self.softmax_scale,
             )
-        return out if empty is None else out.masked_fill(empty, 0.0)
 
     def _dropout_generator(self) -> contextlib.AbstractContextManager[None]:
         """Give TP ranks, which hold different heads, different dropout masks.
@@ -270,17 +295,26 @@ def visible_keys(config: TransformerConfig) -> list[int | None]:
     return [None if window is None else window + 1 for window in windows]
 
 
-def _mask(q: Tensor, k: Tensor, causal: bool, spans: Tensor | None, window: int | None) -> Tensor:
-    """Return a dense boolean mask [b or 1, 1, sq, sk], True where a query may look."""
-    sq, sk = q.shape[2], k.shape[2]
-    keys = torch.arange(sk, device=q.device)
-    mask = torch.ones(1, 1, sq, sk, dtype=torch.bool, device=q.device)
+def _mask(
+    queries: range,
+    keys: int,
+    causal: bool,
+    spans: Tensor | None,
+    window: int | None,
+    device: torch.device,
+) -> Tensor:
+    """Return a boolean mask [b or 1, 1, sq, sk], True where a query may look.
+
+    queries: places of the queries among the keys, of which there are so many.
+    """
+    columns = torch.arange(keys, device=device)
+    mask = torch.ones(1, 1, len(queries), keys, dtype=torch.bool, device=device)
     if causal:
-        queries = torch.arange(sk - sq, sk, device=q.device)
-        mask = mask & (keys <= queries[:, None])
+        rows = torch.arange(queries.start, queries.stop, device=device)[:, None]
+        mask = mask & (columns <= rows)
         if window is not None:
-            mask = mask & (keys >= queries[:, None] - window)
+            mask = mask & (columns >= rows - window)
     if spans is not None:
         start, end = (x[:, None, None, None] for x in spans.unbind(-1))
-        mask = mask & (keys >= start) & (keys < end)
+        mask = mask & (columns >= start) & (columns < end)
     return mask

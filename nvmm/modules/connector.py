@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -13,12 +13,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nvmm.config.choices import require
 from nvmm.kernels import pixel_shuffle as kernels
 from nvmm.kernels.activation import activation
 from nvmm.modules.flops import Training, connector_flops
 from nvmm.modules.mlp import FUSED_ACTIVATIONS
 from nvmm.modules.specs import backend_provider
 from nvmm.parallel.setup import Chunk, Normal
+
+TokenOrder = Literal["rows", "columns"]
+"""How a grid's tokens follow one another."""
 
 
 def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
@@ -35,7 +39,8 @@ def pixel_shuffle(features: Tensor, factor: int) -> Tensor:
         factors = [k for k in range(1, min(rows, columns) + 1) if not rows % k and not columns % k]
         raise ValueError(
             f"model.connector.downsample={factor} must divide the encoder's grid"
-            f" ({rows}x{columns}); use one of {', '.join(map(str, factors))}"
+            f" ({rows}x{columns}); use one of {', '.join(map(str, factors))}, or"
+            " model.connector.pad_grid=true"
         )
     return kernels.pixel_shuffle(features, factor)
 
@@ -48,6 +53,10 @@ class MLPConnector(MegatronModule):
 
     Args:
         downsample: side of the blocks that become one token.
+        pad_grid: add rows of zeros below and columns of zeros on the right of a grid that
+            downsample does not divide (VILA 1.5: 27 x 27 becomes 28 x 28).
+        token_order: rows, or columns: the first column's tokens first, as the downsampling of VILA
+            1.5's checkpoints (`mlp_downsample`) leaves them.
         hidden_size: width between the two layers; None for one layer without activation.
         layernorm: normalise the shuffled features first.
         layernorm_epsilon: 1e-6 is Megatron's for NVLM-D 72B, 1e-5 the published model's.
@@ -67,11 +76,14 @@ class MLPConnector(MegatronModule):
         bias: bool = False,
         activation_func: Callable[[Tensor], Tensor] = F.gelu,
         init_method_std: float = 0.02,
+        pad_grid: bool = False,
+        token_order: TokenOrder = "rows",
         *,
         input_size: int,
         output_size: int,
         chunk: Chunk,
     ) -> None:
+        require("model.connector.token_order", token_order, TokenOrder)
         width = input_size * downsample**2
         config = chunk.encoder_config(
             functools.partial(
@@ -85,6 +97,8 @@ class MLPConnector(MegatronModule):
         )
         super().__init__(config=config)
         self.downsample = downsample
+        self.pad_grid = pad_grid
+        self.token_order = token_order
         self.hidden_size = hidden_size
         self.output_size = output_size
         self.activation_func = activation_func
@@ -113,10 +127,17 @@ class MLPConnector(MegatronModule):
     def forward(self, features: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map features [n, rows * columns, input_size] to embeddings [n, tokens, output_size].
 
-        tokens = rows * columns / downsample^2.
+        tokens = rows * columns / downsample^2, of the padded grid where that is padded.
         """
         n = features.shape[0]
-        x = pixel_shuffle(features.reshape(n, *grid, -1), self.downsample).flatten(1, 2)
+        x = features.reshape(n, *grid, -1)
+        rows, columns = self._padded(grid)
+        if (rows, columns) != grid:
+            x = F.pad(x, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
+        x = pixel_shuffle(x, self.downsample)
+        if self.token_order == "columns":
+            x = x.transpose(1, 2)
+        x = x.flatten(1, 2)
         if self.layernorm is not None:
             x = self.layernorm(x)
         x, _ = self.linear_fc1(x)
@@ -127,13 +148,21 @@ class MLPConnector(MegatronModule):
         x, _ = self.linear_fc2(x)
         return x
 
+    def _padded(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return rows and columns of a grid with those that padding adds."""
+        if not self.pad_grid:
+            return grid
+        rows, columns = (-(-side // self.downsample) * self.downsample for side in grid)
+        return rows, columns
+
     def flops(self, num_tiles: int, grid: tuple[int, int], training: Training) -> float:
         """Count matrix-multiply FLOPs of the linears over some tiles."""
+        rows, columns = self._padded(grid)
         return connector_flops(
             input_size=self.linear_fc1.input_size,
             hidden_size=self.hidden_size,
             output_size=self.output_size,
-            num_tokens=num_tiles * grid[0] * grid[1] // self.downsample**2,
+            num_tokens=num_tiles * rows * columns // self.downsample**2,
             training=training,
         )
 

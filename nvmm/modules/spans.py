@@ -20,9 +20,10 @@ With tiles of 4 keys, two tiles in image A and one in image B, and text_sees="pr
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,9 @@ from torch import Tensor
 
 from nvmm.batch import Batch, Media
 from nvmm.config.choices import require
+from nvmm.modules.masks import QUERY_BLOCK, bias_of, made_again
 
 TextSees = Literal["preceding", "last", "nothing"]
-_QUERY_BLOCK = 512
 
 
 def key_bounds(media: Media) -> list[int]:
@@ -113,7 +114,7 @@ def span_attention(
 
     Returns: [s, b, heads * d].
     """
-    blocks = zip(query.split(_QUERY_BLOCK), spans.split(_QUERY_BLOCK), strict=True)
+    blocks = zip(query.split(QUERY_BLOCK), spans.split(QUERY_BLOCK), strict=True)
     return torch.cat([_block(q, key, value, block, scale, dropout) for q, block in blocks])
 
 
@@ -127,19 +128,25 @@ def _block(
     if width <= 0:
         return query.new_zeros(*query.shape[:2], query[0, 0].numel())
     columns = low[:, None] + torch.arange(width)
-    mask = None
+    bias: Tensor | None = None
+    again: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if not bool((seen & (first == low) & (last == low + width)).all()):
         # [s, b, width] -> [b, 1, s, width]. A softmax over no key is NaN, so a query that sees
         # nothing sees all here, and its result is set to 0 at the end.
-        inside = (columns >= first[..., None]) & (columns < last[..., None]) | ~seen[..., None]
-        mask = inside.transpose(0, 1).unsqueeze(1).to(query.device)
+        def make() -> Tensor:
+            inside = (columns >= first[..., None]) & (columns < last[..., None]) | ~seen[..., None]
+            return bias_of(inside.transpose(0, 1).unsqueeze(1).to(query.device), query.dtype)
+
+        bias = make()
+        again = made_again(bias, make)
     index = columns.clamp(max=key.shape[0] - 1).to(query.device)
     repeat = query.shape[2] // key.shape[1]
     k, v = (x[index].transpose(1, 2).repeat_interleave(repeat, dim=1) for x in (key, value))
-    out = F.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3), k, v, attn_mask=mask, dropout_p=dropout, scale=scale
-    )
+    with again:
+        out = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3), k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
     out = out.permute(2, 0, 1, 3).flatten(2)
-    if mask is None:
+    if bias is None:
         return out
     return out.masked_fill(~seen[..., None].to(out.device), 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from nvmm.batch import Batch
 from nvmm.objectives.mismatch import mismatched
 from nvmm.objectives.objective import Run
-from nvmm.objectives.preference import Preference, counted_once, log_probabilities
+from nvmm.objectives.preference import Preference, Where, counted_once, log_probabilities
 from nvmm.parallel import context_parallel
 
 
@@ -24,6 +24,8 @@ class Kto(Preference):
     Args:
         beta: strength of the KL penalty.
         desirable_weight, undesirable_weight: w of chosen and of other answers.
+        reference: as Preference's, of the answers. Which other answers the prompts get depends on
+            the batch, so that the reference runs on these in the step in any case.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class Kto(Preference):
         beta: float = 0.1,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
+        reference: Where = "step",
     ) -> None:
-        super().__init__(beta)
+        super().__init__(beta, reference)
+        self.needs_reference = True
         if not (desirable_weight >= 0 and undesirable_weight >= 0):
             raise ValueError(
                 f"objective.desirable_weight={desirable_weight} and undesirable_weight="
@@ -54,7 +58,7 @@ class Kto(Preference):
         others = mismatched(batches)
         outputs = run(others) if others else []
         references = run(others, weights="reference") if others else []
-        if prepared is batches:
+        if others and not outputs:
             return batches, metrics  # This is not the last pipeline stage.
         sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
         for output, reference, batch in zip(outputs, references, others, strict=True):

@@ -44,6 +44,7 @@ class Preference(Objective):
         if not beta > 0:
             raise ValueError(f"objective.beta={beta} must be above 0")
         self.beta = beta
+        self.reference = reference
         if reference == "data":
             self.needs_reference = False
             self.extras = self.extras | {"reference"}
@@ -59,7 +60,7 @@ class Preference(Objective):
         # Every rank sees a fault of the data, so that none waits for the others.
         for batch in batches:
             self.check(batch)
-        if not self.needs_reference:
+        if self.reference == "data":
             return batches, {}
         outputs = run(batches, weights="reference")
         if not outputs:

@@ -154,7 +154,9 @@ class Parallel:
         """Join the process group, build mcore's groups, seed every generator.
 
         Under torchrun (or srun) rank and world size come from the environment; without either the
-        world is one rank. Raises ValueError when the sizes do not divide the world.
+        world is one rank. A process that has groups keeps them, so that it may hold several models.
+
+        Raises ValueError when the sizes do not divide the world, or are not those of its groups.
         """
         prepare_backend()
         from megatron.core import parallel_state
@@ -169,6 +171,10 @@ class Parallel:
             )
         if not dist.is_initialized():
             self._init_process_group(rank, world_size, init_method)
+        if parallel_state.model_parallel_is_initialized():
+            self._require_groups()
+            generators.reseed(seed)
+            return
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
@@ -178,6 +184,24 @@ class Parallel:
             create_gloo_process_groups=False,
         )
         generators.reseed(seed)
+
+    def _require_groups(self) -> None:
+        """Raise ValueError where mcore's groups have other sizes."""
+        from megatron.core import parallel_state
+
+        for name, there in (
+            ("tensor_model_parallel_size", parallel_state.get_tensor_model_parallel_world_size()),
+            (
+                "pipeline_model_parallel_size",
+                parallel_state.get_pipeline_model_parallel_world_size(),
+            ),
+            ("context_parallel_size", parallel_state.get_context_parallel_world_size()),
+        ):
+            if getattr(self, name) != there:
+                raise ValueError(
+                    f"parallel.{name}={getattr(self, name)} must be {there}, as of the process's"
+                    " other models"
+                )
 
     def _init_process_group(self, rank: int, world_size: int, init_method: str | None) -> None:
         options: dict[str, Any] = {

@@ -234,8 +234,10 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     if "vision" not in model:
         return
     vision, connector = model["vision"], model["connector"]
-    grid = 2 * connector.get("downsample", 2)
-    vision["image_size"] = grid * vision["patch_size"]
+    # An odd grid stays odd, and pixels behind the last patch stay behind it.
+    grid = 2 * connector.get("downsample", 2) - bool(connector.get("pad_grid"))
+    beside = vision["image_size"] % vision["patch_size"] > 0
+    vision["image_size"] = grid * vision["patch_size"] + beside
     full_heads = vision["transformer"]["num_attention_heads"]
     heads = 5 if full_heads % 2 or full_heads % full else 4
     _shrink_transformer(vision["transformer"], 2, heads, heads, small)

@@ -214,7 +214,8 @@ def _text(
     count, size, per_tile = 0, 0, 0
     if model is not None:
         size = model["vision"]["image_size"]
-        grid = size // model["vision"]["patch_size"] // model["connector"].get("downsample", 2)
+        patches = size // model["vision"]["patch_size"]
+        grid = -(-patches // model["connector"].get("downsample", 2))  # an odd grid is padded
         per_tile = grid * grid
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]

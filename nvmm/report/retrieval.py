@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 from nvmm.report.charts import Series, figure, legend, line_chart
-from nvmm.report.style import STYLE
+from nvmm.report.study import Table, document, score_table
 
 _STYLE = """
 .ranked { display: grid; gap: 8px 12px; grid-template-columns: 150px 1fr; align-items: center; }
@@ -47,16 +47,6 @@ class Example:
     rankings: Mapping[str, Sequence[Shown]]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of scores. rows: a name and a cell a column."""
-
-    title: str
-    note: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[str]]]
-
-
 def page(
     title: str,
     notes: Sequence[str],
@@ -70,37 +60,13 @@ def page(
     """
     series = [Series(name, points, number) for number, (name, points) in enumerate(losses.items())]
     chart = line_chart(series[:4], label="training loss")
-    sections = [("Scores", "".join(map(_table, tables)))]
+    sections = {"Scores": "".join(map(score_table, tables))}
     if chart:
-        sections.append(("Training", figure("Loss", legend(series[:4]) + chart)))
+        sections["Training"] = figure("Loss", legend(series[:4]) + chart)
     for task in dict.fromkeys(example.task for example in examples):
         cards = "".join(_card(example) for example in examples if example.task == task)
-        sections.append((f"Best candidates: {task}", cards))
-    body = "".join(
-        f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections
-    )
-    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{_STYLE}</style></head><body><main>"
-        f"<header><p class=eyebrow>nvmm retrieval report</p><h1>{escape(title)}</h1>{paragraphs}"
-        f"</header>{body}</main></body></html>\n"
-    )
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th class=num>{escape(column)}</th>" for column in table.columns)
-    rows = "".join(
-        f"<tr><th>{escape(name)}</th>"
-        + "".join(f"<td class=num>{escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for name, cells in table.rows
-    )
-    return (
-        f"<h3>{escape(table.title)}</h3><p class=quiet>{escape(table.note)}</p><div class=wide>"
-        f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
+        sections[f"Best candidates: {task}"] = cards
+    return document(title, "retrieval", notes, sections, _STYLE)
 
 
 def _card(example: Example) -> str:

@@ -70,7 +70,7 @@ VALUES: dict[str, list[Any]] = {
     "optim.groups": [[{"pattern": "*linear_qkv*", "learning_rate": 1e-5}]],
     "image_mean": [[0.1, 0.2, 0.3]],
     "image_std": [[0.1, 0.2, 0.3]],
-    "seq_len_interpolation_factor": [2.0],
+    "rope_scaling": [{"_target_": "nvmm.modules.rope_scaling.Linear", "factor": 2.0}],
     "matryoshka_dims": [[8]],
     "objective.attributes": [
         [*("verbosity", "complexity", "coherence", "correctness", "helpfulness"), *"abcd"]
@@ -105,7 +105,6 @@ VALUES: dict[str, list[Any]] = {
 }
 """End of a key -> values to try, where its type does not say enough."""
 BESIDE: dict[str, dict[str, Any]] = {
-    "rope_scaling_factor": {"model.language.rope_scaling": True, "model.rope_scaling": True},
     "optim.decay_steps": {"optim.min_learning_rate": 1e-5},
     "optim.warmup_tokens": {"optim.warmup_steps": 0},
     "optim.decay_tokens": {"optim.warmup_steps": 0},
@@ -140,6 +139,9 @@ UNSEEN: dict[str, str] = {
     "storage": "is how remote shards are read: tests/data/shards/test_storage.py",
     "build.attended": "must fit the model: tests/data/samples/test_attended.py",
     "template.generation_prompt": "is of prompts alone: tests/data/samples/test_chat.py",
+    "build.supervise": "is of several answers: tests/data/samples/test_contexts.py",
+    "template.end_earlier": "is of several answers: the same test",
+    "template.trim": "is of white space around texts: tests/data/samples/test_jinja_template.py",
     "parallel.overlap_grad_reduce": "gives the same sums sooner: tests/proof/test_equivalence.py",
     "parallel.overlap_param_gather": "gives the same weights sooner: the same test",
     "parallel.encoder": "lays out the same encoder over ranks: the same test",

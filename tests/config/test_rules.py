@@ -272,11 +272,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "trainer.batch_ramp[0].tokens=4095",
         "at least the 4096 tokens of one step",
     ),
-    ({"model__vision__image_size": 450}, "model.vision.image_size=450", "patch_size=14"),
+    ({"model__vision__image_size": 13}, "model.vision.image_size=13", "patch_size=14"),
     (
         {"model__connector__downsample": 3},
         "model.connector.downsample=3",
-        "must divide the ViT grid (32x32); use one of 1, 2, 4, 8, 16, 32",
+        "must divide the ViT grid (32x32); use one of 1, 2, 4, 8, 16, 32, or model.connector.pad",
     ),
     ({"data__train__build__max_tiles": 12}, "data.sequence_length=2048", "13 tiles"),
     ({"data__train__build__tile_size": 224}, "data.train.build.tile_size=224", "448"),
@@ -348,11 +348,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"model__language__rotary_percent": 1.5}, f"{LM}.rotary_percent=1.5", "at most 1"),
     ({"model__language__rotary_base": 0}, f"{LM}.rotary_base=0", "above 0"),
-    (
-        {"model__language__seq_len_interpolation_factor": 0},
-        f"{LM}.seq_len_interpolation_factor=0",
-        "above 0",
-    ),
     (
         {"optim__groups": [{"pattern": ["x"], "learning_rate": 1}]},
         "optim.groups[0].pattern=['x']",

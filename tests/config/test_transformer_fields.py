@@ -176,14 +176,6 @@ def test_values_that_no_layer_follows_are_refused(changes: dict[str, Any], messa
     assert any(re.search(message, str(problem)) for problem in problems), problems
 
 
-def test_a_factor_needs_its_scaling() -> None:
-    model = of_language({}) | {"rope_scaling_factor": 4.0}
-    [problem] = violations(config_of(model))
-    assert str(problem).startswith("model.rope_scaling_factor=4.0 needs model.rope_scaling=true")
-    assert violations(config_of(model | {"rope_scaling": True})) == []
-    assert violations(config_of(model | {"rope_scaling_factor": 8.0})) == []
-
-
 def test_another_class_of_config_is_refused() -> None:
     target = "megatron.core.transformer.transformer_config.MLATransformerConfig"
     [problem] = violations(config_of(of_language({"_target_": target})))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_ORIGINAL = "original_max_position_embeddings"
+YARN = {"rope_type": "yarn", "factor": 4.0, _ORIGINAL: 8, "beta_fast": 1.5, "beta_slow": 0.1}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0],
+    _ORIGINAL: 8,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"rms_norm_eps": 1e-6}),
     "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
@@ -46,6 +55,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 6, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_theta": 500000.0, "rope_scaling": _LLAMA3}),
     "llama_linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    # Each with positions past the original length in a dozen tokens.
+    "llama3_1": (
+        "Llama",
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": _LLAMA3 | {"high_freq_factor": 2.0, _ORIGINAL: 8},
+        },
+    ),
+    "qwen2_yarn": ("Qwen2", {"rope_scaling": YARN}),
+    "qwen2_yarn_mscale": (
+        "Qwen2",
+        {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False}},
+    ),
+    "llama_dynamic": (
+        "Llama",
+        {"max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    ),
+    "llama_longrope": ("Llama", {"rope_scaling": LONG}),
+    "nemotron_yarn": (
+        "Nemotron",
+        {"partial_rotary_factor": 0.4, "hidden_act": "relu2", "rope_scaling": YARN},
+    ),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": 4}),
     "qwen2_windows": (
@@ -71,7 +102,8 @@ def language(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any
     import transformers
 
     kind, changes = MODELS[name]
-    config = getattr(transformers, f"{kind}Config")(**_SHAPE | changes)
+    # Transformers writes into the dictionaries that it is given.
+    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(_SHAPE | changes))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     oracle.randomize(model, std=0.1)
     model.to(dtype).save_pretrained(folder)

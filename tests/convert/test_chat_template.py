@@ -15,6 +15,7 @@ from nvmm.config.check import option
 from nvmm.convert import models
 from nvmm.convert.chat_template import (
     FILE,
+    Conversation,
     check_conversation,
     conversation,
     write_conversation,
@@ -22,6 +23,10 @@ from nvmm.convert.chat_template import (
 from nvmm.convert.exporting import export
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.data.samples.chat import ChatTemplate, ImageTags, Turn, render
+from nvmm.data.samples.contexts import ContextChat
+from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.jinja_template import JinjaTemplate
+from nvmm.data.samples.record import members_of
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.convert import families
 from tests.data.samples import test_sentence_pieces as sentence_pieces
@@ -40,6 +45,20 @@ TEMPLATES: dict[str, dict[str, Any]] = {
     "bos": {**CHATML, "bos": True},
     "default_system": {**CHATML, "system": 'Say "so", {{ it }} \\ {% if %} é\n'},
     "own_end": {**CHATML, "end": "<|stop|>"},
+    "trim": {**CHATML, "trim": True},
+    "chatqa": {
+        "roles": {
+            "system": {"prefix": "System: "},
+            "context": {},
+            "user": {"prefix": "User: "},
+            "assistant": {"prefix": "Assistant: "},
+        },
+        "separator": "\n\n",
+        "bos": True,
+        "end_earlier": False,
+        "generation_prompt": "\n\nAssistant:",
+        "system": "Answer.",
+    },
     "plain": {
         "roles": {"user": {"prefix": "Q'\": "}, "assistant": {"prefix": "A:", "suffix": " {end}"}},
         "separator": "\t|",
@@ -50,6 +69,7 @@ TURNS = [
     [Turn("user", "What is it?")],
     [Turn("user", "A"), Turn("assistant", "b {{ c }}"), Turn("user", " D\n")],
     [Turn("system", "Be brief."), Turn("user", "<|im_start|> é 日本 🦆"), Turn("assistant", "Yes")],
+    [Turn("context", " One\n\ntwo"), Turn("user", "A"), Turn("assistant", "b"), Turn("user", "C")],
 ]
 NAME = "nvmm.data.samples.chat.ChatTemplate"
 
@@ -104,7 +124,7 @@ def test_transformers_writes_the_tokens_of_training(name: str, ours: Path, tmp_p
     template = ChatTemplate(**TEMPLATES[name])
     for turns in TURNS:
         if any(turn.role not in template.roles for turn in turns):
-            with pytest.raises(Exception, match="not trained with a turn of system"):
+            with pytest.raises(Exception, match=f"not trained with a turn of {turns[0].role}"):
                 theirs.apply_chat_template([{"role": t.role, "content": t.text} for t in turns])
             continue
         for prompt in (False, True):
@@ -134,6 +154,108 @@ def test_transformers_writes_the_tokens_of_training(name: str, ours: Path, tmp_p
     config = transformers.AutoConfig.from_pretrained(tmp_path / "back")
     assert config.eos_token_id == ends and config.pad_token_id == tokenizer.pad_id
     assert config.bos_token_id == tokenizer.bos_id
+
+
+def test_the_context_block_of_an_export(ours: Path, tmp_path: Path) -> None:
+    """What Transformers makes of messages and documents in the exported folder are the tokens of
+    the builder's prompt, of configs/template/chatqa.yaml, and nothing else."""
+    import transformers
+
+    template = option("template", "chatqa")
+    del template["_target_"]
+    extra = ["<|vision_pad|>"]
+    path = taught(ours, tmp_path / "run", template, extra_tokens=extra)
+    export(models.open_checkpoint(path), tmp_path / "back", "qwen2")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    tokenizer = Tokenizer(str(ours / "tokenizer"), extra_tokens=extra)
+    build = InstructBuilder(
+        ChatTemplate(**template),
+        ImageTags(),
+        1,
+        form=ContextChat(instruction="Say it."),
+        supervise="last",
+        tokenizer=tokenizer,
+        sequence_length=4096,
+    )
+    turns = [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": "There."},
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "content": "Then"},
+    ]
+    chunks = ["One chunk.", "Two {{ chunks }}\n"]
+    record = {"messages": turns, "contexts": chunks}
+    prompt = build.prompt(members_of(record, "r")).text.tokens.tolist()
+    asked = [turns[0] | {"content": "Say it. Where?"}, *turns[1:3]]
+    block = {"content": "\n\n".join(chunks)}
+    documents = [{"title": str(number), "text": text} for number, text in enumerate(chunks)]
+    for messages, options in (
+        ([{"role": "context", **block}, *asked], {}),
+        ([{"role": "document", **block}, *asked], {}),
+        ([*({"role": "context", "content": text} for text in chunks), *asked], {}),
+        (asked, {"documents": documents}),
+        ([{"role": "system", "content": template["system"]}, *asked], {"documents": documents}),
+    ):
+        found = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, **options
+        )
+        assert found == prompt, theirs.decode(found)
+    whole = build(members_of(record, "r")).text.tokens.tolist()
+    messages = [{"role": "context", **block}, *asked, turns[3]]
+    assert theirs.apply_chat_template(messages, return_dict=False) == whole
+    text = theirs.decode(prompt)
+    assert text.startswith("<s>System: This is a chat") and text.endswith("When?\n\nAssistant:")
+    # Without contexts there is no block, and no blank line in its place.
+    bare = build.prompt(members_of({"messages": turns}, "r")).text.tokens.tolist()
+    assert bare == theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert "context.\n\nUser: Say it. Where?" in theirs.decode(bare)
+
+
+OWN = """\
+
+{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\\n' ~ word ~ m.content ~ '<|im_end|>' }}
+{% endfor %}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' ~ word }}{% endif %}"""
+
+
+def test_a_jinja_template_is_exported_as_it_was_trained(ours: Path, tmp_path: Path) -> None:
+    """With the values and the system message that the run gave it; else byte for byte."""
+    import transformers
+
+    folder = shutil.copytree(ours / "tokenizer", tmp_path / "tokenizer")
+    for number, options in enumerate(
+        [
+            {},
+            {
+                "system": 'Say "so" {{',
+                "variables": {"word": ["é"], "nothing": None, "no": {"a": True}},
+            },
+        ]
+    ):
+        (folder / FILE).write_text(OWN)
+        path = taught(ours, tmp_path / f"run{number}", CHATML, path=str(folder))
+        shutil.copytree(folder, path / "tokenizer", dirs_exist_ok=True)
+        state = json.loads((path / "state.json").read_text())["state"]
+        target = "nvmm.data.samples.jinja_template.JinjaTemplate"
+        build = state["config"]["data"]["train"]["build"]
+        build["template"] = {"_target_": target, **options}
+        models.write_state(path, state)
+        back = tmp_path / f"back{number}"
+        export(models.open_checkpoint(path), back, "qwen2")
+        if not options:
+            assert (back / FILE).read_text() == OWN
+        theirs = transformers.AutoTokenizer.from_pretrained(back)
+        tokenizer = Tokenizer(str(folder), extra_tokens=["<|vision_pad|>"])
+        talk = Conversation(
+            tokenizer, folder, JinjaTemplate(**options).bound(tokenizer), trained=True
+        )
+        for turns in TURNS[1:3]:
+            messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+            found = theirs.apply_chat_template(messages, return_dict=False)
+            assert found == talk.tokens(turns), theirs.decode(found)
+            text = theirs.decode(found)
+            assert ('Say "so" {{' in text) == (bool(options) and turns[0].role != "system")
+            assert ("['é']" in text) == bool(options)
 
 
 def test_nemotron_talks_with_its_sentencepiece_model_alone(tmp_path: Path) -> None:

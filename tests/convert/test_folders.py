@@ -56,8 +56,7 @@ def frequencies(kind: str, raw: dict[str, Any]) -> tuple[Tensor, Tensor]:
     theirs = getattr(transformers, f"{title}Model")(config).rotary_emb.inv_freq
     model = FORMATS[kind].to_model({"model_type": kind, **raw})
     ours = instantiate(model, _convert_="all")(chunk=Parallel().chunks(Precision())[0])
-    scale = model.get("seq_len_interpolation_factor") or 1.0
-    return ours.rotary_pos_emb.inv_freq / scale, theirs
+    return ours.rotary.frequencies(torch.tensor(1)), theirs
 
 
 @pytest.mark.usefixtures("world")
@@ -357,7 +356,26 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "nvlm_d": [
         {"llm_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "intern_vit_6b"}}
     ],
+    "llava": [
+        {"model_type": "llava"},
+        {
+            "model_type": "llava",
+            "vision_config": {"model_type": "siglip_vision_model"},
+            "vision_feature_select_strategy": "full",
+        },
+    ],
     "llava_next": [{"model_type": "llava_next"}],
+    "vila": [
+        {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": kind}
+        for kind in ("linear", "mlp2x_gelu")
+    ],
+    "vila15": [
+        {
+            "llm_cfg": {"model_type": "llama"},
+            "vision_tower_cfg": {"model_type": "siglip_vision_model", "hidden_size": 768},
+            "mm_projector_cfg": {"mm_projector_type": "mlp_downsample"},
+        }
+    ],
     "nv_embed": [{"text_config": {"model_type": "bidir_mistral", "sliding_window": None}}],
     "bert": [{"model_type": "bert"}],
     "mm_embed": [

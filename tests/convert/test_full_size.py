@@ -130,6 +130,32 @@ PUBLISHED: dict[str, tuple[str, int, dict[str, Any]]] = {
         34_388_917_248,
         {"vocab_size": 64000, "num_attention_heads": 56, "rope_theta": 5e6, "rms_norm_eps": 1e-5},
     ),
+    "llama3_8b": (
+        "llama",
+        8_030_261_248,
+        {"vocab_size": 128256, "rope_theta": 5e5, "rms_norm_eps": 1e-5, "rope_scaling": None},
+    ),
+    "llama3_70b": (
+        "llama",
+        70_553_706_496,
+        {"vocab_size": 128256, "intermediate_size": 28672, "num_key_value_heads": 8},
+    ),
+    "llama3_70b_128k": ("llama", 70_553_706_496, {"rope_theta": 1.5e8, "rope_scaling": None}),
+    "llama3_1_8b": (
+        "llama",
+        8_030_261_248,
+        {
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "qwen2_5_7b_128k": ("qwen2", 7_615_616_512, {"vocab_size": 152064}),
     "mistral_7b": (
         "mistral",
         7_241_732_096,

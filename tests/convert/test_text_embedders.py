@@ -148,11 +148,15 @@ def test_a_mask_without_a_pooling_is_refused(kind: str) -> None:
     FORMATS[kind].to_model(raw | {"is_causal": True})
 
 
-def test_a_scaled_rope_is_no_embedder_s() -> None:
+def test_an_embedder_keeps_a_scaled_rope_and_turns_whole_heads() -> None:
     scaled = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     raw = {"model_type": "llama", "sentence_pooling": "mean", **scaled}
-    with pytest.raises(ValueError, match=r"an embedder has no seq_len_interpolation_factor=4\.0"):
-        llama.to_model(raw)
+    model = llama.to_model(raw)
+    assert model["_target_"] == "nvmm.models.embedder.EmbeddingModel"
+    assert llama.from_model(model)["rope_scaling"] == scaled["rope_scaling"]
+    raw = {"model_type": "nemotron", "sentence_pooling": "mean", "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match=r"an embedder has no partial_rotary_factor=0\.5"):
+        FORMATS["nemotron"].to_model(raw)
 
 
 def test_sentence_transformers_files_that_we_lack_are_named(

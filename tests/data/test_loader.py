@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from nvmm.batch import Batch
 from nvmm.data.loader import Data
 from nvmm.data.samples.chat import ImageTags
 from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.preference import PreferenceBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
 from tests.data.conftest import template as dialect
@@ -151,6 +153,39 @@ def test_packing_and_padding_multiples(make_data: MakeData) -> None:
     padded = steps(make_data(), 1, pad_multiple=16)[0][0]
     assert padded.tokens.shape[0] == 2
     assert padded.tokens.shape[1] % 16 == 0
+
+
+def test_packed_pairs_fit_their_rows_under_context_parallelism(
+    tmp_path: Path, tiny: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Chosen and rejected are padded one by one: on 2 context ranks to multiples of 4."""
+    words = ["Yes", "No", "Maybe so", "I do not know", "Who knows"]
+    samples = []
+    for number in range(40):
+        chosen, rejected = words[number % 5], words[(number + 1 + number // 5 % 4) % 5]
+        record = {"prompt": "Hi " * (1 + number % 7), "chosen": chosen, "rejected": rejected}
+        # Of the last, no row takes the tokens and their padding.
+        if number == 39:
+            record = {"prompt": "Hi " * 20, "chosen": "Maybe so", "rejected": "No"}
+        samples.append({"__key__": f"{number:04d}", "json": json.dumps(record).encode()})
+    write_shards(tmp_path, "pairs", samples, samples_per_shard=20)
+    build = partial(PreferenceBuilder, dialect(), ImageTags(), tokens_per_tile=4, tile_size=32)
+    train = Dataset(str(tmp_path / "pairs-*.tar"), build)
+    tokens = train.bind(tokenizer=tiny, sequence_length=999).lengths[:, 0]
+    room = -(-int(tokens[39]) // 4) * 4
+    assert room // 4 < (tokens[39] + 2 * 3) // 4 and tokens[:39].max() + 2 * 3 <= room
+    data = Data(room, 0, train, tokenizer=tiny, pack=True, window=40, max_bad_fraction=1.0)
+    cp2 = {"pad_multiple": 4, "segment_multiple": 4, "micro_batch_size": 1, "global_batch_size": 1}
+    found: list[int] = []
+    for [batch] in data.batches(split="train", **cp2):
+        assert batch.tokens.shape[1] <= room
+        assert batch.cu_seqlens is not None and (batch.cu_seqlens % 4 == 0).all()
+        assert (batch.owners.bincount()[batch.sample_ids >= 0] == 2).all()
+        found += batch.sample_ids.tolist()
+        if len(found) >= 40:
+            break
+    assert sorted(found) == [-41, *range(39)]
+    assert f"has {tokens[39]} tokens and may need" in caplog.text
 
 
 def test_refusals(make_data: MakeData) -> None:

@@ -106,11 +106,15 @@ CASES: dict[str, list[tuple[dict[str, Any], list[str], list[str]]]] = {
     "change_case:english_capital": [({}, ["NO 1!"], ["No 1!", "1"])],
     "change_case:english_lowercase": [({}, ["no 1!"], ["No 1!", "1"])],
     "punctuation:no_comma": [({}, ["a; b"], ["a, b"])],
+    "order:alphabetical": [
+        ({"direction": "ascending"}, ["* ant\n* Bee\n* bee", "cat"], ["bee ant"]),
+        ({"direction": "descending"}, ['"BEE ant"'], ["ant bee", "c a b"]),
+    ],
 }
 
 
 def test_every_verifier_has_a_case() -> None:
-    assert CASES.keys() == VERIFIERS.keys() and len(VERIFIERS) == 25
+    assert CASES.keys() == VERIFIERS.keys() and len(VERIFIERS) == 26
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,6 +133,8 @@ def test_what_cannot_be_verified_is_refused() -> None:
         follows("x", "punctuation:no_comma", {"num": 1})
     with pytest.raises(ValueError, match="relation 'more than' must be one of less than, at least"):
         follows("x", "length_constraints:number_words", {"num_words": 1, "relation": "more than"})
+    with pytest.raises(ValueError, match="direction 'up' must be one of ascending, descending"):
+        follows("x", "order:alphabetical", {"direction": "up"})
 
 
 def test_the_loose_criterion() -> None:

@@ -12,7 +12,6 @@ import torch
 from nvmm.batch import IMAGE, Batch, Sample, Text, TextMedia
 from nvmm.data.collate import collate
 from nvmm.inference.decoding import (
-    choose,
     gather,
     generate,
     left_padded,
@@ -20,6 +19,7 @@ from nvmm.inference.decoding import (
     score_continuations,
     share,
 )
+from nvmm.inference.sampling import choose
 from tests.ranks import run_ranks
 
 VOCAB = 61
@@ -37,7 +37,9 @@ def prompt(length: int, sample_id: int) -> Sample:
 PROMPTS = [prompt(length, index) for index, length in enumerate(LENGTHS)]
 
 
-def tiny_model(rank: int, world: int, init: str, tp: int = 1, pp: int = 1) -> list[Any]:
+def tiny_model(
+    rank: int, world: int, init: str, tp: int = 1, pp: int = 1, dtype: Any = "fp32"
+) -> list[Any]:
     from nvmm.parallel.setup import Parallel, Precision
 
     parallel = Parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
@@ -66,7 +68,7 @@ def tiny_model(rank: int, world: int, init: str, tp: int = 1, pp: int = 1) -> li
     )
     model = [
         LanguageModel(transformer, VOCAB, 64, max_sequence_length=16, chunk=chunk).eval()
-        for chunk in parallel.chunks(Precision())
+        for chunk in parallel.chunks(Precision(dtype))
     ]
     initialize(model, 7)
     return model

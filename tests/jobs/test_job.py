@@ -224,6 +224,7 @@ KEYS = {
     "encode": ["job.side=corpus"],
     "generate": ["job.shards=x.tar"],
     "mine": ["job.queries=y", "job.corpus=z"],
+    "rag": ["job.documents=d.jsonl", "job.questions=q.jsonl", "job.retriever=r"],
     "rerank": ["job.ranking=x"],
     "reward": ["job.shards=x.tar"],
     "score": ["job.shards=x.tar", "job.continuations=['True','False']"],
@@ -240,16 +241,17 @@ def test_every_job_composes(name: str, layout: str) -> None:
 
     from nvmm.config import check, compose
     from nvmm.jobs.job import Job
+    from nvmm.jobs.rag.pipeline import Rag
     from nvmm.jobs.synthesise import Synthesise
 
     data = list(KEYS[name])
-    if "job.shards=x.tar" not in data and name != "synthesise":
+    if "job.shards=x.tar" not in data and name not in ("rag", "synthesise"):
         data += [f"job/data={layout}", "job.data.folder=x"]
         data += ["job.data.pool=p"] * (layout == "mbeir")
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
     assert check.check(composed, entry="job", world_size=1) == []
     made = instantiate(composed.job, _convert_="all")
-    assert isinstance(made, Job | Synthesise)
+    assert isinstance(made, Job | Rag | Synthesise)
     assert made.name == name
 
 

@@ -180,6 +180,14 @@ def test_rewards_are_read_and_weighed() -> None:
         work(step, item, lambda r: "helpfulness:1")
 
 
+def test_a_reward_has_one_source() -> None:
+    for options in ({}, {"judge": "r", "scores": "s"}):
+        with pytest.raises(ValueError, match="give one of them"):
+            Reward(**options)
+    with pytest.raises(ValueError, match="job=reward has its own"):
+        Reward(scores="s", weights={"a": 1.0})
+
+
 def test_verifiers_score() -> None:
     rules = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
     item = record(prompt="p", answers=answers("a, b", "a"), **rules)

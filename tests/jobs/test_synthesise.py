@@ -26,6 +26,7 @@ from nvmm.jobs.synthesis.records import Request, digest
 from nvmm.jobs.synthesis.writing import Strings
 from nvmm.proof.ranks import _PRELOAD
 from tests import reward_run
+from tests.jobs import test_job
 from tests.jobs.chat_server import ChatServer, write
 from tests.ranks import run_ranks
 
@@ -104,10 +105,15 @@ def contents(folder: Path, *parts: str) -> dict[str, bytes]:
     }
 
 
-def rows(output: Path, step: str) -> list[dict[str, Any]]:
+def parts(folder: Path) -> list[dict[str, Any]]:
     from nvmm.jobs.parts import Parts
 
-    found: list[dict[str, Any]] = Parts(output / "steps" / step).read().to_pylist()
+    found: list[dict[str, Any]] = Parts(folder).read().to_pylist()
+    return found
+
+
+def rows(output: Path, step: str) -> list[dict[str, Any]]:
+    found = parts(output / "steps" / step)
     return found
 
 
@@ -292,6 +298,64 @@ def test_instructions_are_verified(tmp_path: Path) -> None:
     assert summary["bad"] == 0
 
 
+def test_answers_are_scored_by_a_job_and_ranked_by_another_pipeline(tmp_path: Path) -> None:
+    """A reward model of pairs scores what `verified` has written; `ranked` pairs by its rewards."""
+    config = reward_run.config_of(
+        tmp_path / "tokenizer", _target_="nvmm.data.samples.preference.PreferenceBuilder"
+    )
+    for key in ("attributes", "end"):
+        del config["data"]["train"]["build"][key]
+    run_ranks(reward_run.save, 1, {}, config, tmp_path / "model", reward_run.TURNS)
+    files = tmp_path / "prompts.jsonl"
+    rules = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    files.write_text("\n".join(json.dumps({"prompt": f"Say {n}.", **rules}) for n in range(5)))
+    first = pipeline("verified")
+    first["steps"]["prompts"]["files"] = str(files)
+    texts = ["a, b", "it is a bird", "small, it sings", "what"]
+    with ChatServer(lambda body: texts[body["seed"] % 4]) as server:
+        run(first, server.url, tmp_path / "out")
+    words = reward_run.tokenizer(tmp_path / "tokenizer")
+    assert built("preference", tmp_path / "out/shards/preference-*.tar", words)
+    # 1. Every answer is a sample, under its record's id and its number.
+    options = {"_target_": "nvmm.jobs.reward.Reward", "weights": [1.0, -2.0]}
+    options["shards"] = str(tmp_path / "out/shards/answers-*.tar")
+    run_ranks(test_job.job, 1, tmp_path / "model", options, tmp_path / "scores", {}, test_job.WHOLE)
+    rewards = {row["key"]: row["rewards"][0] for row in parts(tmp_path / "scores")}
+    answered = records(tmp_path / "out", "verified")
+    names = [f"{one['id']}-{n}" for one in answered for n in range(len(one["answers"]))]
+    assert sorted(rewards) == sorted(names) and len(names) == 20
+    assert [one["parents"] for one in records(tmp_path / "out", "answers")] == [
+        [one["id"]] for one in answered for _ in one["answers"]
+    ]
+    # 2. The pairs are the best and the worst by those rewards.
+    second = pipeline("ranked", generators="none")
+    second["steps"]["records"]["folder"] = str(tmp_path / "out/steps/verified")
+    second["steps"]["rewarded"]["scores"] = str(tmp_path / "scores")
+    run(second, "", tmp_path / "ranked")
+    pairs = records(tmp_path / "ranked", "pairs")
+    scored = {one["id"]: [rewards[f"{one['id']}-{n}"] for n in range(4)] for one in answered}
+    assert [(one["chosen_reward"], one["rejected_reward"]) for one in pairs] == [
+        (max(found), min(found)) for found in scored.values() if max(found) > min(found)
+    ]
+    steps = [entry["step"] for entry in pairs[0]["lineage"]]
+    assert steps == ["prompts", "answered", "verified", "rewarded", "pairs"]
+    assert len(pairs[0]["lineage"][3]["judged"]["checkpoint"]) == 64
+    # 3. Scores of other answers leave every record with an error, and other outputs are refused.
+    path = tmp_path / "out/steps/verified"
+    for scores, message in ((path, "no output of job=reward"), (tmp_path, "no output of a job")):
+        second["steps"]["rewarded"]["scores"] = str(scores)
+        with pytest.raises(ValueError, match=message):
+            run(second, "", tmp_path / f"refused{scores.name}")
+    second["steps"]["rewarded"]["scores"] = str(tmp_path / "scores")
+    second["steps"]["records"]["folder"] = str(tmp_path / "out/steps/answered")
+    with pytest.raises(ValueError, match=r"steps\.pairs has nothing to work on"):
+        run(second, "", tmp_path / "others")
+    assert "has no scores of it" in rows(tmp_path / "others", "rewarded")[0]["error"]
+    second["steps"]["records"]["folder"] = str(tmp_path / "scores")
+    with pytest.raises(ValueError, match="no step of a pipeline"):
+        run(second, "", tmp_path / "no_step")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -365,7 +429,7 @@ def test_a_refusal_is_of_its_record_and_an_outage_stops_the_job(tmp_path: Path) 
 def save(rank: int, world: int, init: str, folder: Path) -> None:
     from tests.test_evaluate import save
 
-    save(rank, world, init, folder, text_only=True)
+    save(rank, world, init, folder, text_only=True, favourites=30)
 
 
 def test_a_checkpoint_writes_whatever_the_ranks(tmp_path: Path) -> None:
@@ -373,16 +437,23 @@ def test_a_checkpoint_writes_whatever_the_ranks(tmp_path: Path) -> None:
     run_ranks(save, 1, tmp_path)
     config = pipeline("dialogues", generators="checkpoint")
     config["prompts"]["user_turn"] = "{{ messages | length }}"
-    config["generators"]["writer"] |= {"max_new_tokens": 5, "batch_size": 2, "temperature": 1.0}
+    config["generators"]["writer"] |= {"max_new_tokens": 60, "batch_size": 2, "temperature": 1.0}
     steps = config["steps"]
     steps["prompts"] |= {"files": prompts(tmp_path, 5), "part_size": 2}
-    steps["played"] |= {"part_size": 2}
+    steps["played"] |= {"part_size": 2, "turns": 2}
     [alone] = run_ranks(run_rank, 1, config, "", tmp_path / "one", tmp_path / "run")
     [both, _] = run_ranks(run_rank, 2, config, "", tmp_path / "two", tmp_path / "run")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert alone["requests"]["requests"] == both["requests"]["requests"]
     texts = [record["messages"] for record in records(tmp_path / "one", "sft")]
     assert len({str(text) for text in texts}) == len(texts) == 5 - alone["bad"] > 0
+    # What is cut is no answer, as of an endpoint.
+    config["generators"]["writer"] |= {"max_new_tokens": 1}
+    with pytest.raises(RuntimeError, match="no record is left"):
+        run_ranks(run_rank, 1, config, "", tmp_path / "cut", tmp_path / "run")
+    errors = [row["error"] for row in rows(tmp_path / "cut", "played")]
+    assert errors.count("writer: the answer was cut at max_new_tokens=1") > 0 == errors.count(None)
+    config["generators"]["writer"] |= {"max_new_tokens": 60}
     # A part that is lost comes back from the cache, and nothing is asked.
     (tmp_path / "two" / "steps" / "played" / "part-00001.arrow").unlink()
     [again] = run_ranks(run_rank, 1, config, "", tmp_path / "two", tmp_path / "run")
@@ -394,7 +465,8 @@ PIPELINES = sorted(path.stem for path in (config_dir() / "job" / "steps").glob("
 
 
 def shipped(name: str, files: str) -> dict[str, Any]:
-    config = pipeline(name, generators="judged" if name == "preference" else "endpoint")
+    generators = {"preference": "judged", "ranked": "none"}
+    config = pipeline(name, generators=generators.get(name, "endpoint"))
     for step in config["steps"].values():
         if "values" in step:
             step["values"] = step["values"][:2]
@@ -403,7 +475,11 @@ def shipped(name: str, files: str) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "instructions"])
+OTHERS = ("instructions", "verified", "ranked")
+"""Pipelines of verified answers, which have tests of their own."""
+
+
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in OTHERS])
 def test_every_shipped_pipeline_runs_and_writes(name: str, tmp_path: Path) -> None:
     """With its own prompts, which use fields that are there."""
     (tmp_path / "files.jsonl").write_text(

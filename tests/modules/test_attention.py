@@ -120,7 +120,7 @@ def test_a_window_hides_keys_further_back(
     window: int, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks of four queries, at the end of a prompt and, without mcore's mask, of a cache."""
-    monkeypatch.setattr("nvmm.modules.attention._QUERY_BLOCK", 4)
+    monkeypatch.setattr("nvmm.modules.attention.QUERY_BLOCK", 4)
     q, k, v = qkv(queries, keys)
     core = attention(window_size=(window, 0))
     expected = plain(q, k, v, True, window=window)
@@ -238,7 +238,7 @@ def _context_parallel(
     from nvmm.parallel.context_parallel import shard
     from nvmm.parallel.setup import Parallel
 
-    module._QUERY_BLOCK = 3
+    module.QUERY_BLOCK = 3
     Parallel(context_parallel_size=world_size).initialize(
         seed=1, rank=rank, world_size=world_size, init_method=init
     )
@@ -304,7 +304,7 @@ def test_a_long_part_attends_block_by_block(queries: int) -> None:
     """Queries at the end of a longer row, whose last block is whole, or not, or a single query."""
     keys = queries + 200
     q, k, v = (x.permute(1, 2, 0, 3) for x in qkv(queries, keys, rows=1))
-    out = attention()._attend_suffix(q, k, v, True)[0]
+    out = attention()._attend(q, k, v, True, None)[0]
     k, v = (x[0].repeat_interleave(2, 0) for x in (k, v))
     scores = q[0] @ k.transpose(1, 2) / 8**0.5
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from nvmm.modules.rotary import REFUSED, rotation_table
-from tests.models.test_language import language
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "partial": {"rotary_percent": 0.5},
-    "llama3": {"rotary_base": 500000, "rope_scaling": True, "rope_scaling_factor": 4.0},
-    "linear": {"seq_len_interpolation_factor": 3.0},
-}
+from nvmm.modules.rotary import REFUSED, Rotary
+from tests.models.test_language import batch_of, language, rows_of
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_rows_are_mcore_s_angles(name: str) -> None:
+@pytest.mark.parametrize("percent", [1.0, 0.5])
+def test_rows_are_mcore_s_angles(percent: float) -> None:
     """Bit by bit, in any order of positions, with repetitions."""
-    options = {"rotary_percent": 1.0, "use_cpu_initialization": True} | OPTIONS[name]
-    embedding = RotaryEmbedding(16, **options)
+    embedding = RotaryEmbedding(16, rotary_percent=percent, use_cpu_initialization=True)
     positions = torch.tensor([[0, 1, 2, 3], [30000, 7, 7, 8192]])
-    table = rotation_table(embedding, positions)
+    batch = batch_of(rows_of(4, 4)).replace(position_ids=positions)
+    table = Rotary(10000, int(16 * percent)).table(batch)
     cosine, sine = embedding.get_cos_sin(30001)
     assert table.dtype == torch.float32 and table.is_contiguous()
-    assert table.shape == (4, 2, 8 if name == "partial" else 16)
+    assert table.shape == (4, 2, 16 * percent)
     assert torch.equal(table, torch.cat([cosine, sine], -1)[positions.t()])
 
 

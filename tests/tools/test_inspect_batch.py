@@ -14,9 +14,10 @@ from nvmm.config import compose
 from nvmm.config.check import check, config_dir, to_plain
 from nvmm.data.shards.dataset import write_shards
 from tests.data.samples import llama
+from tests.data.samples.test_jinja_template import MARKED
 from tools.inspect_batch import show
 
-EXTRA = ["<|im_start|>", "<|im_end|>", "<extra_id_0>", "<extra_id_1>"]
+EXTRA = ["<extra_id_0>", "<extra_id_1>"]
 TURNS = [
     {"role": "user", "content": "Hi."},
     {"role": "assistant", "content": "Ho!"},
@@ -30,7 +31,11 @@ MASKS = {
     "nemotron": ["Ho!\n<extra_id_1>", "Two\n<extra_id_1>"],
     "nemotron_reward": ["Ho!", "Two"],
     "pretraining": ["Ho!<|im_end|>", "Two<|im_end|>"],
-    "chatqa": [" Ho", " Two<|im_end|>"],  # Llama's splitter joins the mark and the blank line.
+    "chatqa": [" Ho!", " Two<|im_end|>"],
+    "vicuna": [" Ho!<|im_end|>", " Two<|im_end|>"],
+    "caption": ["Ho!<|im_end|>", "Two<|im_end|>"],
+    "llava_plain": ["Ho!\n", "Two\n"],
+    "jinja": ["Ho!<|im_end|>", "Two<|im_end|>"],
 }
 """The stretches that are trained, with supervise=all."""
 
@@ -38,7 +43,7 @@ MASKS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
-    llama.save(folder / "tokenizer")
+    llama.save(folder / "tokenizer", MARKED)
     ranking = {"question": "Who?", "passages": ["He."], "relevant": [0]}
     sets: dict[str, Any] = {
         "chat": {"messages": TURNS},
@@ -51,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shown(folder: Path, capsys: pytest.CaptureFixture[str], *given: str, sample: int = 0) -> str:
+def composed(folder: Path, *given: str) -> dict[str, Any]:
     overrides = [
         "experiment=language/tiny",
         f"tokenizer.path={folder / 'tokenizer'}",
@@ -61,8 +66,12 @@ def shown(folder: Path, capsys: pytest.CaptureFixture[str], *given: str, sample:
     ]
     config = compose.composed("train", overrides)
     assert check(config) == []
+    return to_plain(config)
+
+
+def shown(config: dict[str, Any], capsys: pytest.CaptureFixture[str], sample: int = 0) -> str:
     options = argparse.Namespace(split="train", all=False, no_color=True, html=None)
-    assert show(to_plain(config), [sample], options) == 0
+    assert show(config, [sample], options) == 0
     return capsys.readouterr().out
 
 
@@ -78,11 +87,11 @@ def test_every_template_is_here() -> None:
 def test_the_mask_of_a_template(
     name: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shards = f"data.train.shards={folder}/chat-*.tar"
     dialect = f"template@data.train.build.template={name}"
-    assert trained(shown(folder, capsys, shards, dialect)) == MASKS[name]
-    last = shown(folder, capsys, shards, dialect, "data.train.build.supervise=last")
-    assert trained(last) == MASKS[name][1:]
+    config = composed(folder, f"data.train.shards={folder}/chat-*.tar", dialect)
+    assert trained(shown(config, capsys)) == MASKS[name]
+    config["data"]["train"]["build"]["supervise"] = "last"
+    assert trained(shown(config, capsys)) == MASKS[name][1:]
 
 
 FORMS = {
@@ -101,23 +110,20 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_a_part_of_a_blend_has_its_own_form(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_parts_of_a_blend_have_forms_of_their_own(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its entry says what differs from data.train.build; a nested list may be between."""
-    form, text, answer = FORMS[name]
-    chat = f"{{name: chat, weight: 1, shards: {folder}/chat-*.tar}}"
-    part = f"{{name: part, weight: 1, shards: {folder}/{name}-*.tar, build: {{form: {form}}}}}"
-    for blend, ordinal in (
-        (f"[{chat},{part}]", 1),
-        (f"[{chat},{{weight: 1, blend: [{part}]}}]", 1),
-    ):
-        given = ["data=chatqa", "data.train.shards=null", f"data.blend={blend}"]
-        found = shown(folder, capsys, *given, sample=ordinal << 53)
+    """An entry says what differs from data.train.build; a nested list may be between."""
+    chat, *parts = [f"{{name: chat, weight: 1, shards: {folder}/chat-*.tar}}"] + [
+        f"{{name: {name}, weight: 1, shards: {folder}/{name}-*.tar, build: {{form: {form}}}}}"
+        for name, (form, *_) in FORMS.items()
+    ]
+    blend = f"data.blend=[{chat},{parts[0]},{{weight: 1, blend: [{parts[1]},{parts[2]}]}}]"
+    config = composed(folder, "data=chatqa", "data.train.shards=null", blend)
+    assert trained(shown(config, capsys)) == MASKS["chatqa"][1:]
+    for ordinal, (_, text, answer) in enumerate(FORMS.values(), 1):
+        found = shown(config, capsys, sample=ordinal << 53)
         assert text in found and trained(found) == [f"{answer}<|im_end|>"]
-        # The other part keeps the form of data.train.build.
-        assert trained(shown(folder, capsys, *given)) == MASKS["chatqa"][1:]
 
 
 def test_a_key_that_the_builder_lacks_is_refused(folder: Path) -> None:

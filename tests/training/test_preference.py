@@ -140,6 +140,8 @@ METRICS = (
     *("log_probability_chosen", "log_probability_rejected"),
 )
 
+KTO_METRICS = [name for name in METRICS if name != "margin"]
+
 
 def test_the_reference_is_the_same_in_the_step_and_from_the_score_job(
     checkpoint: Path, shards: str, tmp_path: Path
@@ -157,6 +159,16 @@ def test_the_reference_is_the_same_in_the_step_and_from_the_score_job(
     run_ranks(train, 1, run, shards, tmp_path / "data", given, {"reference": str(scores)})
     adapters = {"lora": tiny.lora(["*decoder.*linear*"])}
     run_ranks(train, 1, run, shards, tmp_path / "lora", DPO, None, 1, adapters)
+    kto = KTO | {"beta": 0.5}
+    run_ranks(train, 1, run, shards, tmp_path / "kto", kto)
+    options = kto | {"reference": "data"}, {"reference": str(scores)}
+    run_ranks(train, 1, run, shards, tmp_path / "kto_data", *options)
+    for bound, expected, found in zip(
+        (1e-5, 2e-4, 2e-4), records(tmp_path / "kto"), records(tmp_path / "kto_data"), strict=True
+    ):
+        for name in KTO_METRICS:
+            assert found[name] == pytest.approx(expected[name], rel=bound, abs=bound), name
+    assert records(tmp_path / "kto")[2]["kl"] > 1e-3, "the mismatched texts ran the reference too"
     step, data, [lora] = (records(tmp_path / name) for name in ("step", "data", "lora"))
     # The data's references are in single precision; Adam's steps take that further apart.
     for bound, expected, found in zip((1e-5, 2e-4, 2e-4), step, data, strict=True):

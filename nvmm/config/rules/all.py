@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nvmm.config.problem import Problem, View
-from nvmm.config.rules import data, model, parallel, precision, training, transformer
+from nvmm.config.rules import data, model, parallel, precision, rope, training, transformer
 
 
 def violations(config: Mapping[str, Any], world_size: int | None = None) -> list[Problem]:
@@ -23,6 +23,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     *training.RULES,
     *parallel.RULES,
     *transformer.RULES,
+    *rope.RULES,
     *model.RULES,
     *precision.RULES,
     *data.RULES,

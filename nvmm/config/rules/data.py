@@ -19,16 +19,19 @@ def vision(view: View) -> Iterator[Problem]:
     image, patch = view.integer("model.vision.image_size"), view.integer("model.vision.patch_size")
     if not image or not patch:
         return
-    if image % patch:
-        allowed = f"must be divisible by model.vision.patch_size={patch}"
+    if image < patch:
+        allowed = f"must be at least model.vision.patch_size={patch}"
         yield Problem("model.vision.image_size", image, allowed)
         return
     grid, downsample = image // patch, view.integer("model.connector.downsample", 1) or 1
+    if view.get("model.connector.pad_grid") is True:
+        grid = -(-grid // downsample) * downsample
     if grid % downsample:
         yield Problem(
             "model.connector.downsample",
             downsample,
-            f"must divide the ViT grid ({grid}x{grid}); use one of {divisors(grid)}",
+            f"must divide the ViT grid ({grid}x{grid}); use one of {divisors(grid)}, or"
+            " model.connector.pad_grid=true",
         )
         return
     per_tile = (grid // downsample) ** 2

@@ -194,10 +194,9 @@ def _ranges(view: View) -> Iterator[Problem]:
             yield Problem(f"{prefix}.activation_func", function, f"must be a function: {example}")
     if view.language is None:
         return
-    for name in ("rotary_base", "rope_scaling_factor", "seq_len_interpolation_factor"):
-        value = view.number(f"{view.language}.{name}")
-        if value is not None and value <= 0:
-            yield Problem(f"{view.language}.{name}", value, "must be above 0")
+    base = view.number(f"{view.language}.rotary_base")
+    if base is not None and base <= 0:
+        yield Problem(f"{view.language}.rotary_base", base, "must be above 0")
     share = view.number(f"{view.language}.rotary_percent")
     if share is not None and not 0 < share <= 1:
         yield Problem(f"{view.language}.rotary_percent", share, "must be above 0 and at most 1")
@@ -250,15 +249,4 @@ def _gates(view: View) -> Iterator[Problem]:
                 yield Problem(f"{prefix}.{name}", value, "needs gated_linear_unit=true")
 
 
-def _scaling(view: View) -> Iterator[Problem]:
-    key = f"{view.language}.rope_scaling_factor"
-    factor = view.get(key) if view.language else None
-    if view.language is None or view.get(f"{view.language}.rope_scaling"):
-        return
-    default = default_of(str(view.get(view.language).get("_target_")), "rope_scaling_factor")
-    if factor != default:
-        allowed = f"needs {view.language}.rope_scaling=true; or leave it out"
-        yield Problem(key, factor, allowed)
-
-
-RULES = (_fields, _ranges, _window, _positions, _gates, _scaling)
+RULES = (_fields, _ranges, _window, _positions, _gates)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from nvmm.convert.formats import (
     decoder,
     internvit,
     llama,
+    llava,
     llava_next,
     megatron,
     mistral,
@@ -29,6 +30,8 @@ from nvmm.convert.formats import (
     qwen3,
     reward,
     siglip,
+    vila,
+    vila15,
     whisper,
 )
 
@@ -44,7 +47,10 @@ FORMATS: dict[str, ModuleType | reward.Reward] = {
     "siglip": siglip,
     "whisper": whisper,
     "nvlm_d": nvlm_d,
+    "llava": llava,
     "llava_next": llava_next,
+    "vila": vila,
+    "vila15": vila15,
     megatron.LEGACY: megatron,
     megatron.DISTRIBUTED: megatron,
     "nv_embed": nv_embed,
@@ -66,6 +72,7 @@ _MODEL_TYPES = {
     "siglip_vision_model": "siglip",
     "whisper": "whisper",
     "NVLM_D": "nvlm_d",
+    "llava": "llava",
     "llava_next": "llava_next",
     "nvembed": "nv_embed",
     "bert": "bert",
@@ -106,6 +113,10 @@ def detect(hf: Mapping[str, Any], folder: Path) -> str:
             return reward.ARCHITECTURES[architecture]
     if mm_embed.is_released(hf):
         return "mm_embed"
+    if vila15.FOLDERS["llm"] in hf:
+        return "vila15"
+    if vila.ARCHITECTURE in (hf.get("architectures") or []):
+        return "vila"
     model_type = hf.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
@@ -113,6 +124,18 @@ def detect(hf: Mapping[str, Any], folder: Path) -> str:
             f" {', '.join(_MODEL_TYPES)}"
         )
     return _MODEL_TYPES[model_type]
+
+
+def weight_folders(format_name: str) -> dict[str, str]:
+    """Return the folders of a format that holds its parts apart -> the field of config.json that
+    has each one's own; empty for a format of one folder."""
+    folders: dict[str, str] = getattr(FORMATS[format_name], "FOLDERS", {})
+    return folders
+
+
+def place_of(folder: Path, format_name: str, what: Literal["TOKENIZER", "PROCESSOR"]) -> Path:
+    """Return where a format keeps its tokenizer or preprocessor_config.json within a folder."""
+    return folder / getattr(FORMATS[format_name], what, "")
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
@@ -142,13 +165,26 @@ def write_folder(
     folder: Path,
     config: Mapping[str, Any],
     card: str,
+    format_name: str,
     processor: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a Hugging Face folder but its weights; config.json, which makes it one, comes last."""
-    if processor is not None and not (folder / "preprocessor_config.json").exists():
-        _write_json(folder / "preprocessor_config.json", processor)
+    recipe = place_of(folder, format_name, "PROCESSOR") / "preprocessor_config.json"
+    if processor is not None and not recipe.exists():
+        _write_json(recipe, processor)
+    for name, field in weight_folders(format_name).items():
+        _write_json(folder / name / "config.json", config[field])
     (folder / "README.md").write_text(card, encoding="utf-8")
     _write_json(folder / "config.json", config)
+
+
+def write_processor(
+    folder: Path, config: Mapping[str, Any], format_name: str, image_token: str
+) -> None:
+    """Write processor_config.json for a format whose class of Transformers reads one."""
+    content = getattr(FORMATS[format_name], "processor_config", None)
+    if content is not None and not (folder / "processor_config.json").exists():
+        _write_json(folder / "processor_config.json", content(config, image_token))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -222,12 +222,12 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
         ]
     # Folders of CLIPVisionModelWithProjection have it too.
     others = text_encoder_rows(hf) or [Row(None, ("visual_projection.weight",), Drop())]
-    return [*rows, *layers(model, prefix), *_behind(model, hf, prefix), *others]
+    return [*rows, *layers(model, prefix), *behind(model, hf, prefix), *others]
 
 
-def _behind(model: Mapping[str, Any], hf: Mapping[str, Any], prefix: str) -> list[Row]:
+def behind(model: Mapping[str, Any], hf: Mapping[str, Any], prefix: str) -> list[Row]:
     """Return rows that drop the layer behind the one whose output is taken."""
-    if hf.get(FEATURE_LAYER, -1) == -1:
+    if hf.get(FEATURE_LAYER) in (None, -1):
         return []
     linears = [f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")]
     layer = f"{prefix}encoder.layers.{model['transformer']['num_layers']}"

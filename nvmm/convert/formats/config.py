@@ -36,9 +36,7 @@ _TRANSFORMER_DEFAULTS = {
 _LANGUAGE_DEFAULTS = {
     "rotary_base": 10000,
     "rotary_percent": 1.0,
-    "rope_scaling": False,
-    "rope_scaling_factor": 8.0,
-    "seq_len_interpolation_factor": None,
+    "rope_scaling": None,
     "share_embeddings_and_output_weights": False,
 }
 _VISION_DEFAULTS = {
@@ -60,6 +58,8 @@ _CONNECTOR_DEFAULTS = {
     "layernorm_epsilon": 1e-6,
     "bias": False,
     "activation_func": GELU,
+    "pad_grid": False,
+    "token_order": "rows",
 }
 _FREE = frozenset(
     {
@@ -229,8 +229,6 @@ def _comparable(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model config with all defaults, without values that make no other graph."""
     model = whole(model)
     for part in [model, *(model[name] for name in ("language", "vision") if name in model)]:
-        if part.get("rope_scaling") is False:
-            part["rope_scaling_factor"] = None
         if part.get("layer_scale") is not None:
             part["layer_scale"] = True
         if "transformer" in part:

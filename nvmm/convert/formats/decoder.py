@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from nvmm.config.rules import rope
+from nvmm.config.signatures import completed, signature
 from nvmm.convert.formats.config import (
     SILU,
     integral,
@@ -36,25 +38,24 @@ FIELDS = (
     *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
     *("tie_word_embeddings", "max_position_embeddings", "initializer_range"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
+    "original_max_position_embeddings",
     *(_PREFIX, EMBEDDING, HEAD, POOLING, "is_causal"),
 )
 """Fields of config.json that every family reads."""
+# Some kinds read the original length; Transformers writes it for others too.
 _EVERY_ROPE = (
     *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
     "original_max_position_embeddings",
 )
-_ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+_ROPE_KINDS = {
+    "linear": "Linear",
+    "llama3": "Llama3",
+    "yarn": "YaRN",
+    "dynamic": "DynamicNTK",
+    "longrope": "LongRoPE",
 }
-"""What each kind of RoPE reads beside its base."""
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-"""The constants of Llama 3's RoPE scaling that megatron-core has built in."""
+"""Transformers' rope_type -> our class, whose parameters have the names of its fields."""
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def read(hf: Mapping[str, Any], *fields: str) -> dict[str, Any]:
@@ -101,8 +102,8 @@ def to_language(
         "padded_vocab_size": padded(vocab_size),
         "share_embeddings_and_output_weights": bool(hf["tie_word_embeddings"]),
         "max_sequence_length": need(hf, "max_position_embeddings"),
-        **_rope(hf, partial_rotary),
     }
+    language |= _rope(hf, partial_rotary, config["kv_channels"])
     if hf.get(POOLING) is not None:
         return _embedder(language, hf[POOLING], only(hf, "is_causal", True, False))
     if not only(hf, "is_causal", True, False):
@@ -115,13 +116,12 @@ def to_language(
 
 def _embedder(language: Mapping[str, Any], pooling: str, causal: bool) -> dict[str, Any]:
     """Return a decoder's config as that of an embedder. Raises ValueError for what it cannot be."""
-    plain = ("rope_scaling", "seq_len_interpolation_factor", "rotary_percent")
-    if scaled := [name for name in plain if language.get(name) not in (None, False, 1.0)]:
-        raise ValueError(f"config.json: an embedder has no {scaled[0]}={language[scaled[0]]}")
+    if (percent := language.get("rotary_percent", 1.0)) != 1.0:
+        raise ValueError(f"config.json: an embedder has no partial_rotary_factor={percent}")
     if not causal and language["transformer"].get("window_size") is not None:
         raise ValueError("config.json: is_causal=False and a sliding_window contradict each other")
     # An embedder has no output layer for the embedding to be tied to.
-    left_out = ("share_embeddings_and_output_weights", "rope_scaling_factor", *plain)
+    left_out = ("share_embeddings_and_output_weights", "rotary_percent")
     return {
         **{key: value for key, value in language.items() if key not in left_out},
         "_target_": "nvmm.models.embedder.EmbeddingModel",
@@ -168,12 +168,8 @@ def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
         hf |= {POOLING: pooling_name(model, family), "is_causal": model.get("causal", False)}
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
         hf["head_dim"] = config["kv_channels"]
-    if model["rope_scaling"]:
-        factor = model["rope_scaling_factor"]
-        hf["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
-    elif model["seq_len_interpolation_factor"] is not None:
-        factor = model["seq_len_interpolation_factor"]
-        hf["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if model["rope_scaling"] is not None:
+        hf |= _scaling_fields(model["rope_scaling"])
     return hf
 
 
@@ -184,44 +180,69 @@ def expressible(model: Mapping[str, Any], back: Mapping[str, Any], family: str) 
         raise ValueError(f"--format {family} cannot express this model:\n  " + "\n  ".join(lines))
 
 
-def _rope(hf: Mapping[str, Any], partial: bool) -> dict[str, Any]:
-    scaling = need(hf, "rope_parameters")
-    where = "config.json: RoPE (rope_scaling, rope_parameters)"
-    if nested := [name for name, value in scaling.items() if isinstance(value, Mapping)]:
-        raise ValueError(f"{where} for each kind of layer ({nested[0]}) is not supported")
-    rope_type = scaling["rope_type"]
-    if rope_type not in _ROPE_FIELDS:
-        raise ValueError(
-            f"{where}: rope_type={rope_type!r} is not supported; it must be 'default', 'linear' or"
-            " 'llama3'"
-        )
-    # Only Llama 3's kind reads the original length; Transformers writes it for others too.
-    read = (*_EVERY_ROPE, *_ROPE_FIELDS[rope_type])
-    for name, value in scaling.items():
-        if name not in read and value is not None:
-            raise ValueError(
-                f"{where}: {name}={value!r} would not be read with rope_type={rope_type!r}"
-            )
-    out: dict[str, Any] = {"rotary_base": integral(need(scaling, "rope_theta"))}
-    percent = scaling.get("partial_rotary_factor")
+def _rope(hf: Mapping[str, Any], partial: bool, channels: int) -> dict[str, Any]:
+    """Return our keys of RoPE, which turns heads of so many channels, or a part of them."""
+    given = need(hf, "rope_parameters")
+    if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"{_WHERE} for each kind of layer ({nested[0]}) is not supported")
+    out: dict[str, Any] = {"rotary_base": integral(need(given, "rope_theta"))}
+    percent = given.get("partial_rotary_factor")
     if partial:
-        out["rotary_percent"] = need(scaling, "partial_rotary_factor")
+        percent = out["rotary_percent"] = need(given, "partial_rotary_factor")
     elif percent not in (None, 1.0):
         # Transformers ignores it in these families, or cannot scale with it.
         raise ValueError(
-            f"{where}: partial_rotary_factor={percent} is not supported; it must be 1.0"
+            f"{_WHERE}: partial_rotary_factor={percent} is not supported; it must be 1.0"
         )
-    if rope_type == "llama3":
-        for name, value in _LLAMA3.items():
-            if need(scaling, name) != value:
-                raise ValueError(
-                    f"{where}: {name}={scaling[name]} is not supported; megatron-core has {value}"
-                    " built in"
-                )
-        out |= {"rope_scaling": True, "rope_scaling_factor": need(scaling, "factor")}
-    elif rope_type == "linear":
-        out["seq_len_interpolation_factor"] = need(scaling, "factor")
-    return out
+    scaling = _scaling(hf, given, int(channels * (percent or 1.0)))
+    if scaling is None:
+        return out
+    if given["rope_type"] == "dynamic":
+        # Transformers takes longer sequences than this; ours would be refused.
+        out["max_sequence_length"] = int(scaling["factor"] * scaling[_ORIGINAL])
+    return out | {"rope_scaling": scaling}
+
+
+_WHERE = "config.json: RoPE (rope_scaling, rope_parameters)"
+
+
+def _scaling(hf: Mapping[str, Any], given: Mapping[str, Any], dim: int) -> dict[str, Any] | None:
+    """Return our rope_scaling of `rope_parameters` for heads of which `dim` channels turn."""
+    kind = given["rope_type"]
+    if kind not in ("default", *_ROPE_KINDS):
+        raise ValueError(
+            f"{_WHERE}: rope_type={kind!r} is not supported; it must be default,"
+            f" {', '.join(_ROPE_KINDS)}"
+        )
+    target = rope.ROOM + _ROPE_KINDS.get(kind, "")
+    names = () if kind == "default" else tuple(signature(target).parameters)
+    for name, value in given.items():
+        if name not in (*_EVERY_ROPE, *names) and value is not None:
+            raise ValueError(
+                f"{_WHERE}: {name}={value!r} would not be read with rope_type={kind!r}"
+            )
+    if kind == "default":
+        return None
+    fields = {name: given[name] for name in names if given.get(name) is not None}
+    if kind == "dynamic":
+        fields[_ORIGINAL] = need(hf, "max_position_embeddings")
+    if kind == "longrope" and not fields.keys() & {"factor", "attention_factor"}:
+        fields["factor"] = need(hf, "max_position_embeddings") / need(fields, _ORIGINAL)
+    scaling = {"_target_": target, **fields}
+    for name, value, allowed in rope.faults(scaling, dim):
+        raise ValueError(f"{_WHERE}: {name}={value} {allowed}")
+    return scaling
+
+
+def _scaling_fields(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json for our rope_scaling, all with their values."""
+    stated = {k: v for k, v in completed(scaling).items() if v is not None and k != "_target_"}
+    names = {rope.ROOM + ours: theirs for theirs, ours in _ROPE_KINDS.items()}
+    kind = names[scaling["_target_"]]
+    fields: dict[str, Any] = {}
+    if kind == "dynamic":
+        fields["max_position_embeddings"] = stated.pop(_ORIGINAL)
+    return fields | {"rope_scaling": {"rope_type": kind, **stated}}
 
 
 def layer_types(hf: Mapping[str, Any]) -> list[bool]:

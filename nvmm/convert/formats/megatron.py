@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from nvmm.config.rules.rope import ROOM
 from nvmm.config.rules.transformer import LANGUAGE_FIELDS, TARGET
 from nvmm.config.signatures import default_of, signature
 from nvmm.convert.files import is_local
@@ -217,7 +218,6 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
     # Megatron-LM's fusion of bias and GELU computes the approximation by tanh.
     gelu = GELU_TANH if args.get("bias_gelu_fusion") else GELU
     activation = SILU if gated else SQUARED_RELU if squared else gelu
-    scaled = bool(args.get("use_rope_scaling"))
     rows = args["padded_vocab_size"]
     return {
         "_target_": "nvmm.models.language.LanguageModel",
@@ -245,10 +245,18 @@ def to_model(args: Mapping[str, Any]) -> dict[str, Any]:
         "max_sequence_length": args.get("max_position_embeddings") or args.get("seq_length", 4096),
         "rotary_base": integral(args.get("rotary_base") or 10000),
         "rotary_percent": args.get("rotary_percent", 1.0),
-        "rope_scaling": scaled,
-        "rope_scaling_factor": (scaled and args.get("rope_scaling_factor")) or 8.0,
-        "seq_len_interpolation_factor": args.get("rotary_seq_len_interpolation_factor"),
+        "rope_scaling": _rope_scaling(args),
     }
+
+
+def _rope_scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return Llama 3's scaling, whose other constants megatron-core has built in, or a divisor."""
+    divisor = args.get("rotary_seq_len_interpolation_factor")
+    if not args.get("use_rope_scaling"):
+        return None if divisor is None else {"_target_": f"{ROOM}Linear", "factor": divisor}
+    # megatron-core would divide twice.
+    only(args, "rotary_seq_len_interpolation_factor", None)
+    return {"_target_": f"{ROOM}Llama3", "factor": args.get("rope_scaling_factor") or 8.0}
 
 
 def from_model(model: Mapping[str, Any]) -> NoReturn:

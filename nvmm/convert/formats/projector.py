@@ -30,16 +30,17 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
+def from_model(model: Mapping[str, Any], family: str = "mm_embed") -> dict[str, Any]:
     """Turn our connector's config into the whole model's fields; ValueError for another one."""
     fields = {
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": whole(model)["bias"],
     }
     sizes = {"model_type": "llama", "hidden_size": model.get("hidden_size")}
+    sizes["num_attention_heads"] = 1  # Transformers' own number divides few sizes.
     if model.get("hidden_size") is None:
-        raise ValueError("--format mm_embed cannot express model.connector.hidden_size=None")
-    decoder.expressible(model, to_model({**fields, "text_config": sizes}), "mm_embed")
+        raise ValueError(f"--format {family} cannot express model.connector.hidden_size=None")
+    decoder.expressible(model, to_model({**fields, "text_config": sizes}), family)
     return fields
 
 

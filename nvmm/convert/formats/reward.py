@@ -17,7 +17,7 @@ from nvmm.convert.formats import llama, mistral, nemotron, qwen2
 from nvmm.convert.formats.config import only
 from nvmm.convert.mapping import Row
 
-_TARGET = "nvmm.models.reward.RewardModel"
+TARGET = "nvmm.models.reward.RewardModel"
 _HEAD = "score.weight"
 ARCHITECTURES = {
     "LlamaForSequenceClassification": "llama_reward",
@@ -57,13 +57,13 @@ class Reward:
         model: dict[str, Any] = self.family.to_model(hf)
         # Neither an output layer nor a tie to one is there.
         del model["share_embeddings_and_output_weights"]
-        return {**model, "_target_": _TARGET, "num_outputs": count}
+        return {**model, "_target_": TARGET, "num_outputs": count}
 
     def from_model(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """Turn our model config into config.json; ValueError for a model without a head."""
-        if model.get("_target_") != _TARGET:
+        if model.get("_target_") != TARGET:
             raise ValueError(
-                f"--format of reward models needs model._target_={_TARGET}, not"
+                f"--format of reward models needs model._target_={TARGET}, not"
                 f" {model.get('_target_')}"
             )
         hf: dict[str, Any] = self.family.from_model(_language(model))

@@ -26,7 +26,7 @@ from nvmm.config.batch_sizes import BatchSizes
 from nvmm.data.order import sample_ids
 from nvmm.data.order.blend import Blend, Source
 from nvmm.data.order.mixture import Component
-from nvmm.data.order.packing import Pack, plan
+from nvmm.data.order.packing import Pack, multiples, plan
 
 TILE_COST = 1024**2
 """Cost of a tile where packs are balanced: its 1,024 patches attend to one another."""
@@ -37,14 +37,16 @@ class Settings:
     """The settings that decide how a window becomes packs.
 
     window: samples planned together. capacity: tokens of a pack; None without packing.
-    segment_multiple: each sample of a pack takes a multiple of this. lengths: for each dataset, the
-    digest of the builder whose token counts the plan uses.
+    segment_multiple: each text of a pack takes a multiple of this. lengths: for each dataset, the
+    digest of the builder whose token counts the plan uses. texts: for datasets whose samples have
+    several, the most of them; positions of before they were counted have none.
     """
 
     window: int
     capacity: int | None = None
     segment_multiple: int = 1
     lengths: dict[str, str] = dataclasses.field(default_factory=dict)
+    texts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -239,20 +241,31 @@ class Order:
             ], None
         facts = self._facts(samples, settings.lengths)
         # A sample that cannot be built is an empty slot of one token, on every layout.
-        room = settings.capacity // settings.segment_multiple * settings.segment_multiple
-        good = (facts[:, 0] > 0) & (facts[:, 0] <= room)
+        multiple = settings.segment_multiple
+        texts = self._texts(samples, settings.texts)
+        taken = multiples(facts[:, 0], multiple, texts)
+        good = (facts[:, 0] > 0) & (taken <= settings.capacity // multiple)
         packs = plan(
             np.where(good, facts[:, 0], 1),
             settings.capacity,
             tiles=np.where(good, facts[:, 1], 0),
             tile_cost=TILE_COST,
-            segment_multiple=settings.segment_multiple,
+            segment_multiple=multiple,
+            texts=np.where(good, texts, 1),
             seed=seed,
         )
         return [
             dataclasses.replace(pack, samples=tuple(samples[list(pack.samples)].tolist()))
             for pack in packs
         ], zlib.crc32(facts.astype("<i8").tobytes())
+
+    def _texts(self, samples: NDArray[np.int64], most: Mapping[str, int]) -> NDArray[np.int64]:
+        """Return int64 [n], the most texts that each sample may have."""
+        texts = np.ones(len(samples), dtype=np.int64)
+        ordinals = sample_ids.split(samples)[0]
+        for name, number in most.items():
+            texts[ordinals == self.ordinals.get(name, -1)] = number
+        return texts
 
     def _facts(
         self, samples: NDArray[np.int64], lengths: Mapping[str, str] | None
@@ -334,14 +347,15 @@ class Order:
         # with no pack consumed; else the last cut goes on.
         *earlier, last = cuts
         current = dataclasses.asdict(self.settings)
-        if last["settings"] != current:
+        settings = dataclasses.asdict(Settings(**last["settings"]))
+        if settings != current:
             listed = ", ".join(
-                name if name == "lengths" else f"{name} {last['settings'][name]} -> {value}"
+                name if name in ("lengths", "texts") else f"{name} {settings[name]} -> {value}"
                 for name, value in current.items()
-                if last["settings"][name] != value
+                if settings[name] != value
             )
             self.changes.append(f"the rest of the open window is planned anew: {listed}")
-        if last["settings"] != current or last["without"] != without:
+        if settings != current or last["without"] != without:
             earlier, last = cuts, {"packs": 0}
 
         # 4. Each closed cut is planned again as it was, which says which samples it consumed.

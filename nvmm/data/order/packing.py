@@ -39,6 +39,7 @@ def plan(
     tiles: Sequence[int] | NDArray[np.int64] | None = None,
     tile_cost: int = 0,
     segment_multiple: int = 1,
+    texts: Sequence[int] | NDArray[np.int64] | int = 1,
     group: int = 8,
     seed: int = 0,
 ) -> list[Pack]:
@@ -54,7 +55,8 @@ def plan(
         capacity: tokens of a row (data.sequence_length).
         tiles: encoder tiles of each sample, all zero by default.
         tile_cost: cost of a tile, in pairs of tokens that attend to one another.
-        segment_multiple: each sample takes a multiple of this (Parallel.segment_multiple).
+        segment_multiple: each text takes a multiple of this (Parallel.segment_multiple).
+        texts: most texts of each sample, whose lengths are not known.
         group: number of consecutive rows of like cost.
         seed: seed of the order of the groups.
 
@@ -62,13 +64,14 @@ def plan(
     """
     # 1. Measure samples and rows in multiples of a segment, and refuse what fits no row.
     sizes = np.asarray(lengths, dtype=np.int64)
-    taken = -(-sizes // segment_multiple)
+    taken = multiples(sizes, segment_multiple, np.asarray(texts, dtype=np.int64))
     room = capacity // segment_multiple
     bad = np.flatnonzero((sizes < 1) | (taken > room))
     if bad.size:
         raise ValueError(
-            f"sample {bad[0]} of the window has {sizes[bad[0]]} tokens, a row takes 1 to"
-            f" {room * segment_multiple} (data.sequence_length={capacity})"
+            f"sample {bad[0]} of the window has {sizes[bad[0]]} tokens, with the padding of"
+            f" its texts a row takes 1 to {room * segment_multiple}"
+            f" (data.sequence_length={capacity})"
         )
     if not sizes.size:
         return []
@@ -90,6 +93,16 @@ def plan(
         Pack(tuple(samples[row]), int(used[row]) * segment_multiple, int(costs[row]))
         for row in _order(costs, group, seed)
     ]
+
+
+def multiples(
+    tokens: NDArray[np.int64], segment_multiple: int, texts: NDArray[np.int64] | int = 1
+) -> NDArray[np.int64]:
+    """Return how many times `segment_multiple` samples of at most so many texts take at most.
+
+    Each text is padded by itself: two of 3 tokens take 8 where the multiple is 4, and not 6.
+    """
+    return (tokens + texts * (segment_multiple - 1)) // segment_multiple
 
 
 def _order(costs: NDArray[np.int64], group: int, seed: int) -> list[int]:

@@ -54,6 +54,11 @@ class RetrievalSet(ABC):
         return self.judgements
 
     @property
+    def asked(self) -> list[str]:
+        """Ids of the queries that documents are ranked for; by default of those with judgements."""
+        return list(self.relevant)
+
+    @property
     def prompts(self) -> Mapping[str, str] | None:
         """Query id -> instruction, of judged queries; None where a set has no instructions."""
         return None

@@ -6,14 +6,18 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from nvmm.data.prepare.resume import Resumed, from_start, part_folder, write_steps
 from nvmm.data.samples.decode import IMAGES
 from nvmm.data.shards.dataset import existing_shards, write_shards
 
 Samples = Iterable[Mapping[str, bytes | str]]
+LeftOut = Callable[[str], None]
 _EXAMPLES = 5
 
 
@@ -62,10 +66,73 @@ def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], S
     print(f"{seeing} with pictures ({counts['pictures']} pictures), {total - seeing} without")
     if left_out:
         print(f"{len(left_out)} of {total + len(left_out)} records left out:")
-        for line in left_out[:_EXAMPLES]:
-            print(f"  {line}")
-        if len(left_out) > _EXAMPLES:
-            print(f"  and {len(left_out) - _EXAMPLES} more")
+        _print_first(left_out)
+
+
+def write_resumed(
+    options: argparse.Namespace,
+    make: Callable[[LeftOut], Samples] | None = None,
+    resumed: Callable[[LeftOut], Callable[[Any], Resumed]] | None = None,
+) -> None:
+    """Write samples to shards in steps: the same call goes on where one that was killed stopped.
+
+    options: those of `add_options`; all of them, and the sizes of the files that they name, must be
+        the same in a call that goes on. make: returns the samples, as in `write`, which are then
+        made again up to where it stopped. resumed: returns a function from a state to the samples
+        behind it (`nvmm.data.prepare.resume`), for those that are dear.
+
+    Raises ValueError where nothing is written, or an unfinished call had other options.
+    """
+    left_out: list[str] = []
+    if not part_folder(options.to, options.name).is_dir():
+        _refuse_existing(options)
+    settings = {
+        key: value
+        for key, value in sorted(vars(options).items())
+        if key not in ("to", "name", "replace", "run")
+    }
+    progress = tqdm(unit=" samples", mininterval=0.1 if sys.stderr.isatty() else 10)
+
+    def stream(state: Any) -> Resumed:
+        told: LeftOut = left_out.append
+        if resumed is not None:
+            samples = resumed(told)(state)
+        else:
+            assert make is not None
+            samples = from_start(partial(make, told))(state)
+        for sample in samples:
+            progress.update()
+            yield sample
+
+    with contextlib.closing(progress):
+        paths = write_steps(
+            options.to,
+            options.name,
+            stream,
+            {**settings, "sizes of files": _sizes(settings.values())},
+            samples_per_shard=options.samples_per_shard,
+        )
+    if not paths:
+        why = f"; the first of {len(left_out)} left out: {left_out[0]}" if left_out else ""
+        raise ValueError(f"there is no record to write{why}")
+    print(f"{len(paths)} shards: {options.to}/{options.name}-*.tar")
+    if left_out:
+        print("left out:" if make is None else f"{len(left_out)} left out:")
+        _print_first(left_out)
+
+
+def _sizes(values: Iterable[Any]) -> dict[str, int]:
+    """Return the sizes of the files among some values."""
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    paths = [Path(text) for text in texts if isinstance(text, str) and text]
+    return {str(path): path.stat().st_size for path in paths if path.is_file()}
+
+
+def _print_first(lines: list[str]) -> None:
+    for line in lines[:_EXAMPLES]:
+        print(f"  {line}")
+    if len(lines) > _EXAMPLES:
+        print(f"  and {len(lines) - _EXAMPLES} more")
 
 
 def _refuse_existing(options: argparse.Namespace) -> None:

@@ -66,6 +66,11 @@ class Builder(ABC):
         return frozenset()
 
     @property
+    def most_texts(self) -> int:
+        """The most texts that one of its samples may have; 1 by default."""
+        return 1
+
+    @property
     def stop_ids(self) -> list[int]:
         """The tokens that end an answer to a prompt."""
         return [self.tokenizer.end_of_turn_id, self.tokenizer.eos_id]

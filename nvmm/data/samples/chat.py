@@ -396,6 +396,7 @@ def _write_image(
     attended: Attended,
 ) -> None:
     """Write an image's block: its start, each tile's tag and placeholders, and its end."""
+    out.out.tiles.append(len(image.tiles))
     out.text(tags.image_start)
     for tile in image.tiles:
         tag = tags.tag(tile, image.grid, tile_size)

@@ -117,6 +117,26 @@ def tile_indices(grid: tuple[int, int], *, use_thumbnail: bool = True) -> list[i
     return [*range(1, count + 1), *([0] if use_thumbnail else [])]
 
 
+def square(image: ImageOrSize) -> Size:
+    """Return the size of the smallest square that an image fits in."""
+    side = max(image.width, image.height)
+    return Size(side, side)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Put an image in the middle of a square of one colour (R, G, B), as LLaVA does.
+
+    Of an odd margin the smaller part is above or on the left.
+    """
+    size = square(image)
+    if image.size == size:
+        return image
+    padded = Image.new("RGB", size, colour)
+    corner = ((size.width - image.width) // 2, (size.height - image.height) // 2)
+    padded.paste(image.convert("RGB"), corner)
+    return padded
+
+
 def tile_image(
     image: Image.Image,
     *,
@@ -124,13 +144,17 @@ def tile_image(
     max_tiles: int = 6,
     tile_size: int = 448,
     use_thumbnail: bool = True,
+    pad: tuple[int, int, int] | None = None,
 ) -> Tiles:
     """Resize an image to the chosen grid (bicubic), cut it, append the thumbnail.
 
-    The aspect ratio is not kept and nothing is padded. An image of one tile has no thumbnail.
+    The aspect ratio is not kept and nothing is padded, unless `pad` is the colour that makes the
+    image a square before. An image of one tile has no thumbnail.
     """
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
+    if pad is not None:
+        image = pad_to_square(image, pad)
     grid = choose_grid(
         image.width, image.height, min_tiles=min_tiles, max_tiles=max_tiles, tile_size=tile_size
     )

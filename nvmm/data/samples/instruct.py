@@ -40,6 +40,7 @@ from nvmm.data.samples.images import (
     ImageOrSize,
     Tiles,
     choose_grid,
+    square,
     tile_image,
 )
 from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
@@ -63,16 +64,25 @@ class InstructBuilder(Builder):
         tags stand in the text: NVLM-X).
     form: reads the turns of a sample; null: Chat().
     fields, unread: see `Builder`.
+    pad: colour [R, G, B] that fills an image up to a square before it is cut; null: nothing does.
+    drop_images: cut an over-long sample at the first image that does not fit whole, and leave it
+        and those behind it out, counted as `dropped` (VILA). false: a conversation that cannot
+        keep its images is a bad sample, and a document ends before the first that does not fit.
     sequence_length: an over-long sample gets fewer tiles (12, 8, 6, 4, 2, 1), then loses text at
-        its end; media are never cut. Attended tiles take no positions, so text is cut first. Where
-        the answer rests on contexts, they lose their end, and the turns are never cut.
+        its end; no image is ever cut in two. Attended tiles take no positions, so text is cut
+        first. Where the answer rests on contexts, they lose their end, and the turns are never cut.
     supervise: the answers that are trained: all, or the last one alone, as ChatQA is.
 
     names: fields that are read beside the form's.
+    end: text behind a conversation and not behind a prompt; a parameter of the builders of reward
+        models, which read the score there.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
     only_last = False
+    end: str = ""
+    pad: tuple[int, int, int] | None = None
+    drop_images: bool = False
 
     def __init__(
         self,
@@ -89,6 +99,8 @@ class InstructBuilder(Builder):
         fields: Fields | None = None,
         unread: Sequence[str] = (),
         supervise: Supervise = "all",
+        pad: Sequence[int] | None = None,
+        drop_images: bool = False,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -105,6 +117,11 @@ class InstructBuilder(Builder):
             raise ValueError(
                 f"tags.form={tags.form} with attended={attended}: a tag that is tokenised together"
                 " with its neighbours has no tokens of its own; use megatron"
+            )
+        if drop_images and attended != "none":
+            raise ValueError(
+                f"drop_images=true with attended={attended}: attended tiles take no positions, so"
+                " that none has to be left out; use drop_images=false"
             )
         template = template.bound(tokenizer)
         super().__init__(
@@ -124,12 +141,16 @@ class InstructBuilder(Builder):
         self.attended = attended
         self.form = form or Chat()
         check_fields(self.fields, (*self.form.names, *self.names), unread)
+        # These are part of the digest of token counts only where they are set.
         if template.joins(tokenizer):
-            # Token counts that were kept when turns were tokenised apart are of other ids. It is
-            # part of their digest only where it is set.
+            # Token counts that were kept when turns were tokenised apart are of other ids.
             self.joined = True
         if supervise == "last":  # As with `joined`: other digests stay as they were.
             self.only_last = True
+        if pad is not None:
+            self.pad = _colour(pad)
+        if drop_images:
+            self.drop_images = True
 
     def reads(self, member: str) -> bool:
         """Return whether it is the record's, one that `fields` names, or else a picture."""
@@ -240,7 +261,7 @@ class InstructBuilder(Builder):
                 example = replace(example, turns=turns)
             return record.source, example
         example = self.form(record, read(record))
-        if example.turns[0].role == DOCUMENT:
+        if example.turns[0].role == DOCUMENT and not self.drop_images:
             example = self._cut(example, record.source)
         elif self.only_last:
             earlier = [replace(turn, trained=False) for turn in example.turns[:-1]]
@@ -267,10 +288,9 @@ class InstructBuilder(Builder):
             where = " at its end" if self.only_last else ""
             raise BadSample(source, f"no supervised token; a sample needs an assistant turn{where}")
         weights = [0.0] * len(rendered.weights) if prompt else rendered.weights
-        text = self._text(
-            replace(rendered, weights=weights), self._tiles(example.images, limit), source
-        )
-        return Sample((text,), source=source)
+        kept = example.images[: len(rendered.tiles)]
+        text = self._text(replace(rendered, weights=weights), self._tiles(kept, limit), source)
+        return Sample((text,), source=source, dropped=len(example.images) - len(kept))
 
     def _tiles(self, images: Sequence[ImageOrSize], limit: int) -> list[Tiles]:
         """Cut the images under the limit that a text was rendered with, to the tiles it has."""
@@ -281,6 +301,7 @@ class InstructBuilder(Builder):
                 max_tiles=limit,
                 tile_size=self.tile_size,
                 use_thumbnail=self.use_thumbnail,
+                pad=self.pad,
             )
             for image in images
             if isinstance(image, Image.Image)
@@ -387,6 +408,8 @@ class InstructBuilder(Builder):
                 break  # Attended tiles take no positions: fewer would save next to nothing.
         # 2. Cut text at the end, as long as all media and some answer stay.
         needed, length = len(rendered.tokens), self.sequence_length
+        if self.drop_images and not prompt:
+            return _without_late_images(rendered, self.tokens_per_tile, length), limit
         if prompt or not self._may_be_cut(rendered):
             raise BadSample(
                 source,
@@ -404,7 +427,7 @@ class InstructBuilder(Builder):
 
     def _may_be_cut(self, rendered: Rendered) -> bool:
         """Return whether all media and some answer stand within the sequence length."""
-        length = self.sequence_length
+        length = self.sequence_length - len(self.end_ids)
         return max(self._ends(rendered), default=0) <= length and any(rendered.weights[:length])
 
     def _ends(self, rendered: Rendered) -> list[int]:
@@ -424,8 +447,7 @@ class InstructBuilder(Builder):
         layouts = [
             ImageLayout.of(
                 choose_grid(
-                    image.width,
-                    image.height,
+                    *((image.width, image.height) if self.pad is None else square(image)),
                     min_tiles=min(self.min_tiles, limit),
                     max_tiles=limit,
                     tile_size=self.tile_size,
@@ -434,7 +456,7 @@ class InstructBuilder(Builder):
             )
             for image in images
         ]
-        return render(
+        rendered = render(
             turns,
             layouts,
             tokenizer=self.tokenizer,
@@ -446,6 +468,17 @@ class InstructBuilder(Builder):
             generation_prompt=prompt,
             source=source,
         )
+        end = [] if prompt else self.end_ids
+        return replace(
+            rendered,
+            tokens=[*rendered.tokens, *end],
+            weights=[*rendered.weights, *[0.0] * len(end)],
+        )
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens of `end`."""
+        return self.tokenizer.encode_pieces([self.end], continued=True)[0] if self.end else []
 
     def _cut(self, example: Example, source: str) -> Example:
         """Cut a document behind the last image that fits, with one tile an image."""
@@ -465,3 +498,29 @@ def _resting(example: Example) -> list[Turn]:
     start = sum(turn.role == "system" for turn in example.turns[:1])
     block = Turn(CONTEXT, example.contexts.text)
     return [*example.turns[:start], block, *example.turns[start:]]
+
+
+def _without_late_images(rendered: Rendered, tokens_per_tile: int, length: int) -> Rendered:
+    """Cut a text to `length` tokens, and before the first image that does not fit whole."""
+    first, kept = 0, 0
+    for count in rendered.tiles:
+        if rendered.positions[first + count - 1] + tokens_per_tile > length:
+            length = min(length, rendered.positions[first])
+            break
+        first, kept = first + count, kept + 1
+    return replace(
+        rendered,
+        tokens=rendered.tokens[:length],
+        weights=rendered.weights[:length],
+        positions=rendered.positions[:first],
+        tiles=rendered.tiles[:kept],
+    )
+
+
+def _colour(values: Sequence[int]) -> tuple[int, int, int]:
+    """Return a colour of three bytes. Raises ValueError for anything else."""
+    sound = len(values) == 3 and all(type(v) is int and 0 <= v <= 255 for v in values)
+    if not sound:
+        raise ValueError(f"pad={list(values)} must be three numbers of 0..255: red, green, blue")
+    red, green, blue = values
+    return red, green, blue

@@ -26,7 +26,7 @@ from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags
 from nvmm.data.samples.forms import Example, Form
 from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize
 from nvmm.data.samples.instruct import InstructBuilder
-from nvmm.data.samples.pairs import Answers
+from nvmm.data.samples.pairs import Answer, Answers
 from nvmm.data.samples.record import PLAIN, Fields, Record
 from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -48,6 +48,7 @@ class PreferenceBuilder(InstructBuilder):
     reference: folders of job=score's output over the same shards, by the checkpoint that training
         starts from and this builder; each text then has the extra `reference`.
     form: reads records that have no answers to prefer: questions to generate answers to.
+    end: as `RewardBuilder`'s, for reward models that learn from pairs; a cut leaves it whole.
     sequence_length: longest text. A packed row has room for both texts of a sample, or the sample
         is a bad one.
     The others are as `InstructBuilder`'s.
@@ -73,6 +74,7 @@ class PreferenceBuilder(InstructBuilder):
         unread: Sequence[str] = (),
         too_long: TooLong = "drop",
         reference: str | Sequence[str] | None = None,
+        end: str = "",
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -95,6 +97,8 @@ class PreferenceBuilder(InstructBuilder):
             sequence_length=sequence_length,
         )
         self.too_long = too_long
+        if end:  # An attribute that is always there would change the digest of scores.
+            self.end = end
         self.reference: str | Sequence[str] | None = None
         if reference is not None:
             # Scores are of this builder's tokens and no others.
@@ -104,6 +108,11 @@ class PreferenceBuilder(InstructBuilder):
                     " and data.sequence_length must be those of the job"
                 )
             self.reference = reference
+
+    @property
+    def most_texts(self) -> int:
+        """The chosen and the rejected answer."""
+        return 2
 
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """Return the sample of a pair, or of an unpaired answer.
@@ -123,6 +132,28 @@ class PreferenceBuilder(InstructBuilder):
         if self.reference is not None:
             texts = self._referred(texts, record)
         return Sample(tuple(texts), source=record.source)
+
+    def scored(self, members: Mapping[str, Any]) -> Sample:
+        """Return the sample to score: the answers of a record, or a conversation that has none to
+        prefer, and ends with an answer.
+
+        Raises BadSample as for training; a conversation is not cut, which would be another one.
+        """
+        if pairs.is_preference(self.record(members)):
+            return self(members)
+        source, example = super()._example(members, Record.images)
+        if example.turns[-1].role != "assistant":
+            raise BadSample(source, "the last turn is not the assistant's: nothing is scored")
+        for limit in self._limits(example.images):
+            rendered = self._render(example.turns, example.images, limit, source)
+            if len(rendered.tokens) <= self.sequence_length:
+                text = self._text(rendered, self._tiles(example.images, limit), source)
+                return Sample((_described(text, Answer([], True)),), source=source)
+        raise BadSample(
+            source,
+            f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+            f"{self.sequence_length}",
+        )
 
     def _referred(self, texts: list[Text], record: Record) -> list[Text]:
         """Return the texts with the reference's log-probabilities; BadSample where it has none."""
@@ -195,15 +226,23 @@ class PreferenceBuilder(InstructBuilder):
                 raise BadSample(source, f"{what}; build.too_long=cut would cut the answer")
             if not all(map(self._may_be_cut, rendered)):
                 raise BadSample(source, f"{what} would cut an image or the whole answer")
-            rendered = [
-                replace(each, tokens=each.tokens[:room], weights=each.weights[:room])
-                for each in rendered
-            ]
+            rendered = [self._cut_answer(each) for each in rendered]
         if not all(any(each.weights) for each in rendered):
             raise BadSample(source, "an answer has no supervised token")
         if len(rendered) > 1 and rendered[0].tokens == rendered[1].tokens:
             raise BadSample(source, "chosen and rejected are the same tokens")
         return rendered, limit
+
+    def _cut_answer(self, rendered: Rendered) -> Rendered:
+        """Cut the end of a long text's answer, in front of `end`."""
+        excess = max(0, len(rendered.tokens) - self.sequence_length)
+        stop = len(rendered.tokens) - len(self.end_ids)
+        kept = [*range(stop - excess), *range(stop, len(rendered.tokens))]
+        return replace(
+            rendered,
+            tokens=[rendered.tokens[place] for place in kept],
+            weights=[rendered.weights[place] for place in kept],
+        )
 
 
 def _described(text: Text, answer: pairs.Answer) -> Text:

@@ -27,12 +27,14 @@ class Rendered:
 
     weights: the weight of each token as a target. positions: the first placeholder of every tile in
     the sequence. attended: the tiles outside of it. Both are in the order of the tiles.
+    tiles: the number of tiles of each image.
     """
 
     tokens: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     attended: list[AttendedTile] = field(default_factory=list)
+    tiles: list[int] = field(default_factory=list)
 
 
 class Writer:

@@ -171,6 +171,11 @@ class RetrievalBuilder(Builder):
         """Images in the sequence, where `tokens_per_tile` is given."""
         return frozenset() if self.tokens_per_tile is None else frozenset({IMAGE})
 
+    @property
+    def most_texts(self) -> int:
+        """Query, positive and negatives."""
+        return 2 + self.num_negatives
+
     def __call__(self, members: Mapping[str, Any]) -> Sample:
         """Return one training sample: a query, its positive and hard negatives.
 

@@ -140,23 +140,6 @@ class RewardBuilder(InstructBuilder):
         last = replace(example.turns[-1], trained=True)
         return source, replace(example, turns=[*earlier, last])
 
-    def _render(
-        self,
-        turns: Sequence[Turn],
-        images: Sequence[ImageOrSize],
-        limit: int,
-        source: str,
-        prompt: bool = False,
-    ) -> Rendered:
-        """Render the turns, and the end that the score is read at."""
-        rendered = super()._render(turns, images, limit, source, prompt)
-        end = self.tokenizer.encode_pieces([self.end], continued=True)[0] if self.end else []
-        return replace(
-            rendered,
-            tokens=[*rendered.tokens, *end],
-            weights=[*rendered.weights, *[0.0] * len(end)],
-        )
-
     def _fit(
         self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
     ) -> tuple[Rendered, int]:

@@ -107,6 +107,14 @@ class Tokenizer:
         """
         return self.encode_pieces([text])[0]
 
+    def piece(self, token: int) -> str:
+        """Return a token as the vocabulary spells it."""
+        return str(self._backend.id_to_token(token))
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return first character and that behind the last one of each token of `text`."""
+        return list(self._backend.encode(text, add_special_tokens=False).offsets)
+
     def encode_pieces(
         self, pieces: Sequence[str], *, continued: bool = False
     ) -> tuple[list[int], list[int]]:

@@ -92,7 +92,8 @@ class Checkpoint(_InProcess):
     for by the prompt's words alone, and validated.
 
     Args:
-        max_new_tokens: tokens of the longest answer, which is cut there.
+        max_new_tokens: tokens of the longest answer. One that is cut there is an error, as of an
+            endpoint: half an answer is no example.
         temperature, top_p: as of `nvmm.generate`.
         seed: seed of sampling.
         batch_size: prompts decoded together on a data-parallel rank.
@@ -121,7 +122,7 @@ class Checkpoint(_InProcess):
         return dataclasses.replace(sample, sample_id=int(key[:15], 16))
 
     def _answers(self, samples: Sequence[Sample], model: Restored) -> list[Reply]:
-        texts = model.generate(
+        answers = model.generate_tokens(
             samples,
             self.max_new_tokens,
             temperature=self.temperature,
@@ -129,14 +130,18 @@ class Checkpoint(_InProcess):
             seed=self.seed,
         )
         return [
-            Reply(
-                text,
-                None if text else "the answer is empty",
-                input_tokens=sample.num_tokens,
-                output_tokens=len(model.tokenizer.encode(text)),
-            )
-            for text, sample in zip(texts, samples, strict=True)
+            self._reply(model, tokens, sample.num_tokens)
+            for tokens, sample in zip(answers, samples, strict=True)
         ]
+
+    def _reply(self, model: Restored, tokens: list[int], input_tokens: int) -> Reply:
+        text, error, finish = model.text_of(tokens), None, "stop"
+        if len(tokens) == self.max_new_tokens:
+            text, finish = "", "length"
+            error = f"the answer was cut at max_new_tokens={self.max_new_tokens}"
+        elif not text:
+            error = "the answer is empty"
+        return Reply(text, error, finish, input_tokens, len(tokens))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -14,12 +15,14 @@ from pydantic import BaseModel, ConfigDict
 
 from nvmm.config.choices import require
 from nvmm.evaluation.instruction_following import follows
+from nvmm.jobs.parts import Parts, recorded
 from nvmm.jobs.synthesis.records import (
     Failed,
     Made,
     Making,
     Record,
     Request,
+    answer_ids,
     child,
     conversation_of,
     good,
@@ -88,22 +91,53 @@ def last_number(text: str) -> float | None:
 class Reward(Step):
     """Scores every answer by a reward model, as `scores.reward`.
 
-    The judge is sent the conversation with the answer, and replies with `attribute:number`, once or
-    several times; the score is their weighted sum.
+    A judge is sent the conversation with the answer, and replies with `attribute:number`, once or
+    several times; the score is their weighted sum. Or the scores are those that job=reward gave to
+    the answers as `Write` has written them (form=answers), of these very records.
 
-    judge: its name among the generators. weights: attribute -> weight; null: the mean of all.
+    Args:
+        judge: its name among the generators; null: `scores` is given.
+        weights: attribute -> weight of a judge's reply; null: the mean of all.
+        scores: folder of job=reward's output; null: `judge` is given.
     """
 
-    judge: str
+    judge: str | None = None
     weights: Mapping[str, float] | None = None
+    scores: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) == (self.scores is None):
+            raise ValueError(
+                f"judge={self.judge} and scores={self.scores}: give one of them, and not both"
+            )
+        if self.scores is not None and self.weights is not None:
+            raise ValueError("weights are of a judge's reply; job=reward has its own job.weights")
 
     @property
     def generators(self) -> list[str]:
         """The names of the generators that it asks."""
-        return [self.judge]
+        return [] if self.judge is None else [self.judge]
+
+    def items(self, records: list[Record], desk: Desk) -> list[Any]:
+        """Return the records; of `scores`, [record, the reward of each answer or an error]."""
+        if self.scores is None:
+            return list(records)
+        rows, judge = _rewards(self.scores)
+        missing = f"{self.scores} has no scores of it"
+        return [
+            [record, [rows.get(name, missing) for name in answer_ids(record)], judge]
+            for record in records
+            if _answers(record)
+        ]
 
     def make(self, item: Any, desk: Desk) -> Making:
-        """Ask for the scores of all answers."""
+        """Ask for the scores of all answers, or take those that are there."""
+        if self.judge is None:
+            item, scores, judge = item
+            for name, score in zip(answer_ids(item), scores, strict=True):
+                if isinstance(score, str):
+                    raise Failed(f"{name}: {score}")
+            return Made([_scored(desk, item, "reward", scores, judged=judge)])
         messages = conversation_of(item)
         requests = [
             Request(
@@ -272,6 +306,27 @@ class Best(Local):
             "answers": None,
         }
         return Made([child(desk.step, [item], fields, best=_said(best))])
+
+
+def _rewards(folder: str) -> tuple[dict[str, float | str], dict[str, str]]:
+    """Return key -> reward, or what is wrong, of job=reward's output, and its checkpoint's digest.
+
+    Raises ValueError for another job's output, and for samples of several texts.
+    """
+    parts = Parts(Path(folder).expanduser())
+    table = parts.read()
+    if "rewards" not in table.column_names:
+        raise ValueError(f"scores={folder} is no output of job=reward")
+    rows: dict[str, float | str] = {}
+    for row in table.select(["key", "rewards", "error"]).to_pylist():
+        if row["error"] is None and len(row["rewards"]) != 1:
+            raise ValueError(
+                f"scores={folder}: {row['key']} has {len(row['rewards'])} texts; score what Write"
+                " writes as form=answers"
+            )
+        rows[row["key"]] = row["error"] or row["rewards"][0]
+    weights = recorded(parts.manifest["identity"], folder, "checkpoint", "weights")
+    return rows, {"checkpoint": weights}
 
 
 def _answers(item: Record) -> list[Record]:

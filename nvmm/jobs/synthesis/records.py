@@ -163,6 +163,11 @@ def conversation_of(record: Mapping[str, Any]) -> list[Message]:
     return [dict(message) for message in messages]
 
 
+def answer_ids(record: Mapping[str, Any]) -> list[str]:
+    """Return the names of a record's answers: its id, and their numbers."""
+    return [f"{record['id']}-{number}" for number in range(len(record["answers"]))]
+
+
 def turns(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
     """Return messages as a request has them."""
     return tuple((message["role"], message["content"]) for message in messages)

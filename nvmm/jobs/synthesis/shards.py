@@ -10,10 +10,17 @@ from typing import Any, Literal
 from nvmm.config.choices import require
 from nvmm.data.prepare.records import to_sample
 from nvmm.data.shards.dataset import write_shards
-from nvmm.jobs.synthesis.records import OWN, Made, Record, conversation_of, digest
+from nvmm.jobs.synthesis.records import (
+    OWN,
+    Made,
+    Record,
+    answer_ids,
+    conversation_of,
+    digest,
+)
 from nvmm.jobs.synthesis.step import Desk, Local
 
-Form = Literal["sft", "preference"]
+Form = Literal["sft", "preference", "answers"]
 _KEPT = ("instruction_id_list", "kwargs", "reference")
 
 
@@ -23,11 +30,12 @@ class Write(Local):
 
     A sample's `json` has what its builder reads, and the record's `id`, `parents` and `lineage`.
     `sft` (InstructBuilder): `messages` that end with an answer. `preference` (PreferenceBuilder):
-    `prompt`, as messages, `chosen`, `rejected` and their rewards. A record that has them not is
-    left out.
+    `prompt`, as messages, `chosen`, `rejected` and their rewards. `answers`, for job=reward: a
+    sample for each answer of a record, `messages` that end with it, under the record's id and the
+    answer's number. A record that has them not is left out.
 
     Args:
-        form: sft or preference.
+        form: sft, preference or answers.
         name: the shards are NAME-00000.tar, ...; null: the step's name.
         samples_per_shard: their number.
         share: the digest of a record's first turn of a user, as a number in [0, 1), is from the
@@ -52,6 +60,21 @@ class Write(Local):
         if not self.share[0] <= place < self.share[1]:
             return Made([], [f"{item['id']} is of another share"])
         own = {name: item[name] for name in (*OWN, *_KEPT) if name in item}
+        own |= {"shard": self.name or desk.step}
+        if self.form == "answers":
+            if not item.get("answers"):
+                return Made([], [f"{item['id']} has no answers"])
+            return Made(
+                [
+                    {
+                        "messages": [*conversation_of(item), _said(answer)],
+                        **own,
+                        "id": name,
+                        "parents": [item["id"]],
+                    }
+                    for name, answer in zip(answer_ids(item), item["answers"], strict=True)
+                ]
+            )
         if self.form == "sft":
             messages = item.get("messages") or []
             if not messages or messages[-1]["role"] != "assistant":
@@ -64,8 +87,7 @@ class Write(Local):
                 return Made([], [f"{item['id']} has no {missing[0]}"])
             content = {"prompt": conversation_of(item)}
             content |= {name: item[name] for name in names if name in item}
-        name = self.name or desk.step
-        return Made([{**content, **own, "shard": name}])
+        return Made([{**content, **own}])
 
     def finish(self, records: list[Record], folder: Path) -> list[Path]:
         """Write the shards, and return them: the same records give the same bytes."""
@@ -84,3 +106,7 @@ class Write(Local):
             samples,
             samples_per_shard=self.samples_per_shard,
         )
+
+
+def _said(answer: Record) -> dict[str, str]:
+    return {"role": "assistant", "content": answer["text"]}

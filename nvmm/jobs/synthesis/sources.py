@@ -11,6 +11,7 @@ from typing import Any
 
 from nvmm.data.prepare.records import read_lines
 from nvmm.data.shards.dataset import Dataset
+from nvmm.jobs.parts import Parts
 from nvmm.jobs.synthesis.records import OWN, Made, Record, child
 from nvmm.jobs.synthesis.step import Desk, Local
 
@@ -69,6 +70,28 @@ class Read(Local):
             value = value[: self.longest]
         taken = {first: value} | {name: record.get(self.fields[name]) for name in others}
         return Made([child(desk.step, [], taken, source=place)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records(Local):
+    """The records that a step of another pipeline has made, as they are, with their lineage.
+
+    folder: OUTPUT/steps/NAME of that pipeline.
+    """
+
+    folder: str
+
+    def items(self, records: list[Record], desk: Desk) -> list[Any]:
+        """Return the records; ValueError for a folder that is no whole step."""
+        _require_none(records, desk)
+        table = Parts(Path(self.folder).expanduser()).read()
+        if "records" not in table.column_names:
+            raise ValueError(f"folder={self.folder} is no step of a pipeline: it has no records")
+        return [json.loads(text) for texts in table["records"].to_pylist() for text in texts]
+
+    def change(self, item: Any, desk: Desk) -> Made:
+        """Return the record."""
+        return Made([item])
 
 
 def _require_none(records: list[Record], desk: Desk) -> None:

@@ -29,7 +29,9 @@ class VisionTransformer(Encoder):
 
     Args:
         transformer: partial of mcore's TransformerConfig.
-        image_size: native height and width in pixels; other sizes interpolate the positions.
+        image_size: native height and width in pixels; other sizes interpolate the positions. Of a
+            size that is no multiple of patch_size, the pixels behind the last whole patch are
+            dropped, as a convolution does (SigLIP-so400m/14 at 384: 27 x 27 patches of 378 pixels).
         patch_size: side of a patch in pixels.
         class_token: put a learned token first; drop_class_token: leave it out of the output.
         patch_bias: bias of the patch embedding.
@@ -57,9 +59,9 @@ class VisionTransformer(Encoder):
         *,
         chunk: Chunk,
     ) -> None:
-        if image_size % patch_size:
+        if image_size < patch_size:
             raise ValueError(
-                f"model.vision.image_size={image_size} must be a multiple of"
+                f"model.vision.image_size={image_size} must be at least"
                 f" model.vision.patch_size={patch_size}"
             )
         super().__init__(
@@ -92,10 +94,11 @@ class VisionTransformer(Encoder):
     def grid(self, tiles: Tensor) -> tuple[int, int]:
         """Return rows and columns of patches of tiles [n, 3, height, width].
 
-        Raises ValueError when the patches do not cover the tiles.
+        Raises ValueError when the patches do not cover tiles of another size than the native one.
         """
         height, width = tiles.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
+        native = height == width == self.image_size
+        if not native and (height % self.patch_size or width % self.patch_size):
             raise ValueError(
                 f"tiles of {height} x {width} pixels must be a multiple of"
                 f" model.vision.patch_size={self.patch_size}"
@@ -157,10 +160,15 @@ class PatchEmbedding(torch.nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Embed pixels [n, 3, height, width] as patches [n, patches, hidden_size], row-major."""
+        """Embed pixels [n, 3, height, width] as patches [n, patches, hidden_size], row-major.
+
+        Pixels behind the last whole patch are dropped.
+        """
         p = self.weight.shape[-1]
         n, channels, height, width = pixels.shape
-        patches = pixels.view(n, channels, height // p, p, width // p, p)
+        rows, columns = height // p, width // p
+        whole = pixels[:, :, : rows * p, : columns * p]
+        patches = whole.reshape(n, channels, rows, p, columns, p)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * p * p)
         return F.linear(patches, self.weight.flatten(1), self.bias)
 

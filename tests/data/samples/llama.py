@@ -15,7 +15,8 @@ PATTERN = (
 )
 SPECIAL = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
-    *("<|eot_id|>", "<|reserved_special_token_0|>"),
+    *("<|eot_id|>", "<|reserved_special_token_0|>", "<|im_start|>", "<|im_end|>"),
+    *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
 ]
 WORDS = """System: This is a chat between a user and an artificial intelligence assistant.
 The assistant gives helpful, detailed, and polite answers to the user's questions based on it.

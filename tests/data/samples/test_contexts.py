@@ -131,7 +131,7 @@ def test_golden_ids_of_a_real_vocabulary(tmp_path: Path) -> None:
     written = [reference.id_to_piece(i) for i in ids]
     assert written[:4] == ["<s>", "System", ":", "▁This"]
     tail = "<0x0A> <0x0A> A ▁chunk . <0x0A> <0x0A> User : ▁Its ▁capital ? <0x0A> <0x0A>"
-    tail += " Ass istant : ▁Paris </s>"
+    tail += " Ass istant : ▁Paris </s>"  # codespell:ignore istant
     assert " ".join(written).endswith(tail)
     assert [
         reference.id_to_piece(i) for i, w in zip(ids, sample.text.weights, strict=True) if w

@@ -11,7 +11,7 @@ import torch
 from nvmm.batch import IMAGE, Sample
 from nvmm.data.collate import collate
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.chat import ImageTags
+from nvmm.data.samples.chat import ImageTags, Turn
 from nvmm.data.samples.checks import check_sample
 from nvmm.data.samples.preference import PreferenceBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -134,6 +134,20 @@ def test_a_pair_that_is_too_long_is_dropped_or_its_answers_are_cut(tiny: Tokeniz
     start = int(whole.texts[0].weights.argmax())
     with pytest.raises(BadSample, match="would cut an image or the whole answer"):
         builder(tiny, sequence_length=start, too_long="cut")(members)
+    # A reward model reads its score at the end, which stays and takes some of the room.
+    end = "<|im_end|>"
+    closed = builder(tiny, sequence_length=room, too_long="cut", end=end)
+    sample = closed(members)
+    assert closed.measure(members)[0] == sample.num_tokens
+    for text, uncut, size in zip(sample.texts, whole.texts, (None, room - 1), strict=True):
+        assert text.tokens.tolist() == [*uncut.tokens[:size].tolist(), tiny.token_id(end)]
+        assert text.weights[-1] == 0 and torch.equal(text.weights[:-1], uncut.weights[:size])
+    asked = builder(tiny, sequence_length=room).prompt(members)
+    assert torch.equal(closed.prompt(members).text.tokens, asked.text.tokens)
+    turns = [Turn("user", "Hi"), Turn("assistant", HO)]
+    assert torch.equal(closed.conversation(turns, "").text.tokens, sample.texts[0].tokens)
+    with pytest.raises(BadSample, match="would cut an image or the whole answer"):
+        builder(tiny, sequence_length=start + 1, too_long="cut", end=end)(members)
     alike = member(prompt="Hi", chosen="Yes " * 5, rejected="Yes " * 6)
     with pytest.raises(BadSample, match="chosen and rejected are the same tokens"):
         builder(tiny, sequence_length=start + 2, too_long="cut")(alike)
@@ -181,6 +195,24 @@ def test_a_missing_sample_has_the_extras_of_others(tiny: Tokenizer) -> None:
     batch = collate([build(member(**PLAIN)), build.blank(-3)], pad_id=0)
     assert batch.owners.tolist() == [0, 0, 1]
     assert batch.num_tokens == sum(int(t.weights.sum()) for t in build(member(**PLAIN)).texts)
+
+
+def test_what_is_scored_is_a_pair_or_a_conversation_that_is_never_cut(tiny: Tokenizer) -> None:
+    build = builder(tiny)
+    pair = member(prompt=HI, chosen=HO, rejected=NO)
+    assert [text.tokens.tolist() for text in build.scored(pair).texts] == [
+        text.tokens.tolist() for text in build(pair).texts
+    ]
+    one = build.scored(member(messages=[user(HI), said(HO)]))
+    assert [text.tokens.tolist() for text in one.texts] == [build(pair).texts[0].tokens.tolist()]
+    assert set(one.text.extras) == build.extras
+    shown = [user(f"<image>{HI}"), said(HO)]
+    seen = build.scored(member(image_bytes(32, 32), messages=shown))
+    assert set(seen.text.media) == {IMAGE}
+    with pytest.raises(BadSample, match="last turn is not the assistant's"):
+        build.scored(member(messages=[user(HI)]))
+    with pytest.raises(BadSample, match=r"a text of \d+ tokens, and data.sequence_length=64"):
+        build.scored(member(messages=[user(HI), said(HO * 60)]))
 
 
 def test_an_unknown_rule_is_refused(tiny: Tokenizer) -> None:

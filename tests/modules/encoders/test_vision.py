@@ -329,7 +329,7 @@ def test_recompute_gives_the_same_gradients(recompute: str, freeze: tuple[str, .
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 18}, r"model\.vision\.image_size=18 must be a multiple of"),
+        ({"image_size": 3}, r"model\.vision\.image_size=3 must be at least"),
         ({"qk_norm": "per_head"}, r"model\.vision\.qk_norm=per_head must be one of joint"),
         ({"transformer": {"num_query_groups": 1}}, r"num_query_groups=1 must equal"),
         ({"transformer": {"hidden_dropout": 0.1}}, r"hidden_dropout=0\.1 must be 0\.0"),

@@ -1,0 +1,203 @@
+"""Dialogues over documents become unanswerable questions and ranking pairs, by where answers stand.
+
+Inputs are those of `nvmm.data.prepare.dialogues`. What a chunk holds of an answer is the 4-gram
+recall of that module: more than 0.5 is high, less than 0.1 low.
+
+Unanswerable (ChatQA, arXiv:2401.10225): the words that answer are deleted from a document whose
+spans people have marked, or the chunks of high recall are dropped from one without marks; such a
+question counts only where all other chunks are low. The question stays; its record says
+`answerable: false`, and the template's refusal is the answer.
+
+Pairs (RankRAG, arXiv:2407.02485): each chunk with its question, relevant where high, irrelevant
+where low; chunks between are dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nvmm.config.choices import require
+from nvmm.data.prepare.conversations import Record, record
+from nvmm.data.prepare.dialogues import chunk_words, four_gram_recall
+from nvmm.data.prepare.ranking import pair
+from nvmm.data.samples.dialogue import turns
+
+By = Literal["spans", "recall"]
+LeftOut = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How documents are cut, and which recall is high or low (the papers' values).
+
+    words: most words of a chunk.
+    """
+
+    words: int = 150
+    high: float = 0.5
+    low: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.words < 1:
+            raise ValueError(f"words={self.words} must be at least 1")
+        if not 0 <= self.low <= self.high <= 1:
+            raise ValueError(f"low={self.low}, high={self.high}: need 0 <= low <= high <= 1")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question that an agent answers: its id, the turns up to it, the answer and the document.
+
+    spans: the words of the document that answer, None where nobody has marked any.
+    """
+
+    name: str
+    messages: list[dict[str, str]]
+    answer: str
+    spans: list[str] | None
+    document: str
+
+
+def questions(
+    dialogues: Iterable[Mapping[str, Any]], documents: Mapping[str, str]
+) -> Iterator[Asked]:
+    """Yield every question that an agent answers next.
+
+    `evidence` of the agent's turn marks its spans: a text or a list of texts. An empty one says
+    that no document answers, and the question is passed over.
+
+    Raises ValueError naming the dialogue for an unknown document or bad turns.
+    """
+    for number, dialogue in enumerate(dialogues, 1):
+        name, document = dialogue.get("_id"), dialogue.get("document_id")
+        where = f"dialogue {number} ({name})"
+        if not isinstance(name, str) or not isinstance(document, str) or document not in documents:
+            raise ValueError(f"{where} needs an _id and the document_id of a document: {document}")
+        messages = dialogue.get("messages")
+        try:
+            spoken = turns(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        assert isinstance(messages, list)
+        roles = {"user": "user", "agent": "assistant"}
+        for place in range(1, len(spoken)):
+            if (spoken[place - 1][0], spoken[place][0]) != ("user", "agent"):
+                continue
+            spans = messages[place].get("evidence")
+            listed = [spans] if isinstance(spans, str) else spans
+            if listed is not None and not all(isinstance(span, str) for span in listed):
+                raise ValueError(f"{where}: evidence of turn {place + 1} must be texts: {spans!r}")
+            if listed is not None and not any(listed):
+                continue
+            asked = [{"role": roles[who], "content": text} for who, text in spoken[:place]]
+            answer = spoken[place][1]
+            yield Asked(f"{name}/{place // 2}", asked, answer, listed, documents[document])
+
+
+def unanswerable(
+    asked: Iterable[Asked],
+    by: By,
+    bounds: Bounds,
+    left_out: LeftOut,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+) -> Iterator[Record]:
+    """Yield the questions whose answers can be taken out of their documents.
+
+    by: "spans" or "recall". count: so many of them, chosen by the seed, in the order of their
+    draw; None: all, as they come.
+    """
+    require("by", by, By)
+    possible = _possible(asked, by, bounds, left_out)
+    if count is None:
+        yield from (made for _, made in possible)
+        return
+    drawn = heapq.nsmallest(count, possible, key=lambda named: _draw(named[0], seed))
+    if len(drawn) < count:
+        raise ValueError(f"count={count}: only {len(drawn)} questions can be made unanswerable")
+    yield from (made for _, made in drawn)
+
+
+def _possible(
+    asked: Iterable[Asked], by: By, bounds: Bounds, left_out: LeftOut
+) -> Iterator[tuple[str, Record]]:
+    for question in asked:
+        if by == "spans":
+            rest, why = _without_spans(question)
+        else:
+            rest, why = _without_chunks(question, bounds)
+        if why:
+            left_out(f"{question.name}: {why}")
+            continue
+        yield question.name, record(question.messages, [], rest, answerable=False)
+
+
+def _without_spans(question: Asked) -> tuple[list[str], str]:
+    """Return the document without the marked spans, wherever they stand in it, and why not."""
+    if question.spans is None:
+        return [], "no evidence is marked"
+    text = question.document
+    for span in filter(None, question.spans):
+        if span not in question.document:
+            return [], f"the evidence {span[:40]!r} is not in the document"
+        text = text.replace(span, "")
+    return ([text], "") if text.strip() else ([], "nothing is left of the document")
+
+
+def _without_chunks(question: Asked, bounds: Bounds) -> tuple[list[str], str]:
+    """Return the chunks of low recall as one text, and why there are none."""
+    chunks = chunk_words(question.document, bounds.words)
+    recalls = [four_gram_recall(question.answer, chunk) for chunk in chunks]
+    rest = [i for i, recall in enumerate(recalls) if recall <= bounds.high]
+    if len(rest) == len(chunks):
+        # Its answer is in other words somewhere in the document, and stays there (our choice).
+        return [], f"no chunk has more 4-gram recall than {bounds.high}"
+    if not rest:
+        return [], "nothing is left of the document"
+    if any(recalls[i] >= bounds.low for i in rest):
+        return [], f"a chunk that is left has a 4-gram recall of {bounds.low} or more"
+    return ["\n\n".join(chunks[i] for i in rest)], ""
+
+
+def pairs(
+    asked: Iterable[Asked], bounds: Bounds, *, negatives: int | None = None, seed: int = 0
+) -> Iterator[Record]:
+    """Yield the ranking pairs of each question: every high chunk, and its low ones.
+
+    negatives: at most so many low chunks for each high one, chosen by the seed (no source gives a
+        ratio); None: all of them. A question without a high chunk gives none.
+    """
+    for question in asked:
+        chunks = chunk_words(question.document, bounds.words)
+        recalls = [four_gram_recall(question.answer, chunk) for chunk in chunks]
+        high = [i for i, recall in enumerate(recalls) if recall > bounds.high]
+        low = [i for i, recall in enumerate(recalls) if recall < bounds.low]
+        if negatives is not None:
+            ordered = sorted(low, key=lambda i: _draw(f"{question.name}#{i}", seed))
+            low = sorted(ordered[: negatives * len(high)])
+        *before, latest = question.messages
+        for i in (*high, *(low if high else ())):
+            yield pair(latest["content"], chunks[i], relevant=i in high, messages=before)
+
+
+def read_documents(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return id -> text of documents {"_id", "text"}; ValueError naming the number of a bad one."""
+    texts: dict[str, str] = {}
+    for number, document in enumerate(records, 1):
+        name, text = document.get("_id"), document.get("text")
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            raise ValueError(f"document {number} needs an _id and a text, has {dict(document)}")
+        if name in texts:
+            raise ValueError(f"document {number} has the _id {name} of another")
+        texts[name] = text
+    return texts
+
+
+def _draw(name: str, seed: int) -> bytes:
+    """Return bytes that are as good as random, and always the same for a name and a seed."""
+    return hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
