@@ -30,6 +30,9 @@ YAMLS = {
     for path in sorted(config_dir().rglob("*.yaml"))
 }
 STATED = {
+    "form/chatqa.yaml": "lists ChatQA's strings, which a user changes",
+    "form/rankrag_ranking.yaml": "lists RankRAG's strings, which a user changes",
+    "form/rankrag_list_ranking.yaml": "lists RankRAG's strings, which a user changes",
     "data/instruct.yaml": "lists what a user changes of data, with a word on each",
     "optim/adamw.yaml": "lists what a user changes of the optimizer",
     "trainer/default.yaml": "lists what a user changes of the loop",
