@@ -14,9 +14,9 @@ from typing import Literal
 
 Punctuation = Literal["removed", "spaced"]
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_MARKS = {
-    "removed": str.maketrans("", "", string.punctuation),
-    "spaced": str.maketrans(dict.fromkeys(string.punctuation, " ")),
+_MARKS: dict[str, dict[int, str | None]] = {
+    "removed": dict.fromkeys(map(ord, string.punctuation)),
+    "spaced": dict.fromkeys(map(ord, string.punctuation), " "),
 }
 
 
