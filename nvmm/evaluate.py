@@ -40,7 +40,10 @@ def evaluate(job: compose.Job) -> dict[str, Any]:
     compose.log_to_stderr()
     config = job.config
     with refusals("evaluate"):
-        benchmark = instantiate(config["benchmark"])
+        # Its changes of the sample builder are config, to be laid over the checkpoint's.
+        options = dict(config["benchmark"])
+        changes = {key: options.pop(key) for key in ("builder",) if key in options}
+        benchmark = instantiate({**options, "_partial_": True})(**changes)
         settings = Settings(
             **{field.name: config[field.name] for field in fields(Settings) if field.name in config}
         )

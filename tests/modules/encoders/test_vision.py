@@ -349,6 +349,8 @@ def test_tiles_must_be_covered_by_patches() -> None:
 @pytest.mark.usefixtures("world")
 def test_pixels_behind_the_last_patch_are_dropped() -> None:
     """SigLIP's 384 / 14 in small; tests/convert/test_vila.py compares it with Transformers."""
+    from nvmm.parallel.parameters import initialize
+
     encoder = vision(image_size=18)
     initialize(encoder, seed=1)
     pixels = tiles(2, 18, 18)
