@@ -185,7 +185,7 @@ def _add_passages(parsers: dict[str, argparse.ArgumentParser]) -> None:
     chatrag.add_argument("--passage", default=conversations.PASSAGE, help="{title} and {text}")
     dpr.add_argument("--to-train", required=True, choices=("answer", "relevance", "pairs"))
     dpr.add_argument("--num-passages", type=int, default=5, help="gold and others; not of pairs")
-    dpr.add_argument("--num-negatives", type=int, default=1, help="of pairs")
+    dpr.add_argument("--num-negatives", type=_count, default=1, help="of pairs")
     msmarco.add_argument("--triples", help="query, positive, negative with tabs between")
     for name, text in {
         "collection": "passage ids and texts",
@@ -194,7 +194,7 @@ def _add_passages(parsers: dict[str, argparse.ArgumentParser]) -> None:
         "negatives": '.jsonl of {"query_id": .., "ids": [..]}, mined',
     }.items():
         msmarco.add_argument(f"--{name}", help=text)
-    msmarco.add_argument("--num-negatives", type=int, default=1, help="for each query")
+    msmarco.add_argument("--num-negatives", type=_count, default=1, help="for each query")
 
 
 def _add_dialogues(unanswerable: argparse.ArgumentParser, pairs: argparse.ArgumentParser) -> None:
@@ -209,7 +209,7 @@ def _add_dialogues(unanswerable: argparse.ArgumentParser, pairs: argparse.Argume
         command.add_argument("--seed", type=int, default=0)
     unanswerable.add_argument("--by", required=True, choices=get_args(evidence.By))
     unanswerable.add_argument("--count", type=int, help="ChatQA has 1500; default: all")
-    pairs.add_argument("--num-negatives", type=int, help="for each positive; default: all")
+    pairs.add_argument("--num-negatives", type=_count, help="for each positive; default: all")
 
 
 def _add_narrativeqa(command: argparse.ArgumentParser) -> None:
@@ -238,6 +238,12 @@ def _add_long(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chars-per-token", type=float, default=rules.chars_per_token)
     command.add_argument("--separator", default=rules.separator)
     command.add_argument("--seed", type=int, default=0)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return int(text)
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,58 @@ def test_chatqa_training_data() -> None:
         list(chatqa([{**items[0], "answers": []}]))
     with pytest.raises(ValueError, match="record 1: turn 1: role 'bird' must be one of system"):
         list(chatqa([{**items[0], "messages": [{"role": "bird", "content": "?"}]}]))
+
+
+@pytest.mark.parametrize(
+    ("make", "item", "why"),
+    [
+        (chatqa, {"document": ["a"], "messages": ASKED, "answers": "b"}, "document must be a text"),
+        (chatqa, {"messages": None, "answers": "b"}, "messages must end with a turn of the user"),
+        (chatqa, {"messages": ASKED, "answers": [7]}, "answers must be texts"),
+        (partial(chatrag, num_contexts=1), {"ctxs": [{"title": "t"}]}, "a passage needs a text"),
+        (
+            partial(chatrag, num_contexts=1),
+            {"ctxs": ["c"], "messages": ASKED, "answers": [["a"]]},
+            "an answer must be a text or a number",
+        ),
+        (
+            partial(tatqa, part="others"),
+            {"table": {"table": [["h"]]}, "paragraphs": [], "questions": ["q"]},
+            "a question must be an object",
+        ),
+        (
+            partial(tatqa, part="others"),
+            {
+                "table": {"table": [["h", "i"], ["1"]]},
+                "paragraphs": [],
+                "questions": [{"question": "?", "answer": "1"}],
+            },
+            "row 0 of a table has 1 cells, its header 2",
+        ),
+    ],
+)
+def test_odd_records_are_named(make: Any, item: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"record 1: {why}"):
+        list(make([item]))
+
+
+@pytest.mark.parametrize("passage", ["{text}", "{title} {text} {number}", "{text", "{title}{0}"])
+def test_a_passage_has_title_and_text(passage: str) -> None:
+    with pytest.raises(ValueError, match=r"must have \{title\} and \{text\}, and no"):
+        list(chatrag([], 1, passage=passage))
+
+
+def test_odd_files_of_squad_are_named(tmp_path: Path) -> None:
+    """Among them the answers as Hugging Face's tables have them, which are another layout."""
+    question = {"id": "q", "question": "?", "answers": {"text": ["a"], "answer_start": [0]}}
+    (tmp_path / "s.json").write_text(
+        json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [question]}]}]})
+    )
+    with pytest.raises(ValueError, match="record q: answers must be a list of objects"):
+        list(squad(tmp_path / "s.json"))
+    (tmp_path / "s.json").write_text('{"data": [{"paragraphs": [{"context": "c", "qas": ["q"]}]}]}')
+    with pytest.raises(ValueError, match=r"s.json is no SQuAD file"):
+        list(squad(tmp_path / "s.json"))
 
 
 def test_chatrag_bench() -> None:

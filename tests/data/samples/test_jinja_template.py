@@ -286,7 +286,7 @@ def test_a_run_knows_the_digests_of_its_templates(tmp_path: Path) -> None:
     own = partial(InstructBuilder, dialect("llama3"), ImageTags(), 1)
 
     def digests() -> dict[str, str]:
-        options = {"image_token": "<|reserved_special_token_0|>", "end_of_turn": "<|eot_id|>"}
+        options = {"image_token": "<|reserved_special_token_0|>", "end_of_turn": "<|im_end|>"}
         nested = [{"name": "b", "shards": "b.tar", "build": own}]
         train = Dataset(None, partial(InstructBuilder, JinjaTemplate(), ImageTags(), 1))
         blend = [{"name": "a", "shards": "a.tar"}, {"blend": nested}]
