@@ -33,8 +33,17 @@ RECORDS: dict[str, dict[str, Any]] = {
     "ocr": {"jpg": JPG, "json": {"words": ["a"], "boxes": [[0, 0, 9, 9]]}},
     "retrieval": {"json": {"query": "one", "positive": "two", "negatives": ["three"]}},
     "text": {"txt": b"Once upon a time."},
+    "vila_align": {"jpg": JPG, "json": {"caption": "A bus."}},
+    "vila_interleaved": {
+        "jpg": JPG,
+        "json": {"text_list": ["a", "b"], "image_info": [{"matched_text_index": 1}]},
+    },
+    "vila_sft": {"jpg": JPG, "json": {"conversations": TURNS}},
     "vqa": {"jpg": JPG, "json": QUESTION | {"weights": [1, 2]}},
 }
+
+OF_AN_EXPERIMENT = {"dialogues", "preference", "reward", "topics", "vila"}
+"""Those that only experiments of another objective have, and what the others of VILA inherit."""
 
 
 def composed(name: str, folder: Path) -> dict[str, Any]:
@@ -48,12 +57,18 @@ def composed(name: str, folder: Path) -> dict[str, Any]:
     ]
     if name == "retrieval":
         own = ["experiment=nv_embed/tiny", "tokenizer=quickstart"]
+    files = [f"data.train.shards={folder / name}-*.tar"]
+    if name.startswith("vila"):
+        # The quickstart's tokenizer has no BOS, and Vicuna's system message is long.
+        own += ["data.train.build.template.bos=false", "data.train.build.template.system=null"]
+    if name in ("vila_interleaved", "vila_sft"):
+        files = [f"data.blend=[{{name: a, shards: '{folder / name}-*.tar'}}]"]
     overrides = [
         *own,
+        *files,
         "parallel=single",
         "init_from=null",
         f"tokenizer.path={folder / 'tokenizer'}",
-        f"data.train.shards={folder / name}-*.tar",
         "data.sequence_length=128",
         "data.num_workers=0",
         "trainer.validation_interval=null",
@@ -96,7 +111,8 @@ def shards(tmp_path: Path) -> Callable[[str], None]:
 @pytest.mark.slow
 def test_every_format_trains_a_step(tmp_path: Path, shards: Callable[[str], None]) -> None:
     theirs = {path.stem for path in (config_dir() / "data").glob("*.yaml")}
-    assert {name for name in theirs if not name.startswith("quickstart")} == set(RECORDS)
+    others = {name for name in theirs if not name.startswith("quickstart")} - OF_AN_EXPERIMENT
+    assert others == set(RECORDS)
     train_tokenizer(tmp_path / "tokenizer")
     for name in RECORDS:
         shards(name)
