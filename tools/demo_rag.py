@@ -137,9 +137,8 @@ def needle(folder: Path, run: Path, repeats: int) -> studies.Command:
         *(f"benchmark.haystack=[{DATA}/haystack.txt]", f"benchmark.lengths=[{lengths}]"),
         *(f"+benchmark.depths=[{depths}]", f"+benchmark.repeats={repeats}"),
         *(f"+benchmark.max_new_tokens={MAX_NEW_TOKENS}", f"sequence_length={LONG}"),
-        f"+benchmark.needle={json.dumps(NEEDLE)}",
-        f"+benchmark.question={json.dumps(NEEDLE_QUESTION)}",
-        f"+benchmark.answers=[{json.dumps(NEEDLE_ANSWER)}]",
+        *(f'+benchmark.needle="{NEEDLE}"', f'+benchmark.question="{NEEDLE_QUESTION}"'),
+        f'+benchmark.answers=["{NEEDLE_ANSWER}"]',
     )
 
 
@@ -239,7 +238,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         Table(
             "Exact match",
             f"Share of the {questions} answerable held-out questions, by what is shown: nothing,"
-            " the entry that answers, or the first k of the search or of the reranking. In percent.",
+            " the entry that answers, or the first k of the search or the reranking. In percent.",
             list(WAYS.values()),
             by_way("exact_match"),
         ),
@@ -272,10 +271,16 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         ),
         Table(
             "Needle",
-            "Share of needles found, by tokens of prompt and answer; means over depths, in percent.",
+            "Share of needles found, by tokens of prompt and answer: means over depths, percent.",
             [str(length) for length in NEEDLE_LENGTHS],
             [
-                (name, [f"{100 * sum(column) / len(column):.1f}" for column in zip(*grid["recall"])])
+                (
+                    name,
+                    [
+                        f"{100 * sum(column) / len(column):.1f}"
+                        for column in zip(*grid["recall"], strict=True)
+                    ],
+                )
                 for name, grid in found["needle"].items()
             ],
         ),
@@ -300,7 +305,9 @@ def examples(folder: Path) -> list[Example]:
             f"{trace['messages'][-1]['content']} {'; '.join(trace['answers']) or '(no answer)'}",
             {
                 WAYS[way]: Said(one["text"] or one["error"], one.get("exact_match", 0) >= 1)
-                for way, one in sorted(trace["ways"].items(), key=lambda item: [*WAYS].index(item[0]))
+                for way, one in sorted(
+                    trace["ways"].items(), key=lambda item: [*WAYS].index(item[0])
+                )
             },
         )
         for trace in traces[:: max(1, len(traces) // EXAMPLES)][:EXAMPLES]

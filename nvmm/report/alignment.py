@@ -61,8 +61,7 @@ def page(
         for stage, sides in curves.likelihoods.items()
     ]
     losses = [
-        chart(f"Loss, {stage}", {"loss": points}, "loss")
-        for stage, points in curves.losses.items()
+        chart(f"Loss, {stage}", {"loss": points}, "loss") for stage, points in curves.losses.items()
     ]
     sections = {
         "Scores": "".join(map(score_table, tables)),

@@ -12,9 +12,9 @@ import pytest
 
 from nvmm.config.check import check, to_plain
 from nvmm.config.compose import argument, composed
+from nvmm.data.prepare.packages import SOURCES
 from nvmm.jobs import encode
 from tests.data.prepare.test_python_faq import FAQ
-from nvmm.data.prepare.packages import SOURCES
 from tools import demo_dialogue_retriever as demo
 
 

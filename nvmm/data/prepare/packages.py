@@ -1,4 +1,4 @@
-"""What the demos take from packages: Python's documentation, and the weights of all-MiniLM-L6-v2."""
+"""What the demos take from packages: Python's documentation, the weights of all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ _DIRECTIVE = re.compile(
     r"):: *(.*?) *$"
 )
 _CALL = re.compile(r"([A-Za-z_][\w.]*)\(([^()\[\]\\]+)\)")
+_ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)\s*(?:<[^`>]+>)?`")
 _TERM = re.compile(r"(?m)^   (\S[^\n]*)\n((?:      [^\n]*\n|\n)+)")
 LONGEST_CALL = 60
 """Characters of the longest call that is asked for."""
@@ -114,7 +115,7 @@ def _description(lines: Sequence[str], indent: int) -> str:
         paragraph.append(line.strip())
     if not paragraph or paragraph[0].startswith((".. ", ":")):
         return ""
-    return " ".join(re.sub(r"\*(\S+?)\*", r"\1", plain(" ".join(paragraph))).split())
+    return " ".join(re.sub(r"\*(\S+?)\*", r"\1", _plain(" ".join(paragraph))).split())
 
 
 def split(found: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
@@ -137,7 +138,7 @@ def pages(folder: Path, without: Collection[str]) -> Iterator[str]:
     for chapter in _CHAPTERS:
         for path in sorted((folder / chapter).glob("*.rst.txt")):
             if chapter != "library" or path.name.removesuffix(".rst.txt") not in without:
-                yield plain(path.read_text(encoding="utf-8"))
+                yield _plain(path.read_text(encoding="utf-8"))
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -156,11 +157,16 @@ def chats(found: Sequence[Entry], folder: Path) -> list[dict[str, Any]]:
     """Return questions without contexts: of callables, of the glossary, and of the FAQ."""
     glossary = (folder / "glossary.rst.txt").read_text(encoding="utf-8")
     asked = [(f"What does {one.name} do?", one.description) for one in found]
-    asked += [(f"What is {term}?", plain(text)) for term, text in _TERM.findall(glossary)]
+    asked += [(f"What is {term}?", _plain(text)) for term, text in _TERM.findall(glossary)]
     asked += [(section.question, section.answer) for section in faq_sections(folder)]
     said = [(question, first_sentence(text)) for question, text in asked]
     return [
-        {"messages": [_turn("user", question), _turn("assistant", " ".join(answer.split()[:WORDS]))]}
+        {
+            "messages": [
+                _turn("user", question),
+                _turn("assistant", " ".join(answer.split()[:WORDS])),
+            ]
+        }
         for question, answer in said
         if answer.strip()
     ]
@@ -267,6 +273,11 @@ def _with_others(
                 chosen.append(other)
         rng.shuffle(chosen)
         yield entry, chosen
+
+
+def _plain(text: str) -> str:
+    """Return text without markup, roles with a link's text (`:func:`text <target>``) included."""
+    return plain(_ROLE.sub(r"\1", text))
 
 
 def _turn(role: str, text: str) -> dict[str, str]:
