@@ -30,6 +30,9 @@ YAMLS = {
     for path in sorted(config_dir().rglob("*.yaml"))
 }
 STATED = {
+    "job/rag.yaml": "lists what a user changes of a RAG run, with a word on each",
+    "language/llama3_1_8b.yaml": "states all of Llama 3.1's published scaling",
+    "template/jinja.yaml": "lists what a user changes of a template, with a word on each",
     "form/chatqa.yaml": "lists ChatQA's strings, which a user changes",
     "form/rankrag_ranking.yaml": "lists RankRAG's strings, which a user changes",
     "form/rankrag_list_ranking.yaml": "lists RankRAG's strings, which a user changes",

@@ -279,7 +279,7 @@ class JinjaTemplate:
         return environment.from_string(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_compiled"}
+        return {key: value for key, value in vars(self).items() if key != "_compiled"}
 
 
 class _Generation(Extension):
