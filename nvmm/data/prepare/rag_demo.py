@@ -88,7 +88,7 @@ def _shards(
     """Write the shards of training, as the commands of tools/shard.py make them of such files."""
     left_out: list[str] = []
     pieces = [piece for page in pages for piece in python_api.pieces(page)]
-    texts = [
+    texts: list[dict[str, bytes | str]] = [
         {"__key__": f"{number:06d}", "txt": piece.encode()} for number, piece in enumerate(pieces)
     ]
     write_shards(folder / "text", "train", texts)
