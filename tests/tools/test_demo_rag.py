@@ -81,7 +81,7 @@ def documentation(folder: Path, modules: int = 4, functions: int = 3) -> Path:
         )
         (folder / "library" / f"mod{module}.rst.txt").write_text(text)
     (folder / "faq" / "small.rst.txt").write_text(FAQ)
-    (folder / "tutorial" / "intro.rst.txt").write_text("Text of it.\n\n" * 300)
+    (folder / "tutorial" / "intro.rst.txt").write_text("Text of it.\n\n" * 3000)
     (folder / "glossary.rst.txt").write_text(GLOSSARY)
     return folder
 
@@ -266,7 +266,7 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
     script = tmp_path / "small.py"
     script.write_text(
         "from nvmm.data.prepare import rag_demo\n"
-        "small = rag_demo.Amounts(0.3, documents=20, questions=8, unanswerable=2)\n"
+        "small = rag_demo.Amounts(0.3, documents=30, questions=8, unanswerable=2)\n"
         "build = rag_demo.build\n"
         "rag_demo.build = lambda folder, source: build(folder, source, small)\n"
         "from tools import demo_rag\n"
