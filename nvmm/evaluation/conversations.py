@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+from nvmm.data.prepare.conversations import PASSAGE, check_passage
 from nvmm.evaluation.arithmetic import convfinqa_accuracy
 from nvmm.evaluation.benchmark import Metric, Prediction, Result, summarize, table
 from nvmm.evaluation.items import Item, Items, Listed, TextBenchmark, read_records
@@ -63,6 +64,8 @@ class Conversations(TextBenchmark):
         only: names of the sets to ask; None: all of them.
         exclude: kinds that the second average leaves out.
         num_messages: the last so many messages are asked; None: all.
+        passage: the words of a passage of `ctxs`, with {title} and {text}, as the released scripts
+            have them; the text alone stands for one without a title.
         refusals: phrases that make an answer a refusal.
         max_new_tokens: tokens of the longest answer.
         name: name of the output directory.
@@ -74,11 +77,15 @@ class Conversations(TextBenchmark):
     only: Sequence[str] | None = None
     exclude: Sequence[str] = ("hybridial",)
     num_messages: int | None = 7
+    passage: str = PASSAGE
     refusals: Sequence[str] = REFUSALS
     max_new_tokens: int = 128
     name: str = "chatrag"
     builder: Mapping[str, Any] = field(default_factory=dict)
     _not_retrieved: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_passage(self.passage)
 
     @property
     def where(self) -> str:
@@ -108,7 +115,7 @@ class Conversations(TextBenchmark):
         answers = _answers(record, source)
         if asked.drop_refusal:
             answers = [answer for answer in answers if answer != UNANSWERABLE]
-        conversation = contract(record, source, asked, self.num_messages)
+        conversation = contract(record, source, asked, self.num_messages, self.passage)
         metric: Metric = partial(_f1, self.refusals if asked.unanswerable else ())
         if asked.metric == "convfinqa":
             executed = record.get("exe_answer")
@@ -160,7 +167,11 @@ def _f1(refusals: Sequence[str], *, prediction: str, answers: Sequence[str]) -> 
 
 
 def contract(
-    record: Mapping[str, Any], source: str, asked: ConversationSet, num_messages: int | None = None
+    record: Mapping[str, Any],
+    source: str,
+    asked: ConversationSet,
+    num_messages: int | None = None,
+    passage: str = PASSAGE,
 ) -> dict[str, Any]:
     """Return a record of ChatRAG Bench as a conversation with contexts that a form of ours reads.
 
@@ -177,15 +188,27 @@ def contract(
     contexts = record.get("contexts")
     if contexts is None:
         contexts = record.get("ctxs") or []
-        if not all(isinstance(c, Mapping) and isinstance(c.get("text"), str) for c in contexts):
+        if not isinstance(contexts, list) or not all(map(_is_passage, contexts)):
             raise ValueError(f"{source}: ctxs must be a list of objects with a text")
-        contexts = [context["text"] for context in contexts]
+        contexts = [
+            context["text"] if context.get("title") is None else passage.format_map(context)
+            for context in contexts
+        ]
+    if not isinstance(contexts, list):
+        raise ValueError(f"{source}: contexts must be a list, got {contexts!r}")
     if asked.instruction and asked.latest:
         messages[-1]["content"] = f"{asked.instruction} {messages[-1]['content']}"
     found: dict[str, Any] = {"messages": messages, "contexts": contexts[: asked.num_contexts]}
     if asked.instruction and not asked.latest:
         found["instruction"] = asked.instruction
     return found
+
+
+def _is_passage(value: Any) -> bool:
+    """Return whether it has a text, and a title that is one or missing."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
+        return False
+    return isinstance(value.get("title"), str | None)
 
 
 def _latest(record: Mapping[str, Any]) -> str:

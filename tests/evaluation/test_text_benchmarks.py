@@ -118,7 +118,9 @@ def test_the_prompt_of_a_conversation_is_chatqas() -> None:
     record = turn(3, "x")
     asked = ConversationSet(file="", instruction="Be full.", num_contexts=1)
     found = contract(record, "f:1", asked)
-    assert found["instruction"] == "Be full." and found["contexts"] == ["the picture"]
+    assert found["instruction"] == "Be full." and found["contexts"] == [
+        "title: t, source: the picture"
+    ]
     assert found["messages"] == record["messages"]
     latest = contract(record, "f:1", ConversationSet("", "Be brief.", latest=True), 1)
     assert latest["messages"] == [{"role": "user", "content": "Be brief. what is the"}]
@@ -130,6 +132,13 @@ def test_the_prompt_of_a_conversation_is_chatqas() -> None:
             contract(record | bad, "f:1", asked)
     with pytest.raises(ValueError, match="f:1: ctxs must be a list of objects"):
         contract(record | {"ctxs": ["x"]}, "f:1", asked)
+    for odd in ({"ctxs": 7}, {"ctxs": [{"text": "x", "title": 7}]}, {"contexts": {"a": 1}}):
+        with pytest.raises(ValueError, match=r"f:1: (ctxs|contexts) must be a list"):
+            contract(record | odd, "f:1", asked)
+    bare = contract(record | {"ctxs": [{"text": "x {y}"}]}, "f:1", asked, passage="{title}: {text}")
+    assert bare["contexts"] == ["x {y}"]
+    with pytest.raises(ValueError, match=r"must have \{title\} and \{text\}, and no"):
+        Conversations("", {}, passage="{text}")
 
 
 def test_refusals_and_golds_of_a_set() -> None:

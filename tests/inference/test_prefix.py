@@ -67,18 +67,23 @@ def both(rank: int, world: int, init: str, tp: int, pp: int) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[Any, Any]:
+    """What one rank finds."""
+    found: dict[Any, Any] = run_ranks(both, 1, 1, 1)[0]
+    return found
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
-def test_a_shared_prefix_changes_nothing(tp: int, pp: int) -> None:
-    alone = run_ranks(both, 1, 1, 1)[0] if (tp, pp) != (1, 1) else None
-    for found in run_ranks(both, tp * pp, tp, pp):
+def test_a_shared_prefix_changes_nothing(alone: dict[Any, Any], tp: int, pp: int) -> None:
+    for found in run_ranks(both, tp * pp, tp, pp) if tp * pp > 1 else [alone]:
         for name in ("shared", "apart", "one"):
             plain, shared = found[name, False], found[name, True]
             torch.testing.assert_close(
                 torch.tensor(shared[0]), torch.tensor(plain[0]), rtol=0, atol=1e-12
             )
             assert shared[1] == plain[1]
-            if alone is not None:
-                assert shared[1] == alone[name, False][1]
+            assert shared[1] == alone[name, False][1]
         # 4 rows of 11 columns; with the prefix of 5 once and 4 rows of 6.
         assert found["shared", False][2] == 44
         assert found["shared", True][2] == 5 + 4 * 6

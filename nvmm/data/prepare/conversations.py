@@ -108,12 +108,7 @@ def chatrag(
     """
     if num_contexts < 1:
         raise ValueError(f"num_contexts={num_contexts} must be at least 1")
-    try:
-        written = passage.format(title="\0", text="\1")
-    except (LookupError, ValueError):
-        written = ""
-    if not {"\0", "\1"} <= set(written):
-        raise ValueError(f"passage={passage!r} must have {{title}} and {{text}}, and no other")
+    check_passage(passage)
 
     def make(item: Mapping[str, Any]) -> list[Record]:
         key = "ground_truth_ctx" if gold else "ctxs"
@@ -127,6 +122,16 @@ def chatrag(
         return [record(_listed(item.get("messages")), _written(answers), contexts)]
 
     return _each(enumerate(items, 1), make, skip)
+
+
+def check_passage(form: str) -> None:
+    """Raise ValueError for words of a passage that are not around {title} and {text}."""
+    try:
+        written = form.format(title="\0", text="\1")
+    except (LookupError, ValueError):
+        written = ""
+    if not {"\0", "\1"} <= set(written):
+        raise ValueError(f"passage={form!r} must have {{title}} and {{text}}, and no other")
 
 
 def _passage(ctx: Any, form: str) -> str:
