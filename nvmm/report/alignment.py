@@ -9,7 +9,7 @@ from html import escape
 from nvmm.report.charts import Series, figure, legend, line_chart
 from nvmm.report.study import Table, document, score_table
 
-_STYLE = """
+ANSWERS_STYLE = """
 .said { display: grid; gap: 6px 12px; grid-template-columns: 60px 1fr; align-items: start; }
 .said b { font-weight: 600; font-size: 13px; }
 .said pre { margin: 0; padding: 4px 8px; border-left: 3px solid var(--bad); white-space: pre-wrap; }
@@ -57,36 +57,38 @@ def page(
 ) -> str:
     """Return the page."""
     likelihoods = [
-        _chart(f"Log-probabilities, {stage}", sides, "log-probability of an answer")
+        chart(f"Log-probabilities, {stage}", sides, "log-probability of an answer")
         for stage, sides in curves.likelihoods.items()
     ]
     losses = [
-        _chart(f"Loss, {stage}", {"loss": points}, "loss")
-        for stage, points in curves.losses.items()
+        chart(f"Loss, {stage}", {"loss": points}, "loss") for stage, points in curves.losses.items()
     ]
     sections = {
         "Scores": "".join(map(score_table, tables)),
-        "Chosen and rejected answers": _charts(likelihoods),
-        "Losses": _charts(losses),
-        "Answers": "".join(map(_card, examples)),
+        "Chosen and rejected answers": charts(likelihoods),
+        "Losses": charts(losses),
+        "Answers": "".join(map(answer_card, examples)),
     }
     shown = {name: content for name, content in sections.items() if content}
-    return document(title, "alignment", notes, shown, _STYLE)
+    return document(title, "alignment", notes, shown, ANSWERS_STYLE)
 
 
-def _charts(charts: Sequence[str]) -> str:
-    drawn = "".join(charts)
+def charts(some: Sequence[str]) -> str:
+    """Return charts side by side, "" where none is drawn."""
+    drawn = "".join(some)
     return f"<div class=charts>{drawn}</div>" if drawn else ""
 
 
-def _chart(title: str, lines: Mapping[str, Points], label: str) -> str:
+def chart(title: str, lines: Mapping[str, Points], label: str) -> str:
+    """Return a chart of lines by their names, "" without points."""
     series = [Series(name, points, number) for number, (name, points) in enumerate(lines.items())]
-    chart = line_chart(series, label=label)
+    drawn = line_chart(series, label=label)
     above = legend(series) if len(series) > 1 else ""
-    return figure(title, above + chart) if chart else ""
+    return figure(title, above + drawn) if drawn else ""
 
 
-def _card(example: Example) -> str:
+def answer_card(example: Example) -> str:
+    """Return a prompt with its answers; those that are right are marked."""
     said = "".join(
         f"<b>{escape(stage)}</b><pre class={'right' if answer.right else 'wrong'}>"
         f"{escape(answer.text) or '(nothing)'}</pre>"

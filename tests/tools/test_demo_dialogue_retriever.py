@@ -12,6 +12,7 @@ import pytest
 
 from nvmm.config.check import check, to_plain
 from nvmm.config.compose import argument, composed
+from nvmm.data.prepare.packages import SOURCES
 from nvmm.jobs import encode
 from tests.data.prepare.test_python_faq import FAQ
 from tools import demo_dialogue_retriever as demo
@@ -21,8 +22,8 @@ from tools import demo_dialogue_retriever as demo
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo's files of a small FAQ, in the place of the unpacked package."""
     folder = tmp_path / "data"
-    (folder / "package" / demo.SOURCES / "faq").mkdir(parents=True)
-    (folder / "package" / demo.SOURCES / "faq" / "small.rst.txt").write_text(FAQ)
+    (folder / "package" / SOURCES / "faq").mkdir(parents=True)
+    (folder / "package" / SOURCES / "faq" / "small.rst.txt").write_text(FAQ)
     monkeypatch.setattr(demo, "DATA", folder)
     demo.build(folder, None)
     return folder
