@@ -52,7 +52,7 @@ setup(
             "sentencepiece",
         ],  # reads *.model where there is no other tokenizer
         "remote": ["aiohttp", "s3fs"],  # shards in S3 and behind HTTP; gcsfs, adlfs ... likewise
-        "audio": ["soundfile"],
+        "audio": ["soundfile", "soxr"],
         "tables": ["pyarrow"],  # tools/shard.py parquet, hf
         "jobs": ["faiss-cpu", "pyarrow"],
         "synth": ["datasketch", "jinja2", "openai", "pydantic"],  # job=synthesise, with `jobs`
@@ -84,6 +84,7 @@ setup(
             "s3fs",
             "sentencepiece",
             "soundfile",
+            "soxr",
         ],
     },
 )

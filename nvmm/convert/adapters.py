@@ -26,7 +26,7 @@ from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
 log = logging.getLogger("nvmm")
 _WITHOUT_HEAD = (
-    *("internvit", "clip", "siglip", "whisper", "nvlm_d"),
+    *("internvit", "clip", "siglip", "whisper", "clap", "nvlm_d"),
     *("nv_embed", "mm_embed", "bert"),
 )
 _BLOCK = 4_194_304  # elements merged at a time

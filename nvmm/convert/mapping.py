@@ -7,7 +7,7 @@ names and shapes of any model are checked without its bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -228,6 +228,16 @@ class Unused(Drop):
 
     shape: tuple[int, ...]
     value: float
+
+
+@dataclass(frozen=True)
+class Constant(Drop):
+    """A tensor of theirs that follows from the config alone, such as an index; it may be there.
+
+    make: gives it, in its own dtype.
+    """
+
+    make: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ def processor(
     pad: the colour that images were filled up to a square with (data.train.build.pad). Transformers
     has it for LLaVA alone, with the mean colour: ValueError for another one.
     """
+    if "depths" in model:
+        # CLAP's front end is a choice of the data, which a checkpoint of an encoder lacks.
+        return None
     if "num_mel_bins" in model:
         positions = whole(model)["max_source_positions"]
         return {

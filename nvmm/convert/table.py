@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nvmm.convert.mapping import GatedMLP, PadVocabulary, Rename, Row, Tied, Unused
+from nvmm.convert.mapping import Constant, GatedMLP, PadVocabulary, Rename, Row, Tied, Unused
 from nvmm.convert.sources import Source, read, refuse
 
 
@@ -100,9 +100,11 @@ class ToTheirs:
 
     def __init__(self, source: Source, rows: Sequence[Row]) -> None:
         unused = {row.theirs[0]: row.mapping for row in rows if isinstance(row.mapping, Unused)}
+        constants = {r.theirs[0]: r.mapping.make for r in rows if isinstance(r.mapping, Constant)}
         rows = [row for row in rows if row.ours is not None]
         self.source = source
         self.unused = unused
+        self.constants = constants
         self.rows = {name: (row, i) for row in rows for i, name in enumerate(row.theirs)}
         self._last: tuple[str | None, list[Tensor]] = (None, [])
         ours = [row.ours for row in rows if row.ours is not None]
@@ -127,9 +129,13 @@ class ToTheirs:
         dtype = next(iter(self.spec.values())).dtype
         for name, mapping in unused.items():
             self.spec[name] = torch.empty(mapping.shape, dtype=dtype, device="meta")
+        self.spec |= {name: make().to("meta") for name, make in constants.items()}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield one tensor of theirs."""
+        if name in self.constants:
+            yield self.constants[name]()
+            return
         if name in self.unused:
             mapping = self.unused[name]
             yield torch.full(mapping.shape, mapping.value, dtype=self.spec[name].dtype)

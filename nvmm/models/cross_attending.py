@@ -67,6 +67,7 @@ class CrossAttendingModel(MultimodalModel):
                 "parallel.variable_seq_lengths=false must be true with cross-attention: what a"
                 " stage sends depends on the micro-batch's number of tiles"
             )
+        self.feature_size = cross_attention.kv_size
         super().__init__(
             functools.partial(language, cross_attention=cross_attention),
             vision,
@@ -74,13 +75,23 @@ class CrossAttendingModel(MultimodalModel):
             encoders,
             chunk=chunk,
         )
+        width = cross_attention.kv_size or 0
+        if width > self.config.hidden_size:
+            raise ValueError(
+                f"model.cross_attention.kv_size={width} must be at most the decoder's hidden_size="
+                f"{self.config.hidden_size}: stages send media and hidden states in one width"
+            )
         self.cross_attention = cross_attention
         self.received: Tensor | None = None
 
     @property
     def reads(self) -> frozenset[MediaKind]:
-        """Every modality that has an encoder, in the sequence or attended."""
-        return super().reads | {MediaKind(modality, ATTENDED) for modality in self.modalities}
+        """Every modality that has an encoder, in the sequence or attended.
+
+        Features of a width of their own (cross_attention.kv_size) are attended alone.
+        """
+        placed = frozenset() if self.feature_size else super().reads
+        return placed | {MediaKind(modality, ATTENDED) for modality in self.modalities}
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Receive the previous stage's hidden states with the media behind them."""
@@ -135,8 +146,8 @@ class CrossAttendingModel(MultimodalModel):
             same_modality = [kind for kind in kinds if kind.modality == modality]
             # Placed tiles first: the sums of a batch's gradients depend on the order.
             same_modality.sort(key=lambda kind: kind.placement == ATTENDED)
-            tiles = [kinds[kind].values for kind in same_modality]
-            encoded = self.encode(modality, torch.cat(tiles)).split([len(t) for t in tiles])
+            media = [kinds[kind] for kind in same_modality]
+            encoded = self.encode(modality, media).split([len(m.values) for m in media])
             features |= dict(zip(same_modality, encoded, strict=True))
         # 2. words, and placed features among them: [s, b, h]
         placed = {kind: media for kind, media in kinds.items() if kind.placement != ATTENDED}
@@ -163,8 +174,16 @@ class CrossAttendingModel(MultimodalModel):
                 f" tokens, the batch has {n} attended tiles x {length}; the builder's"
                 " tokens_per_tile must be the model's (grid / downsample)^2"
             )
+        # Features of another width travel in the hidden states' width, with zeros behind.
+        missing = self.config.hidden_size - features.shape[2]
+        features = torch.nn.functional.pad(features, (0, missing)) if missing else features
         if media.tag_ids is None or media.tag_ids.numel() == 0:
             return features.flatten(0, 1)
+        if self.feature_size:
+            raise ValueError(
+                f"model.cross_attention.kv_size={self.feature_size} must be null with tags among"
+                " the keys, which have the decoder's width"
+            )
         tags = self.language.embed(media.tag_ids[media.tag_ids >= 0][None])[:, 0]
         return behind_tags(features, tags, media)
 
@@ -235,6 +254,7 @@ class CrossAttendingModel(MultimodalModel):
         flops["language"] = self.language.count_flops(batch, language) + cross_attention_flops(
             num_blocks=sum(map(self.cross_attention.is_at, range(self.config.num_layers))),
             hidden_size=self.config.hidden_size,
+            kv_size=self.feature_size,
             num_attention_heads=heads,
             num_query_groups=groups,
             kv_channels=width,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class MultimodalModel(MegatronModule):
     """
 
     extras: frozenset[str] = frozenset()
+    feature_size: int | None = None
+    """Width that connectors give out; None for the language model's."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class MultimodalModel(MegatronModule):
                 setattr(self, first, encoder)
                 sizes = {
                     "input_size": encoder.config.hidden_size,
-                    "output_size": self.config.hidden_size,
+                    "output_size": self.feature_size or self.config.hidden_size,
                 }
                 setattr(self, second, build_connector(**sizes, chunk=chunk))
         # mcore's schedules and gradient finalisation read these from a model.
@@ -117,14 +119,15 @@ class MultimodalModel(MegatronModule):
         flops = dict.fromkeys(self.modalities, 0.0)
         reached = False
         for modality, (encoder, connector) in self.encoders.items():
-            values = [m.values for kind, m in batch.media.items() if kind.modality == modality]
-            for tiles in values:
+            for media in [m for kind, m in batch.media.items() if kind.modality == modality]:
+                tiles = media.values
                 if not len(tiles):
                     continue
                 training = training_of(encoder, behind=False)
                 flops[modality] += encoder.flops(tiles, training)
                 training = training_of(connector, behind=training != "frozen")
-                flops[modality] += connector.flops(len(tiles), encoder.grid(tiles), training)
+                more = _items_for(connector, [media])
+                flops[modality] += connector.flops(len(tiles), encoder.grid(tiles), training, *more)
                 reached |= training != "frozen"
         return flops, reached
 
@@ -164,7 +167,7 @@ class MultimodalModel(MegatronModule):
         """Embed the words, with the media at their placeholders: [s, b, h]; first stage only."""
         batch.require(self.reads, f"model._target_={type(self).__name__}")
         placed = {kind: media for kind, media in batch.media.items() if len(media.positions)}
-        features = {kind: self.encode(kind.modality, m.values) for kind, m in placed.items()}
+        features = {kind: self.encode(kind.modality, [m]) for kind, m in placed.items()}
         return self.place(batch, placed, features)
 
     def place(
@@ -190,10 +193,13 @@ class MultimodalModel(MegatronModule):
                 hidden = self._idle(hidden, modality)
         return hidden
 
-    def encode(self, modality: str, tiles: Tensor) -> Tensor:
-        """Encode, shuffle and project tiles [n, ...] to features [n, tokens, h]."""
+    def encode(self, modality: str, media: Sequence[Media]) -> Tensor:
+        """Encode, shuffle and project the tiles of all `media` to features [n, tokens, h]."""
         encoder, connector = self.encoders[modality]
-        return connector(encoder(tiles), encoder.grid(tiles))
+        tiles = torch.cat([m.values for m in media])
+        features: Tensor = encoder(tiles)
+        out: Tensor = connector(features, encoder.grid(tiles), *_items_for(connector, media))
+        return out
 
     def _idle(self, hidden: Tensor, modality: str) -> Tensor:
         """Return `hidden`, tied to the idle parameters where mcore waits for a gradient of each.
@@ -223,6 +229,13 @@ def _names(modality: str) -> tuple[str, str]:
     if modality == "image":
         return "vision", "connector"
     return modality, f"{modality}_connector"
+
+
+def _items_for(connector: Any, media: Sequence[Media]) -> list[Tensor]:
+    """Return [text, item and place of each tile, int64 [3, n]] where a connector reads them."""
+    if not getattr(connector, "reads_items", False):
+        return []
+    return [torch.cat([torch.stack([m.texts, m.items, m.tiles]) for m in media], dim=1)]
 
 
 def _is_trained(module: torch.nn.Module) -> bool:

@@ -53,6 +53,7 @@ class CrossAttention:
         qk_norm: normalise queries and keys head by head. Products are scaled by 1 / sqrt(width),
             whatever the decoder's softmax_scale.
         kv_norm: normalise the media features first.
+        kv_size: width of the media features; None for the decoder's.
         bias: biases of all the block's linears.
         text_sees: the images that ordinary text sees, see `nvmm.modules.spans.query_spans`.
     """
@@ -68,6 +69,7 @@ class CrossAttention:
     ffn_hidden_size: int | None = None
     qk_norm: bool = False
     kv_norm: bool = False
+    kv_size: int | None = None
     bias: bool = False
     text_sees: TextSees = "preceding"
 
@@ -170,7 +172,8 @@ class GatedCrossAttention(MegatronModule):
         norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
         eps, hidden = config.layernorm_epsilon, config.hidden_size
         self.input_norm = norm(config, hidden, eps)
-        self.kv_norm = norm(config, hidden, eps) if options.kv_norm else None
+        self.kv_size = options.kv_size or hidden
+        self.kv_norm = norm(config, self.kv_size, eps) if options.kv_norm else None
         linear: dict[str, Any] = {
             "config": config,
             "bias": options.bias,
@@ -181,7 +184,7 @@ class GatedCrossAttention(MegatronModule):
         column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
         split_output = linear | {"init_method": config.init_method, "gather_output": False}
         self.linear_q = column(hidden, heads * width, **split_output)
-        self.linear_kv = column(hidden, 2 * groups * width, **split_output)
+        self.linear_kv = column(self.kv_size, 2 * groups * width, **split_output)
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             # Not q_layernorm: mcore sums over TP whatever has that name, by another part's flag.
@@ -298,6 +301,7 @@ class GatedCrossAttention(MegatronModule):
         name = f"cross_attention.{self.layer_number}"
         if media is None:
             return None if memory is None else memory.get(name)
+        media = media[..., : self.kv_size]
         if self.kv_norm is not None:
             media = self.kv_norm(media)
         both, _ = self.linear_kv(media)

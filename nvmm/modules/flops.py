@@ -143,6 +143,7 @@ def cross_attention_flops(
     *,
     num_blocks: int,
     hidden_size: int,
+    kv_size: int | None = None,
     num_attention_heads: int,
     num_query_groups: int,
     kv_channels: int,
@@ -158,11 +159,13 @@ def cross_attention_flops(
     Args:
         num_queries: positions of the decoder; num_keys: media features and tags that are read.
         num_pairs: (query, key) pairs in which the query sees the key.
+        kv_size: width of what is read; None for hidden_size.
         ffn_hidden_size: of the blocks' own feed-forward part; None for none.
     """
     query, key_value = num_attention_heads * kv_channels, 2 * num_query_groups * kv_channels
     mlp = hidden_size * (ffn_hidden_size or 0) * (3 if gated_linear_unit else 2)
-    linear = hidden_size * ((2 * query + mlp // hidden_size) * num_queries + key_value * num_keys)
+    linear = (2 * query * hidden_size + mlp) * num_queries
+    linear += (kv_size or hidden_size) * key_value * num_keys
     attention = 4.0 * query * num_pairs
     return num_blocks * (
         2.0 * linear * LINEAR_COST[training] + attention * ATTENTION_COST[training]

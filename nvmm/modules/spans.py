@@ -33,7 +33,7 @@ from nvmm.batch import Batch, Media
 from nvmm.config.choices import require
 from nvmm.modules.masks import QUERY_BLOCK, bias_of, made_again
 
-TextSees = Literal["preceding", "last", "nothing"]
+TextSees = Literal["preceding", "last", "nothing", "preceding_or_first"]
 
 
 def key_bounds(media: Media) -> list[int]:
@@ -52,7 +52,8 @@ def query_spans(
     Equal ends mean that it sees none. Tokens of a tile's tag see that tile alone. Other words see
     nothing before the first image of their own text. From an image's last tag on, `text_sees`
     decides: all images so far ("preceding"), the one before the word ("last"), or none ("nothing").
-    Packed neighbours see nothing of each other.
+    With "preceding_or_first" that is all images so far, and words before the first one see it too
+    (Audio Flamingo). Packed neighbours see nothing of each other.
 
     num_following: positions after the row's end to add, as decoding appends them to padded rows.
     Raises ValueError when the tiles are not in the order of their texts and items.
@@ -65,18 +66,21 @@ def query_spans(
     stops = [s + num_following] * b
     if batch.cu_seqlens is not None:
         stops = batch.cu_seqlens[1:].tolist()
+    starts = [0] * b if batch.cu_seqlens is None else batch.cu_seqlens[:-1].tolist()
     text_first, previous = 0, (-1, -1)
     for text, item, tiles in _items(media):
         if (text, item) <= previous:
             raise ValueError(f"attended tiles are not in order: {previous}, then {(text, item)}")
         low, high = bounds[tiles[0][0]], bounds[tiles[-1][0] + 1]
-        if text != previous[0]:
-            text_first = low
-        previous = (text, item)
+        is_first, previous = text != previous[0], (text, item)
         row, end = tiles[0][1], max(tile[3] for tile in tiles)
+        if is_first:
+            text_first = low
+            if text_sees == "preceding_or_first":
+                spans[starts[text] : end, row] = torch.tensor([low, high], dtype=torch.int32)
         # Words behind the image, up to the end of their text; a later image overwrites its part.
         if text_sees != "nothing":
-            first = text_first if text_sees == "preceding" else low
+            first = low if text_sees == "last" else text_first
             spans[end : stops[text], row] = torch.tensor([first, high], dtype=torch.int32)
         for number, _, start, stop in tiles:
             tile_span = torch.tensor(bounds[number : number + 2], dtype=torch.int32)

@@ -266,6 +266,33 @@ _WHISPER = {
 }
 
 
+CLAP: dict[str, Any] = {
+    **{"num_mel_bins": 16, "spec_size": 64, "patch_size": 4, "patch_stride": [4, 4]},
+    **{"patch_embeds_hidden_size": 8, "hidden_size": 16, "depths": [2, 3], "window_size": 4},
+    **{"num_attention_heads": [2, 4], "projection_dim": 12, "num_hidden_layers": 2},
+}
+
+
+def clap(kind: str, folder: Path) -> Any:
+    """Save CLAP's encoder alone, with its projection, or a `whole` one; returns it."""
+    import transformers
+
+    if kind == "whole":
+        text = {k: v for k, v in _TEXT.items() if k != "vocab_size"} | {"vocab_size": 60}
+        config = transformers.ClapConfig(audio_config=CLAP, text_config=text, projection_dim=12)
+        model = transformers.ClapModel(config)
+    else:
+        name = "ClapAudioModel" + ("WithProjection" if kind == "projected" else "")
+        model = getattr(transformers, name)(transformers.ClapAudioConfig(**CLAP))
+    oracle.randomize(model)
+    statistics = getattr(model, "audio_model", model).audio_encoder.batch_norm
+    generator = torch.Generator().manual_seed(8)
+    statistics.running_mean.normal_(generator=generator)
+    statistics.running_var.uniform_(0.5, 2, generator=generator)
+    model.eval().save_pretrained(folder)
+    return model
+
+
 def tower(name: str, folder: Path) -> Any:
     """Save CLIP, SigLIP or Whisper (`_whole`: with its other half); returns Transformers' model."""
     import transformers

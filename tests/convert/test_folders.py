@@ -355,6 +355,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     ],
     "nemotron": [{"model_type": "nemotron"}],
     "internvit": [{"model_type": "intern_vit_6b"}],
+    "clap": [{"model_type": "clap"}, {"model_type": "clap_audio_model"}],
     "clip": [
         {"model_type": "clip", "vision_config": {"hidden_act": act}}
         for act in ("quick_gelu", "gelu", "gelu_pytorch_tanh")

@@ -30,6 +30,8 @@ KINDS = ("clip", "siglip", "whisper")
 
 def media(kind: str) -> Tensor:
     generator = torch.Generator().manual_seed(3)
+    if kind == "clap":
+        return 20 * torch.randn(3, 16, 256, generator=generator) - 30
     if kind == "whisper":
         return torch.randn(3, 7, 22, generator=generator)
     return torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=generator)

@@ -331,7 +331,9 @@ def _block_parameters(config: dict[str, Any], changes: dict[str, Any]) -> int:
     return sum(p.numel() for p in model.decoder.layers[0].cross_attention.parameters())
 
 
-@pytest.mark.parametrize("name", ["nvlm_x_tiny", "nvlm_h_tiny", "xattn_dense_tiny"])
+@pytest.mark.parametrize(
+    "name", ["nvlm_x_tiny", "nvlm_h_tiny", "xattn_dense_tiny", "audio_flamingo_tiny"]
+)
 @pytest.mark.usefixtures("world")
 def test_golden_names(name: str, request: pytest.FixtureRequest) -> None:
     lines = parameter_names(name)

@@ -13,6 +13,7 @@ import torch
 from nvmm.config.nested import merged
 from nvmm.convert.formats import (
     bert,
+    clap,
     clip,
     decoder,
     internvit,
@@ -43,6 +44,7 @@ FORMATS: dict[str, ModuleType | reward.Reward] = {
     "mistral": mistral,
     "nemotron": nemotron,
     "internvit": internvit,
+    "clap": clap,
     "clip": clip,
     "siglip": siglip,
     "whisper": whisper,
@@ -66,6 +68,8 @@ _MODEL_TYPES = {
     "mistral": "mistral",
     "nemotron": "nemotron",
     "intern_vit_6b": "internvit",
+    "clap": "clap",
+    "clap_audio_model": "clap",
     "clip": "clip",
     "clip_vision_model": "clip",
     "siglip": "siglip",

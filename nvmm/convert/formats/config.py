@@ -51,6 +51,20 @@ _VISION_DEFAULTS = {
     "image_std": [0.229, 0.224, 0.225],
 }
 _AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500}
+_HTSAT_DEFAULTS = {
+    "num_mel_bins": 64,
+    "picture": 256,
+    "patch_size": 4,
+    "hidden_size": 96,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [4, 8, 16, 32],
+    "window_size": 8,
+    "ffn_ratio": 4.0,
+    "qkv_bias": True,
+    "layernorm_epsilon": 1e-5,
+    "projection": "clapcap",
+    "projection_size": 1024,
+}
 _CONNECTOR_DEFAULTS = {
     "downsample": 2,
     "hidden_size": None,
@@ -183,6 +197,8 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
         return {**model, **parts, "connector": connector}
+    if "depths" in model:
+        return {**_HTSAT_DEFAULTS, **model}
     if "transformer" not in model:
         return {**_CONNECTOR_DEFAULTS, **model}
     fields = dict(model["transformer"])

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +22,16 @@ from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import MAX_PIXELS, decode_image
 
 IMAGES = ("png", "jpg", "jpeg", "jfif", "webp", "gif", "bmp", "tif", "tiff")
+SOUNDS = ("wav", "flac", "ogg")
 UNREAD_IMAGES = ("heic", "heif", "avif", "jxl", "jp2", "svg", "psd", "ico", "ppm", "pgm", "eps")
 """Extensions of pictures that no decoder reads."""
 PICKLES = frozenset({"pyd", "pickle", "pkl", "pt", "pth", "ten", "npy", "npz"})
 """Extensions that webdataset would unpickle, or whose formats may hold pickles."""
+Channel = Literal["first", "mean", "all"]
+"""The channels of a sound that are read."""
+LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
+"""Samples a second of a sound; the slowest telephone has 8000, the fastest recorder 768,000."""
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,28 @@ def decode_text(data: bytes, source: str, limits: Limits) -> str:
 
 
 def decode_sound(data: bytes, source: str, limits: Limits) -> Sound:
-    """Return the sound of a WAV, FLAC or OGG file.
+    """Return the whole sound of a WAV, FLAC or OGG file, all its channels."""
+    return read_sound(data, source, limits)
 
-    A file that ends early is bad, even where libsndfile would accept it.
+
+def read_sound(
+    data: bytes,
+    source: str,
+    limits: Limits,
+    *,
+    start: float = 0.0,
+    seconds: float = math.inf,
+    channel: Channel = "all",
+) -> Sound:
+    """Return a part of the sound of a WAV, FLAC or OGG file; no other frames are decompressed.
+
+    start, seconds: where the part begins, and the longest that it may be.
+    channel: the first one, the mean of all, or all.
+
+    Memory follows what the file holds, not what its header says. A file that ends early is bad,
+    even where libsndfile would accept it; of a FLAC file that is seen in the part that is read.
+
+    Raises BadSample for a damaged file, and for a rate, length or start outside the limits.
     """
     try:
         import soundfile
@@ -106,17 +132,46 @@ def decode_sound(data: bytes, source: str, limits: Limits) -> Sound:
             if file.format not in ("WAV", "FLAC", "OGG"):
                 raise BadSample(source, f"sound format {file.format}; allowed are WAV, FLAC, OGG")
             frames, rate = file.frames, file.samplerate
+            if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+                raise BadSample(
+                    source,
+                    f"sound of {rate} samples a second; allowed are {LOWEST_RATE} to"
+                    f" {HIGHEST_RATE}",
+                )
             if frames > limits.max_seconds * rate:
                 raise BadSample(
                     source,
                     f"sound of {frames / rate:.0f} s exceeds max_seconds={limits.max_seconds:g}",
                 )
-            values = file.read(dtype="float32", always_2d=True)
+            first = round(start * rate)
+            if start < 0 or first >= max(frames, 1):
+                raise BadSample(
+                    source, f"a sound of {frames / rate:g} s has no part that begins at {start:g} s"
+                )
+            wanted = frames - first if seconds == math.inf else round(seconds * rate)
+            wanted = min(wanted, frames - first)
+            if first:
+                file.seek(first)
+            values = _read_blocks(file, wanted, channel)
     except soundfile.LibsndfileError as error:
         raise BadSample(source, f"cannot decode sound ({error})") from error
-    if len(values) < frames or not len(values) or _ends_early(data):
-        raise BadSample(source, f"truncated sound: {len(values)} frames of {frames}")
-    return Sound(torch.from_numpy(values.T.copy()), rate)
+    if values.shape[1] < wanted or not wanted or _ends_early(data):
+        raise BadSample(source, f"truncated sound: {values.shape[1]} frames of {wanted}")
+    return Sound(values, rate)
+
+
+def _read_blocks(file: Any, wanted: int, channel: Channel) -> Tensor:
+    """Return up to `wanted` frames as [channels, n], read block by block."""
+    blocks = []
+    while wanted > 0:
+        block = file.read(min(wanted, _BLOCK), dtype="float32", always_2d=True)
+        if not len(block):
+            break
+        wanted -= len(block)
+        if channel == "mean":
+            block = block.mean(axis=1, keepdims=True)
+        blocks.append(torch.from_numpy(block[:, :1] if channel == "first" else block).T.clone())
+    return torch.cat(blocks, dim=1) if blocks else torch.zeros(file.channels, 0)
 
 
 def _ends_early(data: bytes) -> bool:
@@ -138,7 +193,7 @@ DECODERS: dict[str, Callable[[bytes, str, Limits], Any]] = {
             data, source=source, max_pixels=limits.max_pixels
         ),
     ),
-    **dict.fromkeys(("wav", "flac", "ogg"), decode_sound),
+    **dict.fromkeys(SOUNDS, decode_sound),
     "json": decode_json,
     **dict.fromkeys(("txt", "text", "caption"), decode_text),
 }

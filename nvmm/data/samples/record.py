@@ -15,11 +15,15 @@ from PIL import Image
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.decode import (
     IMAGES,
+    SOUNDS,
     UNREAD_IMAGES,
+    Channel,
     Limits,
+    Sound,
     check_extension,
     decode,
     naming,
+    read_sound,
 )
 from nvmm.data.samples.images import Size, read_size
 
@@ -223,6 +227,24 @@ class Record:
         if not isinstance(value, Image.Image):
             raise self.bad(f"the picture {member!r} of {name} is no picture")
         return value, self._members[member]
+
+    def sound(self, name: str, member: Any, start: Any, heard: float, channel: Channel) -> Sound:
+        """Return a part of the sound of a member that the record names.
+
+        name: the field that names it, for messages. start: the second where the part begins.
+        heard: the most seconds of it.
+        """
+        if not isinstance(member, str) or member not in self._members:
+            raise self.bad(f"the sound {member!r} of {name} is no member of the sample")
+        if member.rpartition(".")[2] not in SOUNDS:
+            raise self.bad(f"the sound {member!r} of {name} is none of {', '.join(SOUNDS)}")
+        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1e9:
+            raise self.bad(f"start {start!r} of {name} must be a number of seconds from 0 on")
+        with naming(member):
+            data = self._members[member]
+            return read_sound(
+                data, self.source, self._limits, start=start, seconds=heard, channel=channel
+            )
 
     def first_image(self) -> Image.Image | None:
         """Return the first of `images()` alone, None where the sample has none."""

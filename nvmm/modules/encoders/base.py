@@ -14,14 +14,104 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nvmm.modules.dense import empty as empty
 from nvmm.modules.encoders.layers import EncoderAttention, EncoderLayer, QKNorm, padded_heads
 from nvmm.modules.flops import Training, encoder_flops, sizes
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel.groups import encoder_groups
-from nvmm.parallel.setup import Chunk, default_device
+from nvmm.parallel.setup import Chunk
 
 
-class Encoder(MegatronModule):
+class MediaEncoder(MegatronModule):
+    """A part that turns media into features in front of the language model.
+
+    It is split over tensor-parallel ranks, or whole on each of them: then each encodes a share of
+    the media, and its parameters, marked `sum_gradients_over_tensor_parallel`, get partial
+    gradients. Where no parameter is trained it runs without autograd.
+
+    A subclass builds its layers, calls `mark_replicated`, and gives `encode`, `grid`, `blank` and
+    `flops`.
+
+    Args:
+        config: its hidden_size is the features' width.
+        chunk: which part of the model this rank builds.
+        whole: whether ranks hold it whole whatever `parallel.encoder` says.
+    """
+
+    def __init__(self, config: TransformerConfig, chunk: Chunk, *, whole: bool = False) -> None:
+        super().__init__(config=config)
+        self.groups = encoder_groups(chunk.parallel)
+        self.tp_group = self.groups.tp
+        self.model_tp_group = parallel_state.get_tensor_model_parallel_group()
+        size = self.model_tp_group.size()
+        self.is_replicated = size > 1 if whole else self.tp_group.size() < size
+
+    def mark_replicated(self) -> None:
+        """Tell the gradients' reduction about parameters that are whole on every rank."""
+        if not self.is_replicated:
+            return
+        for parameter in self.parameters():
+            # mcore marks its linears as split even in a group of one.
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+            parameter.sum_gradients_over_tensor_parallel = True  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def encode(self, media: Tensor) -> Tensor:
+        """Encode media [n, ...] to features [n, tokens, hidden_size], without thought of TP."""
+
+    @abstractmethod
+    def grid(self, media: Tensor) -> tuple[int, int]:
+        """Return rows and columns of the features that media [n, ...] of this shape get."""
+
+    @abstractmethod
+    def blank(self, device: torch.device) -> Tensor:
+        """Return one blank input [1, ...], for encoders that are idle in a micro-batch."""
+
+    @abstractmethod
+    def flops(self, media: Tensor, training: Training) -> float:
+        """Count matrix-multiply FLOPs of media [n, ...], forward and the backward of `training`."""
+
+    def forward(self, media: Tensor) -> Tensor:
+        """Encode media [n, ...], n > 0, the same on every tensor-parallel rank.
+
+        Returns: [n, tokens, hidden_size] on every tensor-parallel rank.
+        """
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            if not self.is_replicated:
+                return self.encode(media)
+            features = self.encode(self._share(media))
+            # The connector's input gradient is whole on every rank: backward takes a part of it.
+            gathered = tensor_parallel.gather_from_sequence_parallel_region(
+                features, tensor_parallel_output_grad=False, group=self.model_tp_group
+            )
+            return gathered[: media.shape[0]]
+
+    def _share(self, media: Tensor) -> Tensor:
+        """Return this rank's media, as many on every rank; zeros fill up the last shares."""
+        size, rank = self.model_tp_group.size(), self.model_tp_group.rank()
+        count = -(-media.shape[0] // size)
+        share = media[rank * count : (rank + 1) * count]
+        missing = count - share.shape[0]
+        return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return mcore's; a replicated encoder's entries name their true tensor-parallel rank."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.is_replicated:
+            # Built in a group of one, every rank would claim to be the one that saves.
+            rank = self.model_tp_group.rank()
+            for entry in state.values():
+                entry.replica_id = (*entry.replica_id[:-2], rank, entry.replica_id[-1])
+        return state
+
+
+class Encoder(MediaEncoder):
     """A bidirectional pre-norm encoder in front of the language model.
 
     `parallel.encoder=replicated` keeps it whole on every tensor-parallel rank: each encodes a share
@@ -56,11 +146,7 @@ class Encoder(MegatronModule):
         chunk: Chunk,
     ) -> None:
         config, num_heads = _config(transformer, part, chunk)
-        super().__init__(config=config)
-        groups = encoder_groups(chunk.parallel)
-        self.tp_group = groups.tp
-        self.model_tp_group = parallel_state.get_tensor_model_parallel_group()
-        self.is_replicated = self.tp_group.size() < self.model_tp_group.size()
+        super().__init__(config, chunk)
         self.num_attention_heads = num_heads
         self.input_needs_gradient = chunk.input_needs_gradient
         backend = backend_provider(chunk.backend)
@@ -71,29 +157,8 @@ class Encoder(MegatronModule):
             config,
             block_spec(config, backend, layer),
             post_layer_norm=post_layernorm,
-            pg_collection=groups,
+            pg_collection=self.groups,
         )
-
-    def mark_replicated(self) -> None:
-        """Tell the gradients' reduction about parameters that are whole on every rank."""
-        if not self.is_replicated:
-            return
-        for parameter in self.parameters():
-            # mcore marks its linears as split even in a group of one.
-            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-            parameter.sum_gradients_over_tensor_parallel = True  # type: ignore[attr-defined]
-
-    @abstractmethod
-    def encode(self, media: Tensor) -> Tensor:
-        """Encode media [n, ...] to features [n, tokens, hidden_size], without thought of TP."""
-
-    @abstractmethod
-    def grid(self, media: Tensor) -> tuple[int, int]:
-        """Return rows and columns of the features that media [n, ...] of this shape get."""
-
-    @abstractmethod
-    def blank(self, device: torch.device) -> Tensor:
-        """Return one blank input [1, ...], for encoders that are idle in a micro-batch."""
 
     @abstractmethod
     def front_end_flops(self, media: Tensor) -> float:
@@ -111,30 +176,6 @@ class Encoder(MegatronModule):
             training=training,
         )
 
-    def forward(self, media: Tensor) -> Tensor:
-        """Encode media [n, ...], n > 0, the same on every tensor-parallel rank.
-
-        Returns: [n, tokens, hidden_size] on every tensor-parallel rank.
-        """
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            if not self.is_replicated:
-                return self.encode(media)
-            features = self.encode(self._share(media))
-            # The connector's input gradient is whole on every rank: backward takes a part of it.
-            gathered = tensor_parallel.gather_from_sequence_parallel_region(
-                features, tensor_parallel_output_grad=False, group=self.model_tp_group
-            )
-            return gathered[: media.shape[0]]
-
-    def _share(self, media: Tensor) -> Tensor:
-        """Return this rank's media, as many on every rank; zeros fill up the last shares."""
-        size, rank = self.model_tp_group.size(), self.model_tp_group.rank()
-        count = -(-media.shape[0] // size)
-        share = media[rank * count : (rank + 1) * count]
-        missing = count - share.shape[0]
-        return torch.cat([share, share.new_zeros(missing, *share.shape[1:])]) if missing else share
-
     def transform(self, x: Tensor) -> Tensor:
         """Run the layers on x [n, tokens, hidden_size]; the shape stays."""
         x = x.transpose(0, 1).contiguous()
@@ -142,21 +183,6 @@ class Encoder(MegatronModule):
         if needed and not x.requires_grad:
             x = x.detach().requires_grad_()
         return self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Return mcore's; a replicated encoder's entries name their true tensor-parallel rank."""
-        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.is_replicated:
-            # Built in a group of one, every rank would claim to be the one that saves.
-            rank = self.model_tp_group.rank()
-            for entry in state.values():
-                entry.replica_id = (*entry.replica_id[:-2], rank, entry.replica_id[-1])
-        return state
 
 
 def _config(
@@ -184,8 +210,3 @@ def _config(
         if getattr(config, name) != 0:
             raise ValueError(f"model.{part}.transformer.{name}={getattr(config, name)} must be 0.0")
     return config, num_heads
-
-
-def empty(config: TransformerConfig, *shape: int) -> Tensor:
-    """Return an uninitialised tensor for an encoder's parameter."""
-    return torch.empty(*shape, dtype=config.params_dtype, device=default_device(config))
