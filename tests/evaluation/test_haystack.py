@@ -174,7 +174,13 @@ TASKS: dict[str, RulerTask] = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+SLOW = ("noise", "needles")
+"""Their haystacks are made for every size that is tried, at some seconds each."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in TASKS]
+)
 def test_rulers_questions_have_their_answers_and_length(
     builder: InstructBuilder, book: str, name: str
 ) -> None:
