@@ -22,6 +22,7 @@ setup(
         "braceexpand",
         "fsspec",
         "hydra-core>=1.3,<1.4",
+        "ijson",  # lists of JSON that are larger than memory
         "jinja2>=3.1.6",  # chat templates of tokenizer folders
         "megatron-core==0.16.1",
         "numpy",

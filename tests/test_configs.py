@@ -30,6 +30,12 @@ YAMLS = {
     for path in sorted(config_dir().rglob("*.yaml"))
 }
 STATED = {
+    "job/rag.yaml": "lists what a user changes of a RAG run, with a word on each",
+    "language/llama3_1_8b.yaml": "states all of Llama 3.1's published scaling",
+    "template/jinja.yaml": "lists what a user changes of a template, with a word on each",
+    "form/chatqa.yaml": "lists ChatQA's strings, which a user changes",
+    "form/rankrag_ranking.yaml": "lists RankRAG's strings, which a user changes",
+    "form/rankrag_list_ranking.yaml": "lists RankRAG's strings, which a user changes",
     "data/instruct.yaml": "lists what a user changes of data, with a word on each",
     "optim/adamw.yaml": "lists what a user changes of the optimizer",
     "trainer/default.yaml": "lists what a user changes of the loop",

@@ -30,7 +30,7 @@ _WITHOUT_HEAD = (
     *("nv_embed", "mm_embed", "bert"),
 )
 _BLOCK = 4_194_304  # elements merged at a time
-_STATE = ("config", "tokenizer_digest", "sources", "initialised")
+_STATE = ("config", "tokenizer_digest", "template_digests", "sources", "initialised")
 
 
 class MergedLora:

@@ -161,6 +161,8 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
             )
         build = ((config.get("data") or {}).get("train") or {}).get("build") or {}
         template = _template(build.get("template"), tokenizer)
+        if isinstance(template, JinjaTemplate):
+            template.require_that_of(saved.path, saved.state)
     trained = "sources" not in saved.state or "merged_from" in saved.state
     return Conversation(tokenizer, folder, template, trained, str(build.get("end") or ""))
 

@@ -285,7 +285,14 @@ def rewrite(
     source: Source = sources[0] if len(sources) == 1 else Average(sources)
     state: dict[str, Any] = {
         key: saved[0].state[key]
-        for key in ("config", "tokenizer_digest", "sources", "initialised", "base")
+        for key in (
+            "config",
+            "tokenizer_digest",
+            "template_digests",
+            "sources",
+            "initialised",
+            "base",
+        )
         if key in saved[0].state
     }
     state["rewritten_from"] = [str(entry.path) for entry in saved]

@@ -21,6 +21,7 @@ from nvmm.config.choices import require
 from nvmm.data.order import mixture, sample_ids
 from nvmm.data.order.mixture import Component
 from nvmm.data.order.order import Order, Settings
+from nvmm.data.samples.jinja_template import JinjaTemplate
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest
 from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with
@@ -126,6 +127,17 @@ class Data:
         return {
             component.name: builder_digest(component.dataset.build) for component in self.components
         }
+
+    @cached_property
+    def template_digests(self) -> dict[str, str]:
+        """Data set -> digest of its template's text, where that stands in a file.
+
+        The file is no part of the config, so that a resume compares it by this. No index is opened.
+        """
+        parts = mixture.builders(self.blend or [], self._template, self._options)
+        builders = {**parts, "train": self.train.build}
+        templates = {name: getattr(build, "template", None) for name, build in builders.items()}
+        return {name: t.digest for name, t in templates.items() if isinstance(t, JinjaTemplate)}
 
     def order(
         self,

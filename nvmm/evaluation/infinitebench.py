@@ -60,32 +60,32 @@ class InfiniteBench(TextBenchmark):
 
     def items(self, model: Restored) -> Items:
         """Return the questions of all tasks that are asked."""
-        names = list(self.prompts) if self.only is None else list(self.only)
-        for name in names:
-            if name not in METRICS or name not in self.prompts or name not in self.max_new_tokens:
+        tasks = list(self.prompts) if self.only is None else list(self.only)
+        for task in tasks:
+            if task not in METRICS or task not in self.prompts or task not in self.max_new_tokens:
                 raise ValueError(
-                    f"benchmark.only: {name} is no task with a prompt, max_new_tokens and a metric;"
+                    f"benchmark.only: {task} is no task with a prompt, max_new_tokens and a metric;"
                     f" use some of {', '.join(METRICS)}"
                 )
         records = []
-        for name in names:
-            path = Path(self.folder).expanduser() / f"{name}.jsonl"
+        for task in tasks:
+            path = Path(self.folder).expanduser() / f"{task}.jsonl"
             read = read_records(path, "benchmark.folder")
-            records += [(f"{path}:{number}", name, record) for number, record in enumerate(read)]
+            records += [(f"{path}:{number}", task, record) for number, record in enumerate(read)]
         return Listed(records, self._item)
 
-    def _item(self, source: str, name: str, record: Mapping[str, Any]) -> Item:
-        label = _label(record, source, name)
-        text = _filled(self.prompts[name], _values(record, source, name), source)
-        metric = partial(METRICS[name], label)
+    def _item(self, source: str, task: str, record: Mapping[str, Any]) -> Item:
+        label = _label(record, source, task)
+        text = _filled(self.prompts[task], _values(record, source, task), source)
+        metric = partial(METRICS[task], label)
         answers = [str(part) for part in label] if isinstance(label, list) else [str(label)]
         return Item(
             source,
             str(record.get("id", source)),
-            name,
+            task,
             answers,
             _scored(metric),
-            self.max_new_tokens[name],
+            self.max_new_tokens[task],
             text=text,
             middle=True,
         )

@@ -62,36 +62,36 @@ class LongBench(TextBenchmark):
 
     def items(self, model: Restored) -> Items:
         """Return the questions of all tasks that are asked."""
-        names = list(self.prompts) if self.only is None else list(self.only)
-        for name in names:
-            if name not in METRICS or name not in self.prompts or name not in self.max_new_tokens:
+        tasks = list(self.prompts) if self.only is None else list(self.only)
+        for task in tasks:
+            if task not in METRICS or task not in self.prompts or task not in self.max_new_tokens:
                 raise ValueError(
-                    f"benchmark.only: {name} is no task with a prompt, max_new_tokens and a metric;"
+                    f"benchmark.only: {task} is no task with a prompt, max_new_tokens and a metric;"
                     f" use some of {', '.join(METRICS)}"
                 )
         records = []
-        for name in names:
-            path = Path(self.folder).expanduser() / f"{name}{self.suffix}.jsonl"
+        for task in tasks:
+            path = Path(self.folder).expanduser() / f"{task}{self.suffix}.jsonl"
             read = read_records(path, "benchmark.folder")
-            records += [(f"{path}:{number}", name, record) for number, record in enumerate(read)]
+            records += [(f"{path}:{number}", task, record) for number, record in enumerate(read)]
         # Of all records: this rank does not ask all of them, and some were answered before.
         self._by_length.update((source, _group(record)) for source, _, record in records)
         return Listed(records, self._item)
 
-    def _item(self, source: str, name: str, record: Mapping[str, Any]) -> Item:
+    def _item(self, source: str, task: str, record: Mapping[str, Any]) -> Item:
         texts = [record.get(key) for key in ("context", "input")]
         answers = record.get("answers")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{source}: context and input must be texts")
         if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
             raise ValueError(f"{source}: answers must be a list of texts, got {answers!r}")
-        metric: Metric = METRICS[name]
-        if name in ("trec", "lsht"):
+        metric: Metric = METRICS[task]
+        if task in ("trec", "lsht"):
             classes = record.get("all_classes")
             if not isinstance(classes, list) or not classes:
                 raise ValueError(f"{source}: all_classes must be a list, got {classes!r}")
             metric = partial(classification, classes)
-        if name in _FIRST_LINE:
+        if task in _FIRST_LINE:
             metric = partial(_of_first_line, metric)
         if self.suffix and not isinstance(record.get("length"), int):
             raise ValueError(f"{source}: length must be a number, got {record.get('length')!r}")
@@ -99,17 +99,17 @@ class LongBench(TextBenchmark):
         text = re.sub(
             r"\{(context|input)\}",
             lambda match: str(context if match[1] == "context" else asked),
-            self.prompts[name],
+            self.prompts[task],
         )
         return Item(
             source,
             str(record.get("_id", source)),
-            name,
+            task,
             answers,
             metric,
-            self.max_new_tokens[name],
+            self.max_new_tokens[task],
             text=text,
-            plain=name in _PLAIN,
+            plain=task in _PLAIN,
             middle=True,
         )
 

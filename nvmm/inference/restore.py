@@ -263,6 +263,7 @@ def restore(
     from nvmm.checkpoint.files import find, read_state
     from nvmm.checkpoint.load import load_scales, load_weights
     from nvmm.checkpoint.record import check_files, read_record
+    from nvmm.data.samples.jinja_template import JinjaTemplate
     from nvmm.modules.fp8_scales import Scaling
 
     # 1. Take the saved config with this command's changes, if it is trusted.
@@ -332,6 +333,10 @@ def restore(
         builder = make_builder(tokenizer=words, sequence_length=length)
     except TypeError as error:
         raise ValueError(f"the sample builder does not take its parameters: {error}") from error
+
+    template = getattr(builder, "template", None)
+    if isinstance(template, JinjaTemplate) and "template" not in (build or {}):
+        template.require_that_of(path, state)
 
     # 4. Build the model, frozen, and load its weights.
     sizes = instantiate(layout)

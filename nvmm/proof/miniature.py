@@ -229,6 +229,8 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     heads, groups = _heads(language["transformer"], full, small)
     _shrink_kinds_of_layers(language["transformer"], num_layers)
     _shrink_transformer(language["transformer"], num_layers, heads, groups, small)
+    if isinstance(language.get("rope_scaling"), dict):
+        _shrink_rope(language)
     if "pooling" in language:
         _shrink_pooling(language["pooling"], _at_least_four(small))
     if "vision" not in model:
@@ -260,6 +262,18 @@ def _shrink_kinds_of_layers(transformer: dict[str, Any], num_layers: int) -> Non
             transformer[name] = [*few[:-1], lost.pop()] if lost and num_layers > 1 else few
         elif pattern is not None and name == "no_rope_freq":
             transformer[name] = pattern if num_layers % pattern == 0 else num_layers
+
+
+def _shrink_rope(language: dict[str, Any]) -> None:
+    """Let some rows be longer than the original length, and keep factors for the channels left."""
+    scaling, width = language["rope_scaling"], language["transformer"]["kv_channels"]
+    pairs = int(width * language.get("rotary_percent", 1.0)) // 2
+    if not scaling["_target_"].endswith(".Linear"):
+        scaling["original_max_position_embeddings"] = 12
+    for name in ("short_factor", "long_factor"):
+        if name in scaling:
+            full = scaling[name]
+            scaling[name] = [full[i * len(full) // pairs] for i in range(pairs)]
 
 
 def _attended(config: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,6 +33,7 @@ class SyntheticData:
     """A few steps of synthetic micro-batches behind the loader's interface."""
 
     log_samples = False
+    template_digests: ClassVar[dict[str, str]] = {}
 
     def __init__(self, steps: list[list[Batch]]) -> None:
         self.steps = steps

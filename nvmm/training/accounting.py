@@ -34,6 +34,11 @@ class TrainingData(Protocol):
         ...
 
     @property
+    def template_digests(self) -> Mapping[str, str]:
+        """Digests of the chat templates whose text stands in files, which a resume compares."""
+        ...
+
+    @property
     def sequence_length(self) -> int:
         """Tokens of a full row."""
         ...

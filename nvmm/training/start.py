@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ def start(
     *,
     config: dict[str, Any],
     tokenizer: Digested,
+    templates: Mapping[str, str],
     resume: str,
     init_from: str | None,
     objective: Objective,
@@ -69,6 +70,7 @@ def start(
 
     Args:
         config: the run's; a resume compares it with the checkpoint's.
+        templates: digests of the run's templates whose text stands in files.
         resume: "auto", "never", or the checkpoint or run directory to go on from.
         init_from: the checkpoint whose weights a new run starts from.
         objective: the run's; it knows when another layout changes its loss.
@@ -100,7 +102,7 @@ def start(
     moved = Path(init_from).expanduser() if init_from is not None else None
     damaged: set[Path] = set()
     while True:
-        state, notable = _resumable(path, config, tokenizer, objective, reference)
+        state, notable = _resumable(path, config, tokenizer, templates, objective, reference)
         try:
             # The base's weights come before the run's own, and so do those of the reference, which
             # is the same for all checkpoints of a run.
@@ -134,6 +136,7 @@ def _resumable(
     path: Path,
     config: dict[str, Any],
     tokenizer: Digested,
+    templates: Mapping[str, str],
     objective: Objective,
     reference: Reference | None,
 ) -> tuple[dict[str, Any], list[Change]]:
@@ -149,6 +152,12 @@ def _resumable(
     )
     if not tokenizer.is_of(state["tokenizer_digest"]):
         refused.append(Change("tokenizer (digest)", state["tokenizer_digest"], tokenizer.digest))
+    before = state.get("template_digests") or {}
+    notable += [
+        Change(f"template of {name} (digest)", before[name], templates[name])
+        for name in sorted(before.keys() & templates.keys())
+        if before[name] != templates[name]
+    ]
     if reference is not None:
         # A parameter that was trained and is frozen now has no copy of the value it started from.
         refused += [change for change in notable if change.key == "optim.freeze"]

@@ -239,7 +239,13 @@ def test_a_jinja_template_is_exported_as_it_was_trained(ours: Path, tmp_path: Pa
         target = "nvmm.data.samples.jinja_template.JinjaTemplate"
         build = state["config"]["data"]["train"]["build"]
         build["template"] = {"_target_": target, **options}
-        models.write_state(path, state)
+        names = state["config"]["tokenizer"]
+        words = Tokenizer(str(folder), extra_tokens=names.get("extra_tokens", []))
+        models.write_state(path, state | {"template_digests": {"train": "of another text"}})
+        with pytest.raises(ValueError, match=r"is not the one that .* was trained with"):
+            export(models.open_checkpoint(path), tmp_path / "other", "qwen2")
+        digest = JinjaTemplate(**options).bound(words).digest
+        models.write_state(path, state | {"template_digests": {"train": digest}})
         back = tmp_path / f"back{number}"
         export(models.open_checkpoint(path), back, "qwen2")
         if not options:

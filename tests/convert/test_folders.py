@@ -28,6 +28,7 @@ from tests.convert.test_families import TOKENS, imported, logits
 from tools.convert import main
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+LONG = {k: v for k, v in families.LONG.items() if k != "original_max_position_embeddings"}
 ROPES: list[dict[str, Any]] = [
     {"rope_scaling": {"rope_theta": 500.0}},
     {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 70.0},
@@ -37,6 +38,12 @@ ROPES: list[dict[str, Any]] = [
     {"rope_theta": 70.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
     {"rope_parameters": {"rope_type": "default"}},
     {},
+]
+SCALED: list[dict[str, Any]] = [
+    {"rope_parameters": families.YARN | {"rope_theta": 500.0}},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 2}, "rope_theta": 70.0},
+    # Phi-3's spelling: the original length beside the scaling.
+    {"rope_scaling": LONG, "original_max_position_embeddings": 8},
 ]
 PARTIAL: list[dict[str, Any]] = [
     {"partial_rotary_factor": 0.4},
@@ -62,7 +69,8 @@ def frequencies(kind: str, raw: dict[str, Any]) -> tuple[Tensor, Tensor]:
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "nemotron"])
 def test_rope_is_read_in_every_spelling(kind: str) -> None:
-    for rope in [*ROPES, *(PARTIAL if kind == "nemotron" else [])]:
+    scaled = [rope | {"head_dim": 10} for rope in SCALED]
+    for rope in [*ROPES, *(PARTIAL if kind == "nemotron" else scaled)]:
         ours, theirs = frequencies(kind, {"num_hidden_layers": 1, **rope})
         torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6, msg=f"{kind} {rope}")
 

@@ -180,7 +180,8 @@ def test_rankers_that_cannot_be_exported(
 ) -> None:
     from nvmm.convert.chat_template import conversation
     from nvmm.convert.models import open_checkpoint
-    from nvmm.convert.rankers import Ranker
+    from nvmm.convert.rankers import Ranker, _Difference
+    from nvmm.convert.sources import InMemory, read
     from nvmm.data.samples.contexts import Ranking
 
     saved = open_checkpoint(run)
@@ -188,6 +189,11 @@ def test_rankers_that_cannot_be_exported(
     assert talk is not None
     with pytest.raises(ValueError, match="No way and True must be one token each"):
         Ranker(Ranking(irrelevant="No way")).words(talk)
+    # Of a tied model the rows are those of the word embeddings.
+    weight = torch.arange(448 * 3.0).view(448, 3)
+    for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
+        head = read(_Difference(InMemory({name: weight}), (5, 7)), "head.weight")
+        assert torch.equal(head, weight[7:8] - weight[5:6])
     saved.state["config"]["data"]["train"]["build"]["form"] = None
     with pytest.raises(ValueError, match="was trained without a form that ranks"):
         Ranker.of(saved)

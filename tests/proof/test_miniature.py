@@ -204,6 +204,24 @@ def test_kinds_of_layers_are_kept(windows: Any, positions: Any, expected: Any) -
     assert (transformer["window_attn_skip_freq"], transformer["no_rope_freq"]) == expected
 
 
+@pytest.mark.parametrize("percent", [1.0, 0.5])
+def test_scaled_rows_stay_scaled_and_factors_fit_the_heads(percent: float) -> None:
+    config = full()
+    factors = [1.0 + i for i in range(int(64 * percent))]
+    room = "nvmm.modules.rope_scaling."
+    long = {"_target_": f"{room}LongRoPE", "factor": 4.0, "original_max_position_embeddings": 4096}
+    config["model"]["language"] |= {
+        "rotary_percent": percent,
+        "rope_scaling": long | {"short_factor": factors, "long_factor": factors},
+    }
+    scaling = miniature(config).config["model"]["language"]["rope_scaling"]
+    assert scaling["original_max_position_embeddings"] == 12
+    assert scaling["long_factor"] == factors[::8] and len(factors[::8]) == 16 * percent // 2
+    linear = {"_target_": f"{room}Linear", "factor": 4.0}
+    config["model"]["language"]["rope_scaling"] = linear
+    assert miniature(config).config["model"]["language"]["rope_scaling"] == linear
+
+
 def test_changes_are_listed_and_the_rest_is_kept() -> None:
     made = small(**TP8)
     assert "model.language.transformer.num_layers: 80 -> 4" in made.changes

@@ -376,7 +376,8 @@ def test_init_from_gives_the_masters_too(tmp_path: Path, dtype: str) -> None:
 
 
 def test_a_resume_says_that_another_layout_changes_the_loss(tmp_path: Path) -> None:
-    """Where the objective compares samples with each other and not all of the batch's."""
+    """Where the objective compares samples with each other and not all of the batch's; and that
+    a template's file has another text."""
     options = {"hook": _compare_a_ranks_samples}
     run_ranks(_fit, 1, tmp_path, 1, {}, options)
     message = (
@@ -384,13 +385,17 @@ def test_a_resume_says_that_another_layout_changes_the_loss(tmp_path: Path) -> N
     )
     messages = run_ranks(_fit, 2, tmp_path, 2, {}, options)[0]["messages"]
     assert f"changed since step_00000001: {message}" in messages
+    changed = "template of train (digest): 'of 1 ranks' -> 'of 2 ranks'"
+    assert f"changed since step_00000001: {changed}" in messages
     messages = run_ranks(_fit, 2, tmp_path, 3, TP2, options)[0]["messages"]
     assert f"changed since step_00000002: {message.replace('8 -> 4', '4 -> 8')}" in messages
+    assert not any("template" in text for text in messages)
 
 
 def _compare_a_ranks_samples(trainer: Any, rank: int) -> None:
     trainer.objective.samples_in_loss = Contrastive(cross_rank_negatives=False).samples_in_loss
     trainer.config["trainer"] = {"global_batch_size": 8, "micro_batch_size": 2}
+    trainer.data.template_digests = {"train": f"of {dist.get_world_size()} ranks"}
 
 
 @pytest.mark.slow

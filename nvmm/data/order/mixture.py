@@ -89,6 +89,13 @@ def read(
     return [replace(component, weight=component.weight / total) for component in components]
 
 
+def builders(
+    entries: Sequence[Mapping[str, Any]], train: Dataset, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the builder of each dataset, by its name, bound with `options`; opens no shard."""
+    return {_name(entry): _dataset(entry, train, options).build for entry in _leaves(entries)}
+
+
 def _leaves(entries: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yield the entries that are datasets, those of nested lists too."""
     for entry in entries:
@@ -129,12 +136,16 @@ def _read(
     return components
 
 
+def _dataset(entry: Mapping[str, Any], train: Dataset, options: Mapping[str, Any]) -> Dataset:
+    merged = {key: entry.get(key) or getattr(train, key) for key in DATASET_KEYS[1:]}
+    return Dataset(entry["shards"], **merged).bind(**options)
+
+
 def _group(entry: Mapping[str, Any], train: Dataset, options: Mapping[str, Any]) -> list[Component]:
     """Return the one dataset of an entry, or those of its nested list."""
     if entry.get("blend") is not None:
         return _read(entry["blend"], train, options, float(entry.get("temperature") or 1.0))
-    merged = {key: entry.get(key) or getattr(train, key) for key in DATASET_KEYS[1:]}
-    dataset = Dataset(entry["shards"], **merged).bind(**options)
+    dataset = _dataset(entry, train, options)
     limit = entry.get("samples")
     count = len(dataset) if limit is None else limit
     if isinstance(count, float):

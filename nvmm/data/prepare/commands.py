@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from nvmm.data.prepare import conversations, evidence, long_text, planted, ranking
-from nvmm.data.prepare.json_stream import objects
+from nvmm.data.prepare.records import read_objects
 from nvmm.data.prepare.retrieval_sets import fields_of, members
 from nvmm.data.prepare.write import Samples, add_options, write_resumed
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def run_long(options: argparse.Namespace) -> None:
 
 
 def _dpr(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dict[str, Any]]:
-    ranked = ranking.read_dpr(objects(options.source), left_out)
+    ranked = ranking.read_dpr(read_objects(options.source), left_out)
     if options.to_train == "pairs":
         return ranking.pairs(ranked, options.num_negatives)
     make = ranking.answering if options.to_train == "answer" else ranking.relevance
@@ -112,7 +112,7 @@ def _evidence(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dict[s
         documents = evidence.read_documents(fields_of(options.documents))
         asked = evidence.questions(fields_of(options.source), documents)
     else:
-        asked = evidence.chatqa_questions(objects(options.source))
+        asked = evidence.chatqa_questions(read_objects(options.source))
     bounds = evidence.Bounds(options.words, options.high, options.low)
     if options.command == "pairs":
         return evidence.pairs(asked, bounds, negatives=options.num_negatives, seed=options.seed)
@@ -138,10 +138,10 @@ def _narrativeqa(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dic
 
 _COMMANDS: dict[str, Run] = {
     "chatqa": lambda options, left_out: conversations.chatqa(
-        objects(options.source), _skip(options, left_out)
+        read_objects(options.source), _skip(options, left_out)
     ),
     "chatrag": lambda options, left_out: conversations.chatrag(
-        objects(options.source),
+        read_objects(options.source),
         options.num_contexts,
         gold=options.gold,
         passage=options.passage,
@@ -151,10 +151,10 @@ _COMMANDS: dict[str, Run] = {
         options.source, _skip(options, left_out)
     ),
     "tatqa": lambda options, left_out: conversations.tatqa(
-        objects(options.source), options.part, _skip(options, left_out)
+        read_objects(options.source), options.part, _skip(options, left_out)
     ),
     "conversations": lambda options, left_out: conversations.plain(
-        objects(options.source), left_out, _skip(options, left_out)
+        read_objects(options.source), left_out, _skip(options, left_out)
     ),
     "dpr": _dpr,
     "msmarco": _ms_marco,
@@ -185,7 +185,7 @@ def _add_passages(parsers: dict[str, argparse.ArgumentParser]) -> None:
     chatrag.add_argument("--passage", default=conversations.PASSAGE, help="{title} and {text}")
     dpr.add_argument("--to-train", required=True, choices=("answer", "relevance", "pairs"))
     dpr.add_argument("--num-passages", type=int, default=5, help="gold and others; not of pairs")
-    dpr.add_argument("--num-negatives", type=int, default=1, help="of pairs")
+    dpr.add_argument("--num-negatives", type=_count, default=1, help="of pairs")
     msmarco.add_argument("--triples", help="query, positive, negative with tabs between")
     for name, text in {
         "collection": "passage ids and texts",
@@ -194,7 +194,7 @@ def _add_passages(parsers: dict[str, argparse.ArgumentParser]) -> None:
         "negatives": '.jsonl of {"query_id": .., "ids": [..]}, mined',
     }.items():
         msmarco.add_argument(f"--{name}", help=text)
-    msmarco.add_argument("--num-negatives", type=int, default=1, help="for each query")
+    msmarco.add_argument("--num-negatives", type=_count, default=1, help="for each query")
 
 
 def _add_dialogues(unanswerable: argparse.ArgumentParser, pairs: argparse.ArgumentParser) -> None:
@@ -209,7 +209,7 @@ def _add_dialogues(unanswerable: argparse.ArgumentParser, pairs: argparse.Argume
         command.add_argument("--seed", type=int, default=0)
     unanswerable.add_argument("--by", required=True, choices=get_args(evidence.By))
     unanswerable.add_argument("--count", type=int, help="ChatQA has 1500; default: all")
-    pairs.add_argument("--num-negatives", type=int, help="for each positive; default: all")
+    pairs.add_argument("--num-negatives", type=_count, help="for each positive; default: all")
 
 
 def _add_narrativeqa(command: argparse.ArgumentParser) -> None:
@@ -238,6 +238,12 @@ def _add_long(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chars-per-token", type=float, default=rules.chars_per_token)
     command.add_argument("--separator", default=rules.separator)
     command.add_argument("--seed", type=int, default=0)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} must be 0 or more")
+    return int(text)
 
 
 def _share(text: str) -> tuple[str, float]:

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from nvmm.config.choices import require
 from nvmm.data.samples.forms import ROLES
+from nvmm.data.samples.tables import read_table
 
 Record = dict[str, Any]
 Context = str | Mapping[str, Any]
@@ -56,6 +57,9 @@ def record(
         raise ValueError(f"answers must be texts that are not empty, got {list(answers)!r}")
     if not all(_is_text(context) or isinstance(context, Mapping) for context in contexts):
         raise ValueError(f"a context must be a text that is not empty, got {list(contexts)!r}")
+    for context in contexts:
+        if isinstance(context, Mapping):
+            read_table(context)
     answer = accepted[0] if answerable else ""
     made: Record = {"messages": [*turns, {"role": "assistant", "content": answer}]}
     if contexts:
@@ -67,13 +71,20 @@ def record(
     return made
 
 
+def chatqa_record(item: Mapping[str, Any]) -> Record:
+    """Return the record of one item of ChatQA's training data; ValueError for a bad one."""
+    document = item.get("document")
+    if not isinstance(document, str | None):
+        raise ValueError(f"document must be a text, got {document!r}")
+    contexts = [document] if document and document.strip() else []
+    return record(_listed(item.get("messages")), _listed(item.get("answers")), contexts)
+
+
 def chatqa(items: Iterable[Mapping[str, Any]], skip: Skip = None) -> Iterator[Record]:
     """Yield the records of ChatQA's training data; an empty document is no context."""
 
     def make(item: Mapping[str, Any]) -> list[Record]:
-        document = item.get("document")
-        contexts = [str(document)] if _is_text(document) else []
-        return [record(_listed(item.get("messages")), _listed(item.get("answers")), contexts)]
+        return [chatqa_record(item)]
 
     return _each(enumerate(items, 1), make, skip)
 
@@ -97,6 +108,12 @@ def chatrag(
     """
     if num_contexts < 1:
         raise ValueError(f"num_contexts={num_contexts} must be at least 1")
+    try:
+        written = passage.format(title="\0", text="\1")
+    except (LookupError, ValueError):
+        written = ""
+    if not {"\0", "\1"} <= set(written):
+        raise ValueError(f"passage={passage!r} must have {{title}} and {{text}}, and no other")
 
     def make(item: Mapping[str, Any]) -> list[Record]:
         key = "ground_truth_ctx" if gold else "ctxs"
@@ -106,9 +123,8 @@ def chatrag(
             contexts = [item["document"]]
         if not contexts:
             raise ValueError(f"has no {key}{'' if gold else ' and no document'}")
-        answers = _listed(_first(item, "answers", "answer"))
-        answers += _listed(item.get("exe_answer"))
-        return [record(_listed(item.get("messages")), [str(text) for text in answers], contexts)]
+        answers = [*_listed(_first(item, "answers", "answer")), *_listed(item.get("exe_answer"))]
+        return [record(_listed(item.get("messages")), _written(answers), contexts)]
 
     return _each(enumerate(items, 1), make, skip)
 
@@ -137,13 +153,16 @@ def squad(path: str | Path, skip: Skip = None) -> Iterator[Record]:
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no SQuAD file: {error!r}") from error
 
     def make(pair: tuple[Mapping[str, Any], str]) -> list[Record]:
         question, context = pair
         turns = [{"role": "user", "content": question.get("question")}]
-        answers = [answer.get("text") for answer in question.get("answers") or []]
+        given = question.get("answers") or []
+        if not isinstance(given, list) or not all(isinstance(one, Mapping) for one in given):
+            raise ValueError(f"answers must be a list of objects with a text, got {given!r}")
+        answers = [one.get("text") for one in given]
         possible = not question.get("is_impossible", False)
         return [record(turns, answers, [context], answerable=possible)]
 
@@ -170,11 +189,13 @@ def tatqa(items: Iterable[Mapping[str, Any]], part: Part, skip: Skip = None) -> 
             raise ValueError(f"is none of TAT-QA: {error!r}") from error
         made = []
         for question in listed:
+            if not isinstance(question, Mapping):
+                raise ValueError(f"a question must be an object, got {question!r}")
             is_calculated = question.get("answer_type") == "arithmetic"
             if is_calculated == (part == "arithmetic"):
                 answer = question.get("derivation" if is_calculated else "answer")
                 turns = [{"role": "user", "content": question.get("question")}]
-                made.append(record(turns, [", ".join(map(str, _listed(answer)))], contexts))
+                made.append(record(turns, [", ".join(_written(_listed(answer)))], contexts))
         return made
 
     return _each(enumerate(items, 1), make, skip)
@@ -236,6 +257,14 @@ def _turn(message: Any, number: int) -> dict[str, str]:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _written(answers: Sequence[Any]) -> list[str]:
+    """Return answers, some of which are numbers, as texts."""
+    for answer in answers:
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise ValueError(f"an answer must be a text or a number, got {answer!r}")
+    return [str(answer) for answer in answers]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvmm.config.choices import require
-from nvmm.data.prepare.conversations import Record, chatqa, record
+from nvmm.data.prepare.conversations import Record, chatqa_record, record
 from nvmm.data.prepare.dialogues import chunk_words, four_gram_recall
 from nvmm.data.prepare.ranking import pair
 from nvmm.data.samples.dialogue import turns
@@ -109,7 +109,10 @@ def chatqa_questions(items: Iterable[Mapping[str, Any]]) -> Iterator[Asked]:
         document = item.get("document")
         if not isinstance(document, str) or not document.strip():
             raise ValueError(f"record {number} has no document")
-        [made] = chatqa([item])
+        try:
+            made = chatqa_record(item)
+        except ValueError as error:
+            raise ValueError(f"record {number}: {error}") from error
         *asked, answer = made["messages"]
         yield Asked(f"record {number}", asked, answer["content"], None, document)
 

@@ -135,7 +135,7 @@ def _fitting(text: str, summary: str, count_tokens: Callable[[str], int], length
 
 def _record(row: dict[str, str], context: str) -> Record:
     asked = [{"role": "user", "content": row["question"]}]
-    answers = [row[key] for key in ("answer1", "answer2") if row[key].strip()]
+    answers = [row[key] for key in ("answer1", "answer2") if (row[key] or "").strip()]
     try:
         return record(asked, answers, [context])
     except ValueError as error:

@@ -14,7 +14,6 @@ Passages are in the ranking's order, gold first where the ranking lacks it; the 
 
 from __future__ import annotations
 
-import csv
 import itertools
 import re
 import unicodedata
@@ -98,7 +97,10 @@ def answering(ranked: Iterable[Ranked], count: int, left_out: LeftOut) -> Iterat
     """Yield a conversation record a question, with `count` contexts: gold and the best others."""
     for one in _enough(ranked, count, left_out):
         asked = [{"role": "user", "content": one.question}]
-        yield record(asked, one.answers, one.chosen(count))
+        try:
+            yield record(asked, one.answers, one.chosen(count))
+        except ValueError as error:
+            raise ValueError(f"{one.question!r}: {error}") from error
 
 
 def relevance(ranked: Iterable[Ranked], count: int, left_out: LeftOut) -> Iterator[Record]:
@@ -194,8 +196,9 @@ def ms_marco(
 
 def _rows(path: str | Path, width: int) -> Iterator[list[str]]:
     """Yield the rows of a file with tabs; ValueError naming the line of another width."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            row = line.rstrip("\r\n").split("\t")
             if len(row) != width:
                 raise ValueError(f"{path}:{number}: {len(row)} columns, expected {width}")
             yield row

@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import ijson
 
 from nvmm.data.samples.decode import DECODERS, IMAGES
 from nvmm.data.samples.record import MEDIA_KEYS, names_media, num_named
@@ -40,6 +43,34 @@ _TEXT_KEYS = (
     *("text_list", "words", "conversations", "messages"),
 )
 _NAME_KEYS = ("url", "path", "file", "file_name", "name", *MEDIA_KEYS)
+
+
+def read_objects(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON list of any size, or of a `.jsonl` file, one after another.
+
+    A byte order mark is passed over. Raises ValueError naming the file, and the object's number
+    from 1, for anything else; the objects before it have come by then.
+    """
+    if Path(path).suffix == ".jsonl":
+        yield from read_lines(path)
+        return
+    number = 1
+    with open(path, "rb") as file:
+        if file.read(3) != b"\xef\xbb\xbf":
+            file.seek(0)
+        try:
+            events = ijson.parse(file, use_float=True)
+            first = next(events)
+            if first[1] != "start_array":
+                raise ValueError("it must be a JSON list of objects, or a .jsonl file")
+            for value in ijson.items(itertools.chain([first], events), "item"):
+                if not isinstance(value, dict):
+                    raise ValueError(f"a list must hold objects, found {value!r:.40}")
+                yield value
+                number += 1
+        except (ijson.JSONError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: at object {number}: {reason}") from error
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:

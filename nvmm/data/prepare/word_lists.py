@@ -13,6 +13,7 @@ conversations.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -31,7 +32,7 @@ Case = Literal["given", "capital"]
 Form = Literal["plain", "bullets", "quoted"]
 CARELESS = 0.25
 """The probability that a demonstration overlooks a demand, as people's do."""
-FORMAT = 1
+FORMAT = 2
 """A number that is increased when the data made from the same arguments change."""
 WORDS = tuple(
     re.findall(
@@ -46,6 +47,8 @@ LENGTHS = (3, 5)
 """The fewest and the most words of a prompt."""
 SHARES = {"sft": 0.6, "preference": 0.75, "rpo": 0.9, "heldout": 1.0}
 """Split -> where its share of all sets of words ends."""
+TUNED_ON = 500
+"""The prompts of the last split that the experiments' settings were chosen on."""
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_pad|>")
 VOCAB_SIZE = 1024
 _SENTENCES = {
@@ -193,11 +196,13 @@ def build(folder: str | Path, amounts: Amounts = Amounts()) -> bool:
     )
     write_shards(folder / "sft", "train", samples, samples_per_shard=2000)
     for split in ("preference", "rpo", "heldout"):
+        amount = getattr(amounts, split)
+        # Settings were chosen on the first held-out prompts; results are of those behind them.
+        first = TUNED_ON if split == "heldout" else 0
+        drawn = itertools.islice(tasks(split, first + amount, amounts.seed), first, None)
         lines = [
             json.dumps(_record(f"{split}{number}", prompt, task))
-            for number, (prompt, task) in enumerate(
-                tasks(split, getattr(amounts, split), amounts.seed)
-            )
+            for number, (prompt, task) in enumerate(drawn)
         ]
         write(folder / f"{split}.jsonl", "\n".join(lines) + "\n")
     _train_tokenizer(folder / "tokenizer", amounts.seed)

@@ -569,8 +569,8 @@ def _without_late_images(rendered: Rendered, tokens_per_tile: int, length: int) 
 
 def _colour(values: Sequence[int]) -> tuple[int, int, int]:
     """Return a colour of three bytes. Raises ValueError for anything else."""
-    sound = len(values) == 3 and all(type(v) is int and 0 <= v <= 255 for v in values)
-    if not sound:
-        raise ValueError(f"pad={list(values)} must be three numbers of 0..255: red, green, blue")
-    red, green, blue = values
+    listed = list(values) if isinstance(values, Sequence) else [values]
+    if len(listed) != 3 or not all(type(v) is int and 0 <= v <= 255 for v in listed):
+        raise ValueError(f"pad={values} must be three numbers of 0..255: red, green, blue")
+    red, green, blue = listed
     return red, green, blue

@@ -78,6 +78,16 @@ class JinjaTemplate:
         content = [self.source, self.tokens, self.variables]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def require_that_of(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Raise ValueError where a checkpoint says that it was trained with another text."""
+        trained = (state.get("template_digests") or {}).get("train")
+        if trained not in (None, self.digest):
+            raise ValueError(
+                f"the chat template of {self.path or 'the tokenizer folder'} is not the one that"
+                f" {checkpoint} was trained with (digest {self.digest[:12]}, not {trained[:12]});"
+                " put its text back"
+            )
+
     def bound(self, tokenizer: Tokenizer) -> JinjaTemplate:
         """Return the template with its text and the names of the tokenizer's special tokens.
 
@@ -269,7 +279,7 @@ class JinjaTemplate:
         return environment.from_string(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_compiled"}
+        return {key: value for key, value in vars(self).items() if key != "_compiled"}
 
 
 class _Generation(Extension):

@@ -48,7 +48,7 @@ class Contexts:
             last = chunks.pop()
             size = len(tokenizer.encode(last.text))
             text = tokenizer.beginning(last.text, size - excess).rstrip() if size > excess else ""
-            if text:
+            if 0 < len(text) < len(last.text):
                 chunks.append(replace(last, text=text))
                 break
             excess -= len(tokenizer.encode(self.separator + str(last)))

@@ -23,7 +23,8 @@ class TokenRows(Builder):
     separate_documents: false, the whole row attends to itself, over the ends of documents, as
         continued pretraining for long contexts has it. True: every document, with the separator
         behind it, is a text of its own, which attends to itself alone and whose positions begin at
-        0; with data.pack=true they share a row as before.
+        0; with data.pack=true they share a row as before. Context parallelism pads each of them,
+        so that such a row is a little longer than `sequence_length`.
     fields, unread: see `Builder`.
     """
 

@@ -163,9 +163,12 @@ class Tokenizer:
         return ids, [bisect_right(ends, place) for place in places]
 
     def beginning(self, text: str, num_tokens: int) -> str:
-        """Return the beginning of `text` that its first `num_tokens` tokens are of."""
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets[: max(num_tokens, 0)]
-        return text[: max((end for _, end in offsets), default=0)]
+        """Return the beginning of `text` that its first `num_tokens` tokens are of, in whole
+        characters: one that needs a further token too is left out."""
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        first, rest = offsets[: max(num_tokens, 0)], offsets[max(num_tokens, 0) :]
+        end = max((end for _, end in first), default=0)
+        return text[: min([end, *(start for start, _ in rest[:1])])]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nvmm.data.prepare import json_stream
 from nvmm.data.prepare.conversations import chatqa, chatrag, plain, squad, tatqa
+from nvmm.data.prepare.records import read_objects
 from tests.data.prepare.reading import written
 from tools import shard
 
@@ -38,6 +39,58 @@ def test_chatqa_training_data() -> None:
         list(chatqa([{**items[0], "answers": []}]))
     with pytest.raises(ValueError, match="record 1: turn 1: role 'bird' must be one of system"):
         list(chatqa([{**items[0], "messages": [{"role": "bird", "content": "?"}]}]))
+
+
+@pytest.mark.parametrize(
+    ("make", "item", "why"),
+    [
+        (chatqa, {"document": ["a"], "messages": ASKED, "answers": "b"}, "document must be a text"),
+        (chatqa, {"messages": None, "answers": "b"}, "messages must end with a turn of the user"),
+        (chatqa, {"messages": ASKED, "answers": [7]}, "answers must be texts"),
+        (partial(chatrag, num_contexts=1), {"ctxs": [{"title": "t"}]}, "a passage needs a text"),
+        (
+            partial(chatrag, num_contexts=1),
+            {"ctxs": ["c"], "messages": ASKED, "answers": [["a"]]},
+            "an answer must be a text or a number",
+        ),
+        (
+            partial(tatqa, part="others"),
+            {"table": {"table": [["h"]]}, "paragraphs": [], "questions": ["q"]},
+            "a question must be an object",
+        ),
+        (
+            partial(tatqa, part="others"),
+            {
+                "table": {"table": [["h", "i"], ["1"]]},
+                "paragraphs": [],
+                "questions": [{"question": "?", "answer": "1"}],
+            },
+            "row 0 of a table has 1 cells, its header 2",
+        ),
+    ],
+)
+def test_odd_records_are_named(make: Any, item: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"record 1: {why}"):
+        list(make([item]))
+
+
+@pytest.mark.parametrize("passage", ["{text}", "{title} {text} {number}", "{text", "{title}{0}"])
+def test_a_passage_has_title_and_text(passage: str) -> None:
+    with pytest.raises(ValueError, match=r"must have \{title\} and \{text\}, and no"):
+        list(chatrag([], 1, passage=passage))
+
+
+def test_odd_files_of_squad_are_named(tmp_path: Path) -> None:
+    """Among them the answers as Hugging Face's tables have them, which are another layout."""
+    question = {"id": "q", "question": "?", "answers": {"text": ["a"], "answer_start": [0]}}
+    (tmp_path / "s.json").write_text(
+        json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": [question]}]}]})
+    )
+    with pytest.raises(ValueError, match="record q: answers must be a list of objects"):
+        list(squad(tmp_path / "s.json"))
+    (tmp_path / "s.json").write_text('{"data": [{"paragraphs": [{"context": "c", "qas": ["q"]}]}]}')
+    with pytest.raises(ValueError, match=r"s.json is no SQuAD file"):
+        list(squad(tmp_path / "s.json"))
 
 
 def test_chatrag_bench() -> None:
@@ -116,29 +169,25 @@ def test_plain_chats_lose_what_nobody_answers() -> None:
         list(plain([{"messages": ASKED}], told.append))
 
 
-@pytest.mark.parametrize("block", [1, 3, 1 << 20])
-def test_objects_come_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
-) -> None:
-    monkeypatch.setattr(json_stream, "_BLOCK", block)
-    items = [{"a": "x,]}" * n, "n": [n, {"b": None}]} for n in range(5)]
+def test_objects_come_one_by_one(tmp_path: Path) -> None:
+    items = [{"a": "x,]}" * n, "n": [n, 0.5, {"b": None}]} for n in range(5)]
     path = tmp_path / "a.json"
     for text in (json.dumps(items), json.dumps(items, indent=2), "\ufeff" + json.dumps(items)):
         path.write_text(text, encoding="utf-8")
-        assert list(json_stream.objects(path)) == items
+        assert list(read_objects(path)) == items
     path.write_text(" [ ] ")
-    assert list(json_stream.objects(path)) == []
+    assert list(read_objects(path)) == []
     for text, why in (
-        ('[{"a": 1}', "at object 2: expected , or ]"),
-        ('[{"a": 1}, 2]', "at object 2: a list must hold objects"),
-        ('[{"a": 1}, {"b"]', "at object 2: Expecting ':'"),
-        ('[{"a": 1}] []', "at object 2: text behind the list"),
-        ('{"a": 1}', "at object 1: must be a JSON list"),
-        ("", "at object 1: must be a JSON list"),
+        ('[{"a": 1}', "at object 2: parse error: premature EOF"),
+        ('[{"a": 1}, 2]', "at object 2: a list must hold objects, found 2"),
+        ('[{"a": 1}, {"b"]', "at object 2: parse error: object key and value"),
+        ('[{"a": 1}] []', "at object 2: parse error: trailing garbage"),
+        ('{"a": 1}', "at object 1: it must be a JSON list"),
+        ("", "at object 1: parse error: premature EOF"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"a.json: {why}"):
-            list(json_stream.objects(path))
+            list(read_objects(path))
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:

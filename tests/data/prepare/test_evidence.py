@@ -164,3 +164,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({**chatqa, "document": ""}))
     with pytest.raises(ValueError, match="record 1 has no document"):
         run("pairs", after=options)
+    bad = json.dumps({**chatqa, "answers": []})
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(chatqa)}\n{bad}\n")
+    with pytest.raises(ValueError, match="record 2: answers must be texts"):
+        run("pairs", after=options)

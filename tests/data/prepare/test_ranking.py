@@ -68,6 +68,8 @@ def test_questions_without_gold_or_enough_passages_are_left_out() -> None:
     elsewhere = {**FOR_RETRIEVERS, "answers": ["starling"]}
     assert list(relevance(ranked(elsewhere), 3, lost.append)) == []
     assert lost[-1] == "no passage of 'Who sings?' holds an answer"
+    with pytest.raises(ValueError, match=r"'Who sings\?': answers must be texts"):
+        list(answering(ranked({**FOR_RETRIEVERS, "answers": []}), 2, lost.append))
     with pytest.raises(ValueError, match="question 2 has none of positive_ctxs, ctxs, contexts"):
         list(ranked(FOR_READERS, {"question": "?", "answers": []}))
     with pytest.raises(ValueError, match="passages=1 must be at least 2"):
@@ -103,6 +105,12 @@ def test_ms_marco_by_ids_and_by_texts(tmp_path: Path) -> None:
         (["good"], [0]),
         (["bad"], []),
     ]
+    # Byte order marks, Windows' line ends, quotes and long passages are no trouble.
+    long = f'"{"x " * 100_000}'
+    (tmp_path / "w").write_bytes(f"\ufeffq?\t{long}\tb\r\nr?\tc\rd\te\r\n".encode())
+    pairs_ = list(ms_marco_triples(tmp_path / "w"))
+    assert [one["question"] for one in pairs_] == ["q?", "q?", "r?", "r?"]
+    assert [one["passages"][0] for one in pairs_] == [long, "b", "c\rd", "e"]
     with pytest.raises(ValueError, match=r"t:1: 2 columns, expected 3"):
         list(ms_marco_triples(write("t", "who?\tgood")))
 

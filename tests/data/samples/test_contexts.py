@@ -87,6 +87,18 @@ def check(words: Tokenizer, build: InstructBuilder, record: Any, text: str, answ
     assert build.measure(members_of(record, "r")) == (len(whole.text.tokens), 0)
 
 
+@pytest.mark.parametrize(
+    "text", ["one two \U0001f600\U0001f600\U0001f600", "日本語の文章", "é" * 9]
+)
+def test_a_context_is_cut_between_characters(words: Tokenizer, text: str) -> None:
+    """A character of several tokens goes as a whole, so that every cut shortens the text."""
+    block = Passages().block([text])
+    for excess in range(1, len(words.encode(text)) + 1):
+        cut = block.shortened(excess, words)
+        assert cut is None or len(words.encode(cut.text)) <= len(words.encode(text)) - excess
+        assert cut is None or text.startswith(cut.text)
+
+
 def test_stage_2_of_chatqa(words: Tokenizer) -> None:
     """The context behind the system line, the instruction in front of the first question alone."""
     text = (

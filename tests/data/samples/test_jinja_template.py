@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nvmm.data.loader import Data
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.chat import ChatTemplate, ImageTags, Rendered, Template, Turn, render
 from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.jinja_template import FILE, JinjaTemplate
 from nvmm.data.samples.record import members_of
 from nvmm.data.samples.tokenizer import Tokenizer
-from nvmm.data.shards.dataset import builder_digest
+from nvmm.data.shards.dataset import Dataset, builder_digest
 from tests.data.conftest import template as dialect
 from tests.data.samples import llama
 
@@ -275,6 +277,27 @@ def test_system_and_variables_act(words: Tokenizer, tmp_path: Path) -> None:
         assert builder_digest(build(words, other)) != digests[0]
     changed = written(path, text.replace("}}|", "}}||"), system="Sys", variables=values)
     assert builder_digest(build(words, changed)) != digests[0]
+
+
+def test_a_run_knows_the_digests_of_its_templates(tmp_path: Path) -> None:
+    """Of the main data set and each part of a blend, before any shard is there; a changed file of
+    the folder changes them."""
+    folder = llama.save(tmp_path / "t", chat_template=MARKED)
+    own = partial(InstructBuilder, dialect("llama3"), ImageTags(), 1)
+
+    def digests() -> dict[str, str]:
+        options = {"image_token": "<|reserved_special_token_0|>", "end_of_turn": "<|im_end|>"}
+        nested = [{"name": "b", "shards": "b.tar", "build": own}]
+        train = Dataset(None, partial(InstructBuilder, JinjaTemplate(), ImageTags(), 1))
+        blend = [{"name": "a", "shards": "a.tar"}, {"blend": nested}]
+        return Data(
+            8, 0, train=train, blend=blend, tokenizer=Tokenizer(str(folder), **options)
+        ).template_digests
+
+    first = digests()
+    assert first == {"train": first["a"], "a": first["train"]}
+    (folder / FILE).write_text(MARKED + "  ")
+    assert digests()["a"] != first["a"]
 
 
 def test_where_a_folder_has_its_templates(words: Tokenizer, tmp_path: Path) -> None:
