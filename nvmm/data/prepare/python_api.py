@@ -259,7 +259,12 @@ def evaluation(
 def _with_others(
     found: Sequence[Entry], count: int, seed: str
 ) -> Iterator[tuple[Entry, list[Entry]]]:
-    """Yield each entry with others: half of its own module as far as there are, the rest of any."""
+    """Yield each entry with others: half of its own module if it has so many, the rest of any.
+
+    Raises ValueError where there are not so many others.
+    """
+    if len(found) <= count:
+        raise ValueError(f"{len(found)} entries: each needs {count} others")
     rng = random.Random(seed)
     modules: dict[str, list[Entry]] = {}
     for entry in found:
