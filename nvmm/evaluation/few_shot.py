@@ -12,7 +12,7 @@ from nvmm.evaluation.benchmark import Example, Questions
 
 if TYPE_CHECKING:
     from nvmm.data.samples.builder import Builder
-    from nvmm.data.samples.instruct import Shots
+    from nvmm.data.samples.shots import Shots
     from nvmm.inference.restore import Restored
 
 _DRAWN = 64

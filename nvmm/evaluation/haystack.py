@@ -28,7 +28,7 @@ class Haystack:
         texts = []
         for path in paths:
             try:
-                texts.append(Path(path).expanduser().read_text(encoding="utf-8"))
+                texts.append(Path(path).expanduser().read_text(encoding="utf-8-sig"))
             except (OSError, UnicodeDecodeError) as error:
                 raise ValueError(f"benchmark.haystack={path} is no text ({error})") from error
             if IMAGE_MARKER in texts[-1]:

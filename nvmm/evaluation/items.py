@@ -284,7 +284,7 @@ def read_records(path: str | Path, key: str) -> list[dict[str, Any]]:
     file = Path(path).expanduser()
     try:
         if file.suffix == ".json":
-            records = json.loads(file.read_text(encoding="utf-8"))
+            records = json.loads(file.read_text(encoding="utf-8-sig"))
         else:
             records = list(read_lines(file))
     except OSError as error:

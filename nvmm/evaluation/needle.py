@@ -69,6 +69,9 @@ class Needle(TextBenchmark):
             raise ValueError("benchmark needs lengths, depths, answers and repeats of 1 at least")
         if not all(0 <= depth <= 100 for depth in self.depths):
             raise ValueError(f"benchmark.depths={list(self.depths)} must be percent, 0 to 100")
+        for key, values in (("lengths", self.lengths), ("depths", self.depths)):
+            if len({float(value) for value in values}) < len(values):
+                raise ValueError(f"benchmark.{key}={list(values)} has a value twice")
         if {self.prompt.count(part) for part in ("{haystack}", "{question}")} != {1}:
             raise ValueError(
                 f"benchmark.prompt={self.prompt!r} must have {{haystack}} and {{question}} once"

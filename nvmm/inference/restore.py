@@ -12,6 +12,7 @@ from nvmm.config.compose import instantiate
 from nvmm.config.nested import merged
 from nvmm.config.problem import View
 from nvmm.config.rules.all import violations
+from nvmm.config.signatures import signature
 from nvmm.inference.trust import require_trusted
 from nvmm.parallel import environment
 
@@ -251,7 +252,8 @@ def restore(
         precision, backend, kernels, sequence_length: values that replace the checkpoint's.
         tokenizer: folder of the checkpoint's tokenizer, where that has moved.
         base: folder of a LoRA checkpoint's base, where that has moved.
-        build: parameters of the saved sample builder to exchange.
+        build: parameters of the saved sample builder to exchange; with another `_target_`, that
+            builder gets the saved parameters that it has.
         trust_config: run constructors of the checkpoint's config outside nvmm, mcore and torch.
 
     Raises ValueError when the checkpoint is missing, incomplete or damaged, its config is not
@@ -279,7 +281,7 @@ def restore(
     sections = {
         "model": saved["model"],
         "tokenizer": dict(saved["tokenizer"]),
-        "build": merged(train["build"], build or {}),
+        "build": _exchanged(train["build"], build or {}),
         "precision": precision or saved["precision"],
         "lora": saved.get("lora"),
         "kernels": {"_target_": _KERNELS, **(saved.get("kernels") or {}), **(kernels or {})},
@@ -359,6 +361,22 @@ def restore(
             " trained with, precision=bf16, or another precision.fp8.recipe"
         )
     return Restored(path, model, words, builder)
+
+
+def _exchanged(build: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved builder's config with changes, for another builder without what it has not.
+
+    Those parameters say how its own samples are trained or cut (supervise, drop_images, ...).
+    """
+    changed: dict[str, Any] = merged(build, changes)
+    if changed.get("_target_") == build.get("_target_"):
+        return changed
+    taken = signature(changed["_target_"]).parameters
+    return {
+        name: value
+        for name, value in changed.items()
+        if name in changes or name in taken or name.startswith("_")
+    }
 
 
 RESTORE_KEYS = (

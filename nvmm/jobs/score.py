@@ -30,7 +30,8 @@ class Score(Job):
     Args:
         shards: file patterns of tar shards, in the form that the checkpoint's builder reads.
         preferences: read the shards as answers to compare, whatever builder trained the checkpoint,
-            with its settings; samples that are too long are left out ("drop"), or "cut".
+            with those of its settings that pairs have; samples that are too long are left out
+            ("drop"), or "cut".
         continuations: texts that may follow a prompt. The prompt runs once for all of them,
             through the KV cache.
         batch_size: samples of a forward pass.

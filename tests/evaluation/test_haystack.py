@@ -129,6 +129,8 @@ def test_what_does_not_fit_is_refused(builder: InstructBuilder, book: str) -> No
         tight.item(0)
     with pytest.raises(ValueError, match="must be percent"):
         Needle(haystack=[book], lengths=[80], depths=[101])
+    with pytest.raises(ValueError, match=r"benchmark.depths=\[0, 50, 50.0\] has a value twice"):
+        Needle(haystack=[book], lengths=[80], depths=[0, 50, 50.0])
     with pytest.raises(ValueError, match=r"must have {haystack} and {question} once"):
         Needle(haystack=[book], lengths=[80], prompt="{haystack}")
     odd = count("?" + " magic number" * 9, builder) % 2

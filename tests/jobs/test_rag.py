@@ -277,6 +277,8 @@ def test_layouts_and_sharing_give_the_same_answers(
         ({"candidates": [5]}, r"job\.candidates=\[5\] must be from 1 to job\.ranking\.top=4"),
         ({"cutoffs": [7]}, r"job\.cutoffs=\[7\] must be from 1 to job\.searched=6"),
         ({"max_new_tokens": 0}, r"job\.max_new_tokens=0 must be at least 1"),
+        ({"batch_size": 0}, r"job\.batch_size=0 must be at least 1"),
+        ({"encode_batch_size": -1}, r"job\.encode_batch_size=-1 must be at least 1"),
         ({"relevance": "good"}, r"job\.relevance"),
         ({"searched": 3}, r"job\.ranking\.top=4 must be at most job\.searched=3"),
     ],

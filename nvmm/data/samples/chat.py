@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
-from nvmm.data.samples.images import tile_indices
+from nvmm.data.samples.images import ImageLayout
 from nvmm.data.samples.rendered import Rendered, Writer
 from nvmm.data.samples.tokenizer import Tokenizer
 
@@ -292,23 +292,6 @@ class ChatTemplate:
         if prompt:
             text = self.generation_prompt.replace("{end}", end)
             yield Piece(text[: len(text) - tokenizer.joined_space(text)])
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """The tiles of an image, as the sequence needs to know them.
-
-    grid: (cols, rows).
-    tiles: number of each tile, 1..k row-major and 0 for the thumbnail.
-    """
-
-    grid: tuple[int, int]
-    tiles: Sequence[int]
-
-    @staticmethod
-    def of(grid: tuple[int, int], *, use_thumbnail: bool = True) -> ImageLayout:
-        """Return the layout of an image cut to `grid`."""
-        return ImageLayout(grid, tile_indices(grid, use_thumbnail=use_thumbnail))
 
 
 def render(

@@ -14,7 +14,7 @@ on its device.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,6 +115,23 @@ def tile_indices(grid: tuple[int, int], *, use_thumbnail: bool = True) -> list[i
     if count == 1:
         return [0]
     return [*range(1, count + 1), *([0] if use_thumbnail else [])]
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The tiles of an image, as the sequence needs to know them.
+
+    grid: (cols, rows).
+    tiles: number of each tile, 1..k row-major and 0 for the thumbnail.
+    """
+
+    grid: tuple[int, int]
+    tiles: Sequence[int]
+
+    @staticmethod
+    def of(grid: tuple[int, int], *, use_thumbnail: bool = True) -> ImageLayout:
+        """Return the layout of an image cut to `grid`."""
+        return ImageLayout(grid, tile_indices(grid, use_thumbnail=use_thumbnail))
 
 
 def square(image: ImageOrSize) -> Size:

@@ -15,9 +15,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from nvmm.batch import ATTENDED_IMAGE, IMAGE, MediaKind, Sample, Text, TextMedia
+from nvmm.batch import ATTENDED_IMAGE, IMAGE, MediaKind, Sample, Text
 from nvmm.config.choices import require
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
@@ -26,17 +25,16 @@ from nvmm.data.samples.chat import (
     DOCUMENT,
     IMAGE_MARKER,
     Attended,
-    ImageLayout,
     ImageTags,
     Template,
     Turn,
-    is_attended,
     render,
 )
 from nvmm.data.samples.decode import IMAGES, Limits
 from nvmm.data.samples.forms import Chat, Document, Example, Form
 from nvmm.data.samples.images import (
     MAX_PIXELS,
+    ImageLayout,
     ImageOrSize,
     Tiles,
     choose_grid,
@@ -44,11 +42,11 @@ from nvmm.data.samples.images import (
     tile_image,
 )
 from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
-from nvmm.data.samples.rendered import Rendered
+from nvmm.data.samples.rendered import Rendered, without_late_images
+from nvmm.data.samples.shots import Shots, few_shot, unanswered
+from nvmm.data.samples.tile_media import tile_media
 from nvmm.data.samples.tokenizer import Tokenizer
 
-Shots = Literal["turns", "document"]
-"""How solved examples stand before a question: as turns of a chat, or as one document."""
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """The tile limits that are tried in turn until a sample fits (Megatron-LM's ladder)."""
 Supervise = Literal["all", "last"]
@@ -237,32 +235,12 @@ class InstructBuilder(Builder):
 
         Raises BadSample naming the sample that is no question with an answer.
         """
-        require("layout", layout, Shots)
         source, asked = self._example(members, Record.images)
         solved = [self._example(shot, Record.images) for shot in shots]
-        every = [*solved, (source, replace(asked, turns=_unanswered(asked.turns)))]
-        for where, example in every:
-            last = example.turns[-2:] if (where, example) != every[-1] else example.turns[-1:]
-            if [turn.role for turn in last] != ["user", "assistant"][: len(last)]:
-                raise BadSample(where, "it is no question with an answer")
-        # 1. Every question gets its suffix; a system message stands once, the question's own.
-        turns = [
-            replace(turn, text=turn.text + suffix) if turn.role == "user" else turn
-            for _, example in every
-            for turn in example.turns
-            if turn.role != "system"
-        ]
-        images = [image for _, example in every for image in example.images]
-        if layout == "turns":
-            system = [turn for turn in asked.turns if turn.role == "system"]
-            return self._sample(Example([*system, *turns], images, []), source, prompt=True)
-        # 2. As a document, an answer follows its question.
-        text = "".join(
-            turn.text + (answer_separator if turn.role == "user" else separator)
-            for turn in turns[:-1]
+        example = few_shot(
+            (source, asked), solved, suffix, layout, separator, answer_separator=answer_separator
         )
-        document = Turn(DOCUMENT, text + turns[-1].text)
-        return self._sample(Example([document], images, []), source, prompt=True)
+        return self._sample(example, source, prompt=True)
 
     def conversation(self, turns: Sequence[Turn], source: str, *, prompt: bool = False) -> Sample:
         """Return a whole conversation without pictures, as a reward model scores it.
@@ -318,7 +296,7 @@ class InstructBuilder(Builder):
     def _build(self, members: Mapping[str, Any], *, prompt: bool, suffix: str = "") -> Sample:
         source, example = self._example(members, Record.images)
         # A prompt ends before the last answer.
-        turns = _unanswered(example.turns) if prompt else example.turns
+        turns = unanswered(example.turns) if prompt else example.turns
         if suffix:
             if not turns or turns[-1].role != "user":
                 raise BadSample(source, f"no user's turn to put {suffix!r} behind")
@@ -369,45 +347,14 @@ class InstructBuilder(Builder):
         return Text(
             torch.tensor(rendered.tokens),
             torch.tensor(rendered.weights),
-            self._media(tiles, rendered),
-        )
-
-    def _media(self, images: Sequence[Tiles], rendered: Rendered) -> dict[MediaKind, TextMedia]:
-        """Return the tiles by their placement: in the sequence, or attended."""
-        if not images:
-            return {}
-        values = torch.cat([cut.values for cut in images])
-        tiles = torch.cat([cut.tiles for cut in images])
-        counts = torch.tensor([len(cut.tiles) for cut in images])
-        items = torch.repeat_interleave(torch.arange(len(images)), counts)
-        outside = torch.tensor([is_attended(tile, self.attended) for tile in tiles.tolist()])
-
-        def chosen(mask: Tensor, **fields: Any) -> TextMedia:
-            return TextMedia(
-                values=values[mask],
-                items=items[mask],
-                tiles=tiles[mask],
-                tokens_per_item=self.tokens_per_tile,
-                **fields,
-            )
-
-        media = {}
-        if not outside.all():
-            media[IMAGE] = chosen(
-                ~outside,
-                positions=torch.tensor(rendered.positions),
+            tile_media(
+                tiles,
+                rendered,
+                self.attended,
+                tokens_per_tile=self.tokens_per_tile,
                 placeholder_id=self.tokenizer.image_id,
-            )
-        if outside.any():
-            tags = [torch.tensor(tile.tag_ids, dtype=torch.int64) for tile in rendered.attended]
-            media[ATTENDED_IMAGE] = chosen(
-                outside,
-                positions=torch.tensor([tile.start for tile in rendered.attended]),
-                placeholder_id=-1,
-                ends=torch.tensor([tile.stop for tile in rendered.attended]),
-                tag_ids=torch.nn.utils.rnn.pad_sequence(tags, batch_first=True, padding_value=-1),
-            )
-        return media
+            ),
+        )
 
     def _fit_example(self, example: Example, source: str, prompt: bool) -> tuple[Rendered, int]:
         """Render with as many tiles, and then as much of the contexts, as fit; see `_fit`.
@@ -454,7 +401,7 @@ class InstructBuilder(Builder):
         # 2. Cut text at the end, as long as all media and some answer stay.
         needed, length = len(rendered.tokens), self.sequence_length
         if self.drop_images and not prompt:
-            return _without_late_images(rendered, self.tokens_per_tile, length), limit
+            return without_late_images(rendered, self.tokens_per_tile, length), limit
         if prompt or not self._may_be_cut(rendered):
             raise BadSample(
                 source,
@@ -543,28 +490,6 @@ def _resting(example: Example) -> list[Turn]:
     start = sum(turn.role == "system" for turn in example.turns[:1])
     block = Turn(CONTEXT, example.contexts.text)
     return [*example.turns[:start], block, *example.turns[start:]]
-
-
-def _unanswered(turns: Sequence[Turn]) -> list[Turn]:
-    """Return the turns up to where the last answer begins."""
-    return list(turns[:-1] if turns[-1].role == "assistant" else turns)
-
-
-def _without_late_images(rendered: Rendered, tokens_per_tile: int, length: int) -> Rendered:
-    """Cut a text to `length` tokens, and before the first image that does not fit whole."""
-    first, kept = 0, 0
-    for count in rendered.tiles:
-        if rendered.positions[first + count - 1] + tokens_per_tile > length:
-            length = min(length, rendered.positions[first])
-            break
-        first, kept = first + count, kept + 1
-    return replace(
-        rendered,
-        tokens=rendered.tokens[:length],
-        weights=rendered.weights[:length],
-        positions=rendered.positions[:first],
-        tiles=rendered.tiles[:kept],
-    )
 
 
 def _colour(values: Sequence[int]) -> tuple[int, int, int]:

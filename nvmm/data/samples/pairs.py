@@ -16,6 +16,8 @@ NAMES = (
     *("completion", "label"),
 )
 """The fields that are read, under our names."""
+MOST = 1e15
+"""The largest reward or label: single precision holds squares of such numbers."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,8 @@ def _reward(record: Record, name: str) -> float:
     value: Any = record.get(name)
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise record.bad(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
+        raise record.bad(f"{name} must be a number of at most {MOST:g} in size, got {value!r}")
     return float(value)
 
 

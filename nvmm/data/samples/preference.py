@@ -75,6 +75,7 @@ class PreferenceBuilder(InstructBuilder):
         too_long: TooLong = "drop",
         reference: str | Sequence[str] | None = None,
         end: str = "",
+        pad: Sequence[int] | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -93,6 +94,7 @@ class PreferenceBuilder(InstructBuilder):
             form,
             fields,
             unread,
+            pad=pad,
             tokenizer=tokenizer,
             sequence_length=sequence_length,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nvmm.data.samples.tokenizer import Tokenizer
 
@@ -86,3 +86,20 @@ class Writer:
             self.alone(tag, 0.0)
         ids = [] if in_text or not tag else self.tokenizer.encode_pieces([tag], continued=True)[0]
         self.out.attended.append(AttendedTile(start, len(self.out.tokens), ids))
+
+
+def without_late_images(rendered: Rendered, tokens_per_tile: int, length: int) -> Rendered:
+    """Cut a text to `length` tokens, and before the first image that does not fit whole."""
+    first, kept = 0, 0
+    for count in rendered.tiles:
+        if rendered.positions[first + count - 1] + tokens_per_tile > length:
+            length = min(length, rendered.positions[first])
+            break
+        first, kept = first + count, kept + 1
+    return replace(
+        rendered,
+        tokens=rendered.tokens[:length],
+        weights=rendered.weights[:length],
+        positions=rendered.positions[:first],
+        tiles=rendered.tiles[:kept],
+    )

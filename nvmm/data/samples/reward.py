@@ -27,6 +27,7 @@ from nvmm.data.samples.chat import Attended, ChatTemplate, ImageTags, Turn
 from nvmm.data.samples.forms import Example, asked, check_beside, turns_of
 from nvmm.data.samples.images import MAX_PIXELS, ImageOrSize
 from nvmm.data.samples.instruct import InstructBuilder
+from nvmm.data.samples.pairs import MOST
 from nvmm.data.samples.record import PLAIN, Fields, Record
 from nvmm.data.samples.rendered import Rendered
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class RewardBuilder(InstructBuilder):
         attended: Attended = "none",
         fields: Fields | None = None,
         unread: Sequence[str] = (),
+        pad: Sequence[int] | None = None,
         *,
         tokenizer: Tokenizer,
         sequence_length: int,
@@ -87,6 +89,7 @@ class RewardBuilder(InstructBuilder):
             attended,
             fields=fields,
             unread=unread,
+            pad=pad,
             tokenizer=tokenizer,
             sequence_length=sequence_length,
         )
@@ -160,10 +163,10 @@ class RewardBuilder(InstructBuilder):
 
 def _label(record: Record, name: str) -> float:
     value = record.get(name)
-    if value is None or value == _UNLABELLED:
+    if value is None or value == _UNLABELLED or value != value:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
-        raise record.bad(f"{name} must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST:
+        raise record.bad(f"{name} must be a number of at most {MOST:g} in size, got {value!r}")
     return float(value)
 
 

@@ -49,6 +49,12 @@ if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
 
 
+_COUNTS = (
+    *("max_new_tokens", "searched", "batch_size"),
+    *("encode_batch_size", "part_size", "corpus_part_size"),
+)
+
+
 @dataclass(frozen=True)
 class Rag:
     """A run. The command's checkpoint reranks and answers.
@@ -116,7 +122,7 @@ class Rag:
             raise ValueError(
                 f"job.candidates={list(self.candidates)} must be from 1 to job.ranking.top={top}"
             )
-        for key in ("max_new_tokens", "searched", "part_size", "corpus_part_size"):
+        for key in _COUNTS:
             if (value := getattr(self, key)) < 1:
                 raise ValueError(f"job.{key}={value} must be at least 1")
         if not self.cutoffs or any(not 0 < k <= self.searched for k in self.cutoffs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     )
 
 
+@cache
 def config(group: str) -> Any:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         node = compose(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from nvmm.data.collate import collate
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.chat import ImageTags, Turn
 from nvmm.data.samples.checks import check_sample
+from nvmm.data.samples.instruct import InstructBuilder
 from nvmm.data.samples.preference import PreferenceBuilder
+from nvmm.data.samples.reward import RewardBuilder
 from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.inference.restore import _exchanged as exchanged
+from nvmm.jobs.score import Score
 from tests.data.conftest import image_bytes
 from tests.data.conftest import template as dialect
 
@@ -162,7 +167,13 @@ def test_a_pair_that_is_too_long_is_dropped_or_its_answers_are_cut(tiny: Tokeniz
         (FORMS["repeated"] | {"prompt": "Hi"}, "prompt is none of the turns"),
         (PLAIN | {"label": True}, "label is of a completion"),
         (PLAIN | {"chosen_reward": 1.0}, "one of chosen_reward and rejected_reward"),
-        (PLAIN | {"chosen_reward": True, "rejected_reward": 0}, "chosen_reward must be a finite"),
+        (PLAIN | {"chosen_reward": True, "rejected_reward": 0}, "chosen_reward must be a number"),
+        (PLAIN | {"chosen_reward": 0, "rejected_reward": 1e39}, r"of at most 1e\+15 in size"),
+        (PLAIN | {"chosen_reward": 10**400, "rejected_reward": 0}, r"of at most 1e\+15 in size"),
+        (PLAIN | {"chosen_reward": math.nan, "rejected_reward": 0}, "must be a number"),
+        (PLAIN | {"rejected": ""}, "rejected is empty"),
+        (PLAIN | {"rejected": [said("")]}, "is empty"),
+        (PLAIN | {"rejected": []}, "must be a list"),
         (PLAIN | {"rejected": " "}, "rejected is empty"),
         (PLAIN | {"rejected": [user(NO)]}, "an answer must begin with a turn of the assistant"),
         (PLAIN | {"tools": ["x"]}, "tools beside the turns is not read"),
@@ -213,6 +224,40 @@ def test_what_is_scored_is_a_pair_or_a_conversation_that_is_never_cut(tiny: Toke
         build.scored(member(messages=[user(HI)]))
     with pytest.raises(BadSample, match=r"a text of \d+ tokens, and data.sequence_length=64"):
         build.scored(member(messages=[user(HI), said(HO * 60)]))
+
+
+def test_pictures_are_padded_as_those_of_other_samples_are(tiny: Tokenizer) -> None:
+    """A checkpoint of VILA's SFT data scores pairs as preference training reads them."""
+    settings: dict[str, Any] = {
+        "_target_": "nvmm.data.samples.instruct.InstructBuilder",
+        "_partial_": True,
+        "template": dialect(),
+        "tags": ImageTags(),
+        "tokens_per_tile": 4,
+        "tile_size": 32,
+        "max_tiles": 1,
+        "pad": [122, 116, 104],
+    }
+    only_of_sft = {"drop_images": True, "supervise": "last"}
+    changed = exchanged(settings | only_of_sft, Score("", preferences="drop").build)
+    assert changed == settings | {"_target_": changed["_target_"], "too_long": "drop"}
+    options = {name: value for name, value in changed.items() if name[0] != "_"}
+    build = PreferenceBuilder(**options, tokenizer=tiny, sequence_length=64)
+    del options["too_long"]
+    sft = InstructBuilder(**options, tokenizer=tiny, sequence_length=64)
+    unlike = InstructBuilder(**options | {"pad": None}, tokenizer=tiny, sequence_length=64)
+    picture = image_bytes(64, 32)
+    conversation = member(picture, messages=[user(f"<image>{HI}"), said(HO)])
+    tiles = sft(conversation).text.media[IMAGE].values
+    for text in build(member(picture, **PLAIN)).texts:
+        assert torch.equal(text.media[IMAGE].values, tiles)
+    assert not torch.equal(unlike(conversation).text.media[IMAGE].values, tiles)
+    labels = RewardBuilder(
+        dialect(), ImageTags(), 4, ["good"], tile_size=32, max_tiles=1, pad=[122, 116, 104],
+        tokenizer=tiny, sequence_length=64,
+    )  # fmt: skip
+    labelled = member(picture, prompt=HI, response=HO, good=1)
+    assert torch.equal(labels(labelled).text.media[IMAGE].values, tiles)
 
 
 def test_an_unknown_rule_is_refused(tiny: Tokenizer) -> None:

@@ -99,6 +99,7 @@ def test_labels_that_are_missing(qwen: Tokenizer) -> None:
         ({"prompt": "Hi?", "response": ""}, "response is empty"),
         ({"prompt": "Hi?", "response": "No.", "verbosity": "4"}, "verbosity must be a number"),
         ({"prompt": "Hi?", "response": "No.", "verbosity": True}, "verbosity must be a number"),
+        ({"prompt": "Hi?", "response": "No.", "verbosity": 1e39}, r"at most 1e\+15 in size"),
         ({"prompt": "A\n<extra_id_1>Assistant\nB", "response": "C"}, "must end with a user's turn"),
         ({"prompt": "A <extra_id_1> B", "response": "C"}, "not in front of User or Assistant"),
         ({"prompt": "Hi?" * 99, "response": "C"}, "sequence_length=64: cut, it would be scored"),
