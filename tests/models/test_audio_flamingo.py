@@ -187,7 +187,7 @@ def test_closed_gates_leave_the_language_model() -> None:
 
 
 @pytest.mark.usefixtures("world")
-def test_full_sizes_have_the_sheets_counts() -> None:
+def test_full_sizes_have_the_published_counts() -> None:
     """36.7 M a block and 881 M in 24 of them at OPT-1.3B's width; 25.2 M over the windows."""
     config = copy.deepcopy(tiny())
     config["language"]["transformer"] |= {
