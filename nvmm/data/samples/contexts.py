@@ -28,6 +28,11 @@ RANK_ALL = (
     " Return all the relevant passage id."
 )
 _QUESTION = "{question}"
+_CONTEXTS = (
+    *("context", "ctxs", "passage", "passages", "document", "documents"),
+    *("paragraph", "paragraphs", "chunks", "evidence"),
+)
+"""Keys that are contexts in the data sets of the field: an answer is not trained without them."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,13 @@ class ContextChat:
 
     def _contexts(self, record: Record) -> Contexts | None:
         """Return the block of contexts, None of a record without any."""
+        lost = record.lost(_CONTEXTS)
+        if lost:
+            raise record.bad(
+                f"{', '.join(lost)} is not read: contexts are a list under contexts; name another"
+                f" key by build.fields.contexts={lost[0]}, or leave it out by"
+                f" build.unread=[{','.join(lost)}]"
+            )
         values = record.get("contexts")
         if values is None or values == []:
             return None

@@ -323,6 +323,8 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (None, {"messages": TURNS, "contexts": [3]}, "context must be text, got 3"),
     (None, {"messages": TURNS, "contexts": [" "]}, "context is empty"),
     (None, {"messages": TURNS, "contexts": [{"rows": []}]}, "a context is no table: .* got rows"),
+    (None, {"messages": TURNS, "ctxs": ["x"]}, "ctxs is not read: contexts are a list under"),
+    (None, {"messages": TURNS, "context": "x"}, r"build.fields.contexts=context"),
     (None, {"messages": TURNS, "answerable": 1}, "answerable must be true or false, got 1"),
     (None, {"messages": TURNS, "instruction": ""}, "instruction is empty"),
     (None, {"messages": TURNS, "answers": "x"}, "answers must be a list"),
