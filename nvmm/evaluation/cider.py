@@ -59,7 +59,15 @@ class CiderD:
             )
 
     def prepared(self, references: Sequence[Sequence[str]]) -> PreparedCiderD:
-        """Return the metric of a corpus. references: of every question that is asked."""
+        """Return the metric of a corpus. references: of every question that is asked.
+
+        Raises ValueError for less than two questions: every n-gram of one weighs log(1 / 1) = 0.
+        """
+        if len(references) < 2:
+            raise ValueError(
+                f"CIDEr-D weighs n-grams by the questions that have them, and there are"
+                f" {len(references)}: it needs two at least"
+            )
         having: Counter[NGram] = Counter()
         for captions in references:
             seen = {gram for text in captions for n in ngrams(text, self.order) for gram in n}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from nvmm.data.samples.record import is_picture
 from nvmm.evaluation.benchmark import Example, Questions
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class FewShot(Questions):
 
     VILA's paper has 0 and 4 shots and does not say how they were chosen. Here a question's key and
     the seed choose them from the training split, the same for every model; those of 4 shots are the
-    first of 8. An example without an accepted answer is passed over.
+    first of 8. An example is passed over that has no accepted answer, cannot be read, or has a
+    picture of the question.
 
     Args:
         shots: examples before a question.
@@ -66,7 +68,7 @@ class FewShot(Questions):
             raise ValueError(f"{type(builder).__name__} puts no examples before a question")
         prompt = builder.few_shot(
             members,
-            self._chosen(str(members["__key__"]), builder),
+            self._chosen(members, builder),
             suffix=f"\n{self.suffix}" if self.suffix else "",
             layout=self.layout,
             separator=self.separator,
@@ -77,11 +79,12 @@ class FewShot(Questions):
     def _examples(self, builder: Builder) -> Any:
         return _dataset(tuple([self.train] if isinstance(self.train, str) else self.train), builder)
 
-    def _chosen(self, key: str, builder: Builder) -> list[Mapping[str, Any]]:
+    def _chosen(self, asked: Mapping[str, Any], builder: Builder) -> list[Mapping[str, Any]]:
         """Return the examples of a question. Raises ValueError where there are not enough."""
         dataset = self._examples(builder)
+        shown = _pictures(asked)
         # A text as seed is hashed with SHA-512: the same on every machine.
-        draw = random.Random(f"{self.seed}/{key}")
+        draw = random.Random(f"{self.seed}/{asked['__key__']}")
         found: list[Mapping[str, Any]] = []
         for number in draw.sample(range(len(dataset)), min(_DRAWN, len(dataset))):
             if len(found) == self.shots:
@@ -89,15 +92,21 @@ class FewShot(Questions):
             members = dataset.members(number)
             try:
                 answers = builder.references(members)
+                builder.prompt(members)  # A picture may be damaged behind its header.
             except ValueError:
                 continue
-            if answers:
+            if answers and not shown & _pictures(members):
                 found.append(members)
         if len(found) < self.shots:
             raise ValueError(
                 f"benchmark.train={self.train} gives {len(found)} of {self.shots} examples"
             )
         return found
+
+
+def _pictures(members: Mapping[str, Any]) -> set[bytes]:
+    """Return the bytes of a sample's pictures."""
+    return {value for name, value in members.items() if is_picture(name)}
 
 
 @lru_cache(maxsize=4)

@@ -138,13 +138,23 @@ class RewardBench2(_RewardBench):
 
     name: str = "rewardbench2"
 
+    def _items(self) -> list[Item]:
+        items = super()._items()
+        for item in items:
+            if len(item.chosen) != 1 and not _is_ties(item.subset):
+                raise ValueError(
+                    f"{item.source} has {len(item.chosen)} chosen answers; only those of the subset"
+                    " Ties have several"
+                )
+        return items
+
     def _summary(self, scored: Sequence[Scored]) -> dict[str, float]:
         """Return "overall", the plain mean over subsets, and the score of each subset."""
         subsets = defaultdict(list)
         for each in scored:
             subsets[each.item.subset].append(each)
         scores = {
-            subset: ties(group) if subset.lower() == "ties" else fmean(map(best, group))
+            subset: ties(group) if _is_ties(subset) else fmean(map(best, group))
             for subset, group in sorted(subsets.items())
         }
         return {"overall": fmean(scores.values()), **scores}
@@ -164,6 +174,10 @@ class _Items:
         """What tells these questions from others."""
         content = json.dumps([asdict(item) for item in self.items])
         return [len(self.items), hashlib.sha256(content.encode()).hexdigest()]
+
+
+def _is_ties(subset: str) -> bool:
+    return subset.lower() == "ties"
 
 
 def is_right(*, prediction: str, answers: Sequence[str]) -> float:

@@ -73,3 +73,8 @@ def test_a_longer_sigma_forgives_length_and_an_order_stops() -> None:
         CiderD(order=0)
     with pytest.raises(ValueError, match="use `prepared`"):
         CiderD()(prediction="a", answers=["a"])
+
+
+def test_one_question_gives_no_weights() -> None:
+    with pytest.raises(ValueError, match="there are 1: it needs two at least"):
+        CiderD().prepared([["a cat", "the cat"]])

@@ -107,6 +107,31 @@ def test_the_seed_chooses_and_fewer_are_the_first_of_more(tiny: Tokenizer, train
     assert others != eight and 7 not in others
 
 
+def test_the_question_s_own_picture_and_a_damaged_one_are_no_examples(
+    tiny: Tokenizer, train: str, tmp_path: Path
+) -> None:
+    picture = image_bytes(32, 32, seed=1)
+    samples: list[dict[str, Any]] = [
+        {"png": QUESTION["png"], "answer": "the same picture"},
+        {"png": picture[: len(picture) // 2], "answer": "half a picture"},
+        {"png": picture, "answer": "a1"},
+    ]
+    members = [
+        {
+            "__key__": str(number),
+            "png": sample["png"],
+            "json": json.dumps({"question": f"q{number}", "answer": sample["answer"]}).encode(),
+        }
+        for number, sample in enumerate(samples)
+    ]
+    write_shards(tmp_path, "copy", members)
+    copied = str(tmp_path / "copy-*.tar")
+    for seed in range(4):
+        assert chosen(prompt(tiny, copied, 1, seed=seed)[0]) == [2]
+    with pytest.raises(ValueError, match=r"gives 1 of 2 examples"):
+        prompt(tiny, copied, 2)
+
+
 def test_what_gives_no_examples_is_refused(tiny: Tokenizer, train: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gives 11 of 12 examples"):
         prompt(tiny, train, 12)

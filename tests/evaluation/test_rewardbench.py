@@ -143,6 +143,13 @@ def test_rows_that_are_none_are_named(
         RewardBench(path).run(model, Settings(), journal)
 
 
+def test_several_right_answers_are_of_ties_alone(tmp_path: Path) -> None:
+    several = ROW | {"chosen": ["a", "b"], "subset": "Math"}
+    path = write(tmp_path / "a.jsonl", [several | {"subset": "Ties"}, several])
+    with pytest.raises(ValueError, match=r"row 1 \(id 3\) has 2 chosen answers; only those of"):
+        RewardBench2(path)._items()
+
+
 def evaluate(
     rank: int,
     world: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,13 @@ def _refusals(checkpoint: Path, shards: str, folder: Path, scores: Path) -> None
     reference._read.cache_clear()
     with pytest.raises(ValueError, match=r"part-00001\.arrow is damaged"):
         builder(scores)
+
+
+def test_a_reference_that_is_not_finite_is_no_score() -> None:
+    row = {"log_probabilities": [-1.5, -math.inf], "tokens": [2, 3]}
+    assert "[-1.5, -inf] are not finite" in reference._scored(row)
+    row["log_probabilities"][1] = -4.0
+    assert reference._scored(row) == [(-1.5, 2), (-4.0, 3)]
 
 
 @pytest.mark.slow

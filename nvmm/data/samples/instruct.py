@@ -307,6 +307,16 @@ class InstructBuilder(Builder):
         """Return the sample of an example whose images are decoded."""
         # The images are cut under the limit that the turns were rendered with.
         rendered, limit = self._fit_example(example, source, prompt)
+        if (
+            not prompt
+            and not any(rendered.weights[1:])
+            and len(rendered.tiles) < len(example.images)
+        ):
+            raise BadSample(
+                source,
+                f"no supervised token before the image that does not fit in data.sequence_length="
+                f"{self.sequence_length}",
+            )
         if not prompt and not any(rendered.weights):
             where = " at its end" if self.only_last else ""
             raise BadSample(source, f"no supervised token; a sample needs an assistant turn{where}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,18 @@ def _read(folders: tuple[str, ...]) -> Scores:
                         f"build.reference={name}: two samples have the key {row['key']}; keys must"
                         " differ over all shards"
                     )
-                rows[row["key"]] = row["error"] or list(
-                    zip(row["log_probabilities"], row["tokens"], strict=True)
-                )
+                rows[row["key"]] = row["error"] or _scored(row)
     if len(origins) > 1:
         listed = ", ".join(origins.values())
         raise ValueError(f"build.reference: {listed} are of several checkpoints or builders")
     return Scores(rows, next(iter(origins))[1])
+
+
+def _scored(row: dict[str, Any]) -> list[tuple[float, int]] | str:
+    """Return log-probability and tokens of each text, or what is wrong with them."""
+    if not all(map(math.isfinite, row["log_probabilities"])):
+        return f"log-probabilities {row['log_probabilities']} are not finite"
+    return list(zip(row["log_probabilities"], row["tokens"], strict=True))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

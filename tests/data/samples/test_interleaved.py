@@ -162,8 +162,14 @@ def test_a_conversation_loses_its_late_images_too(tiny: Tokenizer) -> None:
         with pytest.raises(BadSample, match="would cut an image or every answer"):
             builder(tiny, sequence_length=length, drop_images=False)(found)
     # Before the first answer there is nothing to learn; a prompt is never cut.
-    with pytest.raises(BadSample, match="no supervised token"):
+    nothing = "no supervised token before the image that does not fit in data.sequence_length="
+    with pytest.raises(BadSample, match=f"{nothing}8"):
         builder(tiny, sequence_length=8)(found)
+    # A document that begins with an image may have nothing in front of it, or one token.
+    for ahead, length in ((0, 3), (1, 4)):
+        alone = document(["7"[:ahead], "12"], [1]) if ahead else document(["12"], [0])
+        with pytest.raises(BadSample, match=f"{nothing}{length}"):
+            builder(tiny, Interleaved(), sequence_length=length)(alone)
     with pytest.raises(BadSample, match="would cut the prompt"):
         builder(tiny, sequence_length=second + 3).prompt(found)
     with pytest.raises(ValueError, match="drop_images=true with attended=all"):
