@@ -141,7 +141,12 @@ def at(key: str, node: Any) -> dict[str, Any]:
     [
         ("model.cross_attention", CROSS, "gate", "scalar, channel"),
         ("model.cross_attention", CROSS, "placement", "inside, before"),
-        ("model.cross_attention", CROSS, "text_sees", "preceding, last, nothing"),
+        (
+            "model.cross_attention",
+            CROSS,
+            "text_sees",
+            "preceding, last, nothing, preceding_or_first",
+        ),
         ("model.vision", VISION, "qk_norm", "joint, null"),
         *(
             (f"{dataset}.build", build, name, allowed)
