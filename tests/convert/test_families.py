@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nvmm.batch import Media
 from nvmm.checkpoint.load import load_weights
 from nvmm.convert import exporting, importing, models
 from nvmm.convert.formats.all import FORMATS
@@ -288,8 +289,10 @@ def test_the_builder_of_an_import_has_its_model_s_sizes(tmp_path: Path) -> None:
     chunk = Parallel().chunks(Precision())[0]
     ours = instantiate(model, _convert_="all")(chunk=chunk).eval()
     tiles = torch.zeros(1, 3, build["tile_size"], build["tile_size"], dtype=torch.uint8)
+    first = torch.zeros(1, dtype=torch.int64)
+    count = build["tokens_per_tile"]
     with torch.no_grad():
-        features = ours.encode("image", tiles)
+        features = ours.encode("image", [Media(tiles, *[first] * 5, 0, count)])
     assert features.shape[1] == build["tokens_per_tile"] == 4
 
 

@@ -139,7 +139,8 @@ def weight_folders(format_name: str) -> dict[str, str]:
 
 def place_of(folder: Path, format_name: str, what: Literal["TOKENIZER", "PROCESSOR"]) -> Path:
     """Return where a format keeps its tokenizer or preprocessor_config.json within a folder."""
-    return folder / getattr(FORMATS[format_name], what, "")
+    name = getattr(FORMATS[format_name], what, None)
+    return folder if name is None else folder / name
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
