@@ -186,7 +186,7 @@ def test_refusals(
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"layer_types": ["sliding_attention"] * 2}, "without a sliding_window"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn' is not"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "rope_type='proportional' is not"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "hf: config.json: Transformers refuses it"),
         ({"rope_theta": None, "rope_parameters": None}, "has no rope_theta"),
         ({"rope_scaling": {"full_attention": {"rope_theta": 2.0}}}, "each kind of layer"),

@@ -33,7 +33,6 @@ MASKS = {
     "pretraining": ["Ho!<|im_end|>", "Two<|im_end|>"],
     "chatqa": [" Ho!", " Two<|im_end|>"],
     "vicuna": [" Ho!<|im_end|>", " Two<|im_end|>"],
-    "caption": ["Ho!<|im_end|>", "Two<|im_end|>"],
     "llava_plain": ["Ho!\n", "Two\n"],
     "jinja": ["Ho!<|im_end|>", "Two<|im_end|>"],
 }

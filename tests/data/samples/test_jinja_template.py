@@ -148,6 +148,7 @@ def check(words: Tokenizer, theirs: Any, template: JinjaTemplate) -> None:
         assert not any(prompt.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("trl") is None, reason="needs trl's templates")
 @pytest.mark.parametrize("name", THEIRS)
 def test_templates_of_released_models(
