@@ -12,11 +12,13 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from nvmm.data.prepare.once import once
 from nvmm.data.samples.chat import IMAGE_MARKER, ImageTags, Variant
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
@@ -307,12 +309,11 @@ def build(
     The same arguments give the same bytes.
     """
     folder = Path(folder)
-    stamp = folder / "complete.json"
     settings = {"format": FORMAT, **asdict(amounts), **asdict(form)}
-    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
-        return False
-    # The stamp goes first and comes last, so that data half written are never taken for complete.
-    stamp.unlink(missing_ok=True)
+    return once(folder, settings, partial(_write, folder, amounts, form))
+
+
+def _write(folder: Path, amounts: Amounts, form: Form) -> None:
     splits = load_splits()
     for part, split, amount in _parts(amounts):
         stream = _samples(part, split, amount, splits[split], amounts.seed, form)
@@ -323,8 +324,6 @@ def build(
     images = ", ".join(f"{split} {len(digits.labels)}" for split, digits in splits.items())
     card = _CARD.format(rows=rows, images=images, seed=amounts.seed, **asdict(form))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    stamp.write_text(json.dumps(settings, indent=2) + "\n")
-    return True
 
 
 def _parts(amounts: Amounts) -> list[tuple[str, str, int]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nvmm.data.prepare import openmoji, openmoji_tasks
+from nvmm.data.prepare.once import once
 from nvmm.data.samples.retrieval import TEMPLATE
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.io.files import write
@@ -34,16 +34,12 @@ def build(folder: str | Path, settings: Settings = Settings(), package: Path | N
     Raises ValueError where the package cannot be had, or drawn.
     """
     folder = Path(folder)
-    stamp = folder / "complete.json"
-    wanted = {"format": FORMAT, "package": openmoji.SHA256, **asdict(settings)}
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
-        return False
-    # The stamp goes first and comes last, so that data half written are never taken for complete.
-    stamp.unlink(missing_ok=True)
-    source = openmoji.fetch(folder / "package", package)
-    write_set(source, folder, settings, processes=os.cpu_count() or 1)
-    write(stamp, json.dumps(wanted, indent=2) + "\n")
-    return True
+
+    def make() -> None:
+        source = openmoji.fetch(folder / "package", package)
+        write_set(source, folder, settings, processes=os.cpu_count() or 1)
+
+    return once(folder, {"format": FORMAT, "package": openmoji.SHA256, **asdict(settings)}, make)
 
 
 def write_set(package: Path, folder: Path, settings: Settings, *, processes: int) -> None:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nvmm.data.prepare import conversations, python_api, ranking
+from nvmm.data.prepare.once import once
 from nvmm.data.prepare.python_faq import plain
 from nvmm.data.prepare.records import to_sample
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
@@ -57,12 +59,11 @@ def build(folder: str | Path, source: Path, amounts: Amounts = Amounts()) -> boo
     source: the documentation's `_sources`. The same arguments give the same bytes.
     """
     folder = Path(folder)
-    stamp = folder / "complete.json"
     settings = {"format": FORMAT, **asdict(amounts)}
-    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
-        return False
-    # The stamp goes first and comes last, so that data half written are never taken for complete.
-    stamp.unlink(missing_ok=True)
+    return once(folder, settings, partial(_write, folder, source, amounts))
+
+
+def _write(folder: Path, source: Path, amounts: Amounts) -> None:
     found = python_api.entries(source)
     training, held_out = python_api.split(found, amounts.held_out)
     hidden = {entry.module for entry in held_out}
@@ -78,8 +79,6 @@ def build(folder: str | Path, source: Path, amounts: Amounts = Amounts()) -> boo
     paths = [source / "library" / f"{name}.rst.txt" for name in sorted(hidden)]
     text = "\n\n".join(plain(path.read_text(encoding="utf-8")) for path in paths if path.exists())
     write(folder / "haystack.txt", text + "\n")
-    write(stamp, json.dumps(settings, indent=2) + "\n")
-    return True
 
 
 def _shards(

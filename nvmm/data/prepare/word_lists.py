@@ -19,9 +19,11 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from nvmm.data.prepare.once import once
 from nvmm.data.prepare.records import to_sample
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
@@ -184,12 +186,10 @@ def build(folder: str | Path, amounts: Amounts = Amounts()) -> bool:
     arguments give the same bytes.
     """
     folder = Path(folder)
-    stamp = folder / "complete.json"
-    settings = {"format": FORMAT, **asdict(amounts)}
-    if stamp.is_file() and json.loads(stamp.read_text()) == settings:
-        return False
-    # The stamp goes first and comes last, so that data half written are never taken for complete.
-    stamp.unlink(missing_ok=True)
+    return once(folder, {"format": FORMAT, **asdict(amounts)}, partial(_write, folder, amounts))
+
+
+def _write(folder: Path, amounts: Amounts) -> None:
     samples = (
         to_sample(f"sft{number:06d}", {"messages": _messages(prompt, answer)})
         for number, (prompt, _, answer) in enumerate(demonstrations(amounts.sft, amounts.seed))
@@ -211,8 +211,6 @@ def build(folder: str | Path, amounts: Amounts = Amounts()) -> bool:
         folder / "README.md",
         _CARD.format(rows=rows, seed=amounts.seed, words=len(WORDS), careless=CARELESS),
     )
-    write(stamp, json.dumps(settings, indent=2) + "\n")
-    return True
 
 
 def _messages(prompt: str, answer: str) -> list[dict[str, str]]:
