@@ -15,12 +15,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.samples.dialogue import Dialogue, turns
+from nvmm.data.samples.dialogue import Dialogue, Speaker, turns
 from nvmm.io.files import write
 
 _WORD = re.compile(r"\w+")
@@ -121,6 +121,51 @@ def cut_documents(documents: Iterable[Mapping[str, Any]], words: int) -> dict[st
     return chunks
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A turn of a user that the agent answers next.
+
+    where: the dialogue, for messages. name: of the question. document: the id of its document.
+    turns: (role, text) up to the question. number: of the agent's turn in the dialogue, from 1.
+    reply: that turn as it came.
+    """
+
+    where: str
+    name: str
+    document: str
+    turns: list[tuple[Speaker, str]]
+    number: int
+    reply: Mapping[str, Any]
+    answer: str
+
+
+def answered(
+    dialogues: Iterable[Mapping[str, Any]], documents: Container[str]
+) -> Iterator[Answered]:
+    """Yield every turn of a user that the agent answers next.
+
+    Raises ValueError naming the dialogue for one of an unknown document or with bad turns.
+    """
+    for number, dialogue in enumerate(dialogues, 1):
+        name, document = dialogue.get("_id"), dialogue.get("document_id")
+        where = f"dialogue {number} ({name})"
+        if not isinstance(name, str) or not isinstance(document, str) or document not in documents:
+            raise ValueError(f"{where} needs an _id and the document_id of a document: {document}")
+        messages = dialogue.get("messages")
+        try:
+            spoken = turns(messages)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        assert isinstance(messages, list)
+        for place in range(1, len(spoken)):
+            (who, _), (next_one, answer) = spoken[place - 1 : place + 1]
+            if (who, next_one) == ("user", "agent"):
+                question = f"{name}/{place // 2}"
+                yield Answered(
+                    where, question, document, spoken[:place], place + 1, messages[place], answer
+                )
+
+
 def questions(
     dialogues: Iterable[Mapping[str, Any]],
     chunks: Mapping[str, Sequence[Chunk]],
@@ -131,39 +176,25 @@ def questions(
 
     left_out: is told which question has no chunk with enough recall.
 
-    Raises ValueError naming the dialogue for one of an unknown document or with bad turns.
+    Raises ValueError as `answered` does, and for evidence that is no text.
     """
-    for number, dialogue in enumerate(dialogues, 1):
-        name, document = dialogue.get("_id"), dialogue.get("document_id")
-        where = f"dialogue {number} ({name})"
-        if not isinstance(name, str) or not isinstance(document, str) or document not in chunks:
-            raise ValueError(f"{where} needs an _id and the document_id of a document: {document}")
-        messages = dialogue.get("messages")
-        try:
-            spoken = turns(messages)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        assert isinstance(messages, list)
-        here = chunks[document]
-        for place in range(1, len(spoken)):
-            if (spoken[place - 1][0], spoken[place][0]) != ("user", "agent"):
-                continue
-            evidence = messages[place].get("evidence", spoken[place][1])
-            if not isinstance(evidence, str):
-                raise ValueError(f"{where}: evidence of turn {place + 1} must be text")
-            if not evidence:
-                continue
-            recalls = [four_gram_recall(evidence, chunk.text) for chunk in here]
-            best = max(range(len(here)), key=recalls.__getitem__)
-            question = f"{name}/{place // 2}"
-            if recalls[best] <= rules.min_recall:
-                left_out(
-                    f"{question}: no chunk of {document} has more 4-gram recall than"
-                    f" {rules.min_recall}"
-                )
-                continue
-            asked = [{"role": who, "content": text} for who, text in spoken[:place]]
-            yield Question(question, asked, here, recalls, best)
+    for one in answered(dialogues, chunks):
+        evidence = one.reply.get("evidence", one.answer)
+        if not isinstance(evidence, str):
+            raise ValueError(f"{one.where}: evidence of turn {one.number} must be text")
+        if not evidence:
+            continue
+        here = chunks[one.document]
+        recalls = [four_gram_recall(evidence, chunk.text) for chunk in here]
+        best = max(range(len(here)), key=recalls.__getitem__)
+        if recalls[best] <= rules.min_recall:
+            left_out(
+                f"{one.name}: no chunk of {one.document} has more 4-gram recall than"
+                f" {rules.min_recall}"
+            )
+            continue
+        asked = [{"role": who, "content": text} for who, text in one.turns]
+        yield Question(one.name, asked, here, recalls, best)
 
 
 def records(asked: Iterable[Question], name: str, rules: Rules) -> Iterator[dict[str, Any]]:

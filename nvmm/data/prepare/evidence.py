@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 from nvmm.config.choices import require
 from nvmm.data.prepare.conversations import Record, chatqa_record, record
-from nvmm.data.prepare.dialogues import chunk_words, four_gram_recall
+from nvmm.data.prepare.dialogues import answered, chunk_words, four_gram_recall
 from nvmm.data.prepare.ranking import pair
-from nvmm.data.samples.dialogue import turns
 
 By = Literal["spans", "recall"]
 LeftOut = Callable[[str], None]
@@ -72,32 +71,18 @@ def questions(
     `evidence` of the agent's turn marks its spans: a text or a list of texts. An empty one says
     that no document answers, and the question is passed over.
 
-    Raises ValueError naming the dialogue for an unknown document or bad turns.
+    Raises ValueError as `dialogues.answered` does, and for evidence that is no text.
     """
-    for number, dialogue in enumerate(dialogues, 1):
-        name, document = dialogue.get("_id"), dialogue.get("document_id")
-        where = f"dialogue {number} ({name})"
-        if not isinstance(name, str) or not isinstance(document, str) or document not in documents:
-            raise ValueError(f"{where} needs an _id and the document_id of a document: {document}")
-        messages = dialogue.get("messages")
-        try:
-            spoken = turns(messages)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        assert isinstance(messages, list)
-        roles = {"user": "user", "agent": "assistant"}
-        for place in range(1, len(spoken)):
-            if (spoken[place - 1][0], spoken[place][0]) != ("user", "agent"):
-                continue
-            spans = messages[place].get("evidence")
-            listed = [spans] if isinstance(spans, str) else spans
-            if listed is not None and not all(isinstance(span, str) for span in listed):
-                raise ValueError(f"{where}: evidence of turn {place + 1} must be texts: {spans!r}")
-            if listed is not None and not any(listed):
-                continue
-            asked = [{"role": roles[who], "content": text} for who, text in spoken[:place]]
-            answer = spoken[place][1]
-            yield Asked(f"{name}/{place // 2}", asked, answer, listed, documents[document])
+    roles = {"user": "user", "agent": "assistant"}
+    for one in answered(dialogues, documents):
+        spans = one.reply.get("evidence")
+        listed = [spans] if isinstance(spans, str) else spans
+        if listed is not None and not all(isinstance(span, str) for span in listed):
+            raise ValueError(f"{one.where}: evidence of turn {one.number} must be texts: {spans!r}")
+        if listed is not None and not any(listed):
+            continue
+        asked = [{"role": roles[who], "content": text} for who, text in one.turns]
+        yield Asked(one.name, asked, one.answer, listed, documents[one.document])
 
 
 def chatqa_questions(items: Iterable[Mapping[str, Any]]) -> Iterator[Asked]:
