@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nvmm.evaluation.benchmark import Prediction, Result, summarize, table
-from nvmm.evaluation.items import Item, Items, Listed, TextBenchmark, read_records
+from nvmm.evaluation.items import Item, Items, Listed, TextBenchmark, task_records
 from nvmm.evaluation.rouge import rouge
 from nvmm.evaluation.squad import squad_f1
 
@@ -60,18 +60,7 @@ class InfiniteBench(TextBenchmark):
 
     def items(self, model: Restored) -> Items:
         """Return the questions of all tasks that are asked."""
-        tasks = list(self.prompts) if self.only is None else list(self.only)
-        for task in tasks:
-            if task not in METRICS or task not in self.prompts or task not in self.max_new_tokens:
-                raise ValueError(
-                    f"benchmark.only: {task} is no task with a prompt, max_new_tokens and a metric;"
-                    f" use some of {', '.join(METRICS)}"
-                )
-        records = []
-        for task in tasks:
-            path = Path(self.folder).expanduser() / f"{task}.jsonl"
-            read = read_records(path, "benchmark.folder")
-            records += [(f"{path}:{number}", task, record) for number, record in enumerate(read)]
+        records = task_records(self.folder, self.only, self.prompts, self.max_new_tokens, METRICS)
         return Listed(records, self._item)
 
     def _item(self, source: str, task: str, record: Mapping[str, Any]) -> Item:

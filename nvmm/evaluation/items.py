@@ -276,6 +276,34 @@ def _plain(text: str, builder: Any) -> list[int]:
     return [*first, *words.encode(text)]
 
 
+def task_records(
+    folder: str,
+    only: Sequence[str] | None,
+    prompts: Mapping[str, str],
+    max_new_tokens: Mapping[str, int],
+    metrics: Mapping[str, Any],
+    suffix: str = "",
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return source, task and record of each question of a folder's TASK.jsonl, task by task.
+
+    only: tasks to read; None: all of `prompts`. suffix: behind a task's name in its file's name.
+    Raises ValueError for a task that lacks a prompt, a length or a metric, and for bad files.
+    """
+    tasks = list(prompts) if only is None else list(only)
+    for task in tasks:
+        if task not in metrics or task not in prompts or task not in max_new_tokens:
+            raise ValueError(
+                f"benchmark.only: {task} is no task with a prompt, max_new_tokens and a metric;"
+                f" use some of {', '.join(metrics)}"
+            )
+    records = []
+    for task in tasks:
+        path = Path(folder).expanduser() / f"{task}{suffix}.jsonl"
+        read = read_records(path, "benchmark.folder")
+        records += [(f"{path}:{number}", task, record) for number, record in enumerate(read)]
+    return records
+
+
 def read_records(path: str | Path, key: str) -> list[dict[str, Any]]:
     """Return the objects of a .json list or a .jsonl file.
 

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from nvmm.evaluation.benchmark import Metric, Prediction, Result, summarize, table
-from nvmm.evaluation.items import Item, Items, Listed, TextBenchmark, read_records
+from nvmm.evaluation.items import Item, Items, Listed, TextBenchmark, task_records
 from nvmm.evaluation.rouge import longbench_rouge
 from nvmm.evaluation.squad import squad_f1
 
@@ -62,18 +62,9 @@ class LongBench(TextBenchmark):
 
     def items(self, model: Restored) -> Items:
         """Return the questions of all tasks that are asked."""
-        tasks = list(self.prompts) if self.only is None else list(self.only)
-        for task in tasks:
-            if task not in METRICS or task not in self.prompts or task not in self.max_new_tokens:
-                raise ValueError(
-                    f"benchmark.only: {task} is no task with a prompt, max_new_tokens and a metric;"
-                    f" use some of {', '.join(METRICS)}"
-                )
-        records = []
-        for task in tasks:
-            path = Path(self.folder).expanduser() / f"{task}{self.suffix}.jsonl"
-            read = read_records(path, "benchmark.folder")
-            records += [(f"{path}:{number}", task, record) for number, record in enumerate(read)]
+        records = task_records(
+            self.folder, self.only, self.prompts, self.max_new_tokens, METRICS, self.suffix
+        )
         # Of all records: this rank does not ask all of them, and some were answered before.
         self._by_length.update((source, _group(record)) for source, _, record in records)
         return Listed(records, self._item)
