@@ -7,10 +7,14 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nvmm.data.samples.chat import IMAGE_MARKER
+from nvmm.evaluation.benchmark import Settings
 from nvmm.evaluation.items import count
+
+if TYPE_CHECKING:
+    from nvmm.inference.restore import Restored
 
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s)|\n(?=\S)")
 _FILLERS = (" and", " so", ".", "\n", "a")
@@ -65,6 +69,22 @@ class Haystack:
 
 _SKIPPED = 400
 """Tokens among which the beginning of a sentence is looked for."""
+
+
+def refuse_max_new_tokens(settings: Settings) -> None:
+    """Raise ValueError where the command sets `max_new_tokens`, which the lengths contain."""
+    if settings.max_new_tokens is not None:
+        raise ValueError("max_new_tokens: set benchmark.max_new_tokens, which lengths contain")
+
+
+def check_lengths(lengths: Sequence[int], model: Restored) -> None:
+    """Raise ValueError for a length beyond the builder's or the model's longest sequence."""
+    longest = min(model.builder.sequence_length, model.max_sequence_length)
+    if max(lengths) > longest:
+        raise ValueError(
+            f"benchmark.lengths: {max(lengths)} tokens, and sequence_length={longest}; add"
+            f" sequence_length={max(lengths)}"
+        )
 
 
 def hidden(text: str, needles: Sequence[tuple[float, str]]) -> str:

@@ -17,7 +17,14 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nvmm.evaluation.benchmark import Prediction, Result, Settings, summarize, table
-from nvmm.evaluation.haystack import Haystack, exactly, hidden, recall
+from nvmm.evaluation.haystack import (
+    Haystack,
+    check_lengths,
+    exactly,
+    hidden,
+    recall,
+    refuse_max_new_tokens,
+)
 from nvmm.evaluation.items import Item, Items, Listed, TextBenchmark
 
 if TYPE_CHECKING:
@@ -190,18 +197,12 @@ class Ruler(TextBenchmark):
 
     def run(self, model: Restored, settings: Settings, journal: Journal) -> Result:
         """Ask; `max_new_tokens` is the benchmark's, as lengths depend on it."""
-        if settings.max_new_tokens is not None:
-            raise ValueError("max_new_tokens: set benchmark.max_new_tokens, which lengths contain")
+        refuse_max_new_tokens(settings)
         return super().run(model, settings, journal)
 
     def items(self, model: Restored) -> Items:
         """Return the questions of all tasks, task by task and length by length."""
-        longest = min(model.builder.sequence_length, model.max_sequence_length)
-        if max(self.lengths) > longest:
-            raise ValueError(
-                f"benchmark.lengths: {max(self.lengths)} tokens, and sequence_length={longest}; add"
-                f" sequence_length={max(self.lengths)}"
-            )
+        check_lengths(self.lengths, model)
         text = Haystack(self.haystack, model.builder) if self.haystack else None
 
         def make(source: str, key: str, about: Mapping[str, Any]) -> Item:
