@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,22 @@ ALONE = (
 """Overrides of training in a variant: one process, no validation, the newest checkpoint alone."""
 
 
+def command(folder: Path, *arguments: str) -> Command:
+    """Return a command without warnings, whose record is in `folder`."""
+    return Command(folder, ("-W", "ignore", *arguments))
+
+
 def train(folder: Path, *overrides: str) -> Command:
     """Return the command `nvmm.train` with `folder` as its run directory."""
-    arguments = ("-W", "ignore", "-m", "nvmm.train", *overrides, f"run.dir={folder}")
-    return Command(folder, arguments, partial(_trained, folder))
+    arguments = ("-m", "nvmm.train", *overrides, f"run.dir={folder}")
+    return replace(command(folder, *arguments), complete=partial(_trained, folder))
 
 
 def evaluate(folder: Path, *overrides: str) -> Command:
     """Return the command `nvmm.evaluate` of `folder`'s newest checkpoint, on held-out questions."""
     output = folder / _SCORES
-    arguments = ("-W", "ignore", "-m", "nvmm.evaluate", f"checkpoint={folder}", f"output={output}")
-    return Command(output, (*arguments, "benchmark=heldout", *overrides))
+    arguments = ("-m", "nvmm.evaluate", f"checkpoint={folder}", f"output={output}")
+    return command(output, *arguments, "benchmark=heldout", *overrides)
 
 
 def exit_on_sigterm() -> None:

@@ -64,11 +64,6 @@ class Steps:
     rpo: int | None = None
 
 
-def command(folder: Path, *arguments: str) -> studies.Command:
-    """Return a command whose record is in `folder`."""
-    return studies.Command(folder, ("-W", "ignore", *arguments))
-
-
 def rows(folder: Path) -> Path:
     """Return the output of the job in a command's folder."""
     return folder / "rows"
@@ -81,7 +76,7 @@ def shards(folder: Path, name: str) -> str:
 
 def answers(folder: Path, checkpoint: Path, split: str, seed: int) -> studies.Command:
     """Return the pipeline that answers a split's prompts, verifies the answers and pairs them."""
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.job", "job=synthesise", "job/steps=verified", "job/generators=checkpoint"),
         *(f"checkpoint={checkpoint}", f"job.steps.prompts.files={DATA}/{split}.jsonl"),
@@ -94,7 +89,7 @@ def answers(folder: Path, checkpoint: Path, split: str, seed: int) -> studies.Co
 
 def scores(folder: Path, model: Path, pattern: str) -> studies.Command:
     """Return the job that scores answers by the reward model."""
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.job", "job=reward", f"checkpoint={model}", f"job.shards={pattern}"),
         *("job.batch_size=64", f"output={rows(folder)}"),
@@ -103,7 +98,7 @@ def scores(folder: Path, model: Path, pattern: str) -> studies.Command:
 
 def ranked(folder: Path, answered: Path, scored: Path, seed: int) -> studies.Command:
     """Return the pipeline that pairs answers by their scores."""
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.job", "job=synthesise", "job/steps=ranked", "job/generators=none"),
         f"job.steps.records.folder={rows(answered)}/steps/verified",
@@ -120,7 +115,7 @@ def evaluation(run: Path, way: str) -> Path:
 def evaluate(run: Path) -> tuple[studies.Command, ...]:
     """Return the evaluations of a run on the held-out prompts."""
     return tuple(
-        command(
+        studies.command(
             folder := evaluation(run, way),
             *("-m", "nvmm.evaluate", f"checkpoint={run}", f"output={folder}", "benchmark=ifeval"),
             *(f"benchmark.path={DATA}/heldout.jsonl", f"benchmark.max_new_tokens={MAX_NEW_TOKENS}"),

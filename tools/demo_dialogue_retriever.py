@@ -64,15 +64,10 @@ def build(folder: Path, package: Path | None) -> None:
         write(folder / f"{name}.jsonl", text)
 
 
-def command(folder: Path, *arguments: str) -> studies.Command:
-    """Return a command whose record is in `folder`."""
-    return studies.Command(folder, ("-W", "ignore", *arguments))
-
-
 def prepare(to: Path, name: str) -> studies.Command:
     """Return the command that makes shards and an evaluation folder of a file of dialogues."""
     folder = to / "data" / name
-    return command(
+    return studies.command(
         folder,
         *("tools/retrieval_data.py", "dialogues", "--from", f"{DATA}/{name}.jsonl"),
         *("--documents", f"{DATA}/documents.jsonl", "--set-name", "faq", "--words", str(WORDS)),
@@ -85,7 +80,9 @@ def convert(to: Path, model: str) -> studies.Command:
     folder = to / "imported" / model
     parts = [f"{part}=" for part in ("query", "context")] if model == "towers" else [""]
     given = [word for part in parts for word in ("--from", f"{part}{minilm()}")]
-    return command(folder, "tools/convert.py", "import", *given, "--to", f"{folder}/checkpoint")
+    return studies.command(
+        folder, "tools/convert.py", "import", *given, "--to", f"{folder}/checkpoint"
+    )
 
 
 def run_folder(to: Path, seed: int, model: str) -> Path:
@@ -99,7 +96,7 @@ def encode(to: Path, seed: int, model: str) -> list[studies.Command]:
     checkpoint = to / "imported/untouched/checkpoint" if model == "untouched" else run
 
     def job(name: str, form: str, side: str) -> studies.Command:
-        return command(
+        return studies.command(
             run / "vectors" / name,
             *("-m", "nvmm.job", "job=encode", f"checkpoint={checkpoint}", f"job.side={side}"),
             *(f"job.data.folder={to}/data/{form}/beir", f"output={run}/vectors/{name}/rows"),

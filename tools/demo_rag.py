@@ -85,20 +85,15 @@ class Sizes:
     repeats: int = 2
 
 
-def command(folder: Path, *arguments: str) -> studies.Command:
-    """Return a command whose record is in `folder`."""
-    return studies.Command(folder, ("-W", "ignore", *arguments))
-
-
 def retriever(folder: Path) -> studies.Command:
     """Return the import of MiniLM."""
     given = ("import", "--from", str(minilm()), "--to", f"{folder}/checkpoint")
-    return command(folder, "tools/convert.py", *given)
+    return studies.command(folder, "tools/convert.py", *given)
 
 
 def long_rows(folder: Path, tokens: int) -> studies.Command:
     """Return the writer of rows of LONG tokens; every document counts."""
-    return command(
+    return studies.command(
         folder,
         *("tools/shard.py", "long", "--from", f"{DATA}/pages.jsonl"),
         *("--tokenizer", f"{DATA}/tokenizer", "--tokens", str(tokens), "--length", str(LONG)),
@@ -116,7 +111,7 @@ def rag(folder: Path, run: Path, embedder: Path) -> studies.Command:
         unranked = ("job.ranking=null", "~job.answers.reranked_5")
     contexts = "_target_: nvmm.jobs.rag.contexts.Contexts"
     cutoffs = ",".join(map(str, CUTOFFS))
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.job", "job=rag", f"checkpoint={run}"),
         *(f"job.retriever={embedder}/checkpoint", f"job.documents={DATA}/documents.jsonl"),
@@ -131,7 +126,7 @@ def rag(folder: Path, run: Path, embedder: Path) -> studies.Command:
 def needle(folder: Path, run: Path, repeats: int) -> studies.Command:
     """Return the search of a needle by a stage."""
     lengths, depths = (",".join(map(str, each)) for each in (NEEDLE_LENGTHS, DEPTHS))
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.evaluate", f"checkpoint={run}", "benchmark=needle", f"output={folder}"),
         *(f"benchmark.haystack=[{DATA}/haystack.txt]", f"benchmark.lengths=[{lengths}]"),

@@ -39,15 +39,10 @@ EXAMPLES = 3
 SHOWN = 5
 
 
-def command(folder: Path, *arguments: str) -> studies.Command:
-    """Return a command whose record is in `folder`."""
-    return studies.Command(folder, ("-W", "ignore", *arguments))
-
-
 def shards(folder: Path, *options: str) -> studies.Command:
     """Return the command that makes shards of the training queries."""
     source = DATA / "query/train/mbeir_union_train.jsonl"
-    return command(
+    return studies.command(
         folder,
         *("tools/retrieval_data.py", "mbeir", "--from", str(source), "--to", f"{folder}/shards"),
         *("--pool", str(DATA / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")),
@@ -64,7 +59,7 @@ def job(folder: Path, kind: str, split: str, *overrides: str) -> studies.Command
         f"job.data.queries={DATA}/query/{split}/mbeir_union_{split}.jsonl",
         f"job.data.instructions={DATA}/instructions/query_instructions.tsv",
     )
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.job", f"job={kind}", "job/data=mbeir", *files),
         *(f"output={folder}/rows", *overrides),
@@ -109,7 +104,7 @@ def evaluate(run: Path, task: int, pool: str) -> studies.Command:
     name = f"mbeir_openmoji_task{task}_test"
     pools = {"union": "global/mbeir_union_test", "local": f"local/{name}"}
     folder = scores_folder(run, task, pool)
-    return command(
+    return studies.command(
         folder,
         *("-m", "nvmm.evaluate", f"checkpoint={run}", f"output={folder}", "benchmark=mbeir"),
         f"benchmark.pool={DATA}/cand_pool/{pools[pool]}_cand_pool.jsonl",

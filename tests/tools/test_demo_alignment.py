@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,11 @@ from nvmm import studies
 from nvmm.config.check import check, to_plain
 from nvmm.config.compose import argument, composed
 from nvmm.data.prepare import word_lists
+from tests.tools.demo_script import run_script
 from tools import demo_alignment as demo
 
 RUNS = Path("runs/x")
 OWN = RUNS / "seed5"
-ROOT = Path(__file__).parents[2]
 
 
 def chain(steps: demo.Steps | None = None) -> dict[str, studies.Command]:
@@ -113,21 +110,8 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
     )
     options = ["--seeds", "1", "--sft-steps", "300", "--reward-steps", "10"]
     options += ["--dpo-steps", "10", "--rpo-steps", "10", "--to", "runs"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def call() -> str:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", str(script), *options],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    first = call()
+    first = run_script(script, options, tmp_path)
     assert first.count("attempt 1") == len(chain())
     results = json.loads((tmp_path / "runs/results.json").read_text())["results"]["seed1234"]
     assert results["pairs/pairs"] > 0 and results["reward/pairs"] > 0
@@ -135,4 +119,4 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
     assert results["dpo/chosen at the start"] < 0 and results["rpo_pairs/pairs"] > 0
     page = (tmp_path / "runs/report.html").read_text()
     assert "Log-probabilities, rpo" in page and "<svg" in page
-    assert "attempt" not in call()
+    assert "attempt" not in run_script(script, options, tmp_path)

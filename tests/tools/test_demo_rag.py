@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ from nvmm.data.prepare import python_api, rag_demo
 from nvmm.data.prepare.packages import SOURCES
 from nvmm.report.rag_study import HeatMap, page
 from tests.data.prepare.test_python_faq import FAQ
+from tests.tools.demo_script import ROOT, run_script
 from tools import demo_rag as demo
 
 RUNS = Path("runs/x")
-ROOT = Path(__file__).parents[2]
 MODULE = """
 :mod:`{module}` --- A module
 ============================
@@ -278,24 +275,11 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
         "demo_rag.main()\n"
     )
     (tmp_path / "tools").symlink_to(ROOT / "tools")
-    options = [f"--{name}-steps=10" for name in vars(demo.Steps())]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = [*(f"--{name}-steps=10" for name in vars(demo.Steps())), "--to", "runs"]
 
-    def call() -> str:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", str(script), *options, "--to", "runs"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    assert call().count("attempt 1") == 13
+    assert run_script(script, options, tmp_path).count("attempt 1") == 13
     results = json.loads((tmp_path / "runs/results.json").read_text())["results"]
     assert results["rag"]["rankrag"]["answers"]["reranked_5"]["questions"] == 6
     assert results["losses"]["long"]["steps"] == 10
     assert "Needle in a haystack" in (tmp_path / "runs/report.html").read_text()
-    assert "attempt" not in call()
+    assert "attempt" not in run_script(script, options, tmp_path)
