@@ -16,11 +16,11 @@ from torch import Tensor
 from nvmm.batch import ATTENDED, Batch, MediaKind, Sample, Text, TextMedia
 from nvmm.config.check import config_dir
 from nvmm.data.collate import collate
-from nvmm.inference.decoding import generate
 from nvmm.modules.spans import query_spans
 from nvmm.modules.window_transformer import WindowTransformer
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Chunk, Parallel, Precision
+from tests.models.test_cross_attending import same_logits_with_a_cache
 
 AUDIO = MediaKind("audio", ATTENDED)
 BINS, FRAMES = 16, 60
@@ -166,17 +166,7 @@ def test_cached_generation_equals_the_whole_sequence(monkeypatch: pytest.MonkeyP
     """Prompts of 1, 2 and 5 clips and of none, padded on the left: new tokens hear all clips."""
     model = model_of(tiny())
     prompts = [sample(clips, i) for i, clips in enumerate([[2], [1, 3], [1, 2, 1, 1, 2], []])]
-    seen: list[Tensor] = []
-
-    def chosen(logits: Tensor, *rest: Any) -> Tensor:
-        seen.append(logits)
-        return logits.argmax(-1)
-
-    monkeypatch.setattr("nvmm.inference.decoding.choose", chosen)
-    for use_cache in (True, False):
-        generate([model], prompts, max_new_tokens=4, stop_ids=[], pad_id=0, use_cache=use_cache)
-    cached, whole = torch.stack(seen[:4]), torch.stack(seen[4:])
-    torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+    same_logits_with_a_cache(model, prompts, monkeypatch)
 
 
 @pytest.mark.usefixtures("world")

@@ -378,14 +378,10 @@ def test_cached_generation_equals_the_whole_sequence_every_time(kind: str) -> No
         assert answers == expected
 
 
-@pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("kind", KINDS)
-def test_cached_logits_equal_the_whole_sequence_s(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+def same_logits_with_a_cache(
+    model: torch.nn.Module, prompts: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy tokens may stay the same where keys and values do not."""
-    model = model_of(tiny.cross_attending())
-    prompts = [sample(kind, images, number) for number, images in enumerate([[3, 1], [], [2]])]
+    """Assert that four greedy tokens of each prompt have one's logits with a cache and without."""
     seen: list[Tensor] = []
 
     def chosen(logits: Tensor, *rest: Any) -> Tensor:
@@ -397,6 +393,17 @@ def test_cached_logits_equal_the_whole_sequence_s(
         generate([model], prompts, max_new_tokens=4, stop_ids=[], pad_id=0, use_cache=use_cache)
     cached, whole = torch.stack(seen[:4]), torch.stack(seen[4:])
     torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_logits_equal_the_whole_sequence_s(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy tokens may stay the same where keys and values do not."""
+    model = model_of(tiny.cross_attending())
+    prompts = [sample(kind, images, number) for number, images in enumerate([[3, 1], [], [2]])]
+    same_logits_with_a_cache(model, prompts, monkeypatch)
 
 
 @pytest.mark.usefixtures("world")
