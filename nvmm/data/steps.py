@@ -90,25 +90,26 @@ class GlobalBatches:
         costs = [pack.cost for pack in packs]
         assigned = assign(costs, self.micro_batch_size, self.size, padded=not self.packed)
         problems: list[tuple[int, str]] = []
-        samples = [
-            [self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples]
-            for micro_batch in assigned[self.rank]
-        ]
-        batches = [
-            collate(
-                micro_batch,
-                pad_id=self.pad_id,
-                pad_multiple=self.pad_multiple,
-                segment_multiple=self.segment_multiple,
-                packed=self.packed,
-            )
-            for micro_batch in samples
-        ]
+        batches = []
         dropped: dict[int, int] = {}
-        for sample in (sample for micro_batch in samples for sample in micro_batch):
-            if sample.dropped:
-                ordinal = int(sample_ids.split(sample.sample_id)[0][()])
-                dropped[ordinal] = dropped.get(ordinal, 0) + sample.dropped
+        for micro_batch in assigned[self.rank]:
+            # The samples of one micro-batch at a time are in memory beside the batches.
+            samples = [
+                self._sample(i, problems) for pack in micro_batch for i in packs[pack].samples
+            ]
+            for sample in samples:
+                if sample.dropped:
+                    ordinal = int(sample_ids.split(sample.sample_id)[0][()])
+                    dropped[ordinal] = dropped.get(ordinal, 0) + sample.dropped
+            batches.append(
+                collate(
+                    samples,
+                    pad_id=self.pad_id,
+                    pad_multiple=self.pad_multiple,
+                    segment_multiple=self.segment_multiple,
+                    packed=self.packed,
+                )
+            )
         return Step(batches, problems, self.order.position(k + 1), dropped)
 
     def _sample(self, sample_id: int, problems: list[tuple[int, str]]) -> Sample:

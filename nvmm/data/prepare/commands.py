@@ -9,10 +9,9 @@ from typing import Any, get_args
 from nvmm.data.prepare import conversations, evidence, long_text, planted, ranking
 from nvmm.data.prepare.records import read_objects
 from nvmm.data.prepare.retrieval_sets import fields_of, members
-from nvmm.data.prepare.write import Samples, add_options, write_resumed
+from nvmm.data.prepare.write import LeftOut, Samples, add_options, write_resumed
 from nvmm.data.samples.tokenizer import Tokenizer
 
-LeftOut = Callable[[str], None]
 Run = Callable[[argparse.Namespace, LeftOut], Iterable[dict[str, Any]]]
 _HELP = {
     "chatqa": "ChatQA-Training-Data's and ChatQA2-Long-SFT-data's JSON",

@@ -15,19 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from nvmm.data.prepare.json_records import file_below
-from nvmm.data.prepare.records import read_lines, to_sample
+from nvmm.data.prepare.records import extension_of, read_lines, to_sample
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import decode_image
 
 _KEPT = ("image_name", "matched_text_index", "matched_sim")
-_MAGIC = {
-    b"\xff\xd8": "jpg",
-    b"\x89PNG": "png",
-    b"GIF8": "gif",
-    b"II*\0": "tiff",
-    b"MM\0*": "tiff",
-}
-"""The first bytes of a picture -> its extension; of others, WebP has its own further on."""
 
 
 def samples(
@@ -99,7 +91,5 @@ def _extension(data: bytes, where: str) -> str | None:
         decode_image(data, source=where)
     except BadSample:
         return None
-    for magic, extension in _MAGIC.items():
-        if data.startswith(magic):
-            return extension
-    return "webp" if data[8:12] == b"WEBP" else "bmp"
+    # It is a picture by now: a BMP's header may give another length than it has.
+    return extension_of(data) or "bmp"

@@ -211,16 +211,23 @@ class Files:
 
     def _kind(self, key: str, data: bytes) -> str:
         """Return the extension of a file, told from its first bytes."""
-        for magic, extension in _MAGIC.items():
-            if _begins(data, magic):
-                return extension
-        if data[:2] == b"BM" and int.from_bytes(data[2:6], "little") == len(data):
-            return "bmp"
+        extension = extension_of(data)
+        if extension is not None:
+            return extension
         known = ", ".join(sorted({*_MAGIC.values(), "bmp"} & DECODERS.keys()))
         raise ValueError(
             f"{self.where}, column {key}: {len(data)} bytes of no known format; known are {known}."
             f" Leave the column out by --unread {key}"
         )
+
+
+def extension_of(data: bytes) -> str | None:
+    """Return the extension of a picture or sound, told from its first bytes; None for others."""
+    for magic, extension in _MAGIC.items():
+        if _begins(data, magic):
+            return extension
+    is_bmp = data[:2] == b"BM" and int.from_bytes(data[2:6], "little") == len(data)
+    return "bmp" if is_bmp else None
 
 
 def _begins(data: bytes, magic: bytes) -> bool:

@@ -31,7 +31,7 @@ def add_options(command: argparse.ArgumentParser, samples_per_shard: int) -> Non
     )
 
 
-def write(options: argparse.Namespace, make: Callable[[Callable[[str], None]], Samples]) -> None:
+def write(options: argparse.Namespace, make: Callable[[LeftOut], Samples]) -> None:
     """Write samples to shards, and print what they hold; ValueError where nothing is written.
 
     options: those of `add_options`. make: returns the samples; it gets a function for records that

@@ -375,18 +375,14 @@ class InstructBuilder(Builder):
         contexts, length = example.contexts, self.sequence_length
         if not example.whole:
             return self._fit(example.turns, example.images, source, prompt)
-        for limit in self._limits(example.images):
-            rendered = self._render(_resting(example), example.images, limit, source, prompt)
-            if len(rendered.tokens) <= length:
-                return rendered, limit
-        while contexts is not None and contexts.may_cut:
+        rendered, limit = self._tiled(_resting(example), example.images, source, prompt)
+        while len(rendered.tokens) > length and contexts is not None and contexts.may_cut:
             contexts = contexts.shortened(len(rendered.tokens) - length, self.tokenizer)
-            if contexts is None:
-                break
-            turns = _resting(replace(example, contexts=contexts))
-            rendered = self._render(turns, example.images, limit, source, prompt)
-            if len(rendered.tokens) <= length:
-                return rendered, limit
+            if contexts is not None:
+                turns = _resting(replace(example, contexts=contexts))
+                rendered = self._render(turns, example.images, limit, source, prompt)
+        if len(rendered.tokens) <= length:
+            return rendered, limit
         lost = " and lose every context" if example.contexts is not None else ""
         raise BadSample(
             source,
@@ -419,8 +415,18 @@ class InstructBuilder(Builder):
                 f"data.sequence_length={length} would cut "
                 f"{'the prompt' if prompt else 'an image or every answer'}",
             )
-        cut = replace(rendered, tokens=rendered.tokens[:length], weights=rendered.weights[:length])
-        return cut, limit
+        return self._cut_end(rendered), limit
+
+    def _tiled(
+        self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
+    ) -> tuple[Rendered, int]:
+        """Render with as many tiles as fit, or else with the fewest, which are too long still;
+        return the rendering and the tile limit used."""
+        for limit in self._limits(images):
+            rendered = self._render(turns, images, limit, source, prompt)
+            if len(rendered.tokens) <= self.sequence_length:
+                break
+        return rendered, limit
 
     def _limits(self, images: Sequence[ImageOrSize]) -> list[int]:
         """Return the tile limits to try; a sample without images has nothing to give up."""
@@ -431,6 +437,16 @@ class InstructBuilder(Builder):
         """Return whether all media and some answer stand within the sequence length."""
         length = self.sequence_length - len(self.end_ids)
         return max(self._ends(rendered), default=0) <= length and any(rendered.weights[:length])
+
+    def _cut_end(self, rendered: Rendered) -> Rendered:
+        """Cut the end of a text in front of `end`, to the sequence length."""
+        stop = len(rendered.tokens) - len(self.end_ids)
+        start = min(stop, self.sequence_length - len(self.end_ids))
+        return replace(
+            rendered,
+            tokens=[*rendered.tokens[:start], *rendered.tokens[stop:]],
+            weights=[*rendered.weights[:start], *rendered.weights[stop:]],
+        )
 
     def _ends(self, rendered: Rendered) -> list[int]:
         """Return the ends of every tile's placeholders in the sequence, or of its tag."""

@@ -95,7 +95,6 @@ class JinjaTemplate:
         is none, and one whose answers cannot be told from the rest, or never end.
         """
         other = copy.copy(self)
-        vars(other).pop("_compiled", None)
         folder = Path(tokenizer.path).expanduser()
         if self.path is None:
             other.source, where = _of_folder(folder, self.name)
@@ -279,6 +278,7 @@ class JinjaTemplate:
         return environment.from_string(self.source)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has, and what is pickled: not the compiled template."""
         return {key: value for key, value in vars(self).items() if key != "_compiled"}
 
 

@@ -146,16 +146,15 @@ class PreferenceBuilder(InstructBuilder):
         source, example = super()._example(members, Record.images)
         if example.turns[-1].role != "assistant":
             raise BadSample(source, "the last turn is not the assistant's: nothing is scored")
-        for limit in self._limits(example.images):
-            rendered = self._render(example.turns, example.images, limit, source)
-            if len(rendered.tokens) <= self.sequence_length:
-                text = self._text(rendered, self._tiles(example.images, limit), source)
-                return Sample((_described(text, Answer([], True)),), source=source)
-        raise BadSample(
-            source,
-            f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
-            f"{self.sequence_length}",
-        )
+        rendered, limit = self._tiled(example.turns, example.images, source, prompt=False)
+        if len(rendered.tokens) > self.sequence_length:
+            raise BadSample(
+                source,
+                f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+                f"{self.sequence_length}",
+            )
+        text = self._text(rendered, self._tiles(example.images, limit), source)
+        return Sample((_described(text, Answer([], True)),), source=source)
 
     def _referred(self, texts: list[Text], record: Record) -> list[Text]:
         """Return the texts with the reference's log-probabilities; BadSample where it has none."""
@@ -228,26 +227,15 @@ class PreferenceBuilder(InstructBuilder):
                 raise BadSample(source, f"{what}; build.too_long=cut would cut the answer")
             if not all(map(self._may_be_cut, rendered)):
                 raise BadSample(source, f"{what} would cut an image or the whole answer")
-            rendered = [self._cut_answer(each) for each in rendered]
+            rendered = [self._cut_end(each) for each in rendered]
         if not all(any(each.weights) for each in rendered):
             raise BadSample(source, "an answer has no supervised token")
         if len(rendered) > 1 and rendered[0].tokens == rendered[1].tokens:
             raise BadSample(source, "chosen and rejected are the same tokens")
         return rendered, limit
 
-    def _cut_answer(self, rendered: Rendered) -> Rendered:
-        """Cut the end of a long text's answer, in front of `end`."""
-        excess = max(0, len(rendered.tokens) - self.sequence_length)
-        stop = len(rendered.tokens) - len(self.end_ids)
-        kept = [*range(stop - excess), *range(stop, len(rendered.tokens))]
-        return replace(
-            rendered,
-            tokens=[rendered.tokens[place] for place in kept],
-            weights=[rendered.weights[place] for place in kept],
-        )
 
-
-def _described(text: Text, answer: pairs.Answer) -> Text:
+def _described(text: Text, answer: Answer) -> Text:
     """Return a text with the extras of its answer."""
     extras = {
         "chosen": torch.tensor(int(answer.chosen)),

@@ -147,15 +147,14 @@ class RewardBuilder(InstructBuilder):
         self, turns: Sequence[Turn], images: Sequence[ImageOrSize], source: str, prompt: bool
     ) -> tuple[Rendered, int]:
         """Render with as many tiles as fit; BadSample where not even one an image does."""
-        for limit in self._limits(images):
-            rendered = self._render(turns, images, limit, source, prompt)
-            if len(rendered.tokens) <= self.sequence_length:
-                return rendered, limit
-        raise BadSample(
-            source,
-            f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
-            f"{self.sequence_length}: cut, it would be scored at another token",
-        )
+        rendered, limit = self._tiled(turns, images, source, prompt)
+        if len(rendered.tokens) > self.sequence_length:
+            raise BadSample(
+                source,
+                f"a text of {len(rendered.tokens)} tokens, and data.sequence_length="
+                f"{self.sequence_length}: cut, it would be scored at another token",
+            )
+        return rendered, limit
 
     def _labels(self, record: Record) -> torch.Tensor:
         return torch.tensor([_label(record, name) for name in self.attributes])

@@ -165,7 +165,7 @@ class Tokenizer:
     def beginning(self, text: str, num_tokens: int) -> str:
         """Return the beginning of `text` that its first `num_tokens` tokens are of, in whole
         characters: one that needs a further token too is left out."""
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        offsets = self.spans(text)
         first, rest = offsets[: max(num_tokens, 0)], offsets[max(num_tokens, 0) :]
         end = max((end for _, end in first), default=0)
         return text[: min([end, *(start for start, _ in rest[:1])])]
