@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 from nvmm.data.prepare import conversations, evidence, long_text, planted, ranking
-from nvmm.data.prepare.records import read_objects
+from nvmm.data.prepare.records import LeftOut, read_objects
 from nvmm.data.prepare.retrieval_sets import fields_of, members
-from nvmm.data.prepare.write import LeftOut, Samples, add_options, write_resumed
+from nvmm.data.prepare.write import Samples, add_options, write_resumed
 from nvmm.data.samples.tokenizer import Tokenizer
 
 Run = Callable[[argparse.Namespace, LeftOut], Iterable[dict[str, Any]]]

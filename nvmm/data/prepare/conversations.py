@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from nvmm.config.choices import require
+from nvmm.data.prepare.records import LeftOut
 from nvmm.data.samples.forms import ROLES
 from nvmm.data.samples.tables import read_table
 
@@ -27,7 +28,7 @@ Record = dict[str, Any]
 Context = str | Mapping[str, Any]
 """A text, or a table {"header", "rows"}, which the template writes in its own form."""
 Part = Literal["arithmetic", "others"]
-Skip = Callable[[str], None] | None
+Skip = LeftOut | None
 """Leaves a bad record out, and is told which and why; None: it is an error."""
 Item = TypeVar("Item")
 PASSAGE = "title: {title}, source: {text}"
@@ -207,7 +208,7 @@ def tatqa(items: Iterable[Mapping[str, Any]], part: Part, skip: Skip = None) -> 
 
 
 def plain(
-    items: Iterable[Mapping[str, Any]], left_out: Callable[[str], None], skip: Skip = None
+    items: Iterable[Mapping[str, Any]], left_out: LeftOut, skip: Skip = None
 ) -> Iterator[Record]:
     """Yield chats up to their last answer.
 

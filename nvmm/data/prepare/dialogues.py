@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvmm.data.prepare.records import LeftOut
 from nvmm.data.samples.dialogue import Dialogue, Speaker, turns
 from nvmm.io.files import write
 
@@ -101,21 +102,35 @@ def four_gram_recall(answer: str, chunk: str) -> float:
     return len(grams & here) / len(grams)
 
 
+def checked(
+    documents: Iterable[Mapping[str, Any]],
+) -> Iterator[tuple[int, str, str, Mapping[str, Any]]]:
+    """Yield number, from 1, id and text of documents {"_id", "text", ..}, and the whole.
+
+    Raises ValueError naming the number for a document without an id and a text, and for an id that
+    two documents have.
+    """
+    seen: set[str] = set()
+    for number, document in enumerate(documents, 1):
+        name, text = document.get("_id"), document.get("text")
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            raise ValueError(f"document {number} needs an _id and a text, has {dict(document)}")
+        if name in seen:
+            raise ValueError(f"document {number} has the _id {name} of another")
+        seen.add(name)
+        yield number, name, text, document
+
+
 def cut_documents(documents: Iterable[Mapping[str, Any]], words: int) -> dict[str, list[Chunk]]:
     """Return the chunks of each document by its id.
 
-    Raises ValueError naming the record's number, from 1, for a document without an id and a text,
-    and for an id that two documents have.
+    Raises ValueError as `checked` does, and for a title that is no text.
     """
     chunks: dict[str, list[Chunk]] = {}
-    for number, document in enumerate(documents, 1):
-        name, text, title = (document.get(key) for key in ("_id", "text", "title"))
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-            raise ValueError(f"document {number} needs an _id and a text, has {dict(document)}")
+    for number, name, text, document in checked(documents):
+        title = document.get("title")
         if not isinstance(title, str | None):
             raise ValueError(f"document {number}: title must be text, got {title!r}")
-        if name in chunks:
-            raise ValueError(f"document {number} has the _id {name} of another")
         parts = chunk_words(text, words)
         chunks[name] = [Chunk(f"{name}#{i}", title or "", part) for i, part in enumerate(parts)]
     return chunks
@@ -170,7 +185,7 @@ def questions(
     dialogues: Iterable[Mapping[str, Any]],
     chunks: Mapping[str, Sequence[Chunk]],
     rules: Rules,
-    left_out: Callable[[str], None],
+    left_out: LeftOut,
 ) -> Iterator[Question]:
     """Yield every question of a user that the agent answers next, with its positive chunk.
 

@@ -18,17 +18,17 @@ import hashlib
 import heapq
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvmm.config.choices import require
 from nvmm.data.prepare.conversations import Record, chatqa_record, record
-from nvmm.data.prepare.dialogues import answered, chunk_words, four_gram_recall
+from nvmm.data.prepare.dialogues import answered, checked, chunk_words, four_gram_recall
 from nvmm.data.prepare.ranking import pair
+from nvmm.data.prepare.records import LeftOut
 
 By = Literal["spans", "recall"]
-LeftOut = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,15 @@ def _without_spans(question: Asked) -> tuple[list[str], str]:
     return ([text], "") if text.strip() else ([], "nothing is left of the document")
 
 
+def _recalls(question: Asked, bounds: Bounds) -> tuple[list[str], list[float]]:
+    """Return the chunks of a question's document, and what each holds of the answer."""
+    chunks = chunk_words(question.document, bounds.words)
+    return chunks, [four_gram_recall(question.answer, chunk) for chunk in chunks]
+
+
 def _without_chunks(question: Asked, bounds: Bounds) -> tuple[list[str], str]:
     """Return the chunks of low recall as one text, and why there are none."""
-    chunks = chunk_words(question.document, bounds.words)
-    recalls = [four_gram_recall(question.answer, chunk) for chunk in chunks]
+    chunks, recalls = _recalls(question, bounds)
     rest = [i for i, recall in enumerate(recalls) if recall <= bounds.high]
     if len(rest) == len(chunks):
         # Its answer is in other words somewhere in the document, and stays there (our choice).
@@ -180,8 +185,7 @@ def pairs(
         ratio); None: all of them. A question without a high chunk gives none.
     """
     for question in asked:
-        chunks = chunk_words(question.document, bounds.words)
-        recalls = [four_gram_recall(question.answer, chunk) for chunk in chunks]
+        chunks, recalls = _recalls(question, bounds)
         high = [i for i, recall in enumerate(recalls) if recall > bounds.high]
         low = [i for i, recall in enumerate(recalls) if recall < bounds.low]
         if negatives is not None:
@@ -194,15 +198,7 @@ def pairs(
 
 def read_documents(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Return id -> text of documents {"_id", "text"}; ValueError naming the number of a bad one."""
-    texts: dict[str, str] = {}
-    for number, document in enumerate(records, 1):
-        name, text = document.get("_id"), document.get("text")
-        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
-            raise ValueError(f"document {number} needs an _id and a text, has {dict(document)}")
-        if name in texts:
-            raise ValueError(f"document {number} has the _id {name} of another")
-        texts[name] = text
-    return texts
+    return {name: text for _, name, text, _ in checked(records)}
 
 
 def _draw(name: str, seed: int) -> bytes:

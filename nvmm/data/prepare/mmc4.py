@@ -10,12 +10,12 @@ from __future__ import annotations
 import base64
 import binascii
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nvmm.data.prepare.json_records import file_below
-from nvmm.data.prepare.records import extension_of, read_lines, to_sample
+from nvmm.data.prepare.records import LeftOut, extension_of, read_lines, to_sample
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.images import decode_image
 
@@ -25,7 +25,7 @@ _KEPT = ("image_name", "matched_text_index", "matched_sim")
 def samples(
     paths: Iterable[str | Path],
     images: str | Path | None,
-    leave_out: Callable[[str], None],
+    leave_out: LeftOut,
     counts: Counter[str],
 ) -> Iterator[dict[str, bytes | str]]:
     """Yield one sample a document: its texts, and its pictures in the order of `image_info`.

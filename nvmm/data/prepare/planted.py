@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvmm.data.prepare.conversations import Record, record
+from nvmm.data.prepare.records import LeftOut
 
 _END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*\s+(?=[\"'\u201c\u2018(\[]*[A-Z0-9])")
 _SHORT = re.compile(
@@ -91,7 +92,7 @@ def planted(
     split: str,
     count_tokens: Callable[[str], int],
     lengths: Lengths,
-    left_out: Callable[[str], None],
+    left_out: LeftOut,
     seed: int = 0,
 ) -> Iterator[Record]:
     """Yield NarrativeQA's questions with the whole document, the summary planted in it.

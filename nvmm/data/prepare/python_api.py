@@ -13,7 +13,6 @@ others. A question is made unanswerable by leaving its entry out.
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvmm.data.prepare.python_faq import faq_sections, first_sentence, plain
+from nvmm.data.prepare.python_faq import digest, faq_sections, first_sentence, plain
 
 _DIRECTIVE = re.compile(
     r"( *)\.\. (?:(module|currentmodule)|(function|method|classmethod|staticmethod|class|exception)"
@@ -120,7 +119,7 @@ def _description(lines: Sequence[str], indent: int) -> str:
 
 def split(found: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry]]:
     """Divide whole modules, in the order of a hash: (training, at least `share` held out)."""
-    names = sorted({entry.module for entry in found}, key=_hash)
+    names = sorted({entry.module for entry in found}, key=digest)
     held_out: set[str] = set()
     for name in names:
         if sum(entry.module in held_out for entry in found) >= share * len(found):
@@ -287,7 +286,3 @@ def _plain(text: str) -> str:
 
 def _turn(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()

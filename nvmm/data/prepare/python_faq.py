@@ -110,7 +110,7 @@ def documents(sections: Iterable[Section], folder: Path) -> list[dict[str, str]]
 
 def split(sections: Sequence[Section], share: float) -> tuple[list[Section], list[Section]]:
     """Divide whole chapters, in the order of a hash: (training, at least `share` held out)."""
-    names = sorted({section.document for section in sections}, key=_hash)
+    names = sorted({section.document for section in sections}, key=digest)
     sizes = Counter(section.document for section in sections)
     held_out: set[str] = set()
     for name in names:
@@ -188,5 +188,5 @@ def _candidates(question: str) -> list[str]:
     return [word for word in found if word.lower() not in _COMMON]
 
 
-def _hash(text: str) -> bytes:
+def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()

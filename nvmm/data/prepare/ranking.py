@@ -17,15 +17,15 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nvmm.data.prepare.conversations import Record, record
+from nvmm.data.prepare.records import LeftOut
 
 _WORD = re.compile(r"\w+")
-LeftOut = Callable[[str], None]
 
 
 @dataclass(frozen=True)

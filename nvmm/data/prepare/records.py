@@ -42,6 +42,8 @@ _TEXT_KEYS = (
     *("id", "question", "answer", "answers", "choices", "hint", "caption", "text", "texts"),
     *("text_list", "words", "conversations", "messages"),
 )
+LeftOut = Callable[[str], None]
+"""Is told which record is left out, and why."""
 _NAME_KEYS = ("url", "path", "file", "file_name", "name", *MEDIA_KEYS)
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nvmm.data.prepare.records import LeftOut
 from nvmm.data.prepare.resume import Resumed, from_start, part_folder, write_steps
 from nvmm.data.samples.decode import IMAGES
 from nvmm.data.shards.dataset import existing_shards, write_shards
 
 Samples = Iterable[Mapping[str, bytes | str]]
-LeftOut = Callable[[str], None]
 _EXAMPLES = 5
 
 
