@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,27 @@ def test_training_records_have_and_lack_the_entry(tmp_path: Path) -> None:
         asked, answer = (turn["content"] for turn in record["messages"])
         assert f"{one.text}\n" in f"{asked}\n" and asked.endswith(f"\n\n{one.question}")
         assert answer == one.call and 50 <= len(asked) - len(one.text) - len(one.question) <= 95
+
+
+def test_renamed_entries_interchange_the_words_of_all_calls(tmp_path: Path) -> None:
+    found = python_api.entries(documentation(tmp_path))
+    made = python_api.renamed(found, 2, seed=1)
+    assert made == python_api.renamed(found, 2, seed=1) and len(made) == 2 * len(found)
+
+    def words(entries: list[python_api.Entry]) -> list[str]:
+        return re.findall("[A-Za-z]{2,}", " ".join(entry.call for entry in entries))
+
+    for number in range(2):
+        some = made[number * len(found) : (number + 1) * len(found)]
+        pairs = set(zip(words(found), words(some), strict=True))
+        assert len(pairs) == len(set(words(found))) == len({new for _, new in pairs})
+        assert {new for _, new in pairs} == set(words(found)) and any(a != b for a, b in pairs)
+        assert len({one.name for one in some}) == len(found)
+        for one, new in zip(found, some, strict=True):
+            assert new.description == one.description and new.call.startswith(f"{new.name}(")
+            assert new.name.startswith(f"{new.module}.")
+            assert re.sub("[A-Za-z]{2,}", "_", new.call) == re.sub("[A-Za-z]{2,}", "_", one.call)
+    assert words(made[: len(found)]) != words(made[len(found) :])
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ _DIRECTIVE = re.compile(
 )
 _CALL = re.compile(r"([A-Za-z_][\w.]*)\(([^()\[\]\\]+)\)")
 _ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)\s*(?:<[^`>]+>)?`")
+_WORD = re.compile(r"(?!(?:None|True|False)\b)[A-Za-z]{2,}")
 _TERM = re.compile(r"(?m)^   (\S[^\n]*)\n((?:      [^\n]*\n|\n)+)")
 LONGEST_CALL = 60
 """Characters of the longest call that is asked for."""
@@ -127,6 +128,29 @@ def split(found: Sequence[Entry], share: float) -> tuple[list[Entry], list[Entry
         held_out.add(name)
     training = [entry for entry in found if entry.module not in held_out]
     return training, [entry for entry in found if entry.module in held_out]
+
+
+def renamed(found: Sequence[Entry], times: int, seed: int) -> list[Entry]:
+    """Return the entries `times` over, with the words of all calls interchanged at random.
+
+    So `shutil.move(src, dst)` may become `locale.fetch(flags, path)`: a call that no memory has,
+    and that can only be copied. One interchange holds for all entries, so that modules stay
+    modules and names stay different. Descriptions are as they were.
+    """
+    words = sorted({word for entry in found for word in _WORD.findall(entry.call)})
+    made = []
+    for number in range(times):
+        others = random.Random(f"{seed}/renamed/{number}").sample(words, len(words))
+        other = dict(zip(words, others, strict=True))
+
+        def change(text: str, other: dict[str, str] = other) -> str:
+            return _WORD.sub(lambda match: other[match[0]], text)
+
+        made += [
+            Entry(change(one.name), change(one.module), change(one.call), one.description)
+            for one in found
+        ]
+    return made
 
 
 def pages(folder: Path, without: Collection[str]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
 from nvmm.io.files import write
 
-FORMAT = 1
+FORMAT = 2
 """A number that is increased when the data made from the same arguments change."""
 BOS = "<|begin|>"
 END = "<|im_end|>"
@@ -35,7 +35,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", BOS, "<|im_start|>", END, "<|vision_pad|>")
 VOCAB_SIZE = 2048
 PASSAGES = 5
 """Of a question in training."""
-SHORT = (200, 700)
+RENAMED = 5
+"""Times that each entry is asked for with another name too."""
+SHORT = (200, 1100)
 LONG = (1500, 8000)
 """Characters of texts with an entry planted in them: within 512 and 4,096 tokens."""
 
@@ -96,21 +98,23 @@ def _shards(
         samples = [to_sample(f"{n:06d}", dict(record)) for n, record in enumerate(records)]
         write_shards(folder / name, "train", samples)
 
+    asked = training + python_api.renamed(training, RENAMED, seed)
+
     def ranked() -> Iterable[ranking.Ranked]:
-        items = python_api.ranked(training, PASSAGES - 1, seed)
+        items = python_api.ranked(asked, PASSAGES - 1, seed)
         return ranking.read_dpr(items, left_out.append)
 
     def chats(records: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
         return conversations.plain(records, left_out.append)
 
     written("chats", chats(python_api.chats(training, source)))
-    written("questions", conversations.chatqa(python_api.questions(training)))
+    written("questions", conversations.chatqa(python_api.questions(asked)))
     written("answer", ranking.answering(ranked(), PASSAGES, left_out.append))
     written("relevance", ranking.relevance(ranked(), PASSAGES, left_out.append))
     written("pairs", ranking.pairs(ranked(), 1))
-    written("unanswerable", python_api.unanswerable(training, PASSAGES, seed))
+    written("unanswerable", python_api.unanswerable(asked, PASSAGES, seed))
     for name, size in (("planted", SHORT), ("planted_long", LONG)):
-        written(name, chats(python_api.planted(training, pieces, size, seed)))
+        written(name, chats(python_api.planted(asked, pieces, size, seed)))
     if left_out:
         raise ValueError(f"{len(left_out)} of the demo's own records are left out: {left_out[0]}")
 
