@@ -155,6 +155,11 @@ class Data:
             settings = Settings(self.window, self.sequence_length, segment_multiple, digests, texts)
         return Order(self.components, self.seed, settings, global_batch_size, position)
 
+    def end_of(self, samples: int, sizes: BatchSizes) -> str:
+        """Return in words where a blend of so many samples ends."""
+        steps = "" if self.pack else f", which are {sizes.steps_of(samples)} whole steps"
+        return f"the blend ends after {samples} samples{steps}"
+
     def num_batches(self, split: str, global_batch_size: int) -> int:
         """Return the number of global batches in one pass; the last may be incomplete."""
         return -(-len(self._dataset(split)) // global_batch_size)
@@ -217,6 +222,8 @@ class Data:
         order: Order | OnePass
         if split == "train":
             order = self.order(sizes, position, segment_multiple)
+            if rank == 0 and order.size is not None:
+                log.info(f"data: {self.end_of(order.size, sizes)}")
             numbered = {order.ordinals[c.name]: c.dataset for c in self.components}
             self._numbered = {number: name for name, number in order.ordinals.items()}
             stop = None
