@@ -24,7 +24,7 @@ from nvmm.data.order.order import Order, Settings
 from nvmm.data.samples.jinja_template import JinjaTemplate
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest
-from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with
+from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with, passing_of
 
 log = logging.getLogger("nvmm")
 OnError = Literal["skip", "stop"]
@@ -109,12 +109,13 @@ class Data:
 
     def sample(self, sample_id: int) -> Sample:
         """Return one training sample by its id."""
-        ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        ordinal, epoch, number = (int(field[()]) for field in sample_ids.split(sample_id))
         if ordinal >= len(self.components):
             raise IndexError(
                 f"sample {sample_id} is of dataset {ordinal} of {len(self.components)}"
             )
-        sample = self.components[ordinal].dataset[number]
+        passing = "" if self.pack else passing_of(self.seed, epoch)
+        sample = self.components[ordinal].dataset.sample(number, passing)
         return dataclasses.replace(sample, sample_id=sample_id)
 
     def count_lengths(self) -> dict[str, str]:
@@ -248,6 +249,7 @@ class Data:
             segment_multiple=segment_multiple,
             packed=self.pack,
             planned=self.pack and split == "train",
+            seed=self.seed if split == "train" and not self.pack else None,
         )
         return self._iterate(global_batches, StepNumbers(start, stop))
 
