@@ -167,7 +167,7 @@ def _pairs(texts: list[Text], first_id: int) -> list[Sample]:
 def _media_end(text: Text) -> int:
     """Return where a text's media end."""
     ends = [
-        media.positions + media.tokens_per_item if media.ends is None else media.ends
+        media.positions + media.num_features if media.ends is None else media.ends
         for media in text.media.values()
     ]
     return max((int(each.max()) for each in ends), default=0)

@@ -50,7 +50,7 @@ _VISION_DEFAULTS = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500}
+_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500, "pool": 1}
 _HTSAT_DEFAULTS = {
     "num_mel_bins": 64,
     "picture": 256,
@@ -196,7 +196,7 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     parts = {name: whole(model[name]) for name in ("language", "vision") if name in model}
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
-        return {**model, **parts, "connector": connector}
+        return {**model, **parts, **_whole_encoders(model), "connector": connector}
     if "depths" in model:
         return {**_HTSAT_DEFAULTS, **model}
     if "transformer" not in model:
@@ -219,6 +219,19 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
         # mcore gives QKV a bias where either says so; the encoders ask add_qkv_bias alone.
         filled["add_qkv_bias"] = filled["add_qkv_bias"] or filled["add_bias_linear"]
     return {**defaults, **model, "transformer": filled}
+
+
+def _whole_encoders(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the encoders and connectors of modalities beside images, with their defaults."""
+    encoders = model.get("encoders")
+    if not encoders:
+        return {}
+    return {
+        "encoders": {
+            modality: {name: whole(part) for name, part in parts.items()}
+            for modality, parts in encoders.items()
+        }
+    }
 
 
 def mismatches(
