@@ -83,8 +83,10 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Turn our model config into config.json; ValueError for what it cannot express."""
     audio = (model.get("encoders") or {}).get("audio") or {}
     encoder = audio.get("encoder") or {}
-    if not model.get("language") or model.get("vision") or "max_source_positions" not in whole(
-        encoder
+    if (
+        not model.get("language")
+        or model.get("vision")
+        or "max_source_positions" not in whole(encoder)
     ):
         raise ValueError("--format audio_flamingo3 needs a model of language and Whisper's encoder")
     if encoder.get("pool", 1) != _POOL:

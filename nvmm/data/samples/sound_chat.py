@@ -34,6 +34,7 @@ from nvmm.data.samples.sounds import MARGIN, FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
 
 AUDIO = MediaKind("audio", SEQUENCE)
+SOUND_MARKER = "<sound>"
 _MARKER = re.compile(r"<sound(?:-([1-9]\d{0,3}))?>")
 
 
@@ -147,7 +148,7 @@ class SoundChatBuilder(Builder):
             first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
             if first is None:
                 raise record.bad(f"{number} sounds, and no turn of a user to hear them")
-            turns[first] = replace(turns[first], text="<sound>" * number + turns[first].text)
+            turns[first] = replace(turns[first], text=SOUND_MARKER * number + turns[first].text)
         elif len(markers) != number:
             raise record.bad(
                 f"the text has {len(markers)} <sound> markers, the sample {number} sounds"
