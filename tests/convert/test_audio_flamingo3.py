@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -13,12 +15,15 @@ from torch import Tensor
 
 from nvmm.batch import MediaKind, Sample, Text, TextMedia
 from nvmm.checkpoint.load import load_weights
-from nvmm.convert import models
+from nvmm.convert import exporting, models
+from nvmm.convert.chat_template import conversation
 from nvmm.convert.formats.audio_flamingo3 import from_model, to_model
 from nvmm.data.collate import collate
+from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.parallel.setup import Parallel, Precision
 from tests import oracle
 from tests.convert.test_families import assert_equal, exported, imported
+from tests.data.samples.test_sounds import noise, wave
 
 SOUND = 508
 FRAMES, TOKENS = 22, 5  # 11 tokens, of which pairs become one, the last is left over
@@ -35,12 +40,12 @@ EXTENTS = [[22, 9], [], [3], [22, 21]]
 """Frames of sound in the windows of four texts: 5 + 2, none, 1 and 5 + 5 features."""
 
 
-def folder(path: Path) -> Any:
+def folder(path: Path, sound_id: int = SOUND, **audio: Any) -> Any:
     """Save a tiny model of Transformers; returns it."""
     import transformers
 
     config = transformers.AudioFlamingo3Config(
-        audio_config=dict(AUDIO), text_config=dict(TEXT), audio_token_id=SOUND
+        audio_config=AUDIO | audio, text_config=dict(TEXT), audio_token_id=sound_id
     )
     model = transformers.AudioFlamingo3ForConditionalGeneration(config).eval()
     oracle.randomize(model, std=0.1)
@@ -122,6 +127,59 @@ def test_it_comes_back_bit_equal_with_transformers_features_and_logits(tmp_path:
     with torch.no_grad():
         logits = again.eval()(texts[0].text.tokens[None], **inputs(texts[0])).logits[0]
     assert torch.equal(logits, expected[0])
+
+
+@pytest.mark.usefixtures("world")
+def test_transformers_prepares_what_we_do(tmp_path: Path) -> None:
+    """The export of a trained model, its processor on sound files of 2.3 s and 0.9 s in windows of
+    one second: every token, spectrograms, and logits."""
+    import transformers
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<sound>"]
+    texts = ["system You are a helpful assistant.\nuser\nassistant\nWhat is it? A cat, I think."]
+    train_byte_level_bpe(
+        tmp_path / "theirs",
+        texts,
+        vocab_size=400,
+        special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    folder(tmp_path / "theirs", special.index("<sound>"), num_mel_bins=16, max_source_positions=50)
+    imported(tmp_path / "theirs", tmp_path / "ours")
+    state = json.loads((tmp_path / "ours/state.json").read_text())["state"]
+    del state["sources"]  # as a run's checkpoint
+    models.write_state(tmp_path / "ours", state)
+    saved = models.open_checkpoint(tmp_path / "ours")
+    exporting.export(saved, tmp_path / "back", "audio_flamingo3")
+    theirs = transformers.AudioFlamingo3ForConditionalGeneration.from_pretrained(tmp_path / "back")
+    assert theirs.config.audio_token_id == special.index("<sound>")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
+    talk = conversation(saved, None)
+    assert talk is not None
+    build = instantiate(state["config"]["data"]["train"]["build"], _convert_="all")
+    build = build(tokenizer=talk.tokenizer, sequence_length=512)
+    for seconds, windows in ((2.3, 3), (0.9, 1)):
+        sound = noise(seconds, 16_000, 3).astype(np.float32)
+        sound /= np.abs(sound).max()  # which leaves our scaling to +-1 nothing to do
+        content = [{"type": "audio", "audio": sound}, {"type": "text", "text": "What is it?"}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = processor(text=text, audio=[sound], return_tensors="pt")
+        record = {"conversations": [{"from": "human", "value": "<sound>What is it?"}]}
+        members = {"__url__": "s", "__key__": "k", "json": json.dumps(record).encode()}
+        members |= {"wav": wave(sound, 16_000, subtype="FLOAT")}
+        sample = build.prompt(members)
+        assert sample.text.tokens.tolist() == inputs["input_ids"][0].tolist()
+        media = sample.text.media[MediaKind("audio")]
+        assert media.extents is not None and len(media.values) == windows
+        assert media.extents.tolist() == inputs["input_features_mask"].sum(-1).tolist()
+        torch.testing.assert_close(media.values, inputs["input_features"], atol=1e-4, rtol=0)
+        with torch.no_grad():
+            expected = theirs.eval()(**inputs).logits
+            found = opened(tmp_path / "ours")(collate([sample], pad_id=0), output="logits")
+        torch.testing.assert_close(found[..., : expected.shape[-1]], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.usefixtures("world")
