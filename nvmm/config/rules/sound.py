@@ -14,7 +14,7 @@ _ENCODER, _CONNECTOR = f"{_AUDIO}.encoder", f"{_AUDIO}.connector"
 
 def sounds(view: View) -> Iterator[Problem]:
     """Check every builder that cuts sounds to windows against encoder, connector and decoder."""
-    if view.get("model._target_") is None:
+    if not isinstance(view.get("model"), Mapping):
         return
     for key, build in _builders(view):
         front_end = _value(build, "front_end")
