@@ -220,7 +220,7 @@ def _with_tokenizer(
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         copy_tokenizer(source.tokenizer, here)
-        image_id = source.config.get("image_token_index")
+        image_id = source.config.get("image_token_index", source.config.get("audio_token_id"))
         return _with_local_tokenizer(saved, here, final, image_id, source.format)
 
 
@@ -238,7 +238,8 @@ def _with_local_tokenizer(
     tokenizer = Tokenizer(str(here), **options)
     out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
-        out["data"] = _chat(saved["model"])
+        hears = format_name == "audio_flamingo3"
+        out["data"] = _sound_chat(saved["model"]) if hears else _chat(saved["model"])
     elif out["data"] is None and format_name in ("llava", "vila") and tokenizer.bos_id is not None:
         vision, out["data"] = saved["model"]["vision"], (data := _chat(saved["model"]))
         data["train"]["build"] |= {
@@ -282,6 +283,24 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
         side = -(-grid // model["connector"].get("downsample", 2))  # an odd grid is padded
         build |= {"tile_size": size, "tokens_per_tile": side * side}
     length = language.get("max_sequence_length", 4096)
+    return {"sequence_length": length, "train": {"build": build}}
+
+
+def _sound_chat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of conversations about sounds, in windows that fill the encoder."""
+    encoder = model["encoders"]["audio"]["encoder"]
+    front_end = option("front_end", "whisper")
+    positions = encoder["max_source_positions"]
+    seconds = 2 * positions * front_end["frame_hop"] / front_end["rate"]
+    front_end |= {"bins": encoder["num_mel_bins"], "window": seconds, "hop": seconds}
+    build = {
+        "_target_": "nvmm.data.samples.sound_chat.SoundChatBuilder",
+        "_partial_": True,
+        "template": option("template", "chatml") | {"system": "You are a helpful assistant."},
+        "front_end": front_end | {"most_windows": 20},
+        "tokens_per_window": positions // encoder["pool"],
+    }
+    length = model["language"].get("max_sequence_length", 4096)
     return {"sequence_length": length, "train": {"build": build}}
 
 

@@ -167,6 +167,11 @@ class CrossAttendingModel(MultimodalModel):
 
     def _keys(self, features: Tensor, media: Media) -> Tensor:
         """Put features [n, tokens_per_item, h] behind their tags' embeddings: [keys, h]."""
+        if media.counts is not None:
+            raise ValueError(
+                "cross-attention reads as many features of every window;"
+                " data.train.build.mask_padding must be false"
+            )
         n, length = media.positions.numel(), media.tokens_per_item
         if tuple(features.shape[:2]) != (n, length):
             raise ValueError(

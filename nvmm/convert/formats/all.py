@@ -12,6 +12,7 @@ import torch
 
 from nvmm.config.nested import merged
 from nvmm.convert.formats import (
+    audio_flamingo3,
     bert,
     clap,
     clip,
@@ -51,6 +52,7 @@ FORMATS: dict[str, ModuleType | reward.Reward] = {
     "siglip": siglip,
     "whisper": whisper,
     "nvlm_d": nvlm_d,
+    "audio_flamingo3": audio_flamingo3,
     "llava": llava,
     "llava_next": llava_next,
     "vila": vila,
@@ -79,6 +81,7 @@ _MODEL_TYPES = {
     "siglip_vision_model": "siglip",
     "whisper": "whisper",
     "NVLM_D": "nvlm_d",
+    "audioflamingo3": "audio_flamingo3",
     "llava": "llava",
     "llava_next": "llava_next",
     "nvembed": "nv_embed",

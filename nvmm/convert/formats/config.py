@@ -53,7 +53,7 @@ _VISION_DEFAULTS = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500}
+_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500, "pool": 1}
 _HTSAT_DEFAULTS = {
     "num_mel_bins": 64,
     "picture": 256,
@@ -199,7 +199,7 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     parts = {name: whole(model[name]) for name in ("language", "vision") if name in model}
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
-        return {**model, **parts, "connector": connector}
+        return {**model, **parts, **_whole_encoders(model), "connector": connector}
     if is_htsat(model):
         return {**_HTSAT_DEFAULTS, **model}
     if "transformer" not in model:
@@ -227,6 +227,19 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
 def is_htsat(model: Mapping[str, Any]) -> bool:
     """Return True for a config of CLAP's audio encoder, whose sizes all have defaults."""
     return str(model.get("_target_", "")).endswith(".HTSAT")
+
+
+def _whole_encoders(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the encoders and connectors of modalities beside images, with their defaults."""
+    encoders = model.get("encoders")
+    if not encoders:
+        return {}
+    return {
+        "encoders": {
+            modality: {name: whole(part) for name, part in parts.items()}
+            for modality, parts in encoders.items()
+        }
+    }
 
 
 def mismatches(
