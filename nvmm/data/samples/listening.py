@@ -99,7 +99,7 @@ class SoundBuilder(Builder):
         template: ListeningTemplate,
         placement: Placement = "attended",
         tokens_per_window: int = 1,
-        most_clips: int = 8,
+        most_clips: int = 16,
         augmentations: Mapping[str, Augmentation] | None = None,
         augment: Mapping[str, float] | None = None,
         task_probability: float = 1.0,

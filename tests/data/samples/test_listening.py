@@ -129,7 +129,7 @@ def test_a_start_skips_the_beginning(build: Any) -> None:
     ("record", "message"),
     [
         ({"clips": []}, "clips must be a list that is not empty"),
-        ({"clips": [clip(0)] * 9}, "9 sounds are more than build.most_clips=8"),
+        ({"clips": [clip(0)] * 17}, "17 sounds are more than build.most_clips=16"),
         ({"clips": [clip(3)]}, r"the sound '3\.wav' of sound is no member"),
         ({"clips": [{**clip(None), "sound": "json"}]}, "is none of wav, flac, ogg"),
         ({"clips": [{**clip(0), "start": -1}]}, "start -1 of sound"),
