@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from nvmm.batch import MediaKind, Sample, Text, TextMedia
 from nvmm.checkpoint.load import load_weights
 from nvmm.convert import exporting, models
 from nvmm.convert.chat_template import conversation
-from nvmm.convert.formats.audio_flamingo3 import from_model, to_model
+from nvmm.convert.formats.audio_flamingo3 import from_model, table, to_model
+from nvmm.convert.importing import parameters
+from nvmm.convert.table import ToTheirs
 from nvmm.data.collate import collate
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.parallel.setup import Parallel, Precision
 from tests import oracle
 from tests.convert.test_families import assert_equal, exported, imported
+from tests.convert.test_full_size import Names, config_of
 from tests.data.samples.test_sounds import noise, wave
 
 SOUND = 508
@@ -240,3 +245,32 @@ def test_names_of_whispers_sizes_are_read_too() -> None:
     spelt = {**old, "num_mel_bins": 7, "max_source_positions": 11}
     hf = {"model_type": "audioflamingo3", "text_config": TEXT}
     assert to_model({**hf, "audio_config": spelt}) == to_model({**hf, "audio_config": AUDIO})
+
+
+def test_full_size_has_transformers_names_and_shapes() -> None:
+    """Whisper large-v3's encoder of 637 M, a projector of 17 M and Qwen2.5-7B."""
+    import transformers
+
+    ours = config_of("audio_flamingo3_7b")
+    hf = from_model(ours)
+    published = transformers.AudioFlamingo3EncoderConfig().to_dict()
+    assert {k: published[k] for k in hf["audio_config"]} == hf["audio_config"]
+    shapes = {
+        name: list(spec.shape)
+        for name, spec in parameters(instantiate(ours, _convert_="all")).items()
+    }
+    counts = {"audio.": 636_968_960 + 32 * 1280, "audio_connector.": 17_439_744}
+    for part, count in counts.items():
+        of_part = [shape for name, shape in shapes.items() if name.startswith(part)]
+        assert sum(map(math.prod, of_part)) == count, part
+    there = ToTheirs(Names(shapes), table(ours, hf)).spec
+    with torch.device("meta"):
+        reference = transformers.AudioFlamingo3ForConditionalGeneration(
+            transformers.AudioFlamingo3Config.from_dict(hf)
+        )
+    theirs = {}
+    for name, value in reference.state_dict().items():
+        name = re.sub("^model.language_model", "language_model.model", name)
+        name = re.sub("^lm_head", "language_model.lm_head", name.removeprefix("model."))
+        theirs[name] = list(value.shape)
+    assert {name: list(spec.shape) for name, spec in there.items()} == theirs
