@@ -260,6 +260,7 @@ def test_full_size_has_transformers_names_and_shapes() -> None:
         for name, spec in parameters(instantiate(ours, _convert_="all")).items()
     }
     counts = {"audio.": 636_968_960 + 32 * 1280, "audio_connector.": 17_439_744}
+    counts |= {"language.": 7_615_616_512}
     for part, count in counts.items():
         of_part = [shape for name, shape in shapes.items() if name.startswith(part)]
         assert sum(map(math.prod, of_part)) == count, part
