@@ -27,10 +27,11 @@ BINS, FRAMES = 16, 60
 MARKER = 400
 
 
-def tiny(**blocks: Any) -> dict[str, Any]:
-    """configs/model/audio_flamingo_tiny.yaml with open gates."""
+def tiny(language: str | None = None, **blocks: Any) -> dict[str, Any]:
+    """configs/model/audio_flamingo_tiny.yaml with open gates; language: another decoder's name."""
+    overrides = [f"language@model.language={language}"] if language else []
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node = compose("model/audio_flamingo_tiny")["model"]
+        node = compose("model/audio_flamingo_tiny", overrides)["model"]
     config: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     config["cross_attention"] |= {"initial_gate": 0.5, **blocks}
     return config
@@ -194,6 +195,17 @@ def test_cached_generation_equals_the_whole_sequence(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("world")
+def test_another_decoder_is_a_choice_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2's kind, with RoPE, GQA and SwiGLU: the blocks keep their own feed-forward part."""
+    model = model_of(tiny(language="tiny"))
+    assert model.language.rotary is not None and model.config.gated_linear_unit
+    block = model.decoder.layers[0].cross_attention_block
+    assert block.ffn.linear_fc1.weight.shape == (512, 128)
+    prompts = [sample(clips, i) for i, clips in enumerate([[2, 1], []])]
+    same_logits_with_a_cache(model, prompts, monkeypatch)
+
+
+@pytest.mark.usefixtures("world")
 def test_closed_gates_leave_the_language_model() -> None:
     model = model_of(tiny(initial_gate=0.0))
     batch = collate([sample([2, 1])], pad_id=0)
@@ -213,7 +225,7 @@ def test_full_sizes_have_the_published_counts() -> None:
     assert count("language.", ".cross_attention_block.") == 24 * block == 881_000_496
     layers = 3 * (4 * 1024**2 + 2 * 1024 * 2048 + 2048 + 5 * 1024) + 2 * 1024
     assert count("audio_connector.") == layers == 25_189_376
-    # 36 rows of the embedding are padding.
+    # 32 rows of the embedding are padding.
     opt = count("language.") - 24 * block
     assert opt - 32 * 2048 == 1_315_758_080, "facebook/opt-1.3b's"
     assert count("audio.") == 29_371_672
@@ -230,7 +242,7 @@ def test_full_size_flops_are_those_of_its_matrices() -> None:
     batch = collate([Sample((Text(tokens, torch.ones(60), {AUDIO: media}),))], pad_id=0)
     flops = model.flops(batch)
     decoder = 24 * (4 * 2048**2 + 2 * 2048 * 8192) * 60 + 24 * 2 * 2048 * (60 * 60 / 2)
-    output = 50268 * 2048 * 60
+    output = 50272 * 2048 * 60
     block = (2 * 2048 * 512 + 2 * 2048 * 8192) * 60 + 1024 * 1024 * 3 + 2 * 512 * 60 * 3
     expected = 2.0 * (decoder + output + 24 * block)
     assert flops["language"] == pytest.approx(expected, rel=2e-3)
