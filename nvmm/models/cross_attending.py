@@ -264,7 +264,7 @@ class CrossAttendingModel(MultimodalModel):
             num_query_groups=groups,
             kv_channels=width,
             ffn_hidden_size=self.cross_attention.ffn_hidden_size,
-            gated_linear_unit=self.config.gated_linear_unit,
+            gated_linear_unit=self.cross_attention.has_gated_linear_unit(self.config),
             num_queries=sum(segment_lengths(batch)),
             num_keys=attended.num_keys,
             num_pairs=int((spans[..., 1] - spans[..., 0]).sum()),

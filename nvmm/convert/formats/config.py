@@ -11,6 +11,7 @@ from nvmm.config.signatures import value_of
 _GET_METHOD = "hydra.utils.get_method"
 SILU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.silu"}
 GELU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.gelu"}
+RELU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.relu"}
 GELU_TANH = {"_target_": "torch.nn.functional.gelu", "_partial_": True, "approximate": "tanh"}
 QUICK_GELU = {"_target_": "megatron.core.activations.quick_gelu", "_partial_": True}
 SQUARED_RELU = {"_target_": "megatron.core.activations.squared_relu", "_partial_": True}
@@ -37,6 +38,8 @@ _LANGUAGE_DEFAULTS = {
     "rotary_base": 10000,
     "rotary_percent": 1.0,
     "rope_scaling": None,
+    "position_embedding_type": "rope",
+    "position_offset": 0,
     "share_embeddings_and_output_weights": False,
 }
 _VISION_DEFAULTS = {
@@ -197,7 +200,7 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
         return {**model, **parts, **_whole_encoders(model), "connector": connector}
-    if "depths" in model:
+    if is_htsat(model):
         return {**_HTSAT_DEFAULTS, **model}
     if "transformer" not in model:
         return {**_CONNECTOR_DEFAULTS, **model}
@@ -237,6 +240,11 @@ def _whole_encoders(model: Mapping[str, Any]) -> dict[str, Any]:
             for modality, parts in encoders.items()
         }
     }
+
+
+def is_htsat(model: Mapping[str, Any]) -> bool:
+    """Return True for a config of CLAP's audio encoder, whose sizes all have defaults."""
+    return str(model.get("_target_", "")).endswith(".HTSAT")
 
 
 def mismatches(
