@@ -161,13 +161,13 @@ def test_sounds_that_cannot_be_used_name_the_sample(build: Any) -> None:
     short = members(["<sound>a", "b"], (0.01,))
     with pytest.raises(BadSample, match=r"0\.wav has 80 samples, too few for a feature"):
         build()(short)
-    unnumbered = members(["<sound>a", "b"])
-    unnumbered["x.wav"] = unnumbered.pop("0.wav")
-    with pytest.raises(BadSample, match=r"sound x\.wav has no number; list it in the record's"):
-        build()(unnumbered)
-    listed = members(["<sound>a", "b"], sound="x.wav")
+    other = members(["<sound><sound>a", "b"], (0.1, 0.2))
+    other["x.wav"] = other.pop("0.wav")
+    with pytest.raises(BadSample, match=r"the order of sounds 1\.wav, x\.wav is ambiguous; number"):
+        build()(other)
+    listed = members(["<sound><sound>a", "b"], (0.1, 0.2), sound=["x.wav", "1.wav"])
     listed["x.wav"] = listed.pop("0.wav")
-    assert len(build()(listed).text.media[AUDIO].counts) == 2
+    assert build()(listed).text.media[AUDIO].counts.tolist() == [2, 5]
 
 
 def test_features_that_no_pooling_gives_are_refused(build: Any) -> None:
