@@ -328,7 +328,8 @@ def _trust(command: argparse.ArgumentParser) -> None:
 
 def _format(command: argparse.ArgumentParser) -> None:
     formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "clap", "siglip")
-    formats += ("opt", "whisper", "nvlm_d", "nv_embed", "mm_embed", "bert")
+    formats += ("opt", "whisper", "nvlm_d", "llava", "vila", "vila15", "audio_flamingo3")
+    formats += ("nv_embed", "mm_embed", "bert")
     formats += ("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward")
     command.add_argument("--format", required=True, choices=formats)
     parts = ("language", "vision", "audio", "query", "context")

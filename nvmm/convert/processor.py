@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nvmm.convert.formats.config import whole
+from nvmm.convert.formats.config import is_whisper, whole
 
 _BICUBIC = 3
 _SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames a position
@@ -22,7 +22,7 @@ def processor(
     if "depths" in model:
         # CLAP's front end is a choice of the data, which a checkpoint of an encoder lacks.
         return None
-    if "num_mel_bins" in model:
+    if is_whisper(model):
         return _whisper(model)
     if format_name == "audio_flamingo3":
         # Its processor leaves out the silence behind a sound.

@@ -200,17 +200,17 @@ def _media(
     return merged
 
 
-def _extents(medias: Sequence[TextMedia]) -> dict[str, Tensor]:
+def _extents(each: Sequence[TextMedia]) -> dict[str, Tensor]:
     """Return `extents` and `counts` where a text has them; windows of others are whole."""
-    if all(media.extents is None for media in medias):
+    if all(media.extents is None for media in each):
         return {}
     extents = [
         torch.full_like(media.positions, media.values.shape[-1])
         if media.extents is None
         else media.extents
-        for media in medias
+        for media in each
     ]
-    counts = [media.num_features for media in medias]
+    counts = [media.num_features for media in each]
     return {"extents": torch.cat(extents), "counts": torch.cat(counts)}
 
 

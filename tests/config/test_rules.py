@@ -554,6 +554,17 @@ def test_cross_attention_s_heads_and_layers() -> None:
     assert "must divide the 12 heads of cross-attention" in str(problem)
 
 
+def test_cross_attention_s_activation_needs_a_feed_forward_part() -> None:
+    config = attending()
+    function = {"_target_": "hydra.utils.get_method", "path": "torch.nn.functional.gelu"}
+    config["model"]["cross_attention"] |= {"activation_func": function, "ffn_hidden_size": 64}
+    assert violations(config) == []
+    del config["model"]["cross_attention"]["ffn_hidden_size"]
+    (problem,) = violations(config)
+    assert problem.key == "model.cross_attention.activation_func"
+    assert problem.allowed.startswith("needs model.cross_attention.ffn_hidden_size")
+
+
 def test_a_pipeline_with_cross_attention_exchanges_lengths() -> None:
     config = attending()
     config["parallel"]["variable_seq_lengths"] = False

@@ -161,3 +161,21 @@ def test_builders_of_validation_and_of_a_blend_are_checked(placed: dict[str, Any
     found = problems(placed, "data.blend", [{"name": "a", "shards": "a.tar", "build": other}])
     for key in ("data.validation.build", "data.blend[0].build"):
         assert any(text.startswith(f"{key}.front_end.bins=8 must be") for text in found)
+
+
+def test_whisper_is_an_override_away_in_audio_flamingo() -> None:
+    """At full size: three keys go with the encoder, and each one that is left out is named."""
+    changes = {
+        f"audio@{ENCODER}": "whisper_large_v2",
+        f"front_end@{FRONT_END}": "whisper",
+        f"+{ENCODER}.pool": "1500",
+        "model.cross_attention.kv_size": "1280",
+    }
+    given = [f"{key}={value}" for key, value in changes.items()]
+    config = composed("model=audio_flamingo", "data=sounds", *given)
+    assert config["model"]["encoders"]["audio"]["encoder"]["transformer"]["num_layers"] == 32
+    assert problems(config, "seed", 1) == []
+    for left_out, expected in ((1, f"{FRONT_END}.bins=64 must be"), (2, f"{ENCODER}.pool=1 must")):
+        some = [text for number, text in enumerate(given) if number != left_out]
+        found = problems(composed("model=audio_flamingo", "data=sounds", *some), "seed", 1)
+        assert any(text.startswith(expected) for text in found), found

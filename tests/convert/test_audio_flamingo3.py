@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,18 @@ from nvmm.batch import MediaKind, Sample, Text, TextMedia
 from nvmm.checkpoint.load import load_weights
 from nvmm.convert import exporting, models
 from nvmm.convert.chat_template import conversation
-from nvmm.convert.formats.audio_flamingo3 import from_model, to_model
+from nvmm.convert.formats.audio_flamingo3 import from_model, table, to_model
+from nvmm.convert.importing import parameters
+from nvmm.convert.sources import read
+from nvmm.convert.table import ToTheirs
 from nvmm.data.collate import collate
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.parallel.setup import Parallel, Precision
 from tests import oracle
 from tests.convert.test_families import assert_equal, exported, imported
+from tests.convert.test_full_size import Names, config_of
 from tests.data.samples.test_sounds import noise, wave
+from tools.convert import main as convert
 
 SOUND = 508
 FRAMES, TOKENS = 22, 5  # 11 tokens, of which pairs become one, the last is left over
@@ -240,3 +247,58 @@ def test_names_of_whispers_sizes_are_read_too() -> None:
     spelt = {**old, "num_mel_bins": 7, "max_source_positions": 11}
     hf = {"model_type": "audioflamingo3", "text_config": TEXT}
     assert to_model({**hf, "audio_config": spelt}) == to_model({**hf, "audio_config": AUDIO})
+
+
+def test_full_size_has_transformers_names_and_shapes() -> None:
+    """Whisper large-v3's encoder of 637 M, a projector of 17 M and Qwen2.5-7B."""
+    import transformers
+
+    ours = config_of("audio_flamingo3_7b")
+    hf = from_model(ours)
+    published = transformers.AudioFlamingo3EncoderConfig().to_dict()
+    assert {k: published[k] for k in hf["audio_config"]} == hf["audio_config"]
+    shapes = {
+        name: list(spec.shape)
+        for name, spec in parameters(instantiate(ours, _convert_="all")).items()
+    }
+    counts = {"audio.": 636_968_960 + 32 * 1280, "audio_connector.": 17_439_744}
+    counts |= {"language.": 7_615_616_512}
+    for part, count in counts.items():
+        of_part = [shape for name, shape in shapes.items() if name.startswith(part)]
+        assert sum(map(math.prod, of_part)) == count, part
+    there = ToTheirs(Names(shapes), table(ours, hf)).spec
+    with torch.device("meta"):
+        reference = transformers.AudioFlamingo3ForConditionalGeneration(
+            transformers.AudioFlamingo3Config.from_dict(hf)
+        )
+    theirs = {}
+    for name, value in reference.state_dict().items():
+        name = re.sub("^model.language_model", "language_model.model", name)
+        name = re.sub("^lm_head", "language_model.lm_head", name.removeprefix("model."))
+        theirs[name] = list(value.shape)
+    assert {name: list(spec.shape) for name, spec in there.items()} == theirs
+
+
+@pytest.mark.usefixtures("world")
+def test_backbones_compose_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen2's folder and Whisper's, as a config has them; the projector is left to the run."""
+    import transformers
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    ours = config_of("audio_flamingo3_tiny")
+    theirs = from_model(ours)
+    qwen = transformers.Qwen2ForCausalLM(transformers.Qwen2Config.from_dict(theirs["text_config"]))
+    sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4}
+    sizes |= {"encoder_ffn_dim": 128, "num_mel_bins": 16, "max_source_positions": 50}
+    whisper = WhisperEncoder(transformers.WhisperConfig(**sizes, init_std=0.07))
+    for name, model in (("qwen", qwen), ("whisper", whisper)):
+        oracle.randomize(model)
+        model.save_pretrained(tmp_path / name)
+    command = ["import", "--from", f"language={tmp_path / 'qwen'}"]
+    command += ["--from", f"audio={tmp_path / 'whisper'}", "--to", str(tmp_path / "ours")]
+    assert convert([*command, "model=audio_flamingo3_tiny"]) == 0, capsys.readouterr().err
+    saved = models.open_checkpoint(tmp_path / "ours")
+    assert saved.model["encoders"]["audio"]["encoder"]["pool"] == 2
+    assert all(name.startswith("audio_connector.") for name in saved.state["left_to_the_run"])
+    norm = read(saved.source, "audio.decoder.final_layernorm.weight")
+    assert torch.equal(norm, whisper.layer_norm.weight)

@@ -251,6 +251,11 @@ WHOLE: dict[str, Any] = {
         "vision_config": VISION | {"model_type": "clip_vision_model"},
         "latent_attention_config": {},
     },
+    "audio_flamingo3": {
+        "model_type": "audioflamingo3",
+        "text_config": families._SHAPE | {"model_type": "qwen2"},
+        "audio_config": {"model_type": "audioflamingo3_encoder", "hidden_size": 80},
+    },
     "llava": {
         "model_type": "llava",
         "text_config": families._SHAPE | {"model_type": "llama"},

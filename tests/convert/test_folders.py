@@ -366,6 +366,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "nvlm_d": [
         {"llm_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "intern_vit_6b"}}
     ],
+    "audio_flamingo3": [{"model_type": "audioflamingo3"}],
     "llava": [
         {"model_type": "llava"},
         {

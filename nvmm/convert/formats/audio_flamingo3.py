@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import decoder, projector, qwen2, whisper
-from nvmm.convert.formats.config import known, need, only, whole
+from nvmm.convert.formats.config import is_whisper, known, need, only
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row, prefixed
 
@@ -83,11 +83,7 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Turn our model config into config.json; ValueError for what it cannot express."""
     audio = (model.get("encoders") or {}).get("audio") or {}
     encoder = audio.get("encoder") or {}
-    if (
-        not model.get("language")
-        or model.get("vision")
-        or "max_source_positions" not in whole(encoder)
-    ):
+    if not model.get("language") or model.get("vision") or not is_whisper(encoder):
         raise ValueError("--format audio_flamingo3 needs a model of language and Whisper's encoder")
     if encoder.get("pool", 1) != _POOL:
         raise ValueError(

@@ -216,7 +216,7 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     defaults: Mapping[str, Any] = _LANGUAGE_DEFAULTS
     if "patch_size" in model:
         defaults = _VISION_DEFAULTS
-    elif "num_mel_bins" in model:
+    elif is_whisper(model):
         defaults = _AUDIO_DEFAULTS
     else:
         # mcore gives QKV a bias where either says so; the encoders ask add_qkv_bias alone.
@@ -224,9 +224,9 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **model, "transformer": filled}
 
 
-def is_htsat(model: Mapping[str, Any]) -> bool:
-    """Return True for a config of CLAP's audio encoder, whose sizes all have defaults."""
-    return str(model.get("_target_", "")).endswith(".HTSAT")
+def is_whisper(model: Mapping[str, Any]) -> bool:
+    """Return True for a config of Whisper's encoder, whose bins and positions have defaults."""
+    return str(model.get("_target_", "")).endswith(".AudioEncoder")
 
 
 def _whole_encoders(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,6 +240,11 @@ def _whole_encoders(model: Mapping[str, Any]) -> dict[str, Any]:
             for modality, parts in encoders.items()
         }
     }
+
+
+def is_htsat(model: Mapping[str, Any]) -> bool:
+    """Return True for a config of CLAP's audio encoder, whose sizes all have defaults."""
+    return str(model.get("_target_", "")).endswith(".HTSAT")
 
 
 def mismatches(

@@ -276,7 +276,7 @@ class Record:
                 lacking = ", ".join(f".{name}" for name in named if name not in names)
                 raise self.bad(f"has {', '.join(names)}, but not {lacking} of build.fields.image")
         else:
-            names = self.numbered(IMAGES, "image", "name it in build.fields.image")
+            names = self._numbered_images()
         self._check_named(names)
         return names
 
@@ -306,23 +306,20 @@ class Record:
                     f" it out by build.unread=[{key}]"
                 )
 
-    def numbered(self, extensions: Sequence[str], kind: str, hint: str) -> list[str]:
-        """Return the members of these extensions: `png`, or `0.png`, `1.png`, ... in order.
-
-        kind: what messages call them. hint: what to do with one that has no number.
-        """
+    def _numbered_images(self) -> list[str]:
+        """Return `png`, or `0.png`, `1.png`, ... in order."""
         numbered: list[tuple[int, str]] = []
         for member in self._members:
             number, _, extension = member.rpartition(".")
-            if extension not in extensions:
+            if extension not in IMAGES:
                 continue
             if number and not number.isdecimal():
-                raise self.bad(f"{kind} {member} has no number; {hint}")
+                raise self.bad(f"image {member} has no number; name it in build.fields.image")
             numbered.append((int(number) if number else -1, member))
         numbered.sort()
         if len({number for number, _ in numbered}) != len(numbered):
             listed = ", ".join(member for _, member in numbered)
-            raise self.bad(f"order of {kind}s {listed} is ambiguous; number them")
+            raise self.bad(f"order of images {listed} is ambiguous; number them")
         return [member for _, member in numbered]
 
     def _decoded(self, member: str) -> Any:

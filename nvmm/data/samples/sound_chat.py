@@ -4,10 +4,12 @@
      "conversations": [{"from": "human", "value": "<sound>\nWhat is it?"},
                        {"from": "gpt", "value": "A dog."}]}
 
-The turns are those of `nvmm.data.samples.forms.Chat`. A sound is a member of the sample: one that
-the record names (`sound`: one name or a list), or `wav`, or `0.wav`, `1.wav` ... in order. In the
-text `<sound>` stands for the next one, or `<sound-1>`, `<sound-2>` ... for each by its number; a
-conversation without any has its sounds at the beginning of the user's first turn.
+The turns are those of `nvmm.data.samples.forms.Chat`. A sound is a member of the sample: those that
+the record names (`sound`: one name or a list), or else as many, in the order of the numbers that
+their names end with (`wav`; `0.wav`, `1.wav`; `sound.wav`, `sound1.wav`, as tools/shard.py packs
+what the released files name by path). In the text `<sound>` stands for the next one, or
+`<sound-1>`, `<sound-2>` ... for each by its number; a conversation without any has its sounds at
+the beginning of the user's first turn.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from nvmm.data.samples.tokenizer import Tokenizer
 
 AUDIO = MediaKind("audio", SEQUENCE)
 SOUND_MARKER = "<sound>"
+_NUMBERED = re.compile(r"(|.*\D)(\d{0,9})")
 _MARKER = re.compile(r"<sound(?:-([1-9]\d{0,3}))?>")
 
 
@@ -167,12 +170,24 @@ class SoundChatBuilder(Builder):
         if listed and all(isinstance(name, str) and name in members for name in listed):
             ordered = list(listed)
         else:
-            ordered = record.numbered(SOUNDS, "sound", "list it in the record's sound")
+            ordered = self._numbered(record, members)
         if sorted(ordered) != sorted(members) or (listed and len(listed) != len(members)):
             raise record.bad(
                 f"sound={named!r} names other sounds than its members, {', '.join(members)}"
             )
         return ordered
+
+    def _numbered(self, record: Record, members: Sequence[str]) -> list[str]:
+        """Return sounds in the order of the numbers that their names end with."""
+        names = [_NUMBERED.fullmatch(name.rpartition(".")[0]) for name in members]
+        stems = {name[1] for name in names if name}
+        numbers = [int(name[2] or -1) if name else -2 for name in names]
+        if None in names or len(stems) > 1 or len(set(numbers)) < len(numbers):
+            raise record.bad(
+                f"the order of sounds {', '.join(members)} is ambiguous; number them, or list them"
+                " in the record's sound"
+            )
+        return [name for _, name in sorted(zip(numbers, members, strict=True))]
 
     def _sample(self, record: Record, turns: Sequence[Turn], prompt: bool) -> Sample:
         heard = [self._heard(record, member) for member in self._sounds(record)]

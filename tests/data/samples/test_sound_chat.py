@@ -14,6 +14,7 @@ import torch
 from nvmm.batch import IGNORE_INDEX, MediaKind
 from nvmm.config.check import option
 from nvmm.data.collate import collate
+from nvmm.data.loader import Data
 from nvmm.data.prepare.digits import train_tokenizer
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.chat import ChatTemplate
@@ -21,7 +22,9 @@ from nvmm.data.samples.checks import check_sample
 from nvmm.data.samples.sound_chat import SoundChatBuilder
 from nvmm.data.samples.sounds import FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
+from nvmm.data.shards.dataset import Dataset
 from tests.data.samples.test_sounds import noise, wave
+from tools.shard import main as shard
 
 AUDIO = MediaKind("audio")
 FRONT = FrontEnd(
@@ -42,8 +45,9 @@ def build(tokenizer: Tokenizer) -> Callable[..., SoundChatBuilder]:
     chatml = {k: v for k, v in option("template", "chatml").items() if k != "_target_"}
 
     def make(**changes: Any) -> SoundChatBuilder:
-        options: dict[str, Any] = {"tokens_per_window": 10, "sequence_length": 200} | changes
-        return SoundChatBuilder(ChatTemplate(**chatml), FRONT, tokenizer=tokenizer, **options)
+        options: dict[str, Any] = {"tokens_per_window": 10, "sequence_length": 200}
+        options |= {"tokenizer": tokenizer, **changes}
+        return SoundChatBuilder(ChatTemplate(**chatml), FRONT, **options)
 
     return make
 
@@ -157,13 +161,13 @@ def test_sounds_that_cannot_be_used_name_the_sample(build: Any) -> None:
     short = members(["<sound>a", "b"], (0.01,))
     with pytest.raises(BadSample, match=r"0\.wav has 80 samples, too few for a feature"):
         build()(short)
-    unnumbered = members(["<sound>a", "b"])
-    unnumbered["x.wav"] = unnumbered.pop("0.wav")
-    with pytest.raises(BadSample, match=r"sound x\.wav has no number; list it in the record's"):
-        build()(unnumbered)
-    listed = members(["<sound>a", "b"], sound="x.wav")
+    other = members(["<sound><sound>a", "b"], (0.1, 0.2))
+    other["x.wav"] = other.pop("0.wav")
+    with pytest.raises(BadSample, match=r"the order of sounds 1\.wav, x\.wav is ambiguous; number"):
+        build()(other)
+    listed = members(["<sound><sound>a", "b"], (0.1, 0.2), sound=["x.wav", "1.wav"])
     listed["x.wav"] = listed.pop("0.wav")
-    assert len(build()(listed).text.media[AUDIO].counts) == 2
+    assert build()(listed).text.media[AUDIO].counts.tolist() == [2, 5]
 
 
 def test_features_that_no_pooling_gives_are_refused(build: Any) -> None:
@@ -180,3 +184,31 @@ def test_a_placeholder_in_the_text_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(BadSample, match=r"<\|vision_pad\|> is written in the text"):
         build(members(["<sound>a <|vision_pad|>", "b"], (0.1,)))
+
+
+def test_released_json_becomes_shards_that_are_read(
+    build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sound by its path, a list of two, and none: what tools/shard.py packs is what is read."""
+    sounds = tmp_path / "sounds" / "a"
+    sounds.mkdir(parents=True)
+    for number, seconds in enumerate((0.1, 0.2)):
+        (sounds / f"{number}.wav").write_bytes(wave(noise(seconds, 8000, number), 8000))
+    rows = [("a/0.wav", ["<sound>What?"]), (["a/1.wav", "a/0.wav"], ["<sound-1><sound-2>Which?"])]
+    rows.append((None, ["Hello?"]))
+    lines = []
+    for number, (sound, asked) in enumerate(rows):
+        turns = [{"from": "human", "value": asked[0]}, {"from": "gpt", "value": "One."}]
+        row = {"id": number, "duration": 0.1, "conversations": turns}
+        lines.append(json.dumps(row if sound is None else {**row, "sound": sound}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    command = ["jsonl", "--json", str(tmp_path / "train.jsonl"), "--to", str(tmp_path / "shards")]
+    command += ["--files", f"sound={tmp_path / 'sounds'}/", "--name", "train"]
+    monkeypatch.setattr("sys.argv", ["shard.py", *command])
+    shard()
+    dataset = Dataset(str(tmp_path / "shards" / "train-*.tar"), lambda **options: build(**options))
+    data = Data(200, 0, dataset, tokenizer=build().tokenizer)  # type: ignore[arg-type]
+    [batch] = next(data.batches(split="train", global_batch_size=3, micro_batch_size=3))
+    items, windows = batch.count_media("audio").tolist()
+    assert sorted(items) == sorted(windows) == [0, 1, 2]
+    assert sorted(batch.media[AUDIO].counts.tolist()) == [2, 2, 5]
