@@ -72,6 +72,11 @@ def is_picture(member: str) -> bool:
     return member.rpartition(".")[2] in (*IMAGES, *UNREAD_IMAGES)
 
 
+def is_sound(member: str) -> bool:
+    """Return whether a member is a sound by its extension."""
+    return member.rpartition(".")[2] in SOUNDS
+
+
 def is_listed(member: str, patterns: Sequence[str]) -> bool:
     """Return whether one of `patterns`, such as `.mask.png` or `.*.npy`, names a member."""
     return any(fnmatchcase(f".{member}", pattern) for pattern in patterns)
