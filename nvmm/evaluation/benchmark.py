@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nvmm.config.choices import require
 from nvmm.config.nested import merged
-from nvmm.evaluation.images import MAX_IMAGES, image_fields
+from nvmm.evaluation.images import MAX_IMAGES, image_fields, sound_fields
 from nvmm.evaluation.option_accuracy import likeliest, option_tokens
 from nvmm.io.progress import progress
 
@@ -560,11 +560,12 @@ def _gathered(local: Sequence[Prediction | Skipped]) -> list[Prediction | Skippe
 def _images(
     model: Restored, dataset: Any, predictions: Sequence[Prediction]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the images of the first few predictions, for the report to draw."""
+    """Yield the images and sounds of the first few predictions, for the report."""
     for prediction in predictions[:MAX_IMAGES]:
         members = dataset.members(prediction.sample_id)
         media = model.builder.prompt(members).text.media
         drawn = image_fields(model.builder.record(members), media)
+        drawn |= sound_fields(model.builder, members)
         if drawn:
             yield {"sample_id": prediction.sample_id, **drawn}
 

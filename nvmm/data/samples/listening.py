@@ -245,14 +245,23 @@ class SoundBuilder(Builder):
             f"{self.sequence_length}"
         )
 
+    def heard(self, members: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return what the encoder hears of each clip with a sound, fp64 [n] at its rate."""
+        record = self.record(members)
+        clips = [clip for clip in self._clips(record) if clip.sound is not None]
+        return [self._heard(record, clip) for clip in clips]
+
     def _windows(self, record: Record, clip: Clip) -> torch.Tensor | None:
         """Return a clip's log-mel windows [n, bins, frames], None without a sound."""
         if clip.sound is None:
             return None
+        return self.front_end.log_mel(self.front_end.windows(self._heard(record, clip)))
+
+    def _heard(self, record: Record, clip: Clip) -> torch.Tensor:
         front = self.front_end
-        heard = front.seconds + MARGIN
-        sound = record.sound("sound", clip.sound, clip.start, heard, front.channel)
-        return front(sound, f"{record.source}: member {clip.sound}")
+        most = front.seconds + MARGIN
+        sound = record.sound("sound", clip.sound, clip.start, most, front.channel)
+        return front.waveform(sound, f"{record.source}: member {clip.sound}")
 
     def _tokens(
         self, record: Record, clips: Sequence[Clip], prefix: str, prompt: bool
