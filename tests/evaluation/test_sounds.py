@@ -261,7 +261,7 @@ def test_the_likeliest_option_is_that_of_whole_samples(
 ) -> None:
     config = command(folder, sets, shots=0, choose="likelihood")
     config |= {"max_bad_fraction": 0.5, "output": str(folder / "likeliest")}
-    [summary] = run_ranks(test_evaluate.launch, 1, config)
+    run_ranks(test_evaluate.launch, 1, config)
     lines = test_evaluate.read(folder / "likeliest")
     answered = [line["prediction"] for line in lines if line["sample_id"] != 5]
     [expected] = run_ranks(likelihoods, 1, folder, sets[1])

@@ -249,26 +249,26 @@ def test_a_shard_that_was_damaged_is_written_again(whole: Whole, tmp_path: Path)
     assert summary["written"] == 0
 
 
-HOSTILE = {
-    "empty": b"",
-    "no sound": b"RIFF\x10\x00\x00\x00WAVEfmt ",
-    "no samples": wave(np.zeros(0, np.float32), 8000),
-    "1 Hz": wave(np.zeros(9, np.float32), 1),
-    "NaN": wave(np.array([0, np.nan] * 500, np.float32), 8000, subtype="FLOAT"),
-    "truncated": sounds_run.tone(1)[:-50],
-    "lying header": sounds_run.tone(1)[:40] + b"\xff\xff\xff\x7f" + sounds_run.tone(1)[44:],
-}
-HEARD = {
-    "8 channels": wave(np.random.default_rng(0).normal(0, 0.1, (2000, 8)), 8000),
-    "24 bits": wave(np.random.default_rng(0).normal(0, 0.1, 2000), 8000, subtype="PCM_24"),
-    "an hour": wave(np.zeros(3600 * 8000, np.int16), 8000, "FLAC"),
-}
-
-
 def test_hostile_sounds_are_holes_that_are_named(encoder: tuple[Path, Any], tmp_path: Path) -> None:
     from nvmm.data.shards.dataset import write_shards
 
-    sounds = HOSTILE | HEARD
+    rng = np.random.default_rng(0)
+    tone = sounds_run.tone(1)
+    hostile = {
+        "empty": b"",
+        "a header alone": b"RIFF\x10\x00\x00\x00WAVEfmt ",
+        "no samples": wave(np.zeros(0, np.float32), 8000),
+        "1 Hz": wave(np.zeros(9, np.float32), 1),
+        "NaN": wave(np.array([0, np.nan] * 500, np.float32), 8000, subtype="FLOAT"),
+        "truncated": tone[:-50],
+        "lying header": tone[:40] + b"\xff\xff\xff\x7f" + tone[44:],
+    }
+    heard = {
+        "8 channels": wave(rng.normal(0, 0.1, (2000, 8)), 8000),
+        "24 bits": wave(rng.normal(0, 0.1, 2000), 8000, subtype="PCM_24"),
+        "an hour": wave(np.zeros(3600 * 1000, np.int16), 1000, "FLAC"),
+    }
+    sounds = hostile | heard
     samples = [sounds_run.sample(n, "a", None, data) for n, data in enumerate(sounds.values())]
     for sample in samples[-1:]:
         record = json.loads(sample["json"]) | {"sound": "0.flac"}
@@ -292,14 +292,14 @@ def test_hostile_sounds_are_holes_that_are_named(encoder: tuple[Path, Any], tmp_
     [summaries] = run_ranks(sounds_run.run, 1, jobs)
     rows = dict(zip(sounds, read(tmp_path / "test"), strict=True))
     for name, row in rows.items():
-        if name in HEARD:
+        if name in heard:
             assert row["error"] is None and len(row["vector"]) == 12, name
         else:
             assert row["error"].startswith(str(tmp_path / "test-00000.tar")), name
             assert "member 0.wav" in row["error"], name
-    assert [s["bad"] for s in summaries] == [0, len(HOSTILE), len(HOSTILE), 0]
-    assert len(records(tmp_path / "out")) == len(HEARD)
-    assert all(len(row["neighbours"]) == len(HEARD) for row in read(tmp_path / "back"))
+    assert [s["bad"] for s in summaries] == [0, len(hostile), len(hostile), 0]
+    assert len(records(tmp_path / "out")) == len(heard)
+    assert all(len(row["neighbours"]) == len(heard) for row in read(tmp_path / "back"))
 
 
 def test_what_does_not_fit_is_refused(

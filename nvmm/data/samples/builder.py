@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from nvmm.batch import MediaKind, Sample, Text
 from nvmm.data.samples.bad_sample import blamed
@@ -39,7 +40,8 @@ class Builder(ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         for name in (
-            *("__call__", "prompt", "question", "references", "options", "measure", "scored"),
+            *("__call__", "prompt", "question", "references", "options", "heard"),
+            *("measure", "scored"),
         ):
             if name in vars(cls):
                 setattr(cls, name, _blaming(vars(cls)[name]))
@@ -147,6 +149,13 @@ class Builder(ABC):
         Raises ValueError where the builder makes no prompts.
         """
         raise ValueError(f"{type(self).__name__} makes no prompts: there is nothing to answer")
+
+    def heard(self, members: Mapping[str, Any]) -> list[Tensor]:
+        """Return what an encoder hears of each sound of a sample, fp64 [n]; none by default.
+
+        A builder of sounds has a `front_end`, at whose rate they are.
+        """
+        return []
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
         """Return tokens and tiles of the training example; by default it is built for that."""
