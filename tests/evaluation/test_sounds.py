@@ -203,7 +203,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, sets: tuple[str, str, Path], **benchmark: Any) -> dict[str, Any]:
     train, test, near = sets
-    config = test_evaluate.command(folder, test)
+    config = test_evaluate.command(folder, test, seed=1234)
     config["benchmark"] |= {
         "_target_": "nvmm.evaluation.few_shot.FewShot",
         **{"metric": METRIC, "suffix": "", "builder": {}, "options": list(LABELS)},
