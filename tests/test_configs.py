@@ -24,7 +24,9 @@ EXPERIMENTS = sorted(
 )
 
 
-SHRINKS_ALIKE = re.compile("34b|70b|chatqa2/stage|rankrag/|vila.*(13b|8b)")
+SHRINKS_ALIKE = re.compile(
+    "34b|70b|chatqa2/stage|rankrag/|vila.*(13b|8b)|audio_flamingo3/stage[234]_"
+)
 YAMLS = {
     str(path.relative_to(config_dir())): yaml.safe_load(path.read_text())
     for path in sorted(config_dir().rglob("*.yaml"))

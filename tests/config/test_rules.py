@@ -385,6 +385,23 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "other datasets of this list have a weight",
     ),
     (
+        {"data__blend": [{"shards": "a", "passes": 1, "weight": 2}]},
+        "data.blend[0].weight=2",
+        "left out beside passes",
+    ),
+    ({"data__blend": [{"shards": "a", "passes": 0}]}, "data.blend[0].passes=0", "greater than 0"),
+    ({"data__blend": [{"shards": "a", "passes": "x"}]}, "data.blend[0].passes=x", "a number"),
+    (
+        {"data__blend": [{"shards": "a", "passes": 1}, {"shards": "b"}]},
+        "data.blend[1].passes=null",
+        "other datasets of data.blend have passes",
+    ),
+    (
+        {"data__blend": [{"blend": [{"shards": "a", "passes": 2}]}]},
+        "data.blend[0].blend[0].passes=2",
+        "in data.blend itself",
+    ),
+    (
         {"data__blend": [{"shards": "a"}], "data__train__shards": "b"},
         "data.train.shards=b",
         "must be null where data.blend is given",

@@ -89,6 +89,7 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 9},
     "nemotron": {"partial_rotary_factor": 0.4, "hidden_act": "relu2"},
+    "opt": families.OPT | {"max_position_embeddings": 160},
     "clip_vision_model": VISION,
     "siglip_vision_model": VISION | {"vision_use_head": False},
     "whisper": families._WHISPER,

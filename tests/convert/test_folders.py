@@ -354,6 +354,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"model_type": "mistral", "sliding_window": None, "sentence_pooling": "lasttoken"},
     ],
     "nemotron": [{"model_type": "nemotron"}],
+    "opt": [{"model_type": "opt"}],
     "internvit": [{"model_type": "intern_vit_6b"}],
     "clap": [{"model_type": "clap"}, {"model_type": "clap_audio_model"}],
     "clip": [

@@ -87,6 +87,11 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
     return {**hf, PREFIX: prefix}
 
 
+def unsaid(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of our config that a folder leaves open: what follows the last layer."""
+    return ("pool",)
+
+
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Return the rows of the encoder; the decoder of a whole Whisper is left out."""
     config = whole(model)["transformer"]

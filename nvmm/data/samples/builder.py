@@ -27,6 +27,8 @@ class Builder(ABC):
 
     extras: names of the `Text.extras` that its texts have.
     compares: whether the texts of a sample are compared: job=score then has a list for each.
+    draws: whether it makes another sample in each pass; `Record.passing` then names the pass. It is
+        empty in prompts, in validation and with packing, whose token counts hold for all passes.
     fields: our names of fields -> the data set's.
     unread: members (`.mask.png`, or `.*.npy` for several) and keys of the record (`image`) that
         samples may have and that nobody reads. A member that is neither read nor named here makes
@@ -35,6 +37,7 @@ class Builder(ABC):
 
     extras: ClassVar[frozenset[str]] = frozenset()
     compares: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     unread: Sequence[str] = ()
 
     def __init_subclass__(cls, **keywords: Any) -> None:

@@ -34,8 +34,10 @@ Fields = Mapping[str, str | Sequence[str]]
 """
 PLAIN = "__plain__"
 """An entry of members that are a question of no data set's: they have our names of fields."""
-PSEUDO = ("__url__", "__key__", PLAIN)
-"""Entries of a sample's members that are no members: its shard, its key and `PLAIN`."""
+PASS = "__pass__"
+"""An entry of members that says which pass over the data, of which seed, they are read in."""
+PSEUDO = ("__url__", "__key__", PLAIN, PASS)
+"""Entries of a sample's members that are no members: its shard, its key, `PLAIN` and `PASS`."""
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 """Keys of a record whose values are files, whatever they look like."""
 _FILE = re.compile(r".+\.[a-zA-Z]\w{1,4}")
@@ -151,6 +153,7 @@ class Record:
         unread: Sequence[str] = (),
     ) -> None:
         self.key = str(members.get("__key__", ""))
+        self.passing = str(members.get(PASS, ""))
         self.source = f"{members.get('__url__', '')}:{self.key}"
         self._members = {name: v for name, v in members.items() if not is_listed(name, unread)}
         self._left_out = members.keys() - self._members.keys()
@@ -288,7 +291,7 @@ class Record:
                 lacking = ", ".join(f".{name}" for name in named if name not in names)
                 raise self.bad(f"has {', '.join(names)}, but not {lacking} of build.fields.image")
         else:
-            names = self._numbered_images()
+            names = self.numbered(IMAGES, "image", "name it in build.fields.image")
         self._check_named(names)
         return names
 
@@ -318,20 +321,23 @@ class Record:
                     f" it out by build.unread=[{key}]"
                 )
 
-    def _numbered_images(self) -> list[str]:
-        """Return `png`, or `0.png`, `1.png`, ... in order."""
+    def numbered(self, extensions: Sequence[str], kind: str, hint: str) -> list[str]:
+        """Return the members of these extensions: `png`, or `0.png`, `1.png`, ... in order.
+
+        kind: what messages call them. hint: what to do with one that has no number.
+        """
         numbered: list[tuple[int, str]] = []
         for member in self._members:
             number, _, extension = member.rpartition(".")
-            if extension not in IMAGES:
+            if extension not in extensions:
                 continue
             if number and not number.isdecimal():
-                raise self.bad(f"image {member} has no number; name it in build.fields.image")
+                raise self.bad(f"{kind} {member} has no number; {hint}")
             numbered.append((int(number) if number else -1, member))
         numbered.sort()
         if len({number for number, _ in numbered}) != len(numbered):
             listed = ", ".join(member for _, member in numbered)
-            raise self.bad(f"order of images {listed} is ambiguous; number them")
+            raise self.bad(f"order of {kind}s {listed} is ambiguous; number them")
         return [member for _, member in numbered]
 
     def _decoded(self, member: str) -> Any:
