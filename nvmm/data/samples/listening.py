@@ -29,8 +29,8 @@ from nvmm.config.choices import require
 from nvmm.data.samples.augmentation import Augmentation, Augmentations
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
-from nvmm.data.samples.clip_shots import CLIP, Interleaved, joined
-from nvmm.data.samples.clip_words import Clip, Wording, Words, texts, written_words
+from nvmm.data.samples.clip_shots import CLIP, joined
+from nvmm.data.samples.clip_words import Clip, Interleaved, Wording, Words, texts, written_words
 from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
 from nvmm.data.samples.sounds import MARGIN, FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
