@@ -25,7 +25,7 @@ from tests.ranks import run_ranks
 
 METRIC = {"_target_": "nvmm.evaluation.option_accuracy.OptionAccuracy"}
 SPECIAL = [*test_evaluate.SPECIAL, "<audio>", "<|endofchunk|>", "<SEP>"]
-TEMPLATE = {"begin": "", "ask": "\n<SEP>", "finish": "", "few_shot": "see. "}
+TEMPLATE = {"begin": "", "ask": "\n<SEP>", "finish": "", "few_shot": "see. ", "task": ""}
 
 
 @pytest.fixture(scope="module")
