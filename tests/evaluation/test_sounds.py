@@ -99,7 +99,8 @@ def test_drawn_sounds_and_none(tokenizer: Tokenizer, sets: tuple[str, str, Path]
     assert (
         text.count("<audio>") == 4 and text == asked(tokenizer, sets, neighbours=None, shots=3)[0]
     )
-    plain, _ = asked(tokenizer, sets, shots=0)
+    plain, example = asked(tokenizer, sets, shots=0, options=None)
+    assert list(example.options) == list(LABELS), "those of the record"
     assert plain == "<audio>what is heard?\n<SEP>"
 
 
