@@ -110,13 +110,21 @@ class Data:
     def sample(self, sample_id: int) -> Sample:
         """Return one training sample by its id."""
         ordinal, epoch, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        passing = "" if self.pack else passing_of(self.seed, epoch)
+        sample = self._of(sample_id, ordinal).sample(number, passing)
+        return dataclasses.replace(sample, sample_id=sample_id)
+
+    def located(self, sample_id: int) -> tuple[Dataset, int]:
+        """Return the data set of a training sample, and its number there."""
+        ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        return self._of(sample_id, ordinal), number
+
+    def _of(self, sample_id: int, ordinal: int) -> Dataset:
         if ordinal >= len(self.components):
             raise IndexError(
                 f"sample {sample_id} is of dataset {ordinal} of {len(self.components)}"
             )
-        passing = "" if self.pack else passing_of(self.seed, epoch)
-        sample = self.components[ordinal].dataset.sample(number, passing)
-        return dataclasses.replace(sample, sample_id=sample_id)
+        return self.components[ordinal].dataset
 
     def count_lengths(self) -> dict[str, str]:
         """Count the tokens of all training samples, where that was not done yet.

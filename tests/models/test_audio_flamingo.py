@@ -269,3 +269,33 @@ def test_sounds_in_the_sequence_are_refused_where_features_have_another_width() 
     placed = batch.replace(media={MediaKind("audio"): batch.media[AUDIO]})
     with pytest.raises(ValueError, match=r"give audio \(sequence\), which model\._target_=Cross"):
         model(placed, output="hidden")
+
+
+@pytest.mark.usefixtures("world")
+def test_a_step_counts_samples_sounds_windows_and_flops() -> None:
+    """What metrics.jsonl has: three samples, two of them with sounds, of 3 and 3 windows."""
+    from nvmm.training.accounting import Accounting
+
+    class Uncounted:
+        """Data without counters of its own."""
+
+        def counter_names(self, modalities: Any) -> list[str]:
+            return []
+
+        def count(self, batches: Any, modalities: Any) -> dict[str, float]:
+            return {}
+
+    model = model_of(tiny())
+    batch = collate([sample([2, 1]), sample([], 1), sample([3], 2)], pad_id=0)
+    counts = Accounting(Uncounted(), model, None).count([batch])  # type: ignore[arg-type]
+    assert (counts["samples"], counts["audio.items"], counts["audio.tiles"]) == (3, 3, 6)
+    media = batch.media[AUDIO]
+    encoder, connector = model.encoders["audio"]
+    expected = encoder.flops(media.values, "trained")
+    alone = [connector.flops(n, (1, 1), "trained", torch.zeros(3, n).long()) for n in (2, 1, 3)]
+    assert counts["flops/audio"] == pytest.approx(expected + sum(alone))
+    assert expected > sum(alone) > 0
+    text = Accounting(Uncounted(), model, None).count(  # type: ignore[arg-type]
+        [collate([sample([], 1)], pad_id=0)]
+    )
+    assert text["flops/audio"] == text["audio.tiles"] == 0 < text["flops/language"]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from nvmm.batch import MediaKind, Sample, Text
 from nvmm.data.samples.bad_sample import blamed
@@ -41,7 +42,10 @@ class Builder(ABC):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name in ("__call__", "prompt", "question", "references", "measure", "scored"):
+        for name in (
+            *("__call__", "prompt", "question", "references", "options", "heard"),
+            *("measure", "scored"),
+        ):
             if name in vars(cls):
                 setattr(cls, name, _blaming(vars(cls)[name]))
 
@@ -136,6 +140,24 @@ class Builder(ABC):
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """Return the accepted answers to `prompt(members)`; empty where there are none."""
+        return []
+
+    def options(self, members: Mapping[str, Any]) -> list[str]:
+        """Return the labels that the answer to `prompt(members)` is one of; empty for any."""
+        return []
+
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the tokens of an answer as they follow a prompt, without its end.
+
+        Raises ValueError where the builder makes no prompts.
+        """
+        raise ValueError(f"{type(self).__name__} makes no prompts: there is nothing to answer")
+
+    def heard(self, members: Mapping[str, Any]) -> list[Tensor]:
+        """Return what an encoder hears of each sound of a sample, fp64 [n]; none by default.
+
+        A builder of sounds has a `front_end`, at whose rate they are.
+        """
         return []
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nvmm.data.samples.listening import ListeningTemplate
 
 Interleaved = Literal["similar", "random"]
+"""How earlier clips were chosen: they sound like the one that is asked about, or were drawn."""
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,16 @@ import torch
 from nvmm.batch import ATTENDED, SEQUENCE, MediaKind, Sample, Text, TextMedia
 from nvmm.config.choices import require
 from nvmm.data.samples.augmentation import Augmentation, Augmentations
+from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
-from nvmm.data.samples.clip_words import Clip, Wording, Words, texts, written_words
-from nvmm.data.samples.record import Fields, Record, check_fields
+from nvmm.data.samples.clip_shots import CLIP, joined
+from nvmm.data.samples.clip_words import Clip, Interleaved, Wording, Words, texts, written_words
+from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
 from nvmm.data.samples.sounds import MARGIN, FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
 
 Placement = Literal["attended", "sequence"]
 TooLong = Literal["first", "last"]
-_CLIP = ("sound", "start", "prompt", "answer")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class SoundBuilder(Builder):
 
     names: ClassVar[tuple[str, ...]] = (
         *("clips", "prefix", "task", "interleaved", "options", "answers"),
-        *_CLIP,
+        *CLIP,
     )
     draws: ClassVar[bool] = True
 
@@ -194,17 +195,50 @@ class SoundBuilder(Builder):
         record = self.record(members)
         return [self.template.written(label) for label in texts(record, "options")]
 
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the tokens of an answer as they follow a prompt, without its end."""
+        written = [self.template.ask, self.template.written(text)]
+        tokens, pieces = self.tokenizer.encode_pieces(written)
+        return [token for token, piece in zip(tokens, pieces, strict=True) if piece]
+
+    def few_shot(
+        self,
+        members: Mapping[str, Any],
+        shots: Sequence[Mapping[str, Any]],
+        *,
+        suffix: str = "",
+        interleaved: Interleaved = "random",
+    ) -> Sample:
+        """Return a sample's prompt behind the clips of solved samples, in their order.
+
+        shots: members of samples that each have one clip and an answer. suffix: text behind the
+        last prompt. interleaved: how they were chosen.
+
+        Raises BadSample where a clip would be lost to `sequence_length`.
+        """
+        solved = [self.record(shot) for shot in shots]
+        together = joined(self.record(members), solved, interleaved)
+        place = {name: members.get(name, "") for name in ("__url__", "__key__")}
+        sample = self.prompt({**place, PLAIN: "", **together}, suffix)
+        if sample.dropped:
+            raise BadSample(
+                sample.source,
+                f"{sample.dropped} of its {len(shots)} examples do not fit"
+                f" data.sequence_length={self.sequence_length}",
+            )
+        return sample
+
     def _clips(self, record: Record) -> list[Clip]:
         """Return the clips of a record; raise BadSample where they are malformed."""
         listed = record.get("clips")
         if listed is None:
-            listed = [{name: record.get(name) for name in _CLIP}]
+            listed = [{name: record.get(name) for name in CLIP}]
         if not isinstance(listed, list) or not listed:
             raise record.bad(f"clips must be a list that is not empty, got {listed!r}")
         clips = []
         for item in listed:
-            if not isinstance(item, dict) or item.keys() - set(_CLIP):
-                raise record.bad(f"a clip must be an object of {', '.join(_CLIP)}, got {item!r}")
+            if not isinstance(item, dict) or item.keys() - set(CLIP):
+                raise record.bad(f"a clip must be an object of {', '.join(CLIP)}, got {item!r}")
             prompt = record.checked_text("prompt", item.get("prompt"))
             answer = item.get("answer")
             if answer is not None:
@@ -247,14 +281,23 @@ class SoundBuilder(Builder):
             f"{takes} {len(tokens)} tokens, and data.sequence_length={self.sequence_length}"
         )
 
+    def heard(self, members: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return what the encoder hears of each clip with a sound, fp64 [n] at its rate."""
+        record = self.record(members)
+        clips = [clip for clip in self._clips(record) if clip.sound is not None]
+        return [self._heard(record, clip) for clip in clips]
+
     def _windows(self, record: Record, clip: Clip) -> torch.Tensor | None:
         """Return a clip's log-mel windows [n, bins, frames], None without a sound."""
         if clip.sound is None:
             return None
+        return self.front_end.log_mel(self.front_end.windows(self._heard(record, clip)))
+
+    def _heard(self, record: Record, clip: Clip) -> torch.Tensor:
         front = self.front_end
-        heard = front.seconds + MARGIN
-        sound = record.sound("sound", clip.sound, clip.start, heard, front.channel)
-        return front(sound, f"{record.source}: member {clip.sound}")
+        most = front.seconds + MARGIN
+        sound = record.sound("sound", clip.sound, clip.start, most, front.channel)
+        return front.waveform(sound, f"{record.source}: member {clip.sound}")
 
     def _tokens(
         self,

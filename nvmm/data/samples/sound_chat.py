@@ -140,6 +140,11 @@ class SoundChatBuilder(Builder):
         """Return the accepted answers to `prompt(members)`; empty where the sample has none."""
         return Chat()(self.record(members), []).accepted
 
+    def heard(self, members: Mapping[str, Any]) -> list[Tensor]:
+        """Return what the encoder hears of each sound, fp64 [n] at its rate."""
+        record = self.record(members)
+        return [self._samples(record, member) for member in self._sounds(record)]
+
     def _turns(self, record: Record) -> list[Turn]:
         """Return the turns, with a marker for every sound; raise BadSample where they differ."""
         turns = Chat()(record, []).turns
@@ -208,11 +213,16 @@ class SoundChatBuilder(Builder):
         media = {AUDIO: self._media(heard, rendered.positions)} if heard else {}
         return Sample((Text(tokens, weights, media),), source=record.source)
 
+    def _samples(self, record: Record, member: str) -> Tensor:
+        """Return what is heard of a sound [n]."""
+        front = self.front_end
+        sound = record.sound("sound", member, 0, front.seconds + MARGIN, front.channel)
+        return front.waveform(sound, f"{record.source}: member {member}")
+
     def _heard(self, record: Record, member: str) -> Heard:
         """Return a sound's windows; raise BadSample for one without a feature."""
         front = self.front_end
-        sound = record.sound("sound", member, 0, front.seconds + MARGIN, front.channel)
-        samples = front.waveform(sound, f"{record.source}: member {member}")
+        samples = self._samples(record, member)
         values = front.log_mel(front.windows(samples))
         extents = front.extents(len(samples))
         if not self.mask_padding:
