@@ -49,7 +49,7 @@ REFUSALS = (
     # its own
     *("doesn't provide", "doesn't specify", "doesn't indicate", "based on"),
 )
-"""A dialogue with one of these in an answer is left out. They are the released code's, without those
+"""A dialogue with one of these in an answer is left out: the released code's phrases, without those
 that contain another one and those whose words its source has run together."""
 
 
