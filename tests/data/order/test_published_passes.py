@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_the_passes_of_a_stage(stage: str) -> None:
 def test_a_run_gives_every_set_its_samples_times_its_passes(stage: str) -> None:
     sizes = {name: 997 + 10 * number for number, name in enumerate(PUBLISHED[stage])}
     parts = [
-        Component(name, Virtual(sizes[name]), samples_of(p, sizes[name]), p, sizes[name])  # type: ignore[arg-type]
+        Component(name, Virtual(sizes[name]), Fraction(samples_of(p, sizes[name])), p, sizes[name])  # type: ignore[arg-type]
         for name, p in PUBLISHED[stage].items()
     ]
     run = Blend([part.source() for part in parts])
