@@ -123,6 +123,8 @@ CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
     # way: prompt, answer -> prompt, answer
     "": ("Question: Why?", "It. Is.", "question: why?", "it. is.", []),
     "do_nothing": ("Question: Why?", "It. Is.", "question: why?", "it. is.", []),
+    "default": ("Question: Why?", "It. Is.", "question: why?", "it. is.", []),
+    "AQA": ("Question: Why?", "So", "please answer this question: why?", "so", []),
     "provide_all_labels": ("Which?", "b", "which?\nOPTIONS:\n - a.\n - b.", "b", ["b", "a"]),
     "num_words": ("x", "a", "Describe the sound in 1 label.", "a", []),
     "num_words_of_all": (
