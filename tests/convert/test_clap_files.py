@@ -8,13 +8,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nvmm.convert import models
 from nvmm.convert.clap_files import ClapFile
 from tests.convert import families
 from tests.convert.test_clap import expected, ours
-from tests.convert.test_families import exported, imported
+from tests.convert.test_families import assert_equal, exported, imported
 from tools.convert import main
 
 PREFIXES = {
@@ -122,15 +123,17 @@ def test_a_file_gives_the_features_of_its_tensors(kind: str, tmp_path: Path) -> 
             exported(tmp_path / "ours", tmp_path / "back", "clap")
 
 
+@pytest.mark.parametrize("kind", ["laion", "clapcap"])
 def test_parts_compose_the_start_of_audio_flamingo(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """OPT and ClapCap become what a run's init_from takes; the run starts the layers between."""
-    reference = families.clap("alone", tmp_path / "theirs")
-    write(tmp_path / "clapcap.pth", "clapcap", reference)
+    """OPT and CLAP become what a run's init_from takes; the run starts the layers between."""
+    reference = families.clap("projected", tmp_path / "theirs")
+    write(tmp_path / "file.pth", kind, reference)
     families.language("opt", tmp_path / "opt")
-    sources = ["--from", f"language={tmp_path / 'opt'}", "--from", f"audio={tmp_path}/clapcap.pth"]
+    sources = ["--from", f"language={tmp_path / 'opt'}", "--from", f"audio={tmp_path}/file.pth"]
     sizes = [f"{k}={v}" for k, v in encoder_sizes().items()]
+    sizes.append(f"model.encoders.audio.encoder.projection={kind}")
     arguments = ["import", *sources, "--to", str(tmp_path / "ours"), "model=audio_flamingo_tiny"]
     assert main([*arguments, *sizes]) == 0
     out = capsys.readouterr().out
@@ -146,8 +149,12 @@ def test_parts_compose_the_start_of_audio_flamingo(
         language["model.decoder.embed_positions.weight"],
         families.language("opt", tmp_path / "again").model.decoder.embed_positions.weight,
     )
-    with pytest.raises(ValueError, match="not projection=clapcap"):
-        exported(tmp_path / "ours", tmp_path / "none", "clap", part="audio")
+    if kind == "laion":
+        audio = exported(tmp_path / "ours", tmp_path / "clap", "clap", part="audio")
+        assert_equal(audio, load_file(tmp_path / "theirs" / "model.safetensors"))
+    else:
+        with pytest.raises(ValueError, match="not projection=clapcap"):
+            exported(tmp_path / "ours", tmp_path / "none", "clap", part="audio")
     # Another encoder than the model's is refused by its sizes.
     assert main([*arguments[:-2], str(tmp_path / "other"), arguments[-1]]) == 2
     assert "audio: model.picture=64 in" in capsys.readouterr().err
@@ -176,6 +183,10 @@ def encoder_sizes() -> dict[str, Any]:
         (lambda s: s.update({"mel_conv2d.weight": torch.ones(1)}), "fusion is not supported"),
         (lambda s: s.pop("patch_embed.proj.weight"), "has no HTS-AT of LAION-CLAP"),
         (lambda s: s.pop("bn0.weight"), "has no bn0.weight"),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.ones(8, 16)}),
+            r"patch_embed\.proj\.weight has shape \[8, 16\], must have 4 axes",
+        ),
     ],
 )
 def test_another_file_is_refused(change: Any, message: str, tmp_path: Path) -> None:
