@@ -15,6 +15,7 @@ from nvmm.convert.chat_template import (
     Conversation,
     check_conversation,
     conversation,
+    media_parts,
     write_conversation,
 )
 from nvmm.convert.files import publish
@@ -32,6 +33,7 @@ from nvmm.convert.formats.config import mismatches
 from nvmm.convert.formats.decoder import POOLING
 from nvmm.convert.mapping import Row
 from nvmm.convert.models import (
+    AUDIO,
     TWO_TOWERS,
     SavedModel,
     check_written,
@@ -66,8 +68,8 @@ def export(
     """Write a checkpoint of ours as a Hugging Face folder.
 
     Args:
-        part: language or vision, of a model that has parts, or query or context of two towers;
-            None for the whole model.
+        part: language, vision or audio, of a model that has parts, or query or context of two
+            towers; None for the whole model.
         vocab_size: rows of the vocabulary; None for an imported model's own number, else the
             model's vocab_size.
         tokenizer: its folder, where that has moved.
@@ -93,7 +95,7 @@ def export(
     embeds = "pooling" in (model.get("language") or model)
     if embeds:
         files_beside(format_name).check(saved.state["config"], format_name, model)
-    talk = None if part == "vision" else conversation(saved, tokenizer)
+    talk = None if part in ("vision", AUDIO) else conversation(saved, tokenizer)
     placeholder = getattr(FORMATS[format_name], "placeholder", None)
     if placeholder and talk is not None and vocab_size is None:
         vocab_size = _rows_with_placeholder(saved, format_name, talk.tokenizer.image_id)
@@ -126,8 +128,8 @@ def export(
         if talk is not None:
             copy_tokenizer(talk.folder, texts)
             if not embeds:
-                reads_images = part is None and "vision" in saved.model
-                write_conversation(texts, talk, reads_images=reads_images)
+                media = media_parts(saved.model) if part is None else {}
+                write_conversation(texts, talk, media=media)
             write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
         write_folder(
             temporary,

@@ -34,8 +34,10 @@ Fields = Mapping[str, str | Sequence[str]]
 """
 PLAIN = "__plain__"
 """An entry of members that are a question of no data set's: they have our names of fields."""
-PSEUDO = ("__url__", "__key__", PLAIN)
-"""Entries of a sample's members that are no members: its shard, its key and `PLAIN`."""
+PASS = "__pass__"
+"""An entry of members that says which pass over the data, of which seed, they are read in."""
+PSEUDO = ("__url__", "__key__", PLAIN, PASS)
+"""Entries of a sample's members that are no members: its shard, its key, `PLAIN` and `PASS`."""
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 """Keys of a record whose values are files, whatever they look like."""
 _FILE = re.compile(r".+\.[a-zA-Z]\w{1,4}")
@@ -70,6 +72,11 @@ def num_named(key: str, value: Any) -> int:
 def is_picture(member: str) -> bool:
     """Return whether a member is a picture by its extension, decodable or not."""
     return member.rpartition(".")[2] in (*IMAGES, *UNREAD_IMAGES)
+
+
+def is_sound(member: str) -> bool:
+    """Return whether a member is a sound by its extension."""
+    return member.rpartition(".")[2] in SOUNDS
 
 
 def is_listed(member: str, patterns: Sequence[str]) -> bool:
@@ -146,6 +153,7 @@ class Record:
         unread: Sequence[str] = (),
     ) -> None:
         self.key = str(members.get("__key__", ""))
+        self.passing = str(members.get(PASS, ""))
         self.source = f"{members.get('__url__', '')}:{self.key}"
         self._members = {name: v for name, v in members.items() if not is_listed(name, unread)}
         self._left_out = members.keys() - self._members.keys()
@@ -165,6 +173,11 @@ class Record:
     def members(self) -> list[str]:
         """The names of its members, without those that are left out."""
         return [name for name in self._members if name not in PSEUDO]
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The keys of the member `record` as the data set calls them; empty without one."""
+        return self._object
 
     def get(self, name: str) -> Any:
         """Return a value, None where the sample has none."""
@@ -234,17 +247,22 @@ class Record:
         name: the field that names it, for messages. start: the second where the part begins.
         heard: the most seconds of it.
         """
+        data = self.sound_bytes(name, member)
+        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1e9:
+            raise self.bad(f"start {start!r} of {name} must be a number of seconds from 0 on")
+        with naming(member):
+            return read_sound(
+                data, self.source, self._limits, start=start, seconds=heard, channel=channel
+            )
+
+    def sound_bytes(self, name: str, member: Any) -> bytes:
+        """Return the bytes of a sound that the record names in the field `name`."""
         if not isinstance(member, str) or member not in self._members:
             raise self.bad(f"the sound {member!r} of {name} is no member of the sample")
         if member.rpartition(".")[2] not in SOUNDS:
             raise self.bad(f"the sound {member!r} of {name} is none of {', '.join(SOUNDS)}")
-        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1e9:
-            raise self.bad(f"start {start!r} of {name} must be a number of seconds from 0 on")
-        with naming(member):
-            data = self._members[member]
-            return read_sound(
-                data, self.source, self._limits, start=start, seconds=heard, channel=channel
-            )
+        data: bytes = self._members[member]
+        return data
 
     def first_image(self) -> Image.Image | None:
         """Return the first of `images()` alone, None where the sample has none."""
