@@ -36,7 +36,10 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "modules", "objectives", "parallel"),
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
-    "convert": {"batch", "checkpoint", "config.check", "data", "io", "modules", "parallel"},
+    "convert": {
+        *("batch", "checkpoint", "config.check", "data", "inference.trust", "io", "modules"),
+        "parallel",
+    },
     # What the rank server loads beforehand is what the tests' ranks run.
     "proof.preload": {"models", "objectives", "parallel", "proof", "training"},
     "proof": {
