@@ -14,7 +14,6 @@ from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.models import SavedModel
 from nvmm.data.samples.chat import (
     CONTEXT,
-    IMAGE_MARKER,
     ChatTemplate,
     ImageTags,
     Turn,
@@ -180,13 +179,13 @@ def _template(given: Any, tokenizer: Tokenizer) -> ChatTemplate | JinjaTemplate 
 def jinja(
     template: ChatTemplate | JinjaTemplate,
     tokenizer: Tokenizer,
-    reads_images: bool,
+    marker: str,
     closing: str = "",
 ) -> str:
     """Return a template of Transformers that writes what `render` writes, and `closing` behind a
     whole conversation.
 
-    An image part of a message becomes our marker, for whoever expands it to tiles. A template with
+    An image part of a message becomes `marker`, or is refused where that is empty. A template with
     a role for contexts takes them as messages of the role `context` or `document`, or as the
     `documents` of `apply_chat_template`.
     """
@@ -213,8 +212,8 @@ def jinja(
         "trim": template.trim,
         "end_earlier": template.end_earlier,
         "aliases": {"document": CONTEXT} if rests and "document" not in template.roles else {},
-        "media": ["image"] if reads_images else [],
-        "marker": IMAGE_MARKER,
+        "media": ["image"] if marker else [],
+        "marker": marker,
     }
     # A JSON string is a Jinja string where its only escapes are those of quotes and controls.
     texts = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items()}
@@ -222,10 +221,15 @@ def jinja(
     return _JINJA.format(documents=documents, **texts)
 
 
-def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) -> None:
+def write_conversation(
+    folder: Path, talk: Conversation, *, marker: str, named: Mapping[str, str] | None = None
+) -> None:
     """Write how a checkpoint talks beside the files of its tokenizer.
 
     An import as it came keeps what its folder says, and is given what that leaves out.
+
+    marker: what the template writes for a picture, "" where the model reads none. named: tokens
+    that a processor asks of the tokenizer by name.
     """
     # 1. The ends of an answer, at which generation stops.
     generation = _read(folder / "generation_config.json")
@@ -241,10 +245,15 @@ def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) 
     config = _read(folder / "tokenizer_config.json")
     has_template = (folder / FILE).is_file() or config.get("chat_template")
     if talk.template is not None and (talk.trained or not has_template):
-        text = jinja(talk.template, talk.tokenizer, reads_images, talk.end)
+        text = jinja(talk.template, talk.tokenizer, marker, talk.end)
         (folder / FILE).write_text(text, encoding="utf-8")
         if config.pop("chat_template", None) is not None:
             _write(folder / "tokenizer_config.json", config)
+    # 4. The tokens that have names; a list of unnamed ones is in tokenizer.json too.
+    if named:
+        kept = config.get("extra_special_tokens")
+        named = {**(kept if isinstance(kept, Mapping) else {}), **named}
+        _write(folder / "tokenizer_config.json", config | {"extra_special_tokens": named})
 
 
 def check_conversation(folder: Path, talk: Conversation) -> None:

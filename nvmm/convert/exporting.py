@@ -41,11 +41,12 @@ from nvmm.convert.models import (
     write_state,
     write_weights,
 )
-from nvmm.convert.processor import processor
+from nvmm.convert.processor import named_tokens, processor
 from nvmm.convert.rankers import Ranker
 from nvmm.convert.safetensors import write_safetensors
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
+from nvmm.data.samples.chat import IMAGE_MARKER
 from nvmm.io.progress import progress
 
 log = logging.getLogger("nvmm")
@@ -113,7 +114,11 @@ def export(
         whole_config |= ranks.fields()
     if placeholder and talk is not None:
         whole_config |= placeholder(talk.tokenizer.image_id, whole_config)
-    recipe = processor(model, format_name, _padding(saved, part))
+    build = _build(saved) if part is None else {}
+    recipe = processor(model, format_name, build)
+    named = None
+    if format_name == "internvl" and talk is not None and build:
+        named = named_tokens(build, talk.tokenizer)
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
@@ -126,8 +131,8 @@ def export(
         if talk is not None:
             copy_tokenizer(talk.folder, texts)
             if not embeds:
-                reads_images = part is None and "vision" in saved.model
-                write_conversation(texts, talk, reads_images=reads_images)
+                marker = _marker(saved, format_name, part, talk)
+                write_conversation(texts, talk, marker=marker, named=named)
             write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
         write_folder(
             temporary,
@@ -163,10 +168,25 @@ def _write(
     return digests
 
 
-def _padding(saved: SavedModel, part: str | None) -> Any:
-    """Return the colour that a whole model's images were filled up with, None where none was."""
+def _build(saved: SavedModel) -> dict[str, Any]:
+    """Return the config of the builder that a whole model was trained with, {} where none is."""
     train = (saved.state["config"].get("data") or {}).get("train") or {}
-    return (train.get("build") or {}).get("pad") if part is None else None
+    return dict(train.get("build") or {})
+
+
+def _marker(saved: SavedModel, format_name: str, part: str | None, talk: Conversation) -> str:
+    """Return what the chat template writes for a picture; "" for a model that reads none.
+
+    A class with a processor of its own expands the placeholder; others leave our marker to whoever
+    expands it to tiles.
+    """
+    if part is not None or "vision" not in saved.model:
+        return ""
+    family = FORMATS[format_name]
+    if not hasattr(family, "processor_config"):
+        return IMAGE_MARKER
+    marker: str = getattr(family, "MARKER", "{token}")
+    return marker.format(token=talk.tokenizer.image_token)
 
 
 def _rows_with_placeholder(saved: SavedModel, format_name: str, image_id: int) -> int:

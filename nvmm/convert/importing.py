@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from nvmm.config.check import option
 from nvmm.convert.files import publish
-from nvmm.convert.formats import nvlm_d
+from nvmm.convert.formats import internvl, nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
 from nvmm.convert.models import (
@@ -26,6 +27,7 @@ from nvmm.convert.models import (
     write_state,
     write_weights,
 )
+from nvmm.convert.processor import MOST_TILES
 from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.parallel.parameters import draw_row
@@ -210,7 +212,7 @@ def _with_tokenizer(
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         copy_tokenizer(source.tokenizer, here)
-        image_id = source.config.get("image_token_index")
+        image_id = source.config.get("image_token_index", source.config.get("image_token_id"))
         return _with_local_tokenizer(saved, here, final, image_id, source.format)
 
 
@@ -228,7 +230,10 @@ def _with_local_tokenizer(
     tokenizer = Tokenizer(str(here), **options)
     out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
-        out["data"] = _chat(saved["model"])
+        data = _chat(saved["model"])
+        if format_name == "internvl":
+            data["train"]["build"] |= _tiles_of(here)
+        out["data"] = data
     elif out["data"] is None and format_name in ("llava", "vila") and tokenizer.bos_id is not None:
         vision, out["data"] = saved["model"]["vision"], (data := _chat(saved["model"]))
         data["train"]["build"] |= {
@@ -254,6 +259,22 @@ def _tokenizer_options(folder: Path, image_id: int | None) -> dict[str, Any]:
         "image_token": _PLACEHOLDER,
         "end_of_turn": ends[0],
         "extra_tokens": [_PLACEHOLDER],
+    }
+
+
+def _tiles_of(folder: Path) -> dict[str, Any]:
+    """Return how InternVL's processor cuts and writes a picture, by the files of a folder."""
+    tags = {"_target_": _TAGS, "variant": "none"}
+    tags |= {"image_start": internvl.IMAGE_START, "image_end": internvl.IMAGE_END}
+    recipe: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            recipe |= content.get("image_processor") or content
+    return {
+        "tags": tags,
+        "min_tiles": recipe.get("min_patches", 1),
+        "max_tiles": recipe.get("max_patches", MOST_TILES),
     }
 
 
