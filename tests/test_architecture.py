@@ -37,14 +37,14 @@ ALLOWED: dict[str, set[str]] = {
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
     "convert": {
-        *("batch", "checkpoint", "config.check", "data", "inference.trust", "io", "modules"),
-        "parallel",
+        *("batch", "checkpoint", "config.check", "config.tiles", "data", "inference.trust", "io"),
+        *("modules", "parallel"),
     },
     # What the rank server loads beforehand is what the tests' ranks run.
     "proof.preload": {"models", "objectives", "parallel", "proof", "training"},
     "proof": {
-        *("batch", "checkpoint", "config.compose", "config.nested", "data.collate", "parallel"),
-        "training",
+        *("batch", "checkpoint", "config.compose", "config.nested", "config.tiles"),
+        *("data.collate", "parallel", "training"),
     },
     "evaluation": {"batch", "config.nested", "data", "inference", "io"},
     "jobs": {

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvmm.checkpoint.files import run_tokenizer
 from nvmm.convert.files import at, is_local
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.models import SavedModel
@@ -53,7 +54,7 @@ _JINJA = """\
 {{%- else -%}}
 {{%- for part in message["content"] -%}}
 {{%- if part["type"] == "text" -%}}{{{{- part["text"] -}}}}
-{{%- elif part["type"] in {media} -%}}{{{{- {marker} -}}}}
+{{%- elif part["type"] in {media} -%}}{{{{- {media}[part["type"]] -}}}}
 {{%- else -%}}{{{{- raise_exception("the model does not read parts of type " ~ part["type"]) -}}}}
 {{%- endif -%}}
 {{%- endfor -%}}
@@ -143,6 +144,8 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
     if path is None:
         return None
     candidates = [folder] if folder else [saved.path / "tokenizer", at(path)]
+    if folder is None and run_tokenizer(saved.path).is_dir():
+        candidates.append(run_tokenizer(saved.path))
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
         where = " or ".join(map(str, candidates))
@@ -179,13 +182,13 @@ def _template(given: Any, tokenizer: Tokenizer) -> ChatTemplate | JinjaTemplate 
 def jinja(
     template: ChatTemplate | JinjaTemplate,
     tokenizer: Tokenizer,
-    marker: str,
+    media: Mapping[str, str],
     closing: str = "",
 ) -> str:
     """Return a template of Transformers that writes what `render` writes, and `closing` behind a
     whole conversation.
 
-    An image part of a message becomes `marker`, or is refused where that is empty. A template with
+    media: kind of part -> the marker that it becomes, for whoever expands that. A template with
     a role for contexts takes them as messages of the role `context` or `document`, or as the
     `documents` of `apply_chat_template`.
     """
@@ -212,8 +215,7 @@ def jinja(
         "trim": template.trim,
         "end_earlier": template.end_earlier,
         "aliases": {"document": CONTEXT} if rests and "document" not in template.roles else {},
-        "media": ["image"] if marker else [],
-        "marker": marker,
+        "media": dict(media),
     }
     # A JSON string is a Jinja string where its only escapes are those of quotes and controls.
     texts = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items()}
@@ -222,14 +224,18 @@ def jinja(
 
 
 def write_conversation(
-    folder: Path, talk: Conversation, *, marker: str, named: Mapping[str, str] | None = None
+    folder: Path,
+    talk: Conversation,
+    *,
+    media: Mapping[str, str],
+    named: Mapping[str, str] | None = None,
 ) -> None:
     """Write how a checkpoint talks beside the files of its tokenizer.
 
     An import as it came keeps what its folder says, and is given what that leaves out.
 
-    marker: what the template writes for a picture, "" where the model reads none. named: tokens
-    that a processor asks of the tokenizer by name.
+    media: kind of part of a message -> what the template writes for it. named: tokens that a
+    processor asks of the tokenizer by name.
     """
     # 1. The ends of an answer, at which generation stops.
     generation = _read(folder / "generation_config.json")
@@ -245,7 +251,7 @@ def write_conversation(
     config = _read(folder / "tokenizer_config.json")
     has_template = (folder / FILE).is_file() or config.get("chat_template")
     if talk.template is not None and (talk.trained or not has_template):
-        text = jinja(talk.template, talk.tokenizer, marker, talk.end)
+        text = jinja(talk.template, talk.tokenizer, media, talk.end)
         (folder / FILE).write_text(text, encoding="utf-8")
         if config.pop("chat_template", None) is not None:
             _write(folder / "tokenizer_config.json", config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from nvmm.convert import scoring
+from nvmm.convert.card import card
 from nvmm.convert.chat_template import (
     Conversation,
     check_conversation,
@@ -131,13 +131,13 @@ def export(
         if talk is not None:
             copy_tokenizer(talk.folder, texts)
             if not embeds:
-                marker = _marker(saved, format_name, part, talk)
-                write_conversation(texts, talk, marker=marker, named=named)
+                media = _media(saved, format_name, talk) if part is None else {}
+                write_conversation(texts, talk, media=media, named=named)
             write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
         write_folder(
             temporary,
             whole_config,
-            _card(saved, format_name, part, converted),
+            card(saved, format_name, part, sum(t.numel() for t in converted.spec.values())),
             format_name,
             recipe,
         )
@@ -174,19 +174,20 @@ def _build(saved: SavedModel) -> dict[str, Any]:
     return dict(train.get("build") or {})
 
 
-def _marker(saved: SavedModel, format_name: str, part: str | None, talk: Conversation) -> str:
-    """Return what the chat template writes for a picture; "" for a model that reads none.
+def _media(saved: SavedModel, format_name: str, talk: Conversation) -> dict[str, str]:
+    """Return the kinds of parts that a message may have, and what the chat template writes for
+    each.
 
-    A class with a processor of its own expands the placeholder; others leave our marker to whoever
-    expands it to tiles.
+    For a picture that is the placeholder where a processor of Transformers expands it, else our
+    marker.
     """
-    if part is not None or "vision" not in saved.model:
-        return ""
+    if "vision" not in saved.model:
+        return {}
     family = FORMATS[format_name]
     if not hasattr(family, "processor_config"):
-        return IMAGE_MARKER
+        return {"image": IMAGE_MARKER}
     marker: str = getattr(family, "MARKER", "{token}")
-    return marker.format(token=talk.tokenizer.image_token)
+    return {"image": marker.format(token=talk.tokenizer.image_token)}
 
 
 def _rows_with_placeholder(saved: SavedModel, format_name: str, image_id: int) -> int:
@@ -260,19 +261,6 @@ def _set_vocabulary(
     if rows > padded:
         raise ValueError(f"--vocab-size {rows} is more than the model's {padded} rows")
     inner["vocab_size"] = rows
-
-
-def _card(saved: SavedModel, format_name: str, part: str | None, source: Source) -> str:
-    count = sum(tensor.numel() for tensor in source.spec.values())
-    sources = saved.state.get("sources") or {}
-    lines = [f"- {name or 'model'}: {entry['folder']}" for name, entry in sources.items()]
-    imported = "\nIt was imported from\n\n" + "\n".join(lines) + "\n" if lines else ""
-    return (
-        f"---\nlibrary_name: transformers\n---\n\n# {saved.path.name}\n\n"
-        f"{count:,} parameters{f' (the {part} part)' if part else ''} in the {format_name} layout,"
-        f" exported by nvmm on {time.strftime('%Y-%m-%d')} from `{saved.path}`, training step"
-        f" {saved.state.get('step', 0)}.\n{imported}"
-    )
 
 
 _TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvmm.config.check import option
+from nvmm.config.tiles import require_tokens
 from nvmm.convert.files import publish
 from nvmm.convert.formats import internvl, nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
@@ -35,6 +36,8 @@ from nvmm.parallel.parameters import draw_row
 _BLOCK = 16_777_216  # elements drawn at a time
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _PLACEHOLDER = "<|vision_pad|>"
+_LAST_LINEARS = ("linear_proj.weight", "linear_fc2.weight")
+"""The linears of a layer that mcore draws with `output_layer_init_method`."""
 _TAGS = "nvmm.data.samples.chat.ImageTags"
 
 
@@ -138,11 +141,12 @@ def import_folders(
     imported = Merged(
         [Renamed(ours, f"{part}." if part else "") for part, ours in converted.items()]
     )
-    expected = parameters(constructor)
-    # 2. A new connector, and the output layer that a base model lacks, start as a run would.
+    expected, spreads = _drawn(constructor)
+    # 2. A new connector, NVLM-X's and -H's blocks and the output layer that a base model lacks
+    # start as in a run.
     missing = {name: tensor for name, tensor in expected.items() if name not in imported.spec}
     first = next(iter(imported.spec.values()))
-    source = Merged([imported, Initial(missing, seed, model, first.dtype)])
+    source = Merged([imported, Initial(missing, seed, spreads, first.dtype, _gate(model))])
     compare_shapes(source.spec, expected, "the sources", "the model")
     # 3. The config that is saved beside the weights, and the record of where they come from.
     cast = Cast(source, dtype)
@@ -288,21 +292,39 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_tile": 1,
     }
     if "vision" in model:
-        size = model["vision"]["image_size"]
-        grid = size // model["vision"]["patch_size"]
-        side = -(-grid // model["connector"].get("downsample", 2))  # an odd grid is padded
-        build |= {"tile_size": size, "tokens_per_tile": side * side}
+        tokens = require_tokens(model["vision"], model["connector"])
+        build |= {"tile_size": model["vision"]["image_size"], "tokens_per_tile": tokens}
     length = language.get("max_sequence_length", 4096)
     return {"sequence_length": length, "train": {"build": build}}
 
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, Tensor]:
     """Return every parameter of a model, whole, as a meta tensor under its global name."""
+    return _drawn(constructor)[0]
+
+
+def _drawn(constructor: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return `parameters`, and name -> spread with which a run draws those that no source gives.
+
+    Nothing is drawn on the meta device, where parameters have no mark: the spreads are those of the
+    configs.
+    """
     from nvmm.parallel.parameters import sharded_parameters
 
+    shapes, spreads = {}, {}
     with on_meta(constructor) as model:
-        shapes = {p.name: p.global_shape for p in sharded_parameters(model)}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        connector = getattr(getattr(model, "connector", None), "config", None)
+        for entry in sharded_parameters(model):
+            shapes[entry.name] = torch.empty(entry.global_shape, device="meta")
+            if len(entry.global_shape) == 1:
+                continue
+            of_connector = entry.name.startswith("connector.") and connector is not None
+            config = connector if of_connector else getattr(model, "config", None)
+            ends = not of_connector and entry.name.endswith(_LAST_LINEARS)
+            method = getattr(config, "output_layer_init_method" if ends else "init_method", None)
+            if hasattr(method, "std"):
+                spreads[entry.name] = float(method.std)
+    return shapes, spreads
 
 
 @contextmanager
@@ -325,44 +347,54 @@ def on_meta(constructor: Callable[..., Any]) -> Iterator[Any]:
             shutdown()
 
 
+def _gate(model: Mapping[str, Any]) -> float:
+    return float((model.get("cross_attention") or {}).get("initial_gate") or 0.0)
+
+
 class Initial:
     """The values that a run from this seed would begin with, where no source gives any.
 
-    They are a connector's and an output layer's. model: its config, for the spread of the linears;
-    norms begin as ones, biases as zeros. Raises ValueError for other parameters.
+    They are a connector's, an output layer's and those of the blocks that attend to media. spreads:
+    of those that are drawn; of the others norms begin as ones, biases as zeros. gate: of the
+    blocks. Raises ValueError for other parameters.
     """
 
     def __init__(
-        self, missing: Mapping[str, Tensor], seed: int, model: Mapping[str, Any], dtype: torch.dtype
+        self,
+        missing: Mapping[str, Tensor],
+        seed: int,
+        spreads: Mapping[str, float],
+        dtype: torch.dtype,
+        gate: float = 0.0,
     ) -> None:
         self.seed = seed
-        self.model = model
+        self.gate = gate
+        self.spreads = spreads
         self.spec = {name: tensor.to(dtype) for name, tensor in missing.items()}
-        known = ("connector.", "output_layer.", "language.output_layer.")
-        others = [name for name in missing if not name.startswith(known)]
+        known = ("connector.", "cross_attention.", "output_layer.", "language.output_layer.")
+        others = [
+            name
+            for name, tensor in missing.items()
+            if not name.startswith(known) or (tensor.dim() > 1 and name not in spreads)
+        ]
         if others:
             raise ValueError("no source gives " + ", ".join(others))
-
-    def _std(self, name: str) -> float:
-        language = self.model.get("language", self.model)
-        part = self.model if name.startswith("connector.") else language
-        key = "connector" if name.startswith("connector.") else "transformer"
-        return float((part.get(key) or {}).get("init_method_std", 0.02))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield rows, drawn one by one, some megabytes at a time."""
         spec = self.spec[name]
         if spec.dim() == 1:
-            yield torch.full(
-                spec.shape, 1.0 if name.endswith("layer_norm_weight") else 0.0, dtype=spec.dtype
-            )
+            norm = name.endswith(("norm_weight", "norm.weight"))
+            value = self.gate if name.endswith("gate") else float(norm)
+            yield torch.full(spec.shape, value, dtype=spec.dtype)
             return
         rows, width = spec.shape
+        std = self.spreads[name]
         step = max(1, _BLOCK // width)
         for first in range(0, rows, step):
             yield torch.stack(
                 [
-                    draw_row(self.seed, name, row, width, self._std(name)).to(spec.dtype)
+                    draw_row(self.seed, name, row, width, std).to(spec.dtype)
                     for row in range(first, min(first + step, rows))
                 ]
             )

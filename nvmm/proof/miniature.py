@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvmm.config.nested import differences
+from nvmm.config.tiles import of_grid
 
 MAX_RANKS = 4
 _KINDS = {
@@ -245,7 +246,8 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     _shrink_transformer(vision["transformer"], 2, heads, heads, small)
     if connector.get("hidden_size") is not None:
         connector["hidden_size"] = 96
-    connector["init_method_std"] = 0.1
+    if of_grid(connector) or "init_method_std" in connector:
+        connector["init_method_std"] = 0.1
     if "cross_attention" in model:
         _shrink_cross_attention(model["cross_attention"], num_layers, small)
 
