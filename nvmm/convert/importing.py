@@ -319,9 +319,11 @@ def _drawn(constructor: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str
             if len(entry.global_shape) == 1:
                 continue
             of_connector = entry.name.startswith("connector.") and connector is not None
-            config = connector if of_connector else getattr(model, "config", None)
+            config: Any = connector if of_connector else getattr(model, "config", None)
             ends = not of_connector and entry.name.endswith(_LAST_LINEARS)
-            method = getattr(config, "output_layer_init_method" if ends else "init_method", None)
+            method: Any = getattr(
+                config, "output_layer_init_method" if ends else "init_method", None
+            )
             if hasattr(method, "std"):
                 spreads[entry.name] = float(method.std)
     return shapes, spreads

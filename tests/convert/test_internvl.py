@@ -16,6 +16,7 @@ from nvmm.convert import exporting, models
 from nvmm.convert.chat_template import conversation
 from nvmm.convert.formats import internvl as internvl_format
 from nvmm.convert.formats import internvl_vision
+from nvmm.convert.formats.all import detect
 from nvmm.data.collate import collate
 from nvmm.data.samples.record import plain_question
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
@@ -267,5 +268,7 @@ def test_what_the_format_cannot_say_is_refused(talking: Path, tmp_path: Path) ->
     ):
         with pytest.raises(ValueError, match=message):
             internvl_format.to_model(hf | change)
+    with pytest.raises(ValueError, match="model_type='llava_onevision' has no table"):
+        detect({"model_type": "llava_onevision"}, tmp_path)
     with pytest.raises(ValueError, match=r"image_size=\[8, 16\].* must be square"):
         internvl_vision.to_model({"image_size": [8, 16]})
