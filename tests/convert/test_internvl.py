@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file
 
 from nvmm.batch import IMAGE
+from nvmm.config import check, compose
 from nvmm.convert import exporting, models
 from nvmm.convert.chat_template import conversation
 from nvmm.convert.formats import internvl as internvl_format
@@ -225,6 +226,16 @@ def test_transformers_prepares_and_answers_as_we_do(talking: Path, tmp_path: Pat
     prompt = restored.builder.prompt(plain_question("What is this?", [png(image)], "test"))
     [tokens] = restored.generate_tokens([prompt], 6)
     assert len(tokens) > 1 and tokens == answer.tolist()[: len(tokens)]
+
+
+def test_an_experiment_trains_for_the_format() -> None:
+    """As docs/conversion.md says; the command's own weights and data alone are missing."""
+    typed = ["experiment=nvlm_d/sft_7b", "model=internvl3_8b", "tokenizer=internvl"]
+    typed += ["builder@data.train.build=internvl", "data.sequence_length=4096"]
+    config = compose.composed("train", typed)
+    missing = {problem.key for problem in check.check(config, entry="train", world_size=8)}
+    assert missing == {"init_from", "tokenizer.path", "data.train.shards"}
+    assert config.data.train.build.tags.image_start == internvl_format.IMAGE_START
 
 
 def test_what_the_format_cannot_say_is_refused(talking: Path, tmp_path: Path) -> None:

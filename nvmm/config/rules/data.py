@@ -26,7 +26,8 @@ def vision(view: View) -> Iterator[Problem]:
         return
     connector = view.get("model.connector")
     per_tile: int | None = None
-    if tiles.of_grid(connector) or not isinstance(connector, Mapping):
+    named = isinstance(connector, Mapping) and "_target_" in connector
+    if not named or tiles.of_grid(connector):
         grid, downsample = image // patch, view.integer("model.connector.downsample", 1) or 1
         if view.get("model.connector.pad_grid") is True:
             grid = -(-grid // downsample) * downsample
