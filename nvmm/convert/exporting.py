@@ -119,6 +119,10 @@ def export(
     named = None
     if format_name == "internvl" and talk is not None and build:
         named = named_tokens(build, talk.tokenizer)
+    # What a run did with pictures is written, not what the folder of its tokenizer says.
+    prepared = (
+        talk is not None and talk.trained and hasattr(FORMATS[format_name], "processor_config")
+    )
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
@@ -133,13 +137,15 @@ def export(
             if not embeds:
                 media = _media(saved, format_name, talk) if part is None else {}
                 write_conversation(texts, talk, media=media, named=named)
-            write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
+            image = talk.tokenizer.image_token
+            write_processor(temporary, whole_config, format_name, image, replace=prepared)
         write_folder(
             temporary,
             whole_config,
             card(saved, format_name, part, sum(t.numel() for t in converted.spec.values())),
             format_name,
             recipe,
+            replace=prepared,
         )
         if talk is not None and not embeds:
             if talk.trained and format_name in reward.FORMATS:

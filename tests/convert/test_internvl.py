@@ -246,6 +246,19 @@ def test_what_the_format_cannot_say_is_refused(talking: Path, tmp_path: Path) ->
         content["config"]["data"]["train"]["build"] |= build
         return models.SavedModel(saved.path, content, saved.source)
 
+    # A run's number of tiles counts more than that of the folder of its tokenizer.
+    folder = Path(saved.state["config"]["tokenizer"]["path"])
+    old = {"image_processor": {"max_patches": 12}, "image_seq_length": 9}
+    (folder / "processor_config.json").write_text(json.dumps(old))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"max_patches": 12}))
+    exporting.export(state(max_tiles=3), tmp_path / "three", "internvl")
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").unlink()
+    recipe = json.loads((tmp_path / "three" / "preprocessor_config.json").read_text())
+    assert recipe["max_patches"] == 3 and recipe["crop_to_patches"]
+    content = json.loads((tmp_path / "three" / "processor_config.json").read_text())
+    assert content == {"processor_class": "InternVLProcessor", "image_seq_length": 4}
+
     tags = saved.state["config"]["data"]["train"]["build"]["tags"]
     for build, message in (
         ({"use_thumbnail": False}, "use_thumbnail=False must be True"),
