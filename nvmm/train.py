@@ -318,7 +318,11 @@ def _write(run_dir: Path, job: compose.Job) -> None:
 
         temporary = run_dir / ".tokenizer"
         shutil.rmtree(temporary, ignore_errors=True)
-        if copy_tokenizer(Path(folder).expanduser(), temporary):
+        source = Path(folder).expanduser()
+        if copy_tokenizer(source, temporary):
+            # A model's type says how text is split where tokenizer_config.json does not.
+            if (source / "config.json").is_file():
+                shutil.copyfile(source / "config.json", temporary / "config.json")
             temporary.rename(run_dir / "tokenizer")
 
 

@@ -204,11 +204,13 @@ def test_config_and_overrides_are_written(tmp_path: Path) -> None:
     # A tokenizer's files go with the run.
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    (tmp_path / "words" / "config.json").write_text("{}")
     (tmp_path / "words" / "weights.bin").write_text("x")
     job = compose.Job(job.config | {"tokenizer": {"path": str(tmp_path / "words")}}, job.overrides)
     (tmp_path / "run").mkdir()
     train._write(tmp_path / "run", job)
-    assert [p.name for p in (tmp_path / "run" / "tokenizer").iterdir()] == ["tokenizer.json"]
+    kept = {p.name for p in (tmp_path / "run" / "tokenizer").iterdir()}
+    assert kept == {"tokenizer.json", "config.json"}
     job = compose.Job({"seed": 1, "run": run()}, ["seed=1", "data.train.shards='a/*.tar'"])
     for name in ("words", "run"):
         shutil.rmtree(tmp_path / name)
