@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import secrets
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -310,6 +311,19 @@ def _write(run_dir: Path, job: compose.Job) -> None:
             paths[name].rename(run_dir / f"{name}.{number:04d}.yaml")
     for name, text in texts.items():
         write(paths[name], text)
+    # The run may be moved to where its tokenizer is not.
+    folder = (job.config.get("tokenizer") or {}).get("path")
+    if folder is not None and not (run_dir / "tokenizer").is_dir():
+        from nvmm.convert.formats.all import copy_tokenizer
+
+        temporary = run_dir / ".tokenizer"
+        shutil.rmtree(temporary, ignore_errors=True)
+        source = Path(folder).expanduser()
+        if copy_tokenizer(source, temporary):
+            # A model's type says how text is split where tokenizer_config.json does not.
+            if (source / "config.json").is_file():
+                shutil.copyfile(source / "config.json", temporary / "config.json")
+            temporary.rename(run_dir / "tokenizer")
 
 
 if __name__ == "__main__":

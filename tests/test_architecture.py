@@ -36,12 +36,15 @@ ALLOWED: dict[str, set[str]] = {
         *("kernels", "modules", "objectives", "parallel"),
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
-    "convert": {"batch", "checkpoint", "config.check", "data", "io", "modules", "parallel"},
+    "convert": {
+        *("batch", "checkpoint", "config.check", "config.tiles", "data", "inference.trust", "io"),
+        *("modules", "parallel"),
+    },
     # What the rank server loads beforehand is what the tests' ranks run.
     "proof.preload": {"models", "objectives", "parallel", "proof", "training"},
     "proof": {
-        *("batch", "checkpoint", "config.compose", "config.nested", "data.collate", "parallel"),
-        "training",
+        *("batch", "checkpoint", "config.compose", "config.nested", "config.tiles"),
+        *("data.collate", "parallel", "training"),
     },
     "evaluation": {"batch", "config.choices", "config.nested", "data", "inference", "io"},
     "jobs": {

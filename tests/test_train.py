@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -200,6 +201,19 @@ def test_config_and_overrides_are_written(tmp_path: Path) -> None:
     train._write(tmp_path, job)
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "config.yaml")) == job.config
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "overrides.yaml")) == job.overrides
+    # A tokenizer's files go with the run.
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    (tmp_path / "words" / "config.json").write_text("{}")
+    (tmp_path / "words" / "weights.bin").write_text("x")
+    job = compose.Job(job.config | {"tokenizer": {"path": str(tmp_path / "words")}}, job.overrides)
+    (tmp_path / "run").mkdir()
+    train._write(tmp_path / "run", job)
+    kept = {p.name for p in (tmp_path / "run" / "tokenizer").iterdir()}
+    assert kept == {"tokenizer.json", "config.json"}
+    job = compose.Job({"seed": 1, "run": run()}, ["seed=1", "data.train.shards='a/*.tar'"])
+    for name in ("words", "run"):
+        shutil.rmtree(tmp_path / name)
     # The same start again changes nothing, and another keeps what was there.
     train._write(tmp_path, job)
     assert len(list(tmp_path.iterdir())) == 2

@@ -35,6 +35,11 @@ def find(name: str | Path) -> Path:
     return newest
 
 
+def run_tokenizer(path: Path) -> Path:
+    """Return where the run of a checkpoint keeps its tokenizer's files, which move with it."""
+    return path.parent.parent / "tokenizer"
+
+
 def complete(directory: Path) -> list[Path]:
     """List the complete checkpoints of a directory in the order they were saved in.
 

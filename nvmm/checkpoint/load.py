@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from nvmm.parallel import generators
 from nvmm.parallel.collectives import gather
 
 log = logging.getLogger("nvmm")
+_PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
+"""Part of a model -> a key that only the config of such a part has."""
+_CONNECTOR = "connector."
 
 
 def load(
@@ -96,11 +99,21 @@ def load(
 
 
 def load_weights(
-    path: Path, models: Sequence[Module], base: Path | None = None, *, part: bool = False
+    path: Path,
+    models: Sequence[Module],
+    base: Path | None = None,
+    *,
+    part: bool = False,
+    other_graph: bool = False,
 ) -> list[str]:
     """Load the weights a checkpoint has in common with the model, into unwrapped chunks.
 
     A LoRA checkpoint's base is loaded before it; `base` is where that lies if it has moved.
+
+    other_graph: for a new run. A checkpoint of a language model or an encoder alone then gives that
+    part of the model, and where it is of another class of model (NVLM-D for X), a connector of
+    other shapes is left as it is and counted as missing.
+
     Collective. Call `Optimizer.reload_parameters` afterwards if there is an optimizer. Returns
     the model's global names that are missing in the checkpoint; what only the checkpoint has is
     logged, unless the model is meant to be a part of it (`part`). Raises ValueError naming both
@@ -116,7 +129,17 @@ def load_weights(
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
     contents = Contents.open(path)
-    missing, unexpected = _compare(path, contents.metadata, weights)
+    left: set[str] = set()
+    prefix = ""
+    if other_graph:
+        prefix = _part_prefix(path, weights)
+        left = _other_connector(path, models, contents.metadata, weights)
+        # What the checkpoint's names do not mean is missing.
+        left |= {name for name in weights if not name.startswith(prefix)}
+        model_state = without(model_state, left)
+        _drop_prefix(model_state, prefix)
+    kept = {n.removeprefix(prefix): shape for n, shape in weights.items() if n not in left}
+    missing, unexpected = _compare(path, contents.metadata, kept)
     adapters = [name for name in unexpected if name.endswith(".lora_a")]
     if part:
         adapters = [n for n in adapters if f"{n.removesuffix('.lora_a')}.weight" in weights]
@@ -125,7 +148,7 @@ def load_weights(
             f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
             " with, or put them into the weights with tools/convert.py merge"
         )
-    if len(missing) == len(weights):
+    if len(missing) == len(kept):
         if part and missing_in_base is not None:
             return sorted(missing_in_base)  # A LoRA run left the whole part to its base.
         raise ValueError(f"{path} has no weight of this model; it has {unexpected[:3]} ...")
@@ -133,7 +156,35 @@ def load_weights(
         log.warning("%s has weights this model does not have: %s", path, ", ".join(unexpected))
     absent = set(missing)
     _load_models(models, _load_sharded(without(model_state, absent), contents))
+    absent = {prefix + name for name in absent} | left
+    missing = sorted(absent)
     return missing if missing_in_base is None else sorted(absent & missing_in_base)
+
+
+def _part_prefix(path: Path, weights: Mapping[str, Any]) -> str:
+    """Return what a model of parts puts before the names of a checkpoint of one part alone."""
+    model = (read_state(path).get("config") or {}).get("model") or {}
+    prefix = next((f"{part}." for part, key in _PART_KEYS.items() if key in model), "")
+    return prefix if prefix and any(name.startswith(prefix) for name in weights) else ""
+
+
+def _other_connector(
+    path: Path, models: Sequence[Module], metadata: Any, weights: Mapping[str, list[int]]
+) -> set[str]:
+    """Return the names of a connector whose shapes are others in a checkpoint of another class."""
+    model = (read_state(path).get("config") or {}).get("model") or {}
+    if model.get("_target_") == f"{type(models[0]).__module__}.{type(models[0]).__qualname__}":
+        return set()
+    names = {name for name in weights if name.startswith(_CONNECTOR)}
+    saved = metadata.state_dict_metadata
+    differs = any(name in saved and list(saved[name].size) != weights[name] for name in names)
+    return names if differs else set()
+
+
+def _drop_prefix(model_state: dict[str, dict[str, Any]], prefix: str) -> None:
+    """Ask a checkpoint for the names that it has: without the prefix of the part that it is."""
+    for entry in (e for state in model_state.values() for e in state.values()):
+        entry.key = entry.key.removeprefix(prefix)
 
 
 def load_scales(path: Path, scaling: Any) -> list[str]:

@@ -33,6 +33,13 @@ from nvmm.convert.files import at
 
 BAD_INPUT = 2
 """Exit code of a refused conversion: starting again cannot help."""
+WRITTEN = (
+    *("qwen2", "qwen3", "llama", "yi", "mistral", "nemotron", "internvit", "internvl"),
+    *("internvl_vision", "clip", "clap", "siglip", "opt", "whisper", "nvlm_d", "llava", "vila"),
+    *("vila15", "audio_flamingo3", "nv_embed", "mm_embed", "bert"),
+    *("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward"),
+)
+"""The formats of `export`; the formats themselves need torch."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -327,11 +334,7 @@ def _trust(command: argparse.ArgumentParser) -> None:
 
 
 def _format(command: argparse.ArgumentParser) -> None:
-    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "clap", "siglip")
-    formats += ("opt", "whisper", "nvlm_d", "llava", "vila", "vila15", "audio_flamingo3")
-    formats += ("nv_embed", "mm_embed", "bert")
-    formats += ("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward")
-    command.add_argument("--format", required=True, choices=formats)
+    command.add_argument("--format", required=True, choices=WRITTEN)
     parts = ("language", "vision", "audio", "query", "context")
     command.add_argument("--part", choices=parts, help="one part of the model")
 

@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nvmm.config import check
+from nvmm.config import check, folders
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
 from nvmm.config.signatures import completed
@@ -72,6 +72,7 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
     --cfg, --info, or --multirun (each job in a process of its own). Exits with BAD_CONFIG, every
     problem printed to stderr, when the config is bad.
     """
+    folders.register()
     typed, accepted = list(sys.argv), set[str]()
     swept = _swept_texts(typed[1:])
     # Hydra then raises what goes wrong instead of printing it and leaving with status 1.
@@ -150,6 +151,7 @@ def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises ValueError naming the overrides that have no place.
     """
+    folders.register()
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
         config, _, problems = _place(entry, [text for text in overrides if text != NO_LORA])
     if config is not None:

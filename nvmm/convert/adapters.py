@@ -26,9 +26,12 @@ from nvmm.modules.lora import FACTORS, Lora, linears, stacked
 
 log = logging.getLogger("nvmm")
 _WITHOUT_HEAD = (
-    *("internvit", "clip", "siglip", "whisper", "clap", "nvlm_d"),
+    *("internvit", "internvl_vision", "clip", "siglip", "whisper", "clap", "nvlm_d"),
     *("nv_embed", "mm_embed", "bert"),
 )
+_RENAMED = ("internvl", "llava")
+"""Formats whose modules Transformers calls otherwise than its folders do; PEFT's names are the
+modules'."""
 _BLOCK = 4_194_304  # elements merged at a time
 _STATE = ("config", "tokenizer_digest", "template_digests", "sources", "initialised")
 
@@ -136,6 +139,7 @@ def export_adapter(
     Raises ValueError when the run trained other weights of the part too: those are not adapters.
     """
     lora = adapters(saved)
+    _require_plain(format_name)
     prefix = f"{part}." if part else ""
     # 1. The part's names; anything but adapters that was trained has no place in PEFT's folder.
     names_of_part = [name for name in saved.source.spec if name.startswith(prefix)]
@@ -179,6 +183,15 @@ def export_adapter(
         )
 
 
+def _require_plain(format_name: str) -> None:
+    """Raise ValueError for a format whose names are not those of PEFT's modules."""
+    if format_name in _RENAMED:
+        raise ValueError(
+            f"--format {format_name} is no format of adapters: name a part and its own format"
+            " (--part language --format qwen2), or `merge` them"
+        )
+
+
 def _task(format_name: str, config: Mapping[str, Any]) -> str | None:
     """Return PEFT's name of what a model of a format and config.json does."""
     if format_name in reward.FORMATS:
@@ -212,6 +225,7 @@ def import_adapter(
     Modules of smaller rank are filled with zeros up to the largest; of another scale, their B is
     multiplied by the ratio. Raises ValueError listing modules that the format's table has not.
     """
+    _require_plain(format_name)
     # 1. Their factors, and our linears that may take them.
     config, theirs = peft.load(folder)
     scale = peft.scale(config)

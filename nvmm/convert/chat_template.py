@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvmm.checkpoint.files import run_tokenizer
 from nvmm.convert.files import at, is_local
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.models import SavedModel
 from nvmm.data.samples.chat import (
     CONTEXT,
-    IMAGE_MARKER,
     ChatTemplate,
     ImageTags,
     Turn,
     render,
 )
 from nvmm.data.samples.jinja_template import FILE, JinjaTemplate
-from nvmm.data.samples.sound_chat import SOUND_MARKER
 from nvmm.data.samples.tokenizer import Tokenizer
 
 _TEMPLATES = {
@@ -145,6 +144,8 @@ def conversation(saved: SavedModel, folder: Path | None) -> Conversation | None:
     if path is None:
         return None
     candidates = [folder] if folder else [saved.path / "tokenizer", at(path)]
+    if folder is None and run_tokenizer(saved.path).is_dir():
+        candidates.append(run_tokenizer(saved.path))
     folder = next((candidate for candidate in candidates if candidate.is_dir()), None)
     if folder is None:
         where = " or ".join(map(str, candidates))
@@ -222,18 +223,19 @@ def jinja(
     return _JINJA.format(documents=documents, **texts)
 
 
-def media_parts(model: Mapping[str, Any]) -> dict[str, str]:
-    """Return the kinds of parts that messages to a model may have, and their markers."""
-    parts = {"image": IMAGE_MARKER} if "vision" in model else {}
-    return parts | ({"audio": SOUND_MARKER} if "audio" in (model.get("encoders") or {}) else {})
-
-
-def write_conversation(folder: Path, talk: Conversation, *, media: Mapping[str, str]) -> None:
+def write_conversation(
+    folder: Path,
+    talk: Conversation,
+    *,
+    media: Mapping[str, str],
+    named: Mapping[str, str] | None = None,
+) -> None:
     """Write how a checkpoint talks beside the files of its tokenizer.
 
-    media: as `media_parts` gives them.
-
     An import as it came keeps what its folder says, and is given what that leaves out.
+
+    media: kind of part of a message -> what the template writes for it. named: tokens that a
+    processor asks of the tokenizer by name.
     """
     # 1. The ends of an answer, at which generation stops.
     generation = _read(folder / "generation_config.json")
@@ -253,6 +255,11 @@ def write_conversation(folder: Path, talk: Conversation, *, media: Mapping[str, 
         (folder / FILE).write_text(text, encoding="utf-8")
         if config.pop("chat_template", None) is not None:
             _write(folder / "tokenizer_config.json", config)
+    # 4. The tokens that have names; a list of unnamed ones is in tokenizer.json too.
+    if named:
+        kept = config.get("extra_special_tokens")
+        named = {**(kept if isinstance(kept, Mapping) else {}), **named}
+        _write(folder / "tokenizer_config.json", config | {"extra_special_tokens": named})
 
 
 def check_conversation(folder: Path, talk: Conversation) -> None:

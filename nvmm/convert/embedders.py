@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from nvmm.config.tiles import require_tokens
 from nvmm.convert.formats.config import whole
 from nvmm.convert.formats.decoder import EMBEDDING, POOLING, POOLINGS
 from nvmm.convert.sentence_transformers import (
@@ -216,5 +217,4 @@ def _trained(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
 
 def _picture_tokens(model: Mapping[str, Any]) -> int:
     """Return how many tokens the one tile of a picture becomes."""
-    vision, connector = model["vision"], whole(model["connector"])
-    return int((vision["image_size"] // vision["patch_size"] // connector["downsample"]) ** 2)
+    return require_tokens(model["vision"], model["connector"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 
 from nvmm.convert import scoring
+from nvmm.convert.card import card
 from nvmm.convert.chat_template import (
     Conversation,
     check_conversation,
     conversation,
-    media_parts,
     write_conversation,
 )
 from nvmm.convert.files import publish
@@ -43,11 +42,13 @@ from nvmm.convert.models import (
     write_state,
     write_weights,
 )
-from nvmm.convert.processor import processor
+from nvmm.convert.processor import named_tokens, processor
 from nvmm.convert.rankers import Ranker
 from nvmm.convert.safetensors import write_safetensors
 from nvmm.convert.sources import Average, Cast, Source, SubModel
 from nvmm.convert.table import ToTheirs
+from nvmm.data.samples.chat import IMAGE_MARKER
+from nvmm.data.samples.sound_chat import SOUND_MARKER
 from nvmm.io.progress import progress
 
 log = logging.getLogger("nvmm")
@@ -115,7 +116,15 @@ def export(
         whole_config |= ranks.fields()
     if placeholder and talk is not None:
         whole_config |= placeholder(talk.tokenizer.image_id, whole_config)
-    recipe = processor(model, format_name, _padding(saved, part))
+    build = _build(saved) if part is None else {}
+    recipe = processor(model, format_name, build)
+    named = None
+    if format_name == "internvl" and talk is not None and build:
+        named = named_tokens(build, talk.tokenizer)
+    # What a run did with pictures is written, not what the folder of its tokenizer says.
+    prepared = (
+        talk is not None and talk.trained and hasattr(FORMATS[format_name], "processor_config")
+    )
     # 2. The weights, then the files that describe them; config.json completes the folder.
     with publish(to) as temporary:
         size = sum(tensor.nbytes for tensor in converted.spec.values())
@@ -128,15 +137,17 @@ def export(
         if talk is not None:
             copy_tokenizer(talk.folder, texts)
             if not embeds:
-                media = media_parts(saved.model) if part is None else {}
-                write_conversation(texts, talk, media=media)
-            write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
+                media = _media(saved, format_name, talk) if part is None else {}
+                write_conversation(texts, talk, media=media, named=named)
+            image = talk.tokenizer.image_token
+            write_processor(temporary, whole_config, format_name, image, replace=prepared)
         write_folder(
             temporary,
             whole_config,
-            _card(saved, format_name, part, converted),
+            card(saved, format_name, part, sum(t.numel() for t in converted.spec.values())),
             format_name,
             recipe,
+            replace=prepared,
         )
         if talk is not None and not embeds:
             if talk.trained and format_name in reward.FORMATS:
@@ -165,10 +176,30 @@ def _write(
     return digests
 
 
-def _padding(saved: SavedModel, part: str | None) -> Any:
-    """Return the colour that a whole model's images were filled up with, None where none was."""
+def _build(saved: SavedModel) -> dict[str, Any]:
+    """Return the config of the builder that a whole model was trained with, {} where none is."""
     train = (saved.state["config"].get("data") or {}).get("train") or {}
-    return (train.get("build") or {}).get("pad") if part is None else None
+    return dict(train.get("build") or {})
+
+
+def _media(saved: SavedModel, format_name: str, talk: Conversation) -> dict[str, str]:
+    """Return the kinds of parts that a message may have, and what the chat template writes for
+    each.
+
+    For a picture that is the placeholder where a processor of Transformers expands it, else our
+    marker.
+    """
+    parts: dict[str, str] = {}
+    if "audio" in (saved.model.get("encoders") or {}):
+        parts["audio"] = SOUND_MARKER
+    if "vision" in saved.model:
+        family = FORMATS[format_name]
+        marker: str = getattr(family, "MARKER", "{token}")
+        expands = hasattr(family, "processor_config")
+        parts["image"] = (
+            marker.format(token=talk.tokenizer.image_token) if expands else IMAGE_MARKER
+        )
+    return parts
 
 
 def _rows_with_placeholder(saved: SavedModel, format_name: str, image_id: int) -> int:
@@ -242,19 +273,6 @@ def _set_vocabulary(
     if rows > padded:
         raise ValueError(f"--vocab-size {rows} is more than the model's {padded} rows")
     inner["vocab_size"] = rows
-
-
-def _card(saved: SavedModel, format_name: str, part: str | None, source: Source) -> str:
-    count = sum(tensor.numel() for tensor in source.spec.values())
-    sources = saved.state.get("sources") or {}
-    lines = [f"- {name or 'model'}: {entry['folder']}" for name, entry in sources.items()]
-    imported = "\nIt was imported from\n\n" + "\n".join(lines) + "\n" if lines else ""
-    return (
-        f"---\nlibrary_name: transformers\n---\n\n# {saved.path.name}\n\n"
-        f"{count:,} parameters{f' (the {part} part)' if part else ''} in the {format_name} layout,"
-        f" exported by nvmm on {time.strftime('%Y-%m-%d')} from `{saved.path}`, training step"
-        f" {saved.state.get('step', 0)}.\n{imported}"
-    )
 
 
 _TRAINING_ONLY = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from nvmm.config.check import option
+from nvmm.config.tiles import require_tokens
 from nvmm.convert.files import publish
-from nvmm.convert.formats import nvlm_d
+from nvmm.convert.formats import internvl, nvlm_d
 from nvmm.convert.formats.all import copy_tokenizer
 from nvmm.convert.formats.config import mismatches
+from nvmm.convert.initial import Initial
 from nvmm.convert.models import (
     PARTS,
     SOURCES,
@@ -26,14 +29,16 @@ from nvmm.convert.models import (
     write_state,
     write_weights,
 )
+from nvmm.convert.processor import MOST_TILES
 from nvmm.convert.sources import Cast, Merged, Renamed, compare_shapes
 from nvmm.data.samples.tokenizer import Tokenizer
-from nvmm.parallel.parameters import draw_row
 
-_BLOCK = 16_777_216  # elements drawn at a time
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _PLACEHOLDER = "<|vision_pad|>"
 _STARTED_BY_THE_RUN = ("cross_attention.", "audio_connector.")
+"""Of a model that hears."""
+_LAST_LINEARS = ("linear_proj.weight", "linear_fc2.weight")
+"""The linears of a layer that mcore draws with `output_layer_init_method`."""
 _TAGS = "nvmm.data.samples.chat.ImageTags"
 
 
@@ -141,14 +146,16 @@ def import_folders(
     imported = Merged(
         [Renamed(ours, f"{part}." if part else "") for part, ours in converted.items()]
     )
-    expected = parameters(constructor)
-    # 2. A new connector, and the output layer that a base model lacks, start as a run would.
+    expected, spreads = _drawn(constructor)
+    # 2. A new connector, NVLM-X's and -H's blocks and the output layer that a base model lacks
+    # start as in a run.
     missing = {name: tensor for name, tensor in expected.items() if name not in imported.spec}
-    left_out = {name for name in missing if name.startswith(_STARTED_BY_THE_RUN)}
+    hears = "audio" in (model.get("encoders") or {})
+    left_out = {name for name in missing if hears and name.startswith(_STARTED_BY_THE_RUN)}
     missing = {name: tensor for name, tensor in missing.items() if name not in left_out}
     expected = {name: tensor for name, tensor in expected.items() if name not in left_out}
     first = next(iter(imported.spec.values()))
-    source = Merged([imported, Initial(missing, seed, model, first.dtype)])
+    source = Merged([imported, Initial(missing, seed, spreads, first.dtype, _gate(model))])
     compare_shapes(source.spec, expected, "the sources", "the model")
     # 3. The config that is saved beside the weights, and the record of where they come from.
     cast = Cast(source, dtype)
@@ -220,7 +227,8 @@ def _with_tokenizer(
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         copy_tokenizer(source.tokenizer, here)
-        image_id = source.config.get("image_token_index", source.config.get("audio_token_id"))
+        keys = ("image_token_index", "image_token_id", "audio_token_id")
+        image_id = next((source.config[key] for key in keys if key in source.config), None)
         return _with_local_tokenizer(saved, here, final, image_id, source.format)
 
 
@@ -238,8 +246,12 @@ def _with_local_tokenizer(
     tokenizer = Tokenizer(str(here), **options)
     out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
-        hears = format_name == "audio_flamingo3"
-        out["data"] = _sound_chat(saved["model"]) if hears else _chat(saved["model"])
+        if format_name == "audio_flamingo3":
+            out["data"] = _sound_chat(saved["model"])
+        else:
+            out["data"] = (data := _chat(saved["model"]))
+            if format_name == "internvl":
+                data["train"]["build"] |= _tiles_of(here)
     elif out["data"] is None and format_name in ("llava", "vila") and tokenizer.bos_id is not None:
         vision, out["data"] = saved["model"]["vision"], (data := _chat(saved["model"]))
         data["train"]["build"] |= {
@@ -268,6 +280,22 @@ def _tokenizer_options(folder: Path, image_id: int | None) -> dict[str, Any]:
     }
 
 
+def _tiles_of(folder: Path) -> dict[str, Any]:
+    """Return how InternVL's processor cuts and writes a picture, by the files of a folder."""
+    tags = {"_target_": _TAGS, "variant": "none"}
+    tags |= {"image_start": internvl.IMAGE_START, "image_end": internvl.IMAGE_END}
+    recipe: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            recipe |= content.get("image_processor") or content
+    return {
+        "tags": tags,
+        "min_tiles": recipe.get("min_patches", 1),
+        "max_tiles": recipe.get("max_patches", MOST_TILES),
+    }
+
+
 def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
     language = model.get("language", model)
     build: dict[str, Any] = {
@@ -278,10 +306,8 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_per_tile": 1,
     }
     if "vision" in model:
-        size = model["vision"]["image_size"]
-        grid = size // model["vision"]["patch_size"]
-        side = -(-grid // model["connector"].get("downsample", 2))  # an odd grid is padded
-        build |= {"tile_size": size, "tokens_per_tile": side * side}
+        tokens = require_tokens(model["vision"], model["connector"])
+        build |= {"tile_size": model["vision"]["image_size"], "tokens_per_tile": tokens}
     length = language.get("max_sequence_length", 4096)
     return {"sequence_length": length, "train": {"build": build}}
 
@@ -306,11 +332,33 @@ def _sound_chat(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def parameters(constructor: Callable[..., Any]) -> dict[str, Tensor]:
     """Return every parameter of a model, whole, as a meta tensor under its global name."""
+    return _drawn(constructor)[0]
+
+
+def _drawn(constructor: Callable[..., Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return `parameters`, and name -> spread with which a run draws those that no source gives.
+
+    Nothing is drawn on the meta device, where parameters have no mark: the spreads are those of the
+    configs.
+    """
     from nvmm.parallel.parameters import sharded_parameters
 
+    shapes, spreads = {}, {}
     with on_meta(constructor) as model:
-        shapes = {p.name: p.global_shape for p in sharded_parameters(model)}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        connector = getattr(getattr(model, "connector", None), "config", None)
+        for entry in sharded_parameters(model):
+            shapes[entry.name] = torch.empty(entry.global_shape, device="meta")
+            if len(entry.global_shape) == 1:
+                continue
+            of_connector = entry.name.startswith("connector.") and connector is not None
+            config: Any = connector if of_connector else getattr(model, "config", None)
+            ends = not of_connector and entry.name.endswith(_LAST_LINEARS)
+            method: Any = getattr(
+                config, "output_layer_init_method" if ends else "init_method", None
+            )
+            if hasattr(method, "std"):
+                spreads[entry.name] = float(method.std)
+    return shapes, spreads
 
 
 @contextmanager
@@ -333,44 +381,5 @@ def on_meta(constructor: Callable[..., Any]) -> Iterator[Any]:
             shutdown()
 
 
-class Initial:
-    """The values that a run from this seed would begin with, where no source gives any.
-
-    They are a connector's and an output layer's. model: its config, for the spread of the linears;
-    norms begin as ones, biases as zeros. Raises ValueError for other parameters.
-    """
-
-    def __init__(
-        self, missing: Mapping[str, Tensor], seed: int, model: Mapping[str, Any], dtype: torch.dtype
-    ) -> None:
-        self.seed = seed
-        self.model = model
-        self.spec = {name: tensor.to(dtype) for name, tensor in missing.items()}
-        known = ("connector.", "output_layer.", "language.output_layer.")
-        others = [name for name in missing if not name.startswith(known)]
-        if others:
-            raise ValueError("no source gives " + ", ".join(others))
-
-    def _std(self, name: str) -> float:
-        language = self.model.get("language", self.model)
-        part = self.model if name.startswith("connector.") else language
-        key = "connector" if name.startswith("connector.") else "transformer"
-        return float((part.get(key) or {}).get("init_method_std", 0.02))
-
-    def blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield rows, drawn one by one, some megabytes at a time."""
-        spec = self.spec[name]
-        if spec.dim() == 1:
-            yield torch.full(
-                spec.shape, 1.0 if name.endswith("layer_norm_weight") else 0.0, dtype=spec.dtype
-            )
-            return
-        rows, width = spec.shape
-        step = max(1, _BLOCK // width)
-        for first in range(0, rows, step):
-            yield torch.stack(
-                [
-                    draw_row(self.seed, name, row, width, self._std(name)).to(spec.dtype)
-                    for row in range(first, min(first + step, rows))
-                ]
-            )
+def _gate(model: Mapping[str, Any]) -> float:
+    return float((model.get("cross_attention") or {}).get("initial_gate") or 0.0)

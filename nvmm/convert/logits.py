@@ -142,7 +142,9 @@ def _batch(model: Any, tokens: Tensor, seed: int) -> Batch:
             0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator
         )
         rows, columns = model.vision.grid(values)
-        length = rows * columns // model.connector.downsample**2
+        # The connector itself is asked, whatever its class.
+        blank = torch.zeros(1, rows * columns, model.vision.config.hidden_size)
+        length = model.connector(blank, (rows, columns)).shape[1]
         # An id outside the vocabulary will do: features take the place of every placeholder.
         placeholder = model.language.unpadded_vocab_size
         first = torch.zeros(1, dtype=torch.int64)

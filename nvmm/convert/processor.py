@@ -6,19 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvmm.convert.formats.config import is_whisper, whole
+from nvmm.data.samples.tokenizer import Tokenizer
 
+MOST_TILES = 12
+"""InternVL's class cuts a picture to so many where nothing else is said."""
+_VIDEO_TOKENS = ("<video>", "<|video_pad|>")
 _BICUBIC = 3
 _SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames a position
 
 
 def processor(
-    model: Mapping[str, Any], format_name: str, pad: Sequence[int] | None = None
+    model: Mapping[str, Any], format_name: str, build: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """Return the content for a model's encoder; None for a model without one.
 
-    pad: the colour that images were filled up to a square with (data.train.build.pad). Transformers
-    has it for LLaVA alone, with the mean colour: ValueError for another one.
+    build: data.train.build of a whole model. Its `pad` is the colour that images were filled up to
+    a square with: Transformers has it for LLaVA alone, with the mean colour.
+
+    Raises ValueError for what the class of Transformers does otherwise.
     """
+    build = build or {}
+    pad: Sequence[int] | None = build.get("pad")
     if "depths" in model:
         # CLAP's front end is a choice of the data, which a checkpoint of an encoder lacks.
         return None
@@ -34,8 +42,10 @@ def processor(
     side = full["image_size"]
     siglip = format_name == "siglip" or not full["class_token"]
     processor_type = "SiglipImageProcessor" if siglip else "CLIPImageProcessor"
-    padding = {}
-    if pad is not None:
+    padding: dict[str, Any] = {}
+    if format_name == "internvl":
+        processor_type, padding = "GotOcr2ImageProcessor", _tiles(full, build)
+    elif pad is not None:
         processor_type, padding = "LlavaImageProcessor", {"do_pad": True}
         if list(pad) != [int(255 * mean) for mean in full["image_mean"]]:
             raise ValueError(
@@ -68,3 +78,60 @@ def _whisper(encoder: Mapping[str, Any]) -> dict[str, Any]:
         "n_fft": 400,
         "chunk_length": full["max_source_positions"] * 2 * _HOP // _SAMPLING_RATE,
     }
+
+
+def _tiles(vision: Mapping[str, Any], build: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields by which InternVL's class cuts a picture as the builder does.
+
+    Raises ValueError naming the keys of data.train.build that it does otherwise.
+    """
+    most = build.get("max_tiles", MOST_TILES if not build else 6)
+    wanted = {
+        "pad": (None,),
+        "attended": ("none",),
+        "use_thumbnail": (True,) if most > 1 else (True, False),
+        "tile_size": (vision["image_size"],),
+    }
+    problems = [
+        f"data.train.build.{key}={build[key]!r} must be {' or '.join(map(repr, allowed))}"
+        for key, allowed in wanted.items()
+        if key in build and build[key] not in allowed
+    ]
+    if problems:
+        raise ValueError(
+            "GotOcr2ImageProcessor prepares pictures otherwise: " + "; ".join(problems)
+        )
+    return {
+        "crop_to_patches": True,
+        "min_patches": build.get("min_tiles", 1),
+        "max_patches": most,
+    }
+
+
+def named_tokens(build: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the tokens that InternVL's processor asks of a tokenizer by name.
+
+    Raises ValueError for tags between tiles, and for texts around a picture that are no token.
+    """
+    tags = build.get("tags") or {}
+    names = {
+        "start_image_token": tags.get("image_start", "<Image>"),
+        "end_image_token": tags.get("image_end", "</Image>"),
+        "context_image_token": tokenizer.image_token,
+    }
+    problems = [
+        f"{name}={text!r} must be a token of {tokenizer.path}"
+        for name, text in names.items()
+        if tokenizer.token_id(text) is None
+    ]
+    if tags.get("variant", "1d") != "none":
+        problems.append(f"data.train.build.tags.variant={tags.get('variant', '1d')} must be none")
+    if problems:
+        raise ValueError(
+            "InternVL's processor writes a picture as start, features and end: "
+            + "; ".join(problems)
+        )
+    # It asks for a token of videos too, which our models do not read: where there is none
+    # Transformers adds it behind the vocabulary.
+    known = (token for token in _VIDEO_TOKENS if tokenizer.token_id(token) is not None)
+    return names | {"video_token": next(known, _VIDEO_TOKENS[0])}

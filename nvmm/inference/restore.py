@@ -262,7 +262,7 @@ def restore(
     from nvmm.parallel.setup import device_type, prepare_backend
 
     prepare_backend()
-    from nvmm.checkpoint.files import find, read_state
+    from nvmm.checkpoint.files import find, read_state, run_tokenizer
     from nvmm.checkpoint.load import load_scales, load_weights
     from nvmm.checkpoint.record import check_files, read_record
     from nvmm.data.samples.jinja_template import JinjaTemplate
@@ -294,6 +294,9 @@ def restore(
     elif (path / "tokenizer").is_dir():
         # An import carries its tokenizer, wherever it has been moved since.
         sections["tokenizer"]["path"] = str(path / "tokenizer")
+    elif not Path(str(sections["tokenizer"].get("path"))).expanduser().is_dir():
+        if run_tokenizer(path).is_dir():  # the run has moved, or its tokenizer has
+            sections["tokenizer"]["path"] = str(run_tokenizer(path))
     if not trust_config:
         require_trusted(sections, path)
 

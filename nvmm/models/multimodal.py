@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -127,7 +128,11 @@ class MultimodalModel(MegatronModule):
                 flops[modality] += encoder.flops(tiles, training)
                 training = training_of(connector, behind=training != "frozen")
                 more = _items_for(connector, [media])
-                flops[modality] += connector.flops(len(tiles), encoder.grid(tiles), training, *more)
+                if hasattr(connector, "flops"):
+                    shape = (len(tiles), encoder.grid(tiles))
+                    flops[modality] += connector.flops(*shape, training, *more)
+                else:
+                    flops[modality] = math.nan  # unknown, and so is the utilisation
                 reached |= training != "frozen"
         return flops, reached
 

@@ -67,6 +67,9 @@ class MLPConnector(MegatronModule):
         chunk: which part of the model this rank builds.
     """
 
+    tokens_of_tile = "grid"
+    """Tokens are blocks of the encoder's grid (nvmm.config.tiles)."""
+
     def __init__(
         self,
         downsample: int = 2,

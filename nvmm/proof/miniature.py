@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nvmm.config.nested import differences
+from nvmm.config.tiles import of_grid
 
 MAX_RANKS = 4
 _KINDS = {
@@ -252,7 +253,8 @@ def _shrink_vision(model: dict[str, Any], full: int, small: int) -> None:
     _shrink_transformer(vision["transformer"], 2, heads, heads, small)
     if connector.get("hidden_size") is not None:
         connector["hidden_size"] = 96
-    connector["init_method_std"] = 0.1
+    if of_grid(connector) or "init_method_std" in connector:
+        connector["init_method_std"] = 0.1
 
 
 def _shrink_audio(model: dict[str, Any], parts: dict[str, Any], full: int, small: int) -> None:

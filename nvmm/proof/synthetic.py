@@ -12,6 +12,7 @@ import torch
 
 from nvmm.batch import ATTENDED, ATTENDED_IMAGE, IMAGE, Batch, MediaKind, Sample, Text, TextMedia
 from nvmm.config.compose import instantiate
+from nvmm.config.tiles import require_tokens
 from nvmm.data.collate import collate
 from nvmm.parallel.setup import Parallel
 
@@ -226,9 +227,7 @@ def _text(
     count, size, per_tile = 0, 0, 0
     if model is not None:
         size = model["vision"]["image_size"]
-        patches = size // model["vision"]["patch_size"]
-        grid = -(-patches // model["connector"].get("downsample", 2))  # an odd grid is padded
-        per_tile = grid * grid
+        per_tile = require_tokens(model["vision"], model["connector"])
         count = int(torch.randint(least_tiles, 4, (), generator=generator))
     placed = {"none": count, "regular": min(count, 1), "all": 0}[attended]
     # 2. Words, with a run of placeholders for each of them, some words apart.

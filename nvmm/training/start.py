@@ -90,7 +90,7 @@ def start(
         check_scores(config, init_from)
         if init_from is not None:
             path = find(init_from)
-            missing = load_weights(path, chunks)
+            missing = load_weights(path, chunks, other_graph=True)
             optimizer.reload_parameters()
             base = BaseCheckpoint.of(path) if adapts else None
             if reference is not None:

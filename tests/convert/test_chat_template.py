@@ -331,6 +331,13 @@ def test_a_moved_import_brings_its_tokenizer(
     to = ["--to", str(tmp_path / "back"), "--format", "qwen2"]
     assert main(["export", "--from", str(tmp_path / "moved"), *to]) == 0
     assert load_file(tmp_path / "back" / "model.safetensors")
+    # A run keeps its tokenizer beside its checkpoints.
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    shutil.copytree(tmp_path / "moved", step)
+    (step / "tokenizer").rename(tmp_path / "run" / "tokenizer")
+    models.write_state(step, state)
+    assert main(["export", "--from", str(step), "--to", str(tmp_path / "of_run"), *to[2:]]) == 0
+    assert (tmp_path / "of_run" / "tokenizer.json").is_file()
     (tmp_path / "moved" / "tokenizer").rename(tmp_path / "elsewhere")
     models.write_state(tmp_path / "moved", state)  # seals the files that are left
     to[1] = str(tmp_path / "again")

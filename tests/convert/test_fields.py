@@ -92,6 +92,8 @@ BASES: dict[str, dict[str, Any]] = {
     "opt": families.OPT | {"max_position_embeddings": 160},
     "clip_vision_model": VISION,
     "siglip_vision_model": VISION | {"vision_use_head": False},
+    "internvl_vision": VISION
+    | {"num_attention_heads": 5, "image_size": [16, 16], "patch_size": [4, 4]},
     "whisper": families._WHISPER,
     "bert": {
         "vocab_size": families.VOCABULARY,
@@ -131,13 +133,13 @@ def theirs(kind: str, raw: dict[str, Any], folder: Path) -> tuple[Tensor, Any]:
     config = transformers.AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    if kind in ("clip_vision_model", "siglip_vision_model"):
+    if kind in ("clip_vision_model", "siglip_vision_model", "internvl_vision"):
         model = transformers.AutoModel.from_config(config)
         oracle.randomize(model)
         pixels = torch.randn(1, 3, 16, 16, generator=generator)
         with torch.no_grad():
             out = model(pixels).last_hidden_state
-        return out[:, 1:] if kind == "clip_vision_model" else out, model
+        return out if kind == "siglip_vision_model" else out[:, 1:], model
     if kind == "bert":
         model = transformers.AutoModel.from_config(config).eval()
         oracle.randomize(model)

@@ -25,7 +25,7 @@ from nvmm.parallel.parameters import initialize, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
 from tests.convert.test_families import TOKENS, imported, logits
-from tools.convert import main
+from tools.convert import WRITTEN, main
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LONG = {k: v for k, v in families.LONG.items() if k != "original_max_position_embeddings"}
@@ -356,6 +356,15 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "nemotron": [{"model_type": "nemotron"}],
     "opt": [{"model_type": "opt"}],
     "internvit": [{"model_type": "intern_vit_6b"}],
+    "internvl": [
+        {
+            "model_type": "internvl",
+            "text_config": {"model_type": kind},
+            "vision_config": {"use_qk_norm": norm},
+        }
+        for kind, norm in (("qwen2", False), ("qwen3", False), ("llama", True))
+    ],
+    "internvl_vision": [{"model_type": "internvl_vision"}],
     "clap": [{"model_type": "clap"}, {"model_type": "clap_audio_model"}],
     "clip": [
         {"model_type": "clip", "vision_config": {"hidden_act": act}}
@@ -409,6 +418,10 @@ def test_every_config_of_the_importer_is_trusted() -> None:
     """Ours are opened without trust_config=true, or whoever imported could not go on."""
     ours = {name for name in FORMATS if not name.startswith("megatron")}
     assert ours == CONFIGS.keys()
+    assert {name for name in ours if hasattr(FORMATS[name], "from_model")} == {
+        *WRITTEN,
+        *("projector", "llava_next"),
+    }
     for name, configs in CONFIGS.items():
         for config in configs:
             require_trusted(FORMATS[name].to_model(config), Path(name))

@@ -254,6 +254,42 @@ def test_backbones_have_the_published_size_and_keys(model: str) -> None:
         assert theirs == transformers_shapes(kind, hf)
 
 
+INTERNVIT_300M = 304_012_288
+"""Patch embedding, class token, 1,025 positions, 24 layers with biases and LayerScale."""
+
+
+def test_internvl3_8b_is_transformers_layout() -> None:
+    """Its parts' sizes, every name of Transformers' class, and every key back under our names."""
+    import transformers
+
+    ours, family = config_of("internvl3_8b"), FORMATS["internvl"]
+    hf = family.from_model(ours)
+    assert family.from_model(completed(ours)) == hf
+    assert mismatches(family.to_model(hf), ours, "config.json", "ours") == []
+    assert hf["text_config"]["vocab_size"] == 151674 and hf["image_seq_length"] == 256
+    constructor = instantiate(ours, _convert_="all")
+    shapes = {name: list(spec.shape) for name, spec in parameters(constructor).items()}
+    there = ToTheirs(Names(shapes), family.table(ours, hf))
+    theirs = {name: list(spec.shape) for name, spec in there.spec.items()}
+    counts = {
+        part: sum(math.prod(shape) for name, shape in theirs.items() if name.startswith(part))
+        for part in ("vision_tower", "multi_modal_projector", "language_model")
+    }
+    assert counts["vision_tower"] == INTERNVIT_300M
+    assert counts["multi_modal_projector"] == 2 * 4096 + 4097 * 3584 + 3585 * 3584
+    assert counts["language_model"] == 7_615_616_512 - 2 * (152064 - 151674) * 3584
+    assert sum(counts.values()) == 7_944_373_760
+    with torch.device("meta"):
+        model = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(**hf))
+    names = {}
+    for name, value in model.state_dict().items():
+        name = name.removeprefix("model.").replace("language_model.", "language_model.model.")
+        names[name.replace("lm_head.", "language_model.lm_head.")] = list(value.shape)
+    assert theirs == names
+    back = ToOurs(Names(theirs), family.table(ours, family.complete(hf, there.spec)))
+    assert {name: list(spec.shape) for name, spec in back.spec.items()} == shapes
+
+
 MM_EMBED = {
     "model_type": "llava_next",
     "architectures": ["NVMMEmbedModel"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nvmm.config import tiles
 from nvmm.config.problem import Problem, View, divisors
 from nvmm.config.signatures import class_attribute
 
@@ -23,18 +24,24 @@ def vision(view: View) -> Iterator[Problem]:
         allowed = f"must be at least model.vision.patch_size={patch}"
         yield Problem("model.vision.image_size", image, allowed)
         return
-    grid, downsample = image // patch, view.integer("model.connector.downsample", 1) or 1
-    if view.get("model.connector.pad_grid") is True:
-        grid = -(-grid // downsample) * downsample
-    if grid % downsample:
-        yield Problem(
-            "model.connector.downsample",
-            downsample,
-            f"must divide the ViT grid ({grid}x{grid}); use one of {divisors(grid)}, or"
-            " model.connector.pad_grid=true",
-        )
-        return
-    per_tile = (grid // downsample) ** 2
+    connector = view.get("model.connector")
+    per_tile: int | None = None
+    named = isinstance(connector, Mapping) and "_target_" in connector
+    if not named or tiles.of_grid(connector):
+        grid, downsample = image // patch, view.integer("model.connector.downsample", 1) or 1
+        if view.get("model.connector.pad_grid") is True:
+            grid = -(-grid // downsample) * downsample
+        if grid % downsample:
+            yield Problem(
+                "model.connector.downsample",
+                downsample,
+                f"must divide the ViT grid ({grid}x{grid}); use one of {divisors(grid)}, or"
+                " model.connector.pad_grid=true",
+            )
+            return
+        per_tile = (grid // downsample) ** 2
+    elif (key := tiles.counts(connector)) is not None:
+        per_tile = view.integer(f"model.connector.{key}")
     length = view.integer("data.sequence_length")
     for split in ("train", "validation"):
         build = f"data.{split}.build"
@@ -42,7 +49,7 @@ def vision(view: View) -> Iterator[Problem]:
         if size is not None and size != image:
             yield Problem(f"{build}.tile_size", size, f"must equal model.vision.image_size={image}")
         tokens = view.integer(f"{build}.tokens_per_tile")
-        if tokens is not None and tokens != per_tile:
+        if None not in (tokens, per_tile) and tokens != per_tile:
             yield Problem(
                 f"{build}.tokens_per_tile",
                 tokens,
@@ -55,18 +62,19 @@ def vision(view: View) -> Iterator[Problem]:
         if least is not None and least > most:
             yield Problem(f"{build}.min_tiles", least, f"must be at most max_tiles={most}")
         thumbnail = most > 1 and view.get(f"{build}.use_thumbnail") is not False
-        tiles = most + thumbnail
+        count = most + thumbnail
         attended = view.get(f"{build}.attended")
-        placed = 0 if attended == "all" else 1 if attended == "regular" else tiles
+        placed = 0 if attended == "all" else 1 if attended == "regular" else count
         tagged = view.get(f"{build}.tags.variant") != "none"
         # A tag has at least one token, and one target must follow the image.
-        needed = placed * per_tile + (placed or tiles) * tagged + 1
+        each = per_tile or tokens or 0  # what only the class knows, the data say
+        needed = placed * each + (placed or count) * tagged + 1
         if length is not None and length < needed:
             yield Problem(
                 "data.sequence_length",
                 length,
-                f"must hold an image of {tiles} tiles ({build}.max_tiles={most}), {placed} of them"
-                f" x {per_tile} tokens, their tags and text: at least {needed}, or fewer tiles",
+                f"must hold an image of {count} tiles ({build}.max_tiles={most}), {placed} of them"
+                f" x {each} tokens, their tags and text: at least {needed}, or fewer tiles",
             )
 
 

@@ -18,6 +18,8 @@ from nvmm.convert.formats import (
     clip,
     decoder,
     internvit,
+    internvl,
+    internvl_vision,
     llama,
     llava,
     llava_next,
@@ -47,6 +49,8 @@ FORMATS: dict[str, ModuleType | reward.Reward] = {
     "nemotron": nemotron,
     "opt": opt,
     "internvit": internvit,
+    "internvl": internvl,
+    internvl_vision.MODEL_TYPE: internvl_vision,
     "clap": clap,
     "clip": clip,
     "siglip": siglip,
@@ -73,6 +77,8 @@ _MODEL_TYPES = {
     "nemotron": "nemotron",
     "opt": "opt",
     "intern_vit_6b": "internvit",
+    "internvl": "internvl",
+    "internvl_vision": "internvl_vision",
     "clap": "clap",
     "clap_audio_model": "clap",
     "clip": "clip",
@@ -178,10 +184,15 @@ def write_folder(
     card: str,
     format_name: str,
     processor: Mapping[str, Any] | None = None,
+    *,
+    replace: bool = False,
 ) -> None:
-    """Write a Hugging Face folder but its weights; config.json, which makes it one, comes last."""
+    """Write a Hugging Face folder but its weights; config.json, which makes it one, comes last.
+
+    replace: whether `processor` counts more than the file that came with the tokenizer.
+    """
     recipe = place_of(folder, format_name, "PROCESSOR") / "preprocessor_config.json"
-    if processor is not None and not recipe.exists():
+    if processor is not None and (replace or not recipe.exists()):
         _write_json(recipe, processor)
     for name, field in weight_folders(format_name).items():
         _write_json(folder / name / "config.json", config[field])
@@ -190,11 +201,17 @@ def write_folder(
 
 
 def write_processor(
-    folder: Path, config: Mapping[str, Any], format_name: str, image_token: str
+    folder: Path,
+    config: Mapping[str, Any],
+    format_name: str,
+    image_token: str,
+    *,
+    replace: bool = False,
 ) -> None:
     """Write processor_config.json for a format whose class of Transformers reads one."""
     content = getattr(FORMATS[format_name], "processor_config", None)
-    if content is not None and not (folder / "processor_config.json").exists():
+    there = (folder / "processor_config.json").exists()
+    if content is not None and (replace or not there):
         _write_json(folder / "processor_config.json", content(config, image_token))
 
 
