@@ -132,6 +132,10 @@ BESIDE: dict[str, dict[str, Any]] = {
     "build.use_thumbnail": {"data.train.build.max_tiles": 2, "data.validation.build.max_tiles": 2},
     "cross_attention.offset": {"model.cross_attention.interval": 2},
     "cross_attention.activation_func": {"model.cross_attention.ffn_hidden_size": 64},
+    "position_offset": {
+        "model.position_embedding_type": "learned_absolute",
+        "model.language.position_embedding_type": "learned_absolute",
+    },
     "data.window": {"data.pack": True},
     "sft_per_token": {"objective.sft_weight": 0.1},
     "precision.grad_reduce_in_fp32": {"precision.dtype": "bf16"},
