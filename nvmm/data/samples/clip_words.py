@@ -10,10 +10,11 @@ from nvmm.data.samples.augmentation import Augmentations, draw
 from nvmm.data.samples.record import Record
 
 Interleaved = Literal["similar", "random"]
+"""How earlier clips were chosen: they sound like the one that is asked about, or were drawn."""
 
 
-class Template(Protocol):
-    """The texts in front of clips, and how those of records are written (`ListeningTemplate`)."""
+class Sentences(Protocol):
+    """What `written_words` reads of a `ListeningTemplate`."""
 
     @property
     def few_shot(self) -> str: ...
@@ -22,9 +23,6 @@ class Template(Protocol):
     def task(self) -> str: ...
 
     def written(self, text: str) -> str: ...
-
-
-"""How earlier clips were chosen: they sound like the one that is asked about, or were drawn."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Clip:
 class Wording:
     """How the texts of a record are written; see `SoundBuilder`."""
 
-    template: Template
+    template: Sentences
     augmentations: Augmentations
     task_probability: float
 
@@ -94,7 +92,7 @@ def written_words(
     return Words(_few_shot(record, template), _task(record, wording, suffix is not None), written)
 
 
-def _few_shot(record: Record, template: Template) -> str:
+def _few_shot(record: Record, template: Sentences) -> str:
     chosen = record.get("interleaved")
     if chosen is None:
         return ""
