@@ -1,0 +1,260 @@
+"""tools/ablate_interleaved.py: its data, its arms differ in their choice alone, and it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from nvmm import studies
+from nvmm.config.check import check, to_plain
+from nvmm.config.compose import argument, composed
+from nvmm.data.prepare import vila_demo
+from nvmm.data.prepare.number_words import LANGUAGES
+from nvmm.data.prepare.wordnet import fetch, read_nouns
+from tests.tools.demo_script import ROOT, run_script
+from tools import ablate_interleaved as study
+
+RUNS = Path("runs/x")
+AMOUNTS = dict(
+    text=30, validation=4, numbers=30, captions=40, documents=20, questions=60, words=30
+) | dict(shots=40, test=60)
+
+
+def nouns(path: Path, count: int = 40) -> Path:
+    """Write a data.noun of so many synsets: thing0 is the first word of the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["  1 This is the licence.\n"]
+    for number in range(count):
+        words = f"thing{number} 0 other_thing{number} 0"
+        gloss = f'a thing of kind {number}; "its example"'
+        lines.append(f"{number:08d} 03 n 02 {words} 001 @ 00000001 n 0000 | {gloss}\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data as the experiments read them, in small."""
+    folder = tmp_path_factory.mktemp("vila_demo")
+    amounts = vila_demo.Amounts(**AMOUNTS)
+    source = nouns(folder / "data.noun")
+    assert vila_demo.build(folder / study.DATA, source, amounts)
+    assert not vila_demo.build(folder / study.DATA, source, amounts)
+    return folder
+
+
+def records(
+    data: Path, part: str, split: str = "train"
+) -> list[tuple[dict[str, Any], list[bytes]]]:
+    """The records of a part with their pictures."""
+    paths = [str(path) for path in sorted((data / study.DATA / part).glob(f"{split}-*.tar"))]
+    found = []
+    for sample in webdataset.WebDataset(paths, shardshuffle=False):
+        pictures = [value for name, value in sample.items() if name.endswith("png")]
+        found.append((json.loads(sample["json"]), pictures))
+    return found
+
+
+def test_nouns_are_read_with_their_words_and_definitions(tmp_path: Path) -> None:
+    target = nouns(tmp_path / "wordnet/usr/share/wordnet/data.noun", count=2)
+    assert fetch(tmp_path) == target
+    first, second = read_nouns(target)
+    assert first.words == "thing0, other thing0" and first.gloss == "a thing of kind 0"
+    assert second.parents == ("00000001",)
+
+
+def test_documents_and_pairs_are_the_same_pictures_and_sentences(data: Path) -> None:
+    documents, pairs = records(data, "documents"), records(data, "pairs")
+    assert len(documents) == 20 and {len(p) for _, p in documents} <= {2, 3, 4, 5, 6}
+    singly = [
+        (sentence, picture)
+        for record, pictures in documents
+        for sentence, picture in zip(record["text_list"], pictures, strict=True)
+    ]
+    assert [(record["caption"], picture) for record, [picture] in pairs] == singly
+    for record, _ in documents:
+        said = {
+            name
+            for name, language in LANGUAGES.items()
+            if all(s in map(language.say, range(10)) for s in record["text_list"])
+        }
+        assert said, "a document is of one language"
+
+
+def test_what_is_held_out_is_in_no_training_data(data: Path) -> None:
+    asked = records(data, "questions")
+    spanish = LANGUAGES[vila_demo.HELD_OUT].question
+    assert spanish not in {record["question"] for record, _ in asked}
+    shots, test = (records(data, "benchmark", name) for name in ("shots", "test"))
+    for some in (shots, test):
+        kinds = [(record["kind"], record["question"] == spanish) for record, _ in some]
+        assert set(kinds) == {("seen", False), ("unseen", True)}
+        assert abs(sum(unseen for _, unseen in kinds) - len(kinds) / 2) < len(kinds) / 4
+    trained = {
+        p
+        for part in ("documents", "captions", "questions")
+        for _, ps in records(data, part)
+        for p in ps
+    }
+    assert not {p for _, ps in test for p in ps} & (trained | {p for _, ps in shots for p in ps})
+    hidden = {
+        line.partition(",")[0]
+        for r, _ in records(data, "text", "validation")
+        for line in r["text"].split("\n")
+    }
+    known = {
+        line.partition(",")[0] for r, _ in records(data, "text") for line in r["text"].split("\n")
+    }
+    words = {
+        r["question"].removeprefix("What is the meaning of ").removesuffix("?")
+        for r, _ in records(data, "words")
+    }
+    assert (
+        len(hidden) == 8
+        and not hidden & (known | words)
+        and words <= {f"thing{n}" for n in range(40)}
+    )
+
+
+def test_every_stage_reads_its_data(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples of each experiment are built, and say what they should."""
+    from hydra.utils import instantiate
+
+    monkeypatch.chdir(data)
+    texts = {}
+    for name in ("text", "align", "pairs", "interleaved", "sft", "sft_text"):
+        start = [] if name == "text" else ["init_from=x"]
+        config = to_plain(composed("train", [f"experiment=vila_demo/{name}", *start]))
+        tokenizer = instantiate(config["tokenizer"], _convert_="all")
+        made = instantiate(config["data"], _convert_="all")(tokenizer=tokenizer)
+        for component in made.components:
+            assert all(len(component.dataset[n].text.tokens) <= 256 for n in range(20))
+            tokens = component.dataset[0].text.tokens.tolist()
+            texts[name, component.name] = tokenizer.decode(tokens)
+    of = {key: text.count("<image>") for key, text in texts.items()}
+    # The last token is that of the end of text; a picture has 4.
+    assert of["interleaved", "train"] in (8, 12, 16, 20, 24)
+    assert of["pairs", "train"] == of["align", "train"] == of["sft_text", "visual"] == 4
+    assert "USER:" in texts["sft_text", "words"] and "<image>" not in texts["sft_text", "words"]
+    assert texts["sft", "train"] == texts["sft_text", "visual"]
+
+
+def plan(steps: int = 77) -> dict[tuple[str, int], studies.Variant]:
+    made = study.plan(RUNS, [5, 6], study.Steps(*[steps] * 4))
+    return {(variant.name, variant.seed): variant for variant in made}
+
+
+def configs(variant: studies.Variant, kind: str) -> list[dict[str, Any]]:
+    """The checked configs of a variant's commands `python -m nvmm.KIND`, without their places."""
+    entry: Any = {} if kind == "train" else {"entry": kind, "world_size": 1}
+    found = []
+    for command in variant.commands:
+        if command.arguments[3] == f"nvmm.{kind}":
+            config = composed(kind, [argument(text) for text in command.arguments[4:]])
+            assert check(config, **entry) == [], command.folder
+            found.append(to_plain(config))
+    return found
+
+
+def test_arms_differ_in_their_choice_alone() -> None:
+    made = plan()
+    assert len(made) == 16 and len(study.ARMS) == 8
+    stages = {name: configs(made[name, 5], "train") for name in study.ARMS}
+    for name, (text, align, first, last) in stages.items():
+        corpus, decoder, blend = name.split("-")
+        other = stages["pairs-frozen-visual"]
+        assert [text, align] == other[:2], "the start is shared"
+        assert text["seed"] == align["seed"] == study.SEED and first["seed"] == last["seed"] == 5
+        assert align["optim"]["freeze"] == ["language.*"]
+        assert first["optim"].pop("freeze") == (
+            ["vision.*"] if decoder == "trained" else ["vision.*", "language.*"]
+        )
+        assert (
+            first["data"]["train"].pop("shards")
+            == {
+                "pairs": "data/vila_demo/pairs/train-*.tar",
+                "interleaved": "data/vila_demo/documents/train-*.tar",
+            }[corpus]
+        )
+        pictures = first["trainer"].pop("global_batch_size")
+        assert pictures * sum(vila_demo.PICTURES) / 2 == 64 or (corpus, pictures) == ("pairs", 64)
+        assert last["optim"]["freeze"] == ["vision.*"]
+        samples = last["trainer"].pop("global_batch_size")
+        assert (samples, last["data"].pop("blend") is None) == (
+            (32, True) if blend == "visual" else (64, False)
+        )
+        last["data"]["train"].pop("shards")
+        for config in (first, last):
+            config["trainer"].pop("micro_batch_size")
+            config.pop("run"), config.pop("init_from")
+        assert all(s["trainer"]["validation_interval"] == 77 for s in (text, align, first, last))
+    for first, last in (each[2:] for each in stages.values()):
+        assert first == other[2] and last == other[3]
+
+
+def test_each_command_reads_what_is_made_before_it() -> None:
+    folders = set()
+    for (name, seed), variant in plan().items():
+        before: set[str] = set()
+        for command in variant.commands:
+            own = ("output=", "run.dir=")
+            words = [t for t in command.arguments if str(RUNS) in t and not t.startswith(own)]
+            assert {text.partition("=")[2] for text in words} <= before, command.folder
+            before.add(str(command.folder))
+        folders |= before
+        zero, four = configs(variant, "evaluate")
+        assert (zero["benchmark"].pop("shots"), four["benchmark"].pop("shots")) == study.SHOTS
+        assert zero["benchmark"] == four["benchmark"] and zero["output"] != four["output"]
+        assert zero["checkpoint"] == four["checkpoint"] == str(study.run_folder(RUNS, seed, name))
+    assert len(folders) == 2 + 2 * (4 + 3 * 8)
+
+
+def test_tables_have_every_number() -> None:
+    def seed(name: str, plus: float) -> dict[str, float]:
+        value = 0.1 * study.ARMS[name].name.count("interleaved") + plus
+        kinds = {f"{s} {k}": value for s in study.SHOTS for k in ("seen", "unseen")}
+        text = 3.0 - 0.5 * name.endswith("blended")
+        return kinds | {"0": value, "4": value + 0.2, "text": text, "0 questions": 60}
+
+    results = {name: [seed(name, 0.3), seed(name, 0.5)] for name in study.ARMS}
+    arms, effects, losses, paper = study.tables(results, {"text": [4.0]})
+    assert arms.rows[0] == (
+        "pairs-frozen-visual",
+        ["0.400 ± 0.141", "0.600 ± 0.141", "3.000 ± 0.000", *["0.400 ± 0.141"] * 4],
+    )
+    assert [name for name, _ in effects.rows] == [
+        *("interleaved - pairs", "trained - frozen", "blended - visual")
+    ]
+    assert effects.rows[0][1][:3] == ["0.100 ± 0.000", "0.100 ± 0.000", "0.000 ± 0.000"]
+    assert effects.rows[2][1][:3] == ["0.000 ± 0.000", "0.000 ± 0.000", "-0.500 ± 0.000"]
+    assert losses.rows == [("text", ["4.000"])]
+    assert paper.rows[2] == ("interleaved (MMC4), frozen, visual", ["66.8", "57.6", "-"])
+
+
+@pytest.mark.slow
+def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
+    """Few steps of one seed on small data; a second call runs nothing."""
+    nouns(tmp_path / study.DATA / "wordnet/usr/share/wordnet/data.noun")
+    script = tmp_path / "small.py"
+    script.write_text(
+        "from nvmm.data.prepare import vila_demo\n"
+        f"small = vila_demo.Amounts(**{AMOUNTS | {'test': 12}})\n"
+        "build = vila_demo.build\n"
+        "vila_demo.build = lambda folder, nouns: build(folder, nouns, small)\n"
+        "from tools import ablate_interleaved\n"
+        "ablate_interleaved.main()\n"
+    )
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    options = [*(f"--{name}-steps=2" for name in vars(study.Steps())), "--seeds=1", "--to=runs"]
+
+    assert run_script(script, options, tmp_path).count("attempt 1") == 2 + 4 + 3 * 8
+    results = json.loads((tmp_path / "runs/results.json").read_text())["results"]
+    assert set(results["arms"]) == set(study.ARMS)
+    assert results["arms"]["pairs-frozen-visual"][0]["4 questions"] == 12
+    assert results["text_loss"]["pairs-frozen"][0] > 0
+    assert "Answers behind 4 examples" in (tmp_path / "runs/report.html").read_text()
+    assert "attempt" not in run_script(script, options, tmp_path)
