@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,9 @@ def test_every_stage_reads_its_data(data: Path, monkeypatch: pytest.MonkeyPatch)
     from hydra.utils import instantiate
 
     monkeypatch.chdir(data)
-    texts = {}
+    texts: dict[tuple[str, str], str] = {}
+    pictures = {}
+    image = vila_demo.SPECIAL_TOKENS.index("<image>")
     for name in ("text", "align", "pairs", "interleaved", "sft", "sft_text"):
         start = [] if name == "text" else ["init_from=x"]
         config = to_plain(composed("train", [f"experiment=vila_demo/{name}", *start]))
@@ -134,12 +137,15 @@ def test_every_stage_reads_its_data(data: Path, monkeypatch: pytest.MonkeyPatch)
         for component in made.components:
             assert all(len(component.dataset[n].text.tokens) <= 256 for n in range(20))
             tokens = component.dataset[0].text.tokens.tolist()
-            texts[name, component.name] = tokenizer.decode(tokens)
-    of = {key: text.count("<image>") for key, text in texts.items()}
-    # The last token is that of the end of text; a picture has 4.
-    assert of["interleaved", "train"] in (8, 12, 16, 20, 24)
-    assert of["pairs", "train"] == of["align", "train"] == of["sft_text", "visual"] == 4
-    assert "USER:" in texts["sft_text", "words"] and "<image>" not in texts["sft_text", "words"]
+            place = (name, component.name)
+            texts[place], pictures[place] = tokenizer.decode(tokens), tokens.count(image)
+    assert pictures["interleaved", "train"] in (8, 12, 16, 20, 24), "4 tokens a picture"
+    single = [("pairs", "train"), ("align", "train"), ("sft", "train"), ("sft_text", "visual")]
+    assert {pictures[place] for place in single} == {4}
+    assert {pictures[place] for place in texts if place[1] in ("glosses", "numbers", "words")} == {
+        0
+    }
+    assert "USER: What is the meaning of" in texts["sft_text", "words"]
     assert texts["sft", "train"] == texts["sft_text", "visual"]
 
 
@@ -148,16 +154,20 @@ def plan(steps: int = 77) -> dict[tuple[str, int], studies.Variant]:
     return {(variant.name, variant.seed): variant for variant in made}
 
 
-def configs(variant: studies.Variant, kind: str) -> list[dict[str, Any]]:
-    """The checked configs of a variant's commands `python -m nvmm.KIND`, without their places."""
+@functools.cache
+def checked(arguments: tuple[str, ...]) -> str:
+    """The checked config of a command's arguments, as JSON, for no one to change another's."""
+    kind = arguments[3].removeprefix("nvmm.")
     entry: Any = {} if kind == "train" else {"entry": kind, "world_size": 1}
-    found = []
-    for command in variant.commands:
-        if command.arguments[3] == f"nvmm.{kind}":
-            config = composed(kind, [argument(text) for text in command.arguments[4:]])
-            assert check(config, **entry) == [], command.folder
-            found.append(to_plain(config))
-    return found
+    config = composed(kind, [argument(text) for text in arguments[4:]])
+    assert check(config, **entry) == [], arguments
+    return json.dumps(to_plain(config))
+
+
+def configs(variant: studies.Variant, kind: str) -> list[dict[str, Any]]:
+    """The configs of a variant's commands `python -m nvmm.KIND`."""
+    wanted = [each for each in variant.commands if each.arguments[3] == f"nvmm.{kind}"]
+    return [json.loads(checked(each.arguments)) for each in wanted]
 
 
 def test_arms_differ_in_their_choice_alone() -> None:
@@ -206,11 +216,12 @@ def test_each_command_reads_what_is_made_before_it() -> None:
             assert {text.partition("=")[2] for text in words} <= before, command.folder
             before.add(str(command.folder))
         folders |= before
-        zero, four = configs(variant, "evaluate")
-        assert (zero["benchmark"].pop("shots"), four["benchmark"].pop("shots")) == study.SHOTS
-        assert zero["benchmark"] == four["benchmark"] and zero["output"] != four["output"]
-        assert zero["checkpoint"] == four["checkpoint"] == str(study.run_folder(RUNS, seed, name))
+        zero, four = (set(command.arguments) for command in variant.commands[-2:])
+        assert f"checkpoint={study.run_folder(RUNS, seed, name)}" in zero & four
+        assert len(zero - four) == len(four - zero) == 2, "shots and output"
     assert len(folders) == 2 + 2 * (4 + 3 * 8)
+    zero, four = configs(plan()["pairs-frozen-visual", 5], "evaluate")
+    assert (zero["benchmark"]["shots"], four["benchmark"]["shots"]) == study.SHOTS
 
 
 def test_tables_have_every_number() -> None:
