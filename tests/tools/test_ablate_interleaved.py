@@ -88,11 +88,11 @@ def test_documents_and_pairs_are_the_same_pictures_and_sentences(data: Path) -> 
 
 def test_what_is_held_out_is_in_no_training_data(data: Path) -> None:
     asked = records(data, "questions")
-    spanish = LANGUAGES[vila_demo.HELD_OUT].question
-    assert spanish not in {record["question"] for record, _ in asked}
+    hidden_question = LANGUAGES[vila_demo.HELD_OUT].question
+    assert hidden_question not in {record["question"] for record, _ in asked}
     shots, test = (records(data, "benchmark", name) for name in ("shots", "test"))
     for some in (shots, test):
-        kinds = [(record["kind"], record["question"] == spanish) for record, _ in some]
+        kinds = [(record["kind"], record["question"] == hidden_question) for record, _ in some]
         assert set(kinds) == {("seen", False), ("unseen", True)}
         assert abs(sum(unseen for _, unseen in kinds) - len(kinds) / 2) < len(kinds) / 4
     trained = {
