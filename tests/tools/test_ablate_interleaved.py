@@ -20,6 +20,7 @@ from tests.tools.demo_script import ROOT, run_script
 from tools import ablate_interleaved as study
 
 RUNS = Path("runs/x")
+OPPOSITE = ["pairs-frozen-visual", "interleaved-trained-blended"]
 AMOUNTS = dict(
     text=30, validation=4, numbers=30, captions=40, documents=20, questions=60, words=30
 ) | dict(shots=40, test=60)
@@ -154,74 +155,78 @@ def plan(steps: int = 77) -> dict[tuple[str, int], studies.Variant]:
     return {(variant.name, variant.seed): variant for variant in made}
 
 
-@functools.cache
-def checked(arguments: tuple[str, ...]) -> str:
-    """The checked config of a command's arguments, as JSON, for no one to change another's."""
-    kind = arguments[3].removeprefix("nvmm.")
+def config(command: studies.Command) -> dict[str, Any]:
+    """The checked config of a command `python -m nvmm.KIND`."""
+    kind = command.arguments[3].removeprefix("nvmm.")
     entry: Any = {} if kind == "train" else {"entry": kind, "world_size": 1}
-    config = composed(kind, [argument(text) for text in arguments[4:]])
-    assert check(config, **entry) == [], arguments
-    return json.dumps(to_plain(config))
+    found = composed(kind, [argument(text) for text in command.arguments[4:]])
+    assert check(found, **entry) == [], command.folder
+    return to_plain(found)
 
 
-def configs(variant: studies.Variant, kind: str) -> list[dict[str, Any]]:
-    """The configs of a variant's commands `python -m nvmm.KIND`."""
-    wanted = [each for each in variant.commands if each.arguments[3] == f"nvmm.{kind}"]
-    return [json.loads(checked(each.arguments)) for each in wanted]
+def test_two_opposite_arms_differ_in_the_choices_alone() -> None:
+    made = plan()
+    first, last = ([config(c) for c in made[name, 5].commands[2:4]] for name in OPPOSITE)
+    differences: dict[str, list[Any]] = {}
+    for stage, one, other in zip(("stage 1", "stage 2"), first, last, strict=True):
+        for each in (one, other):
+            del each["run"], each["init_from"], each["trainer"]["micro_batch_size"]
+        for place in (
+            "data.train.shards",
+            "data.blend",
+            "optim.freeze",
+            "trainer.global_batch_size",
+        ):
+            pair = []
+            for each in (one, other):
+                *above, key = place.split(".")
+                pair.append(functools.reduce(dict.__getitem__, above, each).pop(key))
+            differences[f"{stage} {place}"] = pair
+        assert one == other and one["seed"] == 5
+        assert one["trainer"]["validation_interval"] == 77
+    pictures, documents = differences["stage 1 trainer.global_batch_size"]
+    assert pictures == documents * sum(vila_demo.PICTURES) / 2, "as many pictures a step"
+    assert differences["stage 1 optim.freeze"] == [["vision.*", "language.*"], ["vision.*"]]
+    assert differences["stage 1 data.train.shards"] == [
+        f"{study.DATA}/{part}/train-*.tar" for part in ("pairs", "documents")
+    ]
+    assert differences["stage 1 data.blend"] == [None, None]
+    visual, blended = differences["stage 2 trainer.global_batch_size"]
+    assert blended == 2 * visual, "as many questions about pictures a step"
+    assert differences["stage 2 optim.freeze"] == [["vision.*"]] * 2
+    assert differences["stage 2 data.blend"][0] is None
+    assert [part["weight"] for part in differences["stage 2 data.blend"][1]] == [1, 1]
 
 
-def test_arms_differ_in_their_choice_alone() -> None:
+def test_arms_share_the_start_and_read_what_is_made_before() -> None:
     made = plan()
     assert len(made) == 16 and len(study.ARMS) == 8
-    stages = {name: configs(made[name, 5], "train") for name in study.ARMS}
-    for name, (text, align, first, last) in stages.items():
-        corpus, decoder, blend = name.split("-")
-        other = stages["pairs-frozen-visual"]
-        assert [text, align] == other[:2], "the start is shared"
-        assert text["seed"] == align["seed"] == study.SEED and first["seed"] == last["seed"] == 5
-        assert align["optim"]["freeze"] == ["language.*"]
-        assert first["optim"].pop("freeze") == (
-            ["vision.*"] if decoder == "trained" else ["vision.*", "language.*"]
-        )
-        assert (
-            first["data"]["train"].pop("shards")
-            == {
-                "pairs": "data/vila_demo/pairs/train-*.tar",
-                "interleaved": "data/vila_demo/documents/train-*.tar",
-            }[corpus]
-        )
-        pictures = first["trainer"].pop("global_batch_size")
-        assert pictures * sum(vila_demo.PICTURES) / 2 == 64 or (corpus, pictures) == ("pairs", 64)
-        assert last["optim"]["freeze"] == ["vision.*"]
-        samples = last["trainer"].pop("global_batch_size")
-        assert (samples, last["data"].pop("blend") is None) == (
-            (32, True) if blend == "visual" else (64, False)
-        )
-        last["data"]["train"].pop("shards")
-        for config in (first, last):
-            config["trainer"].pop("micro_batch_size")
-            config.pop("run"), config.pop("init_from")
-        assert all(s["trainer"]["validation_interval"] == 77 for s in (text, align, first, last))
-    for first, last in (each[2:] for each in stages.values()):
-        assert first == other[2] and last == other[3]
-
-
-def test_each_command_reads_what_is_made_before_it() -> None:
     folders = set()
-    for (name, seed), variant in plan().items():
+    for (name, seed), variant in made.items():
+        corpus, decoder, blend = name.split("-")
+        commands = variant.commands
         before: set[str] = set()
-        for command in variant.commands:
+        for command in commands:
             own = ("output=", "run.dir=")
             words = [t for t in command.arguments if str(RUNS) in t and not t.startswith(own)]
             assert {text.partition("=")[2] for text in words} <= before, command.folder
             before.add(str(command.folder))
         folders |= before
-        zero, four = (set(command.arguments) for command in variant.commands[-2:])
+        shared = made["pairs-frozen-visual", 5].commands[:2]
+        assert [c.arguments for c in commands[:2]] == [c.arguments for c in shared]
+        first, last, zero, four = (set(command.arguments) for command in commands[2:])
+        assert f"experiment=vila_demo/{corpus}" in first and {f"seed={seed}"} <= first & last
+        assert ("optim.freeze=[vision.*,language.*]" in first) == (decoder == "frozen")
+        assert f"experiment=vila_demo/{'sft' if blend == 'visual' else 'sft_text'}" in last
         assert f"checkpoint={study.run_folder(RUNS, seed, name)}" in zero & four
         assert len(zero - four) == len(four - zero) == 2, "shots and output"
     assert len(folders) == 2 + 2 * (4 + 3 * 8)
-    zero, four = configs(plan()["pairs-frozen-visual", 5], "evaluate")
-    assert (zero["benchmark"]["shots"], four["benchmark"]["shots"]) == study.SHOTS
+    start = [config(command) for command in shared]
+    assert [each["optim"]["freeze"] for each in start] == [
+        *(["vision.*", "connector.*"], ["language.*"])
+    ]
+    evaluations = [config(c) for c in made["pairs-frozen-visual", 5].commands[-2:]]
+    assert tuple(each["benchmark"]["shots"] for each in evaluations) == study.SHOTS
 
 
 def test_tables_have_every_number() -> None:
@@ -248,7 +253,7 @@ def test_tables_have_every_number() -> None:
 
 @pytest.mark.slow
 def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
-    """Few steps of one seed on small data; a second call runs nothing."""
+    """Two opposite arms, few steps of one seed on small data; a second call runs nothing."""
     nouns(tmp_path / study.DATA / "wordnet/usr/share/wordnet/data.noun")
     script = tmp_path / "small.py"
     script.write_text(
@@ -256,15 +261,16 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
         f"small = vila_demo.Amounts(**{AMOUNTS | {'test': 12}})\n"
         "build = vila_demo.build\n"
         "vila_demo.build = lambda folder, nouns: build(folder, nouns, small)\n"
-        "from tools import ablate_interleaved\n"
-        "ablate_interleaved.main()\n"
+        "from tools import ablate_interleaved as study\n"
+        f"study.ARMS = {{name: study.ARMS[name] for name in {OPPOSITE}}}\n"
+        "study.main()\n"
     )
     (tmp_path / "tools").symlink_to(ROOT / "tools")
-    options = [*(f"--{name}-steps=2" for name in vars(study.Steps())), "--seeds=1", "--to=runs"]
+    options = [*(f"--{name}-steps=20" for name in vars(study.Steps())), "--seeds=1", "--to=runs"]
 
-    assert run_script(script, options, tmp_path).count("attempt 1") == 2 + 4 + 3 * 8
+    assert run_script(script, options, tmp_path).count("attempt 1") == 2 + 2 * 4
     results = json.loads((tmp_path / "runs/results.json").read_text())["results"]
-    assert set(results["arms"]) == set(study.ARMS)
+    assert list(results["arms"]) == OPPOSITE
     assert results["arms"]["pairs-frozen-visual"][0]["4 questions"] == 12
     assert results["text_loss"]["pairs-frozen"][0] > 0
     assert "Answers behind 4 examples" in (tmp_path / "runs/report.html").read_text()
