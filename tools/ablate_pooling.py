@@ -15,15 +15,14 @@ import copy
 import json
 import random
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nvmm.data.prepare import retrieval_sets
+from nvmm.data.prepare.wordnet import Synset, fetch, read_nouns
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
 from nvmm.proof.ranks import run_ranks
@@ -33,47 +32,6 @@ INSTRUCTION = "Given a definition, find the words that it defines"
 NUM_QUERIES = 500
 NUM_DOCUMENTS = 3000
 NUM_NEGATIVES = 2
-
-
-@dataclass(frozen=True)
-class Synset:
-    """A noun's synset: its words, joined; its definition; offsets of its hypernyms."""
-
-    offset: str
-    words: str
-    gloss: str
-    parents: tuple[str, ...]
-
-
-def read_nouns(path: Path) -> list[Synset]:
-    """Read WordNet's data.noun, whose format is wndb(5WN)."""
-    synsets = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(" "):
-            continue  # The licence is indented.
-        fields, _, gloss = line.partition(" | ")
-        parts = fields.split(" ")
-        count = int(parts[3], 16)
-        words = [word.replace("_", " ") for word in parts[4 : 4 + 2 * count : 2]]
-        pointers = parts[5 + 2 * count :]
-        parents = [
-            pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i")
-        ]
-        definition = gloss.partition('; "')[0].strip()
-        synsets.append(Synset(parts[0], ", ".join(words), definition, tuple(parents)))
-    return synsets
-
-
-def fetch(folder: Path) -> Path:
-    """Return the path of wordnet-base's data.noun, downloaded once."""
-    target = folder / "wordnet" / "usr" / "share" / "wordnet" / "data.noun"
-    if not target.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not list(folder.glob("wordnet-base_*.deb")):
-            subprocess.run(["apt-get", "download", "wordnet-base"], cwd=folder, check=True)
-        [package] = folder.glob("wordnet-base_*.deb")
-        subprocess.run(["dpkg-deb", "-x", package.name, "wordnet"], cwd=folder, check=True)
-    return target
 
 
 def build(folder: Path, synsets: list[Synset]) -> None:
