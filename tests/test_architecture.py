@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         *("batch", "checkpoint", "config.compose", "config.nested", "data.collate", "parallel"),
         "training",
     },
-    "evaluation": {"batch", "config.nested", "data", "inference", "io"},
+    "evaluation": {"batch", "config.choices", "config.nested", "data", "inference", "io"},
     "jobs": {
         *("batch", "checkpoint", "config.choices", "config.nested", "data", "evaluation"),
         *("inference", "io"),

@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("--split", choices=("train", "validation"), default="train")
     parser.add_argument("--all", action="store_true", help="list every position")
     parser.add_argument("--no-color", action="store_true", help="[[brackets]] instead of colours")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with images")
+    parser.add_argument(
+        "--html", metavar="FILE", type=Path, help="also write a page with images and sounds"
+    )
     options, overrides = parser.parse_known_args()
     chosen = [text.removeprefix("sample=") for text in overrides if text.startswith("sample=")]
     overrides = [text for text in overrides if not text.startswith("sample=")]
@@ -68,6 +70,10 @@ def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace
         raise ValueError("data.validation is null")
     read = data.sample if options.split == "train" else data.validation.__getitem__
     samples = [read(number) for number in numbers]
+    located = [
+        data.located(number) if options.split == "train" else (data.validation, number)
+        for number in numbers
+    ]
     parallel = instantiate(config["parallel"], _convert_="all")
     batch = collate(
         samples,
@@ -86,9 +92,31 @@ def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace
     print(to_text(batch, found, color=not options.no_color, every=options.all))
     if options.html is not None:
         title = f"{config['run']['name']}, samples {', '.join(map(str, numbers))}"
-        options.html.write_text(to_html(batch, found, title), encoding="utf-8")
+        page = to_html(batch, found, title, sounds_of(samples, located))
+        options.html.write_text(page, encoding="utf-8")
         print(f"\n{options.html}")
     return 0
+
+
+def sounds_of(samples: list[Any], located: list[tuple[Any, int]]) -> Any:
+    """Return what is heard of these samples, of data sets and numbers; None without sounds."""
+    from nvmm.data.samples.drawn_sounds import wav
+    from nvmm.data.samples.listening import SoundBuilder
+    from nvmm.report.batch import Sounds
+
+    players: dict[int, list[bytes]] = {}
+    front = None
+    for sample, (dataset, number) in zip(samples, located, strict=True):
+        builder = dataset.build
+        if not isinstance(builder, SoundBuilder):
+            continue
+        front = builder.front_end
+        sounds = [wav(heard, front.rate) for heard in builder.heard(dataset.members(number))]
+        # A sample that was too long has lost some, and says how many it has.
+        kept = 1 + max((int(m.items.max()) for m in sample.text.media.values()), default=-1)
+        first = getattr(builder, "too_long", "first") == "first"
+        players[sample.sample_id] = sounds[len(sounds) - kept :] if first else sounds[:kept]
+    return None if front is None else Sounds(front.hop_samples / front.frame_hop, players)
 
 
 if __name__ == "__main__":

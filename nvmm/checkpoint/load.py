@@ -95,33 +95,41 @@ def load(
     return state
 
 
-def load_weights(path: Path, models: Sequence[Module], base: Path | None = None) -> list[str]:
+def load_weights(
+    path: Path, models: Sequence[Module], base: Path | None = None, *, part: bool = False
+) -> list[str]:
     """Load the weights a checkpoint has in common with the model, into unwrapped chunks.
 
     A LoRA checkpoint's base is loaded before it; `base` is where that lies if it has moved.
     Collective. Call `Optimizer.reload_parameters` afterwards if there is an optimizer. Returns
     the model's global names that are missing in the checkpoint; what only the checkpoint has is
-    logged. Raises ValueError naming both shapes when they differ, when nothing is in common, and
-    when it has adapters that the model has not, DamagedError when its files are not those that were
-    saved.
+    logged, unless the model is meant to be a part of it (`part`). Raises ValueError naming both
+    shapes when they differ, when nothing is in common, and when it has adapters that the model has
+    not, DamagedError when its files are not those that were saved.
     """
     path = Path(path)
     base_checkpoint = BaseCheckpoint.saved(read_state(path))
     missing_in_base = None
     if base_checkpoint is not None:
-        missing_in_base = set(load_weights(Path(base_checkpoint.located(base).path), models))
+        located = Path(base_checkpoint.located(base).path)
+        missing_in_base = set(load_weights(located, models, part=part))
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
     contents = Contents.open(path)
     missing, unexpected = _compare(path, contents.metadata, weights)
-    if any(name.endswith(".lora_a") for name in unexpected):
+    adapters = [name for name in unexpected if name.endswith(".lora_a")]
+    if part:
+        adapters = [n for n in adapters if f"{n.removesuffix('.lora_a')}.weight" in weights]
+    if adapters:
         raise ValueError(
             f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
             " with, or put them into the weights with tools/convert.py merge"
         )
     if len(missing) == len(weights):
+        if part and missing_in_base is not None:
+            return sorted(missing_in_base)  # A LoRA run left the whole part to its base.
         raise ValueError(f"{path} has no weight of this model; it has {unexpected[:3]} ...")
-    if unexpected and dist.get_rank() == 0:
+    if unexpected and not part and dist.get_rank() == 0:
         log.warning("%s has weights this model does not have: %s", path, ", ".join(unexpected))
     absent = set(missing)
     _load_models(models, _load_sharded(without(model_state, absent), contents))

@@ -109,13 +109,17 @@ class Data:
 
     def sample(self, sample_id: int) -> Sample:
         """Return one training sample by its id."""
+        dataset, number = self.located(sample_id)
+        return dataclasses.replace(dataset[number], sample_id=sample_id)
+
+    def located(self, sample_id: int) -> tuple[Dataset, int]:
+        """Return the data set of a training sample, and its number there."""
         ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
         if ordinal >= len(self.components):
             raise IndexError(
                 f"sample {sample_id} is of dataset {ordinal} of {len(self.components)}"
             )
-        sample = self.components[ordinal].dataset[number]
-        return dataclasses.replace(sample, sample_id=sample_id)
+        return self.components[ordinal].dataset, number
 
     def count_lengths(self) -> dict[str, str]:
         """Count the tokens of all training samples, where that was not done yet.

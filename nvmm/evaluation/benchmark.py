@@ -7,18 +7,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from nvmm.config.choices import require
 from nvmm.config.nested import merged
-from nvmm.evaluation.images import MAX_IMAGES, image_fields
+from nvmm.evaluation.images import MAX_IMAGES, image_fields, sound_fields
+from nvmm.evaluation.option_accuracy import likeliest, option_tokens
 from nvmm.io.progress import progress
 
 if TYPE_CHECKING:
     from nvmm.batch import Sample
     from nvmm.data.samples.builder import Builder
+    from nvmm.data.samples.record import Record
     from nvmm.evaluation.journal import Journal
     from nvmm.inference.restore import Restored
 
@@ -31,6 +34,7 @@ _FAULTS = (
 _NAMED = 20
 """The number of questions without a score that metrics.json names; skipped.jsonl has all."""
 
+Choose = Literal["text", "likelihood"]
 Encode = Callable[[Sequence[str], str | None, int], Tensor]
 """A function from (texts, instruction or None, QUERY or POSITIVE) to vectors [texts, h]."""
 
@@ -47,7 +51,8 @@ class Metric(Protocol):
     """A score of one prediction against the accepted answers, in [0, 1] but for CIDEr-D's 10.
 
     One with a method `prepared` is of a corpus: it gets the answers to all questions of the data,
-    asked or not, and returns the metric that scores a prediction.
+    asked or not, and returns the metric that scores a prediction. One with `among` is of closed
+    questions: it gets a question's options and answers, and returns the metric of that question.
     """
 
     def __call__(self, *, prediction: str, answers: Sequence[str]) -> float: ...
@@ -59,7 +64,8 @@ class Example:
 
     prompt: the sample up to where the answer begins. question: its last turn, without images.
     answers: the accepted ones, at least one. kind: the group it is reported under.
-    metric, max_new_tokens: this question's own; None: the benchmark's.
+    metric, max_new_tokens: this question's own; None: the benchmark's. options: the labels of a
+    closed question.
     """
 
     prompt: Sample
@@ -68,6 +74,7 @@ class Example:
     kind: str
     metric: Metric | None = None
     max_new_tokens: int | None = None
+    options: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,10 @@ class Questions(Benchmark):
         question, answers: names of these fields in the records, where they have others than
             training's (`builder.fields`).
         kind: field of the record; a sample without it is reported under "all" alone.
+        options: labels of all questions, for a metric that is `among` options; None: each record's.
+        choose: how a closed question is answered: text: by generation, of which the metric finds
+            the option; likelihood: by the option of the greatest log-probability.
+        also: more metrics by name, whose values over all answers stand in metrics.json.
         max_new_tokens: tokens of the longest answer.
         builder: parameters of the checkpoint's sample builder to change, e.g. `max_tiles: 12` or
             `template: {system: ...}`.
@@ -188,11 +199,32 @@ class Questions(Benchmark):
     question: str = "question"
     answers: str = "answers"
     kind: str = "kind"
+    options: Sequence[str] | None = None
+    choose: Choose = "text"
+    also: Mapping[str, Metric] = field(default_factory=dict)
     max_new_tokens: int = 32
     builder: Mapping[str, Any] = field(default_factory=dict)
 
     line: ClassVar[type[Prediction]] = Prediction
     """What a line of predictions.jsonl holds."""
+
+    def __post_init__(self) -> None:
+        require("benchmark.choose", self.choose, Choose)
+        if not self.closed and (self.options is not None or self.choose != "text"):
+            raise ValueError(
+                f"benchmark.options and choose={self.choose} do nothing with benchmark.metric="
+                f"{self.metric_name}, which is not of closed questions"
+            )
+        if self.closed and self.metric_by_kind:
+            raise ValueError(
+                f"benchmark.metric_by_kind does nothing with benchmark.metric={self.metric_name},"
+                " which is of closed questions"
+            )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the answers are among options."""
+        return hasattr(self.metric, "among")
 
     @property
     def where(self) -> str:
@@ -223,9 +255,13 @@ class Questions(Benchmark):
         total = len(dataset)
         if settings.num_samples is not None:
             total = min(total, settings.num_samples)
-        if hasattr(self.metric, "prepared"):
-            whole = self.metric.prepared(_all_answers(dataset, model.builder))
-            return replace(self, metric=whole).run(model, settings, journal)
+        if self.choose == "likelihood":
+            refuse_settings(settings, ("batch_size", "num_samples", "max_bad_fraction"))
+        if any(hasattr(metric, "prepared") for metric in (self.metric, *self.also.values())):
+            answers = _all_answers(dataset, model.builder)
+            also = {name: _prepared(metric, answers) for name, metric in self.also.items()}
+            whole = replace(self, metric=_prepared(self.metric, answers), also=also)
+            return whole.run(model, settings, journal)
         # 1. Take the answers that an evaluation before this one has written.
         predictions, skipped = _known(journal, dataset, self.line)
         known = {*(line.sample_id for line in predictions), *(line.sample_id for line in skipped)}
@@ -282,6 +318,10 @@ class Questions(Benchmark):
                 f" kinds in the field benchmark.kind={self.kind}? There are {', '.join(kinds)}"
             )
         scores = {f"{self.name}_{self.metric_name}": {"overall": summary["score"], **kinds}}
+        if self.also:
+            more = {name: _of_all(metric, predictions) for name, metric in self.also.items()}
+            summary["also"] = more
+            scores |= {f"{self.name}_{name}": {"overall": value} for name, value in more.items()}
         return Result(
             summary,
             scores,
@@ -332,7 +372,7 @@ class Questions(Benchmark):
                     reason = f"{source}: {type(error).__name__}: {error}"
                 lines[number] = Skipped(number, source, True, reason)
                 continue
-            new_tokens = self._new_tokens(example, settings)
+            new_tokens = self._new_tokens(example, settings, model.builder)
             needed = example.prompt.num_tokens + new_tokens
             if needed > model.max_sequence_length:
                 reason = (
@@ -348,14 +388,7 @@ class Questions(Benchmark):
                 reason = f"{source}: it has no accepted answer"
                 lines[number] = Skipped(number, source, False, reason)
         for new_tokens, some in limits.items():
-            texts = model.generate(
-                [examples[number].prompt for number in some],
-                new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-                use_cache=settings.use_cache,
-            )
+            texts = self._texts(model, [examples[number] for number in some], new_tokens, settings)
             for number, text in zip(some, texts, strict=True):
                 example = examples[number]
                 lines[number] = Prediction(
@@ -369,8 +402,25 @@ class Questions(Benchmark):
                 )
         return [lines[number] for number in numbers]
 
-    def _new_tokens(self, example: Example, settings: Settings) -> int:
+    def _texts(
+        self, model: Restored, examples: Sequence[Example], new_tokens: int, settings: Settings
+    ) -> list[str]:
+        """Return the answers to questions."""
+        if self.choose == "likelihood":
+            return likeliest(model, [(example.prompt, example.options) for example in examples])
+        return model.generate(
+            [example.prompt for example in examples],
+            new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=settings.seed,
+            use_cache=settings.use_cache,
+        )
+
+    def _new_tokens(self, example: Example, settings: Settings, builder: Builder) -> int:
         """Return the tokens of the longest answer to a question."""
+        if self.choose == "likelihood":
+            return max(len(option_tokens(builder, option)) for option in example.options)
         own = self.max_new_tokens if example.max_new_tokens is None else example.max_new_tokens
         return own if settings.max_new_tokens is None else settings.max_new_tokens
 
@@ -383,14 +433,37 @@ class Questions(Benchmark):
         kind = record.get(self.kind)
         if not isinstance(kind, str | int | float | None):
             raise record.bad(f"{self.kind} must be text, got {kind!r}")
+        answers = builder.references(members)
+        options, metric = self._among(record, members, builder, answers)
         return Example(
             builder.prompt(members, suffix=f"\n{self.suffix}")
             if self.suffix
             else builder.prompt(members),
             builder.question(members),
-            builder.references(members),
+            answers,
             "all" if kind is None else str(kind),
+            metric,
+            options=options,
         )
+
+    def _among(
+        self,
+        record: Record,
+        members: Mapping[str, Any],
+        builder: Builder,
+        answers: Sequence[str],
+    ) -> tuple[Sequence[str], Metric | None]:
+        """Return the options and the metric of a closed question; none of an open one."""
+        if not self.closed:
+            return (), None
+        options = builder.options(members) if self.options is None else self.options
+        if not options:
+            raise record.bad("it has no options; give benchmark.options=[...]")
+        metric: Any = self.metric
+        try:
+            return options, metric.among(options, answers)
+        except ValueError as error:
+            raise record.bad(str(error)) from error
 
     def score(
         self, prediction: str, answers: Sequence[str], kind: str, own: Metric | None = None
@@ -407,6 +480,20 @@ class Questions(Benchmark):
         if not math.isfinite(score):
             raise ValueError(f"benchmark.metric gives {score} for {prediction!r} and {answers}")
         return score
+
+
+def _prepared(metric: Any, answers: list[list[str]]) -> Metric:
+    """Return a metric, that of the corpus where it is of one."""
+    prepared: Metric = metric.prepared(answers) if hasattr(metric, "prepared") else metric
+    return prepared
+
+
+def _of_all(metric: Any, predictions: Sequence[Prediction]) -> float:
+    """Return the value of a metric over all answers: its own of a corpus, else the mean."""
+    pairs = [(line.prediction, line.answers) for line in predictions]
+    if hasattr(metric, "of_corpus"):
+        return float(metric.of_corpus(pairs))
+    return sum(metric(prediction=text, answers=answers) for text, answers in pairs) / len(pairs)
 
 
 def _all_answers(dataset: Any, builder: Builder) -> list[list[str]]:
@@ -473,11 +560,12 @@ def _gathered(local: Sequence[Prediction | Skipped]) -> list[Prediction | Skippe
 def _images(
     model: Restored, dataset: Any, predictions: Sequence[Prediction]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the images of the first few predictions, for the report to draw."""
+    """Yield the images and sounds of the first few predictions, for the report."""
     for prediction in predictions[:MAX_IMAGES]:
         members = dataset.members(prediction.sample_id)
         media = model.builder.prompt(members).text.media
         drawn = image_fields(model.builder.record(members), media)
+        drawn |= sound_fields(model.builder, members)
         if drawn:
             yield {"sample_id": prediction.sample_id, **drawn}
 
@@ -503,10 +591,11 @@ def summarize(predictions: Sequence[Prediction]) -> dict[str, Any]:
 def table(summary: Mapping[str, Any], name: str) -> str:
     """Return the summary as text: one line for each kind, one for all, and what was left out."""
     rows = [*summary["kinds"].items(), (name, summary)]
-    width = max(len(label) for label, _ in rows)
+    width = max(len(label) for label in [*(label for label, _ in rows), *summary.get("also", {})])
     lines = [
         f"{label:<{width}}  {row['score']:8.4f}  {row['num_samples']:7d}" for label, row in rows
     ]
+    lines += [f"{label:<{width}}  {value:8.4f}" for label, value in summary.get("also", {}).items()]
     bad, without = summary.get("num_bad", 0), summary.get("num_without_answer", 0)
     if bad or without:
         lines.append(f"left out: {bad} bad, {without} without an accepted answer (skipped.jsonl)")

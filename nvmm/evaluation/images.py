@@ -1,4 +1,4 @@
-"""Images and tiles of a question, small enough for a line of images.jsonl."""
+"""Images, tiles and sounds of a question, small enough for a line of images.jsonl."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from nvmm.batch import ATTENDED, MediaKind, TextMedia
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nvmm.data.samples.builder import Builder
     from nvmm.data.samples.record import Record
 
 MAX_IMAGES = 12
-"""The number of a benchmark's samples whose images are kept for the report to draw."""
+"""The number of a benchmark's samples whose images and sounds are kept for the report."""
 _IMAGE_SIZE, _TILE_SIZE = 640, 112
+_RATE = 16_000
+"""Samples a second of a sound on the page, at most."""
 
 
 def image_fields(record: Record, media: Mapping[MediaKind, TextMedia]) -> dict[str, Any]:
@@ -56,6 +59,27 @@ def image_fields(record: Record, media: Mapping[MediaKind, TextMedia]) -> dict[s
         "tiles": [_encode(tile, _TILE_SIZE) for tile in shown],
         "grid": list(grid),
     }
+
+
+def sound_fields(builder: Builder, members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a line of `images.jsonl` from which the last sound is drawn and played.
+
+    Returns: {sound: base64 WAV of what is heard, spectrogram: base64 PNG of what the encoder gets};
+    empty where the sample has no sound, or another builder.
+    """
+    from nvmm.data.samples.drawn_sounds import spectrogram_png, wav
+    from nvmm.data.samples.listening import SoundBuilder
+
+    heard = builder.heard(members) if isinstance(builder, SoundBuilder) else []
+    if not heard or not isinstance(builder, SoundBuilder):
+        return {}
+    front = builder.front_end
+    windows = front.log_mel(front.windows(heard[-1]))
+    drawn = {
+        "sound": wav(heard[-1], front.rate, _RATE),
+        "spectrogram": spectrogram_png(windows, front.hop_samples / front.frame_hop),
+    }
+    return {name: base64.b64encode(data).decode() for name, data in drawn.items()}
 
 
 def _encode(image: Image, size: int) -> str:

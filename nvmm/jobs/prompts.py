@@ -23,10 +23,15 @@ _PASS = 64
 def open_shards(shards: str | Sequence[str], model: Restored) -> tuple[Dataset, str]:
     """Return the samples of shards, and a digest of them: their keys and sizes, shard by shard."""
     dataset = Dataset(shards, model.builder)
+    return dataset, samples_digest(dataset)
+
+
+def samples_digest(dataset: Dataset) -> str:
+    """Return a digest of the samples of shards: their keys and sizes, shard by shard."""
     columns = dataset.index.columns
     keys = [dataset.index.key(number) for number in range(len(dataset))]
     sizes = (columns["stop"] - columns["start"]).tolist()
-    return dataset, digest(keys, sizes)
+    return digest(keys, sizes)
 
 
 def asking(model: Restored, form: Form, reserve: int = 0) -> InstructBuilder:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ from nvmm.jobs.encode import Vectors
 from nvmm.jobs.job import Job, Work, digest, file_digest, items_digest
 from nvmm.jobs.parts import Parts, recorded
 
+Metric = Literal["dot", "l2"]
 _SLACK = 64
 """Documents of equal score are ranked by place; so many more are searched to see them all."""
 
@@ -33,23 +34,39 @@ class Hit:
 
 
 def search(
-    queries: NDArray[Any], chunks: Sequence[NDArray[Any]], k: int
+    queries: NDArray[Any],
+    chunks: Iterable[NDArray[Any]],
+    k: int,
+    metric: Metric = "dot",
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return scores and places [q, k] of the documents of largest dot product, best first.
+    """Return scores and places [q, k] of the documents nearest to each query, best first.
 
     chunks: the documents' vectors [rows, h], chunk after chunk; one chunk is in memory at a time.
+    metric: dot: scores are dot products. l2: they are squared distances times -1.
     Equal scores are ranked by place.
     """
-    starts = np.cumsum([0, *map(len, chunks)]).tolist()
-    scores, places = _best(queries, zip(starts, chunks, strict=False), k)
+    scores, places = _best(queries, _placed(chunks), k, metric)
     return scores[:, :k], places[:, :k]
 
 
+def _placed(chunks: Iterable[NDArray[Any]]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield each chunk with its first place."""
+    first = 0
+    for chunk in chunks:
+        yield first, chunk
+        first += len(chunk)
+
+
 def _best(
-    queries: NDArray[Any], chunks: Iterable[tuple[int, NDArray[Any]]], k: int
+    queries: NDArray[Any],
+    chunks: Iterable[tuple[int, NDArray[Any]]],
+    k: int,
+    metric: Metric = "dot",
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return scores and places of the k best and some more of chunks, each with its first place."""
     import faiss
+
+    kind, sign = (faiss.METRIC_L2, -1) if metric == "l2" else (faiss.METRIC_INNER_PRODUCT, 1)
 
     rows = np.ascontiguousarray(queries, dtype=np.float32)
     scores = np.empty((len(rows), 0), dtype=np.float32)
@@ -59,8 +76,8 @@ def _best(
         if not len(documents):
             continue
         some = min(k + _SLACK, len(documents))
-        new_scores, new_places = faiss.knn(rows, documents, some, metric=faiss.METRIC_INNER_PRODUCT)
-        scores, places = _merged([(scores, places), (new_scores, new_places + first)], k)
+        new_scores, new_places = faiss.knn(rows, documents, some, metric=kind)
+        scores, places = _merged([(scores, places), (sign * new_scores, new_places + first)], k)
     return scores, places
 
 

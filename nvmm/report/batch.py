@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from nvmm.batch import IGNORE_INDEX, Batch, Media
+from nvmm.data.samples.drawn_sounds import spectrogram_png
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.report.style import STYLE
 
@@ -25,6 +27,8 @@ _HTML_STYLE = """
 .media { color: var(--s0); }
 .images { display: flex; flex-wrap: wrap; gap: 14px; margin: 16px 0; }
 .images figure { margin: 0; }
+.images .sound { width: auto; max-width: 100%; }
+.images audio { width: 100%; }
 .images img { width: 128px; image-rendering: pixelated; border: 1px solid var(--rule); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 2px 12px; text-align: left; font-weight: normal; white-space: pre; }
@@ -241,7 +245,7 @@ def to_text(
         lines = [_heading(segment), text]
         lines += [
             f"  {_tile_name(tile):20} tag {tile.tag or 'none':26} {_where(tile)}"
-            f"  {tile.pixels.shape[-1]} x {tile.pixels.shape[-2]} pixels, mean"
+            f"  {tile.pixels.shape[-1]} x {tile.pixels.shape[-2]} {_unit(tile)}, mean"
             f" {tile.pixels.float().mean():.1f}"
             for tile in segment.tiles
         ]
@@ -276,8 +280,14 @@ def _heading(segment: Segment) -> str:
 
 
 def _tile_name(tile: Tile) -> str:
+    if tile.modality == "audio":
+        return f"sound {tile.image} window {tile.place}"
     place = f"tile {tile.place}" if tile.place else "thumbnail"
     return f"image {tile.image} {place}"
+
+
+def _unit(tile: Tile) -> str:
+    return "frames and bins" if tile.modality == "audio" else "pixels"
 
 
 def _shown(stretch: Stretch, segment: Segment, color: bool) -> str:
@@ -319,9 +329,26 @@ def _table(segment: Segment, every: bool) -> list[str]:
     return rows
 
 
-def to_html(batch: Batch, texts: Sequence[Segment], title: str) -> str:
-    """Return the micro-batch as one self-contained page, images included."""
-    body = "".join(_html(segment) for segment in texts)
+@dataclass(frozen=True)
+class Sounds:
+    """What the tiles do not say of sounds.
+
+    hop: frames from the start of a window to that of the next. players: sample id -> WAV files of
+    its sounds, in their order.
+    """
+
+    hop: float
+    players: Mapping[int, Sequence[bytes]]
+
+
+def to_html(
+    batch: Batch, texts: Sequence[Segment], title: str, sounds: Sounds | None = None
+) -> str:
+    """Return the micro-batch as one self-contained page, images and sounds included.
+
+    sounds: without them windows stand side by side, and there is no player.
+    """
+    body = "".join(_html(segment, sounds) for segment in texts)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{STYLE}{_HTML_STYLE}</style></head><body><main>"
@@ -332,7 +359,7 @@ def to_html(batch: Batch, texts: Sequence[Segment], title: str) -> str:
     )
 
 
-def _html(segment: Segment) -> str:
+def _html(segment: Segment, sounds: Sounds | None) -> str:
     """Return the section of one text: itself, its tiles, and a table of its columns."""
     text = "".join(
         f'<span class="{stretch.kind}">'
@@ -344,7 +371,9 @@ def _html(segment: Segment) -> str:
         f"<figcaption>{_tile_name(tile)}<br>{escape(tile.tag or 'no tag')}<br>"
         f"{_where(tile)}</figcaption></figure>"
         for tile in segment.tiles
+        if tile.modality == "image"
     )
+    images += "".join(_sounds(segment, sounds))
     rows = "".join(
         f"<tr><td>{line.column}<td>{line.position}<td>{escape(line.token)}"
         f'<td class="{"target" if line.weight else "text"}">{escape(line.label)}'
@@ -358,6 +387,28 @@ def _html(segment: Segment) -> str:
         "<details><summary>Every position</summary><table><tr><th>column<th>position<th>token"
         f"<th>label<th>weight{rows}</table></details></section>"
     )
+
+
+def _sounds(segment: Segment, sounds: Sounds | None) -> Iterator[str]:
+    """Yield a figure of each sound of a text: its windows in one spectrogram, and a player."""
+    heard: dict[int, list[Tile]] = {}
+    for tile in segment.tiles:
+        if tile.modality == "audio":
+            heard.setdefault(tile.image, []).append(tile)
+    players = () if sounds is None else sounds.players.get(segment.sample_id, ())
+    for number, tiles in heard.items():
+        windows = torch.stack([tile.pixels for tile in tiles])
+        picture = spectrogram_png(windows, None if sounds is None else sounds.hop)
+        player = ""
+        if number < len(players):
+            source = base64.b64encode(players[number]).decode()
+            player = f'<audio controls src="data:audio/wav;base64,{source}"></audio><br>'
+        yield (
+            f'<figure><img class=sound alt="sound {number}" src="data:image/png;base64,'
+            f'{base64.b64encode(picture).decode()}"><br>{player}'
+            f"<figcaption>sound {number}: {len(tiles)} windows, {_where(tiles[0])}</figcaption>"
+            "</figure>"
+        )
 
 
 def _png(pixels: Tensor) -> str:

@@ -199,11 +199,11 @@ def _images(predictions: Sequence[Mapping[str, Any]]) -> str:
     """Return cards of the first predictions, those with images if there are any."""
     if not predictions:
         return _missing("evaluation", "nvmm.evaluate writes it")
-    drawn = [line for line in predictions if line.get("image") or line.get("tiles")]
+    drawn = [line for line in predictions if any(map(line.get, ("image", "tiles", "sound")))]
     cards = "".join(_card(line) for line in (drawn or predictions)[:MAX_CARDS])
     note = (
         "The image, the tiles the encoder sees (numbered in the order of the sequence, the"
-        " thumbnail last), and the model's answer."
+        " thumbnail last), or the sound with its spectrogram and windows, and the model's answer."
         if drawn
         else "The predictions carry no images; the first answers:"
     )
@@ -211,7 +211,7 @@ def _images(predictions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _card(line: Mapping[str, Any]) -> str:
-    """Return one prediction with its image, tiles, question and answers."""
+    """Return one prediction with its image, tiles or sound, question and answers."""
     right = float(line["score"]) >= 1
     verdict = "✓ right" if right else "✗ wrong"
     if 0 < float(line["score"]) < 1:
@@ -220,7 +220,7 @@ def _card(line: Mapping[str, Any]) -> str:
     source = str(line.get("source") or line.get("sample_id", ""))
     return (
         f"<article class='card {'right' if right else 'wrong'}'>"
-        f"<div class=shown>{_image(line.get('image'), 'image')}{_tiles(line)}</div>"
+        f"<div class=shown>{_image(line.get('image'), 'image')}{_tiles(line)}{_sound(line)}</div>"
         f"<dl><dt>Question</dt><dd>{escape(str(line.get('question', '')))}</dd>"
         f"<dt>Answer</dt><dd>{escape(answers)}</dd>"
         f"<dt>Model</dt><dd><b>{escape(str(line.get('prediction', ''))) or '(nothing)'}</b>"
@@ -250,6 +250,16 @@ def _tiles(line: Mapping[str, Any]) -> str:
         f"<figure><div class=mosaic style='--cols:{cols}'>{cells}</div>"
         f"<figcaption>{cols} x {rows} tiles</figcaption></figure>{''.join(thumbnails)}"
     )
+
+
+def _sound(line: Mapping[str, Any]) -> str:
+    """Return a prediction's sound: what the encoder gets of it, and a player."""
+    data = line.get("sound")
+    if not isinstance(data, str) or not _BASE64.fullmatch(data):
+        return ""
+    picture = _image(line.get("spectrogram"), "spectrogram")
+    player = f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+    return f"<figure class=heard>{picture}{player}</figure>"
 
 
 def _image(data: object, alt: str) -> str:

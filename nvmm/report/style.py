@@ -78,6 +78,8 @@ section { margin-top: 44px; }
 .shown img { display: block; image-rendering: pixelated; background: #000; }
 .shown .image { width: 100%; max-height: 120px; object-fit: contain; border-radius: 6px; }
 .shown figure { margin: 0; }
+.shown .heard, .heard .spectrogram, .heard audio { width: 100%; }
+.heard .spectrogram { height: 120px; border-radius: 6px; margin-bottom: 6px; }
 .shown figcaption { font-size: 12px; color: var(--quiet); margin-top: 3px; }
 .mosaic { display: grid; gap: 3px; width: max-content;
   grid-template-columns: repeat(var(--cols), max-content); }

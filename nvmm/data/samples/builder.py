@@ -38,7 +38,9 @@ class Builder(ABC):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        for name in ("__call__", "prompt", "question", "references", "measure", "scored"):
+        for name in (
+            *("__call__", "prompt", "question", "references", "options", "measure", "scored"),
+        ):
             if name in vars(cls):
                 setattr(cls, name, _blaming(vars(cls)[name]))
 
@@ -134,6 +136,17 @@ class Builder(ABC):
     def references(self, members: Mapping[str, Any]) -> list[str]:
         """Return the accepted answers to `prompt(members)`; empty where there are none."""
         return []
+
+    def options(self, members: Mapping[str, Any]) -> list[str]:
+        """Return the labels that the answer to `prompt(members)` is one of; empty for any."""
+        return []
+
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the tokens of an answer as they follow a prompt, without its end.
+
+        Raises ValueError where the builder makes no prompts.
+        """
+        raise ValueError(f"{type(self).__name__} makes no prompts: there is nothing to answer")
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
         """Return tokens and tiles of the training example; by default it is built for that."""

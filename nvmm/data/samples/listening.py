@@ -22,8 +22,10 @@ import torch
 
 from nvmm.batch import ATTENDED, SEQUENCE, MediaKind, Sample, Text, TextMedia
 from nvmm.config.choices import require
+from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
-from nvmm.data.samples.record import Fields, Record, check_fields
+from nvmm.data.samples.clip_shots import Interleaved, joined
+from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
 from nvmm.data.samples.sounds import MARGIN, FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
 
@@ -160,6 +162,39 @@ class SoundBuilder(Builder):
         answer = self._clips(self.record(members))[-1].answer
         return [] if answer is None else [self._written(answer)]
 
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the tokens of an answer as they follow a prompt, without its end."""
+        written = text.lower() if self.template.lower else text
+        tokens, pieces = self.tokenizer.encode_pieces([self.template.ask, written])
+        return [token for token, piece in zip(tokens, pieces, strict=True) if piece]
+
+    def few_shot(
+        self,
+        members: Mapping[str, Any],
+        shots: Sequence[Mapping[str, Any]],
+        *,
+        suffix: str = "",
+        interleaved: Interleaved = "random",
+    ) -> Sample:
+        """Return a sample's prompt behind the clips of solved samples, in their order.
+
+        shots: members of samples that each have one clip and an answer. suffix: text behind the
+        last prompt. interleaved: how they were chosen.
+
+        Raises BadSample where a clip would be lost to `sequence_length`.
+        """
+        solved = [self.record(shot) for shot in shots]
+        together = joined(self.record(members), solved, interleaved)
+        place = {name: members.get(name, "") for name in ("__url__", "__key__")}
+        sample = self.prompt({**place, PLAIN: "", **together}, suffix)
+        if sample.dropped:
+            raise BadSample(
+                sample.source,
+                f"{sample.dropped} of its {len(shots)} examples do not fit"
+                f" data.sequence_length={self.sequence_length}",
+            )
+        return sample
+
     def _written(self, text: str) -> str:
         return text.lower() if self.template.lower else text
 
@@ -210,14 +245,23 @@ class SoundBuilder(Builder):
             f"{self.sequence_length}"
         )
 
+    def heard(self, members: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Return what the encoder hears of each clip with a sound, fp64 [n] at its rate."""
+        record = self.record(members)
+        clips = [clip for clip in self._clips(record) if clip.sound is not None]
+        return [self._heard(record, clip) for clip in clips]
+
     def _windows(self, record: Record, clip: Clip) -> torch.Tensor | None:
         """Return a clip's log-mel windows [n, bins, frames], None without a sound."""
         if clip.sound is None:
             return None
+        return self.front_end.log_mel(self.front_end.windows(self._heard(record, clip)))
+
+    def _heard(self, record: Record, clip: Clip) -> torch.Tensor:
         front = self.front_end
-        heard = front.seconds + MARGIN
-        sound = record.sound("sound", clip.sound, clip.start, heard, front.channel)
-        return front(sound, f"{record.source}: member {clip.sound}")
+        most = front.seconds + MARGIN
+        sound = record.sound("sound", clip.sound, clip.start, most, front.channel)
+        return front.waveform(sound, f"{record.source}: member {clip.sound}")
 
     def _tokens(
         self, record: Record, clips: Sequence[Clip], prefix: str, prompt: bool

@@ -72,6 +72,11 @@ def is_picture(member: str) -> bool:
     return member.rpartition(".")[2] in (*IMAGES, *UNREAD_IMAGES)
 
 
+def is_sound(member: str) -> bool:
+    """Return whether a member is a sound by its extension."""
+    return member.rpartition(".")[2] in SOUNDS
+
+
 def is_listed(member: str, patterns: Sequence[str]) -> bool:
     """Return whether one of `patterns`, such as `.mask.png` or `.*.npy`, names a member."""
     return any(fnmatchcase(f".{member}", pattern) for pattern in patterns)
@@ -166,6 +171,11 @@ class Record:
         """The names of its members, without those that are left out."""
         return [name for name in self._members if name not in PSEUDO]
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The keys of the member `record` as the data set calls them; empty without one."""
+        return self._object
+
     def get(self, name: str) -> Any:
         """Return a value, None where the sample has none."""
         place = str(self._fields.get(name, name))
@@ -234,17 +244,22 @@ class Record:
         name: the field that names it, for messages. start: the second where the part begins.
         heard: the most seconds of it.
         """
+        data = self.sound_bytes(name, member)
+        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1e9:
+            raise self.bad(f"start {start!r} of {name} must be a number of seconds from 0 on")
+        with naming(member):
+            return read_sound(
+                data, self.source, self._limits, start=start, seconds=heard, channel=channel
+            )
+
+    def sound_bytes(self, name: str, member: Any) -> bytes:
+        """Return the bytes of a sound that the record names in the field `name`."""
         if not isinstance(member, str) or member not in self._members:
             raise self.bad(f"the sound {member!r} of {name} is no member of the sample")
         if member.rpartition(".")[2] not in SOUNDS:
             raise self.bad(f"the sound {member!r} of {name} is none of {', '.join(SOUNDS)}")
-        if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < 1e9:
-            raise self.bad(f"start {start!r} of {name} must be a number of seconds from 0 on")
-        with naming(member):
-            data = self._members[member]
-            return read_sound(
-                data, self.source, self._limits, start=start, seconds=heard, channel=channel
-            )
+        data: bytes = self._members[member]
+        return data
 
     def first_image(self) -> Image.Image | None:
         """Return the first of `images()` alone, None where the sample has none."""
