@@ -1,10 +1,10 @@
 """Audio Flamingo in small, on real recordings: does it hear a class that it was never trained on?
 
 The sounds are spoken names and effects of two Debian packages (nvmm/data/prepare/sound_classes.py).
-A third of the classes is in no training data. Each seed trains
+A third of the classes is in no training data. Each seed trains, from random weights,
 
-  pretrain  encoder, layers over windows and decoder together, of random weights: one sound, its
-            class
+  text      the decoder, to answer by four solved words: what a large one brings along
+  pretrain  encoder, layers over windows and gated blocks with it: one sound, its class
   few_shot  all but the encoder: four solved sounds before the one that is asked about, whose
             classes have names of that sample alone, so that nothing but the solved ones helps
 
@@ -19,16 +19,13 @@ same command.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from nvmm import studies
 from nvmm.config.check import to_plain
@@ -36,6 +33,7 @@ from nvmm.config.compose import composed, failures
 from nvmm.data.prepare import audio_demo
 from nvmm.data.prepare.packages import sounds
 from nvmm.data.samples.decode import Limits, decode_sound
+from nvmm.data.samples.drawn_sounds import spectrogram_png
 from nvmm.data.samples.sounds import FrontEnd
 from nvmm.data.shards.dataset import Dataset
 from nvmm.io.files import write
@@ -59,8 +57,9 @@ EXAMPLES = 6
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of the two trainings; null: the experiment's."""
+    """Steps of the three trainings; null: the experiment's."""
 
+    text: int | None = None
     pretrain: int | None = None
     few_shot: int | None = None
 
@@ -113,7 +112,8 @@ def plan(folder: Path, seed: int, steps: Steps) -> studies.Variant:
         "audio",
         seed,
         (
-            train("pretrain"),
+            train("text"),
+            train("pretrain", f"init_from={folder / 'text'}"),
             *(encode(part) for part in ("train", "test")),
             neighbours,
             train("few_shot", f"init_from={folder / 'pretrain'}"),
@@ -209,7 +209,7 @@ def options_of(classes: str) -> list[str]:
 
 
 def verdict(found: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
-    """Return in a sentence whether retrieved shots help: in every seed, and more than chance does."""
+    """Return in a sentence whether retrieved shots help, in every seed and beyond chance."""
     gains = [
         100 * (rows[WAYS["similar"]]["all"] - rows[WAYS["zero"]]["all"]) for rows in found.values()
     ]
@@ -262,14 +262,10 @@ def sound_of(members: Mapping[str, Any], front_end: FrontEnd) -> Sound:
     record = json.loads(members["json"])
     data = members[record["sound"]]
     waveform = front_end.waveform(decode_sound(data, record["file"], Limits()), record["file"])
-    # One picture of the whole, whose frames overlap more than the encoder's.
-    whole = replace(front_end, frame_hop=front_end.frame_hop // 4, bins=64)
-    values = whole.log_mel(waveform[None])[0]
-    scaled = (values - values.min()) / (values.max() - values.min() + 1e-9)
-    picture = Image.fromarray((255 * scaled.flip(0)).byte().numpy())
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return Sound(f"{record['answer']}: {record['file']}", data, file.getvalue())
+    whole = front_end.log_mel(front_end.windows(waveform))
+    hop = front_end.hop_samples / front_end.frame_hop
+    png = spectrogram_png(whole, hop)
+    return Sound(f"{record['answer']}: {record['file']}", data, png)
 
 
 def report(folder: Path, seeds: Sequence[int], steps: Steps) -> None:

@@ -17,7 +17,7 @@ from nvmm.config.compose import argument, composed
 from nvmm.data.prepare import audio_demo, packages, sound_classes
 from nvmm.data.shards.dataset import Dataset
 from nvmm.report.alignment import Said
-from nvmm.report.audio_study import Heard, Sound, page
+from nvmm.report.audio_study import Heard, page
 from tests.tools.demo_script import ROOT, run_script
 from tools import demo_audio as demo
 
@@ -25,7 +25,9 @@ RUN = Path("runs/x/seed5")
 FAMILIES = ("bd", "drum", "elec", "glitch", "loop", "perc", "tabla")
 VOICES = ("fr", "es")
 RATE = 22_050
-SMALL = audio_demo.Amounts(takes=4, pretrain=12, single=6, episodes=8, most_train=5, most_test=3)
+SMALL = audio_demo.Amounts(
+    takes=4, text=6, pretrain=12, single=6, episodes=8, most_train=5, most_test=3
+)
 
 
 def package(folder: Path, each: int = 8) -> tuple[Path, Path]:
@@ -52,7 +54,17 @@ def package(folder: Path, each: int = 8) -> tuple[Path, Path]:
 def test_classes_are_families_folders_and_languages(tmp_path: Path) -> None:
     classes = sound_classes.recordings(*package(tmp_path))
     assert {label: len(each) for label, each in classes.items()} == dict.fromkeys(
-        ["drum", "electronic", "french", "glitch", "kick", "loop", "percussion", "spanish", "tabla"],
+        [
+            "drum",
+            "electronic",
+            "french",
+            "glitch",
+            "kick",
+            "loop",
+            "percussion",
+            "spanish",
+            "tabla",
+        ],
         8,
     )
     assert sound_classes.held_out(list(classes)) == ["electronic", "kick", "spanish"]
@@ -63,7 +75,7 @@ def test_classes_are_families_folders_and_languages(tmp_path: Path) -> None:
         assert not {*train[label]} & {*test[label]} and {*train[label], *test[label]} <= {*each}
         assert (len(train[label]), len(test[label])) == (5, 3)
     with pytest.raises(ValueError, match="no class has 8 recordings"):
-        sound_classes.recordings(tmp_path, tmp_path)
+        sound_classes.recordings(tmp_path / "none", tmp_path / "none")
 
 
 def test_a_take_is_cut_scaled_and_faster(tmp_path: Path) -> None:
@@ -103,8 +115,9 @@ def test_only_solved_sounds_say_what_a_name_means(data: Path) -> None:
         *solved, asked = record["clips"]
         names = [clip["answer"] for clip in solved]
         assert len(solved) == demo.SHOTS and 1 <= names.count(asked["answer"]) <= demo.SHOTS - 1
-        assert {*names, asked["answer"]} <= {*record["options"]}
-        assert len({*record["options"]}) == audio_demo.NUM_OPTIONS
+        options = asked["prompt"].split(" - ")[1:]
+        assert {f"{name}." for name in names} <= {option.strip() for option in options}
+        assert len(options) == audio_demo.NUM_OPTIONS
         again = [clip for clip in solved if members[clip["sound"]] == members[asked["sound"]]]
         assert not again, "the sound that is asked about is solved already"
         told.setdefault(asked["answer"], set()).add(members[asked["sound"]])
@@ -130,8 +143,8 @@ def test_every_stage_reads_its_data(data: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.chdir(data)
     texts = {}
-    for name in ("pretrain", "few_shot"):
-        start = [] if name == "pretrain" else ["init_from=x"]
+    for name in ("text", "pretrain", "few_shot"):
+        start = [] if name == "text" else ["init_from=x"]
         config = to_plain(composed("train", [f"experiment=audio_demo/{name}", *start]))
         tokenizer = instantiate(config["tokenizer"], _convert_="all")
         assert tokenizer.vocab_size <= config["model"]["language"]["vocab_size"]
@@ -144,7 +157,10 @@ def test_every_stage_reads_its_data(data: Path, monkeypatch: pytest.MonkeyPatch)
     for text in texts["few_shot", "episodes"]:
         assert text.count("<audio>") == demo.SHOTS + 1 and text.count("options:") == 1
     assert all(text.count("options:") == 1 for text in texts["few_shot", "single"])
-    assert not any("options:" in text for text in texts["pretrain", "train"])
+    for stage in ("text", "pretrain", "few_shot"):
+        own = texts[stage, "text"]
+        assert all("<audio>" not in text and text.count("<SEP>") == demo.SHOTS + 1 for text in own)
+    assert all(text.count("<audio>") == 1 for text in texts["pretrain", "sounds"])
 
 
 def chain(steps: demo.Steps | None = None) -> list[studies.Command]:
@@ -153,7 +169,7 @@ def chain(steps: demo.Steps | None = None) -> list[studies.Command]:
 
 def test_every_command_composes_and_passes_the_checks() -> None:
     kinds = []
-    for command in chain(demo.Steps(77, 77)):
+    for command in chain(demo.Steps(77, 77, 77)):
         kind = command.arguments[3].removeprefix("nvmm.")
         config = composed(kind, [argument(text) for text in command.arguments[4:]])
         entry: Any = {} if kind == "train" else {"entry": kind, "world_size": 1}
@@ -165,7 +181,7 @@ def test_every_command_composes_and_passes_the_checks() -> None:
             shots = command.folder.name in ("random", "similar")
             assert plain["benchmark"].get("shots") == (demo.SHOTS if shots else None)
         kinds.append(kind)
-    assert [kinds.count(kind) for kind in ("train", "job", "evaluate")] == [2, 3, 4]
+    assert [kinds.count(kind) for kind in ("train", "job", "evaluate")] == [3, 3, 4]
 
 
 def test_each_command_reads_what_is_made_before_it() -> None:
@@ -173,9 +189,7 @@ def test_each_command_reads_what_is_made_before_it() -> None:
     for command in chain():
         own = ("output=", "run.dir=")
         words = [t for t in command.arguments if str(RUN) in t and not t.startswith(own)]
-        read = {
-            Path(text.rpartition("=")[2]).relative_to(RUN).parts[0] for text in words
-        }
+        read = {Path(text.rpartition("=")[2]).relative_to(RUN).parts[0] for text in words}
         assert read <= before, command.folder
         before.add(command.folder.relative_to(RUN).parts[0])
 
@@ -211,10 +225,12 @@ def test_table_and_verdict_have_every_number(data: Path, monkeypatch: pytest.Mon
 def test_a_page_has_players_and_spectrograms(data: Path) -> None:
     members = next(iter(demo.records(str(data / demo.DATA / "held_out/test-*.tar")).values()))
     sound = demo.sound_of(members, demo.experiments_front_end())
-    assert sound.name.startswith("electronic: elec_a") and sound.flac == members["0.flac"]
+    assert sound.name.startswith("electronic: samples/elec_a") and sound.flac == members["0.flac"]
     heard = Heard(sound, [sound], {"way <0>": Said("kick", False)})
     made = demo.Table("Scores", "A note.", ["all"], [("row", ["1.0"])])
-    text = page("A <title>", ["Said."], [made], {"pretrain": {"seed 1": [(1, 2.0), (2, 1.0)]}}, [heard])
+    text = page(
+        "A <title>", ["Said."], [made], {"pretrain": {"seed 1": [(1, 2.0), (2, 1.0)]}}, [heard]
+    )
     assert text.count("<audio controls") == text.count("data:image/png") == 2
     assert "A &lt;title&gt;" in text and "way &lt;0&gt;" in text and "<svg" in text
 
@@ -234,7 +250,14 @@ def test_the_whole_chain_runs_in_miniature(tmp_path: Path) -> None:
         "demo_audio.main()\n"
     )
     (tmp_path / "tools").symlink_to(ROOT / "tools")
-    options = ["--seeds=1", "--pretrain-steps=20", "--few-shot-steps=20", "--to", "runs"]
+    options = [
+        "--seeds=1",
+        "--text-steps=20",
+        "--pretrain-steps=20",
+        "--few-shot-steps=20",
+        "--to",
+        "runs",
+    ]
     assert run_script(script, options, tmp_path).count("attempt 1") == len(chain())
     results = json.loads((tmp_path / "runs/results.json").read_text())["results"]
     rows = results["accuracy"][str(demo.SEED)]

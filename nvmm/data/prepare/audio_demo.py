@@ -1,9 +1,10 @@
 """Everything that `tools/demo_audio.py` trains and evaluates on, of `sound_classes`' recordings.
 
-    pretrain/   one take and its class, or its class and what it is a recording of
-    episodes/   solved takes before the one that is asked about, whose classes have names of this
-                episode alone: nothing but the solved ones says what a name means
-    single/     one take, asked about with options
+    text/       solved words before the one that is asked about, each with a name of this sample
+                alone: nothing but the solved ones says which name is asked for
+    pretrain/   a take, its class and what it is a recording of, or one time in four its class
+    episodes/   text's samples with takes in the words' place, each word a class
+    single/     a take, asked about with options
     known/ held_out/   train and test recordings as they are, of the classes that training hears,
                 and of those that it does not
     tokenizer/  a byte-level BPE
@@ -20,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nvmm.data.prepare.once import once
 from nvmm.data.prepare.records import to_sample
@@ -40,8 +40,6 @@ from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.data.shards.dataset import write_shards
 from nvmm.io.files import write
 
-import os
-PROTO = "PROTO" in os.environ
 FORMAT = 1
 """A number that is increased when the data made from the same arguments change."""
 QUESTION = "what is this sound?"
@@ -52,7 +50,7 @@ SPECIAL_TOKENS = (PAD, END, MARKER, ASK, CHUNK, "<|vision_pad|>")
 VOCAB_SIZE = 1024
 SPEEDS = {"lower": 0.8, "low": 0.9, "plain": 1.0, "high": 1.12, "higher": 1.25}
 """Word -> speed of a voice's takes."""
-JITTER = 0.06
+JITTER = 0.03
 """A sound's takes are so much faster or slower."""
 SHOTS = 4
 """Solved takes of an episode."""
@@ -61,12 +59,13 @@ NUM_OPTIONS = 8
 
 @dataclass(frozen=True)
 class Amounts:
-    """The takes of a source, the samples of pretraining, `single` and `episodes`, the recordings of
-    a class in training and test of its split, and the seed.
+    """The takes of a source, the samples of each stage, the recordings of a class in training and
+    test of its split, and the seed.
     """
 
     takes: int = 16
-    pretrain: int = 6000
+    text: int = 8000
+    pretrain: int = 4000
     single: int = 1500
     episodes: int = 3000
     most_train: int = 150
@@ -92,13 +91,16 @@ def _write(folder: Path, stamps: Path, samples: Path, amounts: Amounts) -> None:
     draw = Draw(bank(known, amounts.takes, rng), rng)
     names = tuple(dict.fromkeys([*classes, *WORDS]))
     _tokenizer(folder / "tokenizer", names, known)
+    write_shards(folder / "text", "train", spoken(rng, names, amounts.text))
     write_shards(folder / "pretrain", "train", pretraining(draw, amounts.pretrain))
     write_shards(folder / "single", "train", singles(draw, amounts.single))
     write_shards(folder / "episodes", "train", episodes(draw, names, amounts.episodes))
     for name, labels in (("known", list(known)), ("held_out", hidden)):
         for part, by_label in (("train", train), ("test", test)):
             given = {label: by_label[label][: amounts.most_test] for label in labels}
-            write_shards(folder / name, part, plain(given, labels))
+            # Only the sound that is asked about comes with options, as in Audio Flamingo.
+            prompt = asked(labels) if part == "test" else QUESTION
+            write_shards(folder / name, part, plain(given, prompt))
     write(folder / "README.md", card(train, test, hidden))
 
 
@@ -160,11 +162,11 @@ class Draw:
 
 
 def pretraining(draw: Draw, count: int) -> Iterator[dict[str, bytes | str]]:
-    """Yield takes, each with its class, or its class and what it is of."""
+    """Yield takes with class and what they are of, or their class alone."""
     for number in range(count):
         label = draw.labels()[0]
         detail, sound = draw.one(label)
-        if draw.rng.random() < 0.5:
+        if draw.rng.random() < 0.25:
             yield _sample(number, [(sound, QUESTION, label)])
         else:
             yield _sample(number, [(sound, DESCRIBE, f"{label}, {detail}")])
@@ -174,52 +176,67 @@ def singles(draw: Draw, count: int) -> Iterator[dict[str, bytes | str]]:
     """Yield takes that are asked about with options."""
     for number in range(count):
         labels = draw.labels()[:NUM_OPTIONS]
-        yield _sample(number, [(draw.one(labels[0])[1], QUESTION, labels[0])], labels)
+        yield _sample(number, [(draw.one(labels[0])[1], asked(labels), labels[0])])
+
+
+def scene(rng: random.Random, names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return which of SHOTS + 1 things each solved one is, and what these are called, among
+    NUM_OPTIONS names. The first thing is asked about: one to three of the solved ones are it, in
+    any places.
+    """
+    alike = rng.randint(1, SHOTS - 1)
+    others = rng.randint(1, SHOTS - alike)
+    solved = [0] * alike + [rng.randint(1, others) for _ in range(SHOTS - alike)]
+    rng.shuffle(solved)
+    return solved, rng.sample(names, NUM_OPTIONS)
+
+
+def spoken(
+    rng: random.Random, names: Sequence[str], count: int
+) -> Iterator[dict[str, bytes | str]]:
+    """Yield solved words and the one that is asked about."""
+    for number in range(count):
+        solved, called = scene(rng, names)
+        words = rng.sample(names, SHOTS + 1)
+        clips = [(None, f"{words[thing]}. {QUESTION}", called[thing]) for thing in solved]
+        last = (None, f"{words[0]}. {asked(called)}", called[0])
+        yield _sample(number, [*clips, last])
 
 
 def episodes(draw: Draw, names: Sequence[str], count: int) -> Iterator[dict[str, bytes | str]]:
-    """Yield solved takes and the one that is asked about, of classes with names of the episode.
-
-    One to three of the solved takes are of the class that is asked about, in any places.
-    """
+    """Yield solved takes and the one that is asked about, which is none of them."""
     rng = draw.rng
     for number in range(count):
-        right, *others = [draw.alike(label) for label in draw.labels()[: SHOTS + 1]]
-        given = rng.sample(names, NUM_OPTIONS)
-        alike = rng.randint(1, SHOTS - 1)
-        others = others[: rng.randint(1, SHOTS - alike)]
-        wrong = [rng.randrange(len(others)) for _ in range(SHOTS - alike)]
-        # The take that is asked about is none of the solved ones.
-        *same, last = rng.sample(right, alike + 1)
-        shots = [(take, given[0]) for take in same]
-        shots += [(rng.choice(others[place]), given[1 + place]) for place in wrong]
-        rng.shuffle(shots)
-        clips = [(sound, QUESTION, name) for (_, sound), name in shots]
-        yield _sample(number, [*clips, (last[1], QUESTION, given[0])], given)
+        solved, called = scene(rng, names)
+        things = [draw.alike(label) for label in draw.labels()[: SHOTS + 1]]
+        *same, last = rng.sample(things[0], SHOTS)
+        takes = [same.pop() if thing == 0 else rng.choice(things[thing]) for thing in solved]
+        clips = [(take[1], QUESTION, called[n]) for take, n in zip(takes, solved, strict=True)]
+        yield _sample(number, [*clips, (last[1], asked(called), called[0])])
 
 
 def plain(
-    by_label: Mapping[str, Sequence[Recording]], options: Sequence[str]
+    by_label: Mapping[str, Sequence[Recording]], prompt: str
 ) -> Iterator[dict[str, bytes | str]]:
-    """Yield recordings as they are, asked about with these options."""
+    """Yield recordings as they are with this prompt; the options are the classes."""
     number = 0
     for label, each in by_label.items():
         for recording in each:
             record = {
-                "file": recording.path.name,
+                "file": f"{recording.path.parent.name}/{recording.path.name}",
                 "kind": "voice" if recording.is_voice else "effect",
-                "options": sorted(options),
+                "options": sorted(by_label),
                 "sound": "0.flac",
-                "prompt": QUESTION,
+                "prompt": prompt,
                 "answer": label,
             }
             yield to_sample(f"{number:06d}", record, [("0", "flac", take(waveform(recording)))])
             number += 1
 
 
-def options_block(options: Sequence[str]) -> str:
-    """Return options as the template writes them, for the tokenizer."""
-    return "\noptions:" + "".join(f"\n - {option}." for option in sorted(options))
+def asked(options: Sequence[str]) -> str:
+    """Return the question with its options."""
+    return QUESTION + "\noptions:" + "".join(f"\n - {option}." for option in sorted(options))
 
 
 def card(
@@ -243,27 +260,28 @@ def card(
     )
 
 
-def _sample(
-    number: int, clips: Sequence[tuple[bytes, str, str]], options: Sequence[str] = ()
-) -> dict[str, bytes | str]:
-    """Return a sample of (sound, prompt, answer), the last of which has these options."""
-    listed = [
-        {"sound": f"{place}.flac", "prompt": prompt, "answer": answer}
-        for place, (_, prompt, answer) in enumerate(clips)
-    ]
-    if PROTO and options: listed[-1]["prompt"] += options_block(options)
-    files = [(str(place), "flac", sound) for place, (sound, _, _) in enumerate(clips)]
-    record = {"clips": listed, **({"options": sorted(options)} if options and not PROTO else {})}
-    return to_sample(f"{number:06d}", record, files)
+def _sample(number: int, clips: Sequence[tuple[bytes | None, str, str]]) -> dict[str, bytes | str]:
+    """Return a sample of (sound or None, prompt, answer)."""
+    listed: list[dict[str, str]] = []
+    files: list[tuple[str, str, bytes]] = []
+    for sound, prompt, answer in clips:
+        clip = {"prompt": prompt, "answer": answer}
+        if sound is not None:
+            clip["sound"] = f"{len(files)}.flac"
+            files.append((str(len(files)), "flac", sound))
+        listed.append(clip)
+    return to_sample(f"{number:06d}", {"clips": listed}, files)
 
 
 def _tokenizer(
     folder: Path, names: Sequence[str], known: Mapping[str, Sequence[Recording]]
 ) -> None:
-    """Train a tokenizer for which each name is one token, behind a space and without."""
+    """Train a tokenizer that has each name as one token, behind a space and without."""
     texts = [f"{name}\n - {name}." for name in names for _ in range(20)]
-    texts += [f"{r.label}, {r.detail}" for each in known.values() if not each[0].is_voice for r in each]
-    texts += [f"{QUESTION}{options_block(names)}\nanswer:", DESCRIBE, *(f"x, {speed}" for speed in SPEEDS)] * 20
+    texts += [
+        f"{r.label}, {r.detail}" for each in known.values() if not each[0].is_voice for r in each
+    ]
+    texts += [f"{asked(names)}\nanswer:", DESCRIBE, *(f"x, {speed}" for speed in SPEEDS)] * 20
     train_byte_level_bpe(
         folder,
         texts,

@@ -149,20 +149,20 @@ def take(values: NDArray[np.float32], begin: float = 0.0) -> bytes:
 
 def _recording(path: Path, root: Path) -> Recording | None:
     """Return a file's recording; None where it is of no class."""
+    label: str | None = None
+    name = path.stem
+    place = path.relative_to(root).as_posix()
     if path.suffix == ".flac":
         family, _, name = path.stem.partition("_")
         label = FAMILIES.get(family)
-        return label and Recording(path, label, name.replace("_", " ")) or None
-    place = path.relative_to(root).as_posix()
-    if place.startswith("symbols/"):
-        return None
-    if spoken := _SPOKEN.search(path.name):
+    elif spoken := _SPOKEN.search(path.name):
         label = VOICES.get(spoken[1] or "")
         name = path.name[: spoken.start()]
     else:
-        label = next((l for folder, l in STAMPS.items() if place.startswith(f"{folder}/")), None)
-        name = path.stem
-    return Recording(path, label, name.replace("_", " ").lower()) if label else None
+        label = next((STAMPS[each] for each in STAMPS if place.startswith(f"{each}/")), None)
+    if label is None or place.startswith("symbols/"):
+        return None
+    return Recording(path, label, name.replace("_", " ").lower())
 
 
 def _heard(path: Path) -> str | None:
