@@ -3,7 +3,7 @@
 The sounds are spoken names and effects of two Debian packages (nvmm/data/prepare/sound_classes.py).
 A third of the classes is in no training data. Each seed trains, from random weights,
 
-  text      the decoder, to answer by four solved words: what a large one brings along
+  text      the decoder, to copy and to answer by what stands before: what a large one brings
   pretrain  encoder, layers over windows and gated blocks with it: one sound, its class
   few_shot  all but the encoder: four solved sounds before the one that is asked about, whose
             classes have names of that sample alone, so that nothing but the solved ones helps

@@ -158,8 +158,12 @@ def test_every_stage_reads_its_data(data: Path, monkeypatch: pytest.MonkeyPatch)
         assert text.count("<audio>") == demo.SHOTS + 1 and text.count("options:") == 1
     assert all(text.count("options:") == 1 for text in texts["few_shot", "single"])
     for stage in ("text", "pretrain", "few_shot"):
-        own = texts[stage, "text"]
-        assert all("<audio>" not in text and text.count("<SEP>") == demo.SHOTS + 1 for text in own)
+        solved, again = texts[stage, "text"][::2], texts[stage, "text"][1::2]
+        assert all(text.count("<SEP>") == audio_demo.SOLVED_WORDS for text in solved)
+        for text in again:
+            asked, _, answer = text.partition("\nAnswer:<SEP>")
+            assert answer == f"{asked}<|endofchunk|></s>"
+            assert len(asked.split()) == audio_demo.LISTED
     assert all(text.count("<audio>") == 1 for text in texts["pretrain", "sounds"])
 
 

@@ -1,9 +1,9 @@
 """Everything that `tools/demo_audio.py` trains and evaluates on, of `sound_classes`' recordings.
 
-    text/       solved words before the one that is asked about, each with a name of this sample
-                alone: nothing but the solved ones says which name is asked for
+    text/       words to write again, and words with names of the sample alone, some several times
     pretrain/   a take, its class and what it is a recording of, or one time in four its class
-    episodes/   text's samples with takes in the words' place, each word a class
+    episodes/   solved takes before the one that is asked about, of classes with names of the sample
+                alone: nothing but the solved ones says what a name means
     single/     a take, asked about with options
     known/ held_out/   train and test recordings as they are, of the classes that training hears,
                 and of those that it does not
@@ -52,6 +52,9 @@ SPEEDS = {"lower": 0.8, "low": 0.9, "plain": 1.0, "high": 1.12, "higher": 1.25}
 """Word -> speed of a voice's takes."""
 JITTER = 0.03
 """A sound's takes are so much faster or slower."""
+LISTED = 16
+"""Words to write again."""
+SOLVED_WORDS = 8
 SHOTS = 4
 """Solved takes of an episode."""
 NUM_OPTIONS = 8
@@ -194,13 +197,16 @@ def scene(rng: random.Random, names: Sequence[str]) -> tuple[list[int], list[str
 def spoken(
     rng: random.Random, names: Sequence[str], count: int
 ) -> Iterator[dict[str, bytes | str]]:
-    """Yield solved words and the one that is asked about."""
+    """Yield words to write again, and words that have a name each, some of them several times."""
     for number in range(count):
-        solved, called = scene(rng, names)
-        words = rng.sample(names, SHOTS + 1)
-        clips = [(None, f"{words[thing]}. {QUESTION}", called[thing]) for thing in solved]
-        last = (None, f"{words[0]}. {asked(called)}", called[0])
-        yield _sample(number, [*clips, last])
+        if number % 2:
+            words = " ".join(rng.sample(names, LISTED))
+            yield _sample(number, [(None, words, words)])
+            continue
+        things = rng.randint(2, 4)
+        words, called = rng.sample(names, things), rng.sample(names, things)
+        places = [rng.randrange(things) for _ in range(SOLVED_WORDS)]
+        yield _sample(number, [(None, f"{words[place]}.", called[place]) for place in places])
 
 
 def episodes(draw: Draw, names: Sequence[str], count: int) -> Iterator[dict[str, bytes | str]]:
