@@ -14,7 +14,7 @@ from nvmm.config.compose import instantiate
 from nvmm.data.samples.sounds import FrontEnd
 from nvmm.inference.trust import require_trusted
 
-_PREFIX = "audio_encoder"
+_PREFIX = "audio"
 """What the encoder of a whole model is called in its checkpoints."""
 
 
