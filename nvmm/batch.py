@@ -60,6 +60,9 @@ class TextMedia:
         and no other. Text from an item's last end on sees the whole item.
     tag_ids: attended media alone: int64 [n, t], tokens whose embeddings are keys in front of the
         tile's features, -1 where a tag is shorter (NVLM-H; t is 0 in NVLM-X).
+    extents: media in the sequence alone: int64 [n], frames of each window that hold sound; the
+        encoder looks at no others. None: at all frames.
+    counts: with `extents` alone: int64 [n], features of each tile, at most tokens_per_item.
     """
 
     values: Tensor
@@ -70,6 +73,13 @@ class TextMedia:
     tokens_per_item: int
     ends: Tensor | None = None
     tag_ids: Tensor | None = None
+    extents: Tensor | None = None
+    counts: Tensor | None = None
+
+    @property
+    def num_features(self) -> Tensor:
+        """The number of features of each tile, int64 [n]."""
+        return _num_features(self)
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ class Media:
     rows: int64 [n], the row of `Batch.tokens` that holds the placeholders or the tags.
     positions, ends: as in TextMedia, as columns of that row.
     texts: int64 [n], the text that each tile belongs to, an index into `Batch.owners`.
-    items, tiles, placeholder_id, tokens_per_item, tag_ids: as in TextMedia.
+    items, tiles, placeholder_id, tokens_per_item, tag_ids, extents, counts: as in TextMedia.
     """
 
     values: Tensor
@@ -138,12 +148,25 @@ class Media:
     tokens_per_item: int
     ends: Tensor | None = None
     tag_ids: Tensor | None = None
+    extents: Tensor | None = None
+    counts: Tensor | None = None
+
+    @property
+    def num_features(self) -> Tensor:
+        """The number of features of each tile, int64 [n]."""
+        return _num_features(self)
 
     @property
     def num_keys(self) -> int:
         """The number of keys that cross-attention reads of attended media, features and tags."""
         tags = 0 if self.tag_ids is None else int((self.tag_ids >= 0).sum())
         return self.positions.numel() * self.tokens_per_item + tags
+
+
+def _num_features(media: TextMedia | Media) -> Tensor:
+    if media.counts is not None:
+        return media.counts
+    return torch.full_like(media.positions, media.tokens_per_item)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ python tools/convert.py import --from language=QWEN_DIR --from vision=INTERNVIT_
     model=nvlm_d_7b
 python tools/convert.py import --from language=NV_EMBED_DIR --from vision=CLIP_DIR \
     --from connector=LLAVA_NEXT_DIR --to CKPT model=mm_embed_8b
+python tools/convert.py import --from language=OPT_DIR --from audio=CLAPCAP.pth --to CKPT \
+    model=audio_flamingo
 python tools/convert.py import --from query=BERT_DIR --from context=BERT_DIR --to CKPT
 python tools/convert.py export --from RUN_DIR --to HF_DIR --format nvlm_d
 python tools/convert.py verify --a HF_DIR --b CKPT
@@ -77,8 +79,11 @@ def import_(options: argparse.Namespace) -> int:
     )
     for name in initialised:
         print(f"initialised from seed {options.seed}: {name}")
-    for name in open_checkpoint(at(options.to)).state["dropped"]:
+    state = open_checkpoint(at(options.to)).state
+    for name in state["dropped"]:
         print(f"left out: {name}")
+    if left := state["left_to_the_run"]:
+        print(f"in no source, and started by the run that begins here: {len(left)} parameters")
     print(options.to)
     return 0
 
@@ -249,8 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=import_)
     _common(
         command,
-        "folder, or language=FOLDER, vision=FOLDER and connector=FOLDER, or query=FOLDER and"
-        " context=FOLDER",
+        "folder, or language=, vision=, connector= and audio=FOLDER, or query=FOLDER and"
+        " context=FOLDER; CLAP's own file in the place of its folder",
         workers=True,
     )
     command.add_argument("--seed", type=int, default=1234, help="of what no folder gives")
@@ -323,10 +328,11 @@ def _trust(command: argparse.ArgumentParser) -> None:
 
 def _format(command: argparse.ArgumentParser) -> None:
     formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "clap", "siglip")
-    formats += ("whisper", "nvlm_d", "nv_embed", "mm_embed", "bert")
+    formats += ("opt", "whisper", "nvlm_d", "llava", "vila", "vila15", "audio_flamingo3")
+    formats += ("nv_embed", "mm_embed", "bert")
     formats += ("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward")
     command.add_argument("--format", required=True, choices=formats)
-    parts = ("language", "vision", "query", "context")
+    parts = ("language", "vision", "audio", "query", "context")
     command.add_argument("--part", choices=parts, help="one part of the model")
 
 

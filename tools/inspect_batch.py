@@ -101,17 +101,17 @@ def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace
 def sounds_of(samples: list[Any], located: list[tuple[Any, int]]) -> Any:
     """Return what is heard of these samples, of data sets and numbers; None without sounds."""
     from nvmm.data.samples.drawn_sounds import wav
-    from nvmm.data.samples.listening import SoundBuilder
     from nvmm.report.batch import Sounds
 
     players: dict[int, list[bytes]] = {}
     front = None
     for sample, (dataset, number) in zip(samples, located, strict=True):
         builder = dataset.build
-        if not isinstance(builder, SoundBuilder):
+        heard = builder.heard(dataset.members(number))
+        if not heard:
             continue
         front = builder.front_end
-        sounds = [wav(heard, front.rate) for heard in builder.heard(dataset.members(number))]
+        sounds = [wav(samples, front.rate) for samples in heard]
         # A sample that was too long has lost some, and says how many it has.
         kept = 1 + max((int(m.items.max()) for m in sample.text.media.values()), default=-1)
         first = getattr(builder, "too_long", "first") == "first"

@@ -44,6 +44,8 @@ def index_shards(options: argparse.Namespace) -> None:
 def index_config(overrides: list[str]) -> None:
     """Index the training data of a run and count the tokens of every sample."""
     from nvmm.config import compose
+    from nvmm.config.batch_sizes import BatchSizes
+    from nvmm.data.order.blend import Blend
 
     sys.argv[1:] = overrides
     job = compose.load("train", placeholders=True)
@@ -63,6 +65,9 @@ def index_config(overrides: list[str]) -> None:
             f" {float(component.weight):.4g}: {component.dataset.index.path}"
         )
         print(f"{component.name}: {component.dataset.contents()[0]}")
+    size = Blend([component.source() for component in data.components]).size
+    if size is not None:
+        print(data.end_of(size, BatchSizes.of_config(job.config)))
 
 
 def key_and_folder(text: str) -> tuple[str, str]:

@@ -74,6 +74,16 @@ class BatchSizes:
             step -= min(step, steps)
         return samples + self.last * step
 
+    def steps_of(self, samples: int) -> int:
+        """Return the whole steps that so many samples make, from step 0 on."""
+        done = 0
+        for size, steps in self.stages:
+            whole = min(steps, samples // size)
+            done, samples = done + whole, samples - whole * size
+            if whole < steps:
+                return done
+        return done + samples // self.last
+
     def tokens_before(self, step: int) -> int:
         """Return `before(step)` in tokens. Raises ValueError without a sequence length."""
         if self.sequence_length is None:

@@ -21,6 +21,7 @@ from nvmm.data.samples.chat import (
     render,
 )
 from nvmm.data.samples.jinja_template import FILE, JinjaTemplate
+from nvmm.data.samples.sound_chat import SOUND_MARKER
 from nvmm.data.samples.tokenizer import Tokenizer
 
 _TEMPLATES = {
@@ -54,7 +55,7 @@ _JINJA = """\
 {{%- else -%}}
 {{%- for part in message["content"] -%}}
 {{%- if part["type"] == "text" -%}}{{{{- part["text"] -}}}}
-{{%- elif part["type"] in {media} -%}}{{{{- {marker} -}}}}
+{{%- elif part["type"] in {media} -%}}{{{{- {media}[part["type"]] -}}}}
 {{%- else -%}}{{{{- raise_exception("the model does not read parts of type " ~ part["type"]) -}}}}
 {{%- endif -%}}
 {{%- endfor -%}}
@@ -180,13 +181,13 @@ def _template(given: Any, tokenizer: Tokenizer) -> ChatTemplate | JinjaTemplate 
 def jinja(
     template: ChatTemplate | JinjaTemplate,
     tokenizer: Tokenizer,
-    reads_images: bool,
+    media: Mapping[str, str],
     closing: str = "",
 ) -> str:
     """Return a template of Transformers that writes what `render` writes, and `closing` behind a
     whole conversation.
 
-    An image part of a message becomes our marker, for whoever expands it to tiles. A template with
+    media: kind of part -> the marker that it becomes, for whoever expands that. A template with
     a role for contexts takes them as messages of the role `context` or `document`, or as the
     `documents` of `apply_chat_template`.
     """
@@ -213,8 +214,7 @@ def jinja(
         "trim": template.trim,
         "end_earlier": template.end_earlier,
         "aliases": {"document": CONTEXT} if rests and "document" not in template.roles else {},
-        "media": ["image"] if reads_images else [],
-        "marker": IMAGE_MARKER,
+        "media": dict(media),
     }
     # A JSON string is a Jinja string where its only escapes are those of quotes and controls.
     texts = {k: json.dumps(v, ensure_ascii=False) for k, v in values.items()}
@@ -222,8 +222,16 @@ def jinja(
     return _JINJA.format(documents=documents, **texts)
 
 
-def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) -> None:
+def media_parts(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return the kinds of parts that messages to a model may have, and their markers."""
+    parts = {"image": IMAGE_MARKER} if "vision" in model else {}
+    return parts | ({"audio": SOUND_MARKER} if "audio" in (model.get("encoders") or {}) else {})
+
+
+def write_conversation(folder: Path, talk: Conversation, *, media: Mapping[str, str]) -> None:
     """Write how a checkpoint talks beside the files of its tokenizer.
+
+    media: as `media_parts` gives them.
 
     An import as it came keeps what its folder says, and is given what that leaves out.
     """
@@ -241,7 +249,7 @@ def write_conversation(folder: Path, talk: Conversation, *, reads_images: bool) 
     config = _read(folder / "tokenizer_config.json")
     has_template = (folder / FILE).is_file() or config.get("chat_template")
     if talk.template is not None and (talk.trained or not has_template):
-        text = jinja(talk.template, talk.tokenizer, reads_images, talk.end)
+        text = jinja(talk.template, talk.tokenizer, media, talk.end)
         (folder / FILE).write_text(text, encoding="utf-8")
         if config.pop("chat_template", None) is not None:
             _write(folder / "tokenizer_config.json", config)

@@ -15,6 +15,7 @@ from nvmm.convert.chat_template import (
     Conversation,
     check_conversation,
     conversation,
+    media_parts,
     write_conversation,
 )
 from nvmm.convert.files import publish
@@ -126,8 +127,8 @@ def export(
         if talk is not None:
             copy_tokenizer(talk.folder, texts)
             if not embeds:
-                reads_images = part is None and "vision" in saved.model
-                write_conversation(texts, talk, reads_images=reads_images)
+                media = media_parts(saved.model) if part is None else {}
+                write_conversation(texts, talk, media=media)
             write_processor(temporary, whole_config, format_name, talk.tokenizer.image_token)
         write_folder(
             temporary,

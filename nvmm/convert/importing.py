@@ -33,6 +33,7 @@ from nvmm.parallel.parameters import draw_row
 _BLOCK = 16_777_216  # elements drawn at a time
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 _PLACEHOLDER = "<|vision_pad|>"
+_STARTED_BY_THE_RUN = ("cross_attention.", "audio_connector.")
 _TAGS = "nvmm.data.samples.chat.ImageTags"
 
 
@@ -53,7 +54,7 @@ def derive(folders: Mapping[str, HubFolder]) -> dict[str, Any]:
         if lines:
             raise ValueError("both towers must be one model:\n  " + "\n  ".join(lines))
         return {"_target_": TWO_TOWERS, "_partial_": True, "language": query}
-    if not set(PARTS) <= set(folders) <= set(SOURCES):
+    if not set(PARTS) <= set(folders) <= {*PARTS, "connector"}:
         raise ValueError(
             f"--from gives {', '.join(sorted(folders))}; without model= or experiment= it must give"
             f" {' and '.join(PARTS)}, for MM-Embed connector too, or {' and '.join(TOWERS)}"
@@ -117,7 +118,11 @@ def import_folders(
     seed: int = 1234,
     workers: int = 1,
 ) -> list[str]:
-    """Write a weights-only checkpoint of ours; return the names that no source gave.
+    """Write a weights-only checkpoint of ours; return the names that no source gave and that begin
+    here as in a run.
+
+    Cross-attention's blocks and the layers over windows are left out where no source gives them:
+    the run that takes the checkpoint as its `init_from` starts them, and says so.
 
     Args:
         folders: part ("" for the whole model) -> folder.
@@ -139,6 +144,9 @@ def import_folders(
     expected = parameters(constructor)
     # 2. A new connector, and the output layer that a base model lacks, start as a run would.
     missing = {name: tensor for name, tensor in expected.items() if name not in imported.spec}
+    left_out = {name for name in missing if name.startswith(_STARTED_BY_THE_RUN)}
+    missing = {name: tensor for name, tensor in missing.items() if name not in left_out}
+    expected = {name: tensor for name, tensor in expected.items() if name not in left_out}
     first = next(iter(imported.spec.values()))
     source = Merged([imported, Initial(missing, seed, model, first.dtype)])
     compare_shapes(source.spec, expected, "the sources", "the model")
@@ -183,7 +191,9 @@ def import_folders(
                 "tokenizer_digest": digest,
                 "sources": sources,
                 "initialised": sorted(missing),
-                "dropped": [name for ours in converted.values() for name in ours.dropped],
+                "left_to_the_run": sorted(left_out),
+                "dropped": [name for ours in converted.values() for name in ours.dropped]
+                + [x for f in folders.values() for x in getattr(f.source, "left_out", ())],
             },
         )
     return sorted(missing)
@@ -210,7 +220,7 @@ def _with_tokenizer(
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         copy_tokenizer(source.tokenizer, here)
-        image_id = source.config.get("image_token_index")
+        image_id = source.config.get("image_token_index", source.config.get("audio_token_id"))
         return _with_local_tokenizer(saved, here, final, image_id, source.format)
 
 
@@ -228,7 +238,8 @@ def _with_local_tokenizer(
     tokenizer = Tokenizer(str(here), **options)
     out = {**saved, "tokenizer": configured | options | {"path": str(final.resolve())}}
     if out["data"] is None and tokenizer.token_id("<|im_start|>") is not None:
-        out["data"] = _chat(saved["model"])
+        hears = format_name == "audio_flamingo3"
+        out["data"] = _sound_chat(saved["model"]) if hears else _chat(saved["model"])
     elif out["data"] is None and format_name in ("llava", "vila") and tokenizer.bos_id is not None:
         vision, out["data"] = saved["model"]["vision"], (data := _chat(saved["model"]))
         data["train"]["build"] |= {
@@ -272,6 +283,24 @@ def _chat(model: Mapping[str, Any]) -> dict[str, Any]:
         side = -(-grid // model["connector"].get("downsample", 2))  # an odd grid is padded
         build |= {"tile_size": size, "tokens_per_tile": side * side}
     length = language.get("max_sequence_length", 4096)
+    return {"sequence_length": length, "train": {"build": build}}
+
+
+def _sound_chat(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the data of conversations about sounds, in windows that fill the encoder."""
+    encoder = model["encoders"]["audio"]["encoder"]
+    front_end = option("front_end", "whisper")
+    positions = encoder["max_source_positions"]
+    seconds = 2 * positions * front_end["frame_hop"] / front_end["rate"]
+    front_end |= {"bins": encoder["num_mel_bins"], "window": seconds, "hop": seconds}
+    build = {
+        "_target_": "nvmm.data.samples.sound_chat.SoundChatBuilder",
+        "_partial_": True,
+        "template": option("template", "chatml") | {"system": "You are a helpful assistant."},
+        "front_end": front_end | {"most_windows": 20},
+        "tokens_per_window": positions // encoder["pool"],
+    }
+    length = model["language"].get("max_sequence_length", 4096)
     return {"sequence_length": length, "train": {"build": build}}
 
 

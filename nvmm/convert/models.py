@@ -17,11 +17,13 @@ from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.index import read_metadata, weight_names
 from nvmm.checkpoint.record import read_record, write_record
 from nvmm.convert import embedders, sentence_encoders
+from nvmm.convert.clap_files import SUFFIXES, ClapFile
 from nvmm.convert.distributed import DistributedSource, write_distributed
 from nvmm.convert.files import is_local
-from nvmm.convert.formats import clip, megatron, projector
+from nvmm.convert.formats import clap, clip, megatron, projector
 from nvmm.convert.formats.all import FORMATS, detect, place_of, read_config, weight_folders
 from nvmm.convert.formats.decoder import EMBEDDING, HEAD
+from nvmm.convert.pickles import load
 from nvmm.convert.safetensors import SafetensorsSource
 from nvmm.convert.sources import (
     Cast,
@@ -40,8 +42,10 @@ from nvmm.io.progress import progress
 log = logging.getLogger("nvmm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARTS = ("language", "vision")
-SOURCES = (*PARTS, "connector")
-"""The parts of a composed model that a folder of their own may give."""
+AUDIO = "audio"
+SOURCES = (*PARTS, "connector", AUDIO)
+"""The parts of a composed model that a folder of their own may give; their parameters' names begin
+with theirs."""
 TOWERS = ("query", "context")
 TWO_TOWERS = "nvmm.models.two_towers.TwoTowers"
 
@@ -60,6 +64,8 @@ def part_of(model: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any
         parts = dict.fromkeys(TOWERS, model["language"])
     else:
         parts = {key: value for key, value in model.items() if key not in TOWERS}
+        others = model.get("encoders") or {}
+        parts |= {modality: other.get("encoder") for modality, other in others.items()}
     part = parts.get(name)
     if not isinstance(part, Mapping):
         raise ValueError(f"{where} has no {name}")
@@ -76,9 +82,11 @@ class HubFolder:
     source: Source
 
     def published(self) -> dict[str, Any]:
-        """Return config.json as it is written; for Megatron-LM its arguments."""
-        is_folder = (self.path / "config.json").is_file()
-        return read_config(self.path) if is_folder else self.config
+        """Return config.json as it is written; for Megatron-LM its arguments, for a file of CLAP
+        what its shapes say."""
+        if (self.path / "config.json").is_file():
+            return read_config(self.path)
+        return {key: value for key, value in self.config.items() if key not in clap.COMPLETED}
 
     def model(self) -> dict[str, Any]:
         """Return our model config for it."""
@@ -133,9 +141,15 @@ class HubFolder:
 
 
 def open_folder(path: Path) -> HubFolder:
-    """Read a folder's config.json and headers, or Megatron-LM's; no tensor is loaded."""
+    """Read a folder's config.json and headers, Megatron-LM's, or a file of CLAP's makers.
+
+    No tensor is loaded.
+    """
+    if path.is_file() and path.name.endswith(SUFFIXES):
+        file = ClapFile(path)
+        return HubFolder(path, "clap", clap.complete(file.config, file.spec), file)
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
+        raise ValueError(f"{path} is not a folder, nor a file of CLAP ({', '.join(SUFFIXES)})")
     if (located := megatron.locate(path)) is not None:
         return _open_megatron(*located)
     config = read_config(path)
@@ -196,7 +210,7 @@ def _open_megatron(path: Path, format_name: str) -> HubFolder:
     if format_name == megatron.LEGACY:
         legacy = megatron.LegacySource(path)
         return HubFolder(path, format_name, legacy.args, legacy)
-    args = megatron.arguments(megatron.load(path / "common.pt"), path / "common.pt")
+    args = megatron.arguments(load(path / "common.pt"), path / "common.pt")
     index = megatron.unstacked(read_metadata(path, foreign=True), args["num_layers"])
     return HubFolder(path, format_name, args, DistributedSource(path, index))
 

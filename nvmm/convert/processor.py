@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nvmm.convert.formats.config import whole
+from nvmm.convert.formats.config import is_whisper, whole
 
 _BICUBIC = 3
 _SAMPLING_RATE, _HOP = 16_000, 160  # Whisper's: 100 frames a second, two frames a position
@@ -22,16 +22,11 @@ def processor(
     if "depths" in model:
         # CLAP's front end is a choice of the data, which a checkpoint of an encoder lacks.
         return None
-    if "num_mel_bins" in model:
-        positions = whole(model)["max_source_positions"]
-        return {
-            "feature_extractor_type": "WhisperFeatureExtractor",
-            "feature_size": model["num_mel_bins"],
-            "sampling_rate": _SAMPLING_RATE,
-            "hop_length": _HOP,
-            "n_fft": 400,
-            "chunk_length": positions * 2 * _HOP // _SAMPLING_RATE,
-        }
+    if is_whisper(model):
+        return _whisper(model)
+    if format_name == "audio_flamingo3":
+        # Its processor leaves out the silence behind a sound.
+        return {**_whisper(model["encoders"]["audio"]["encoder"]), "return_attention_mask": True}
     vision = model if "patch_size" in model else model.get("vision")
     if vision is None:
         return None
@@ -60,4 +55,16 @@ def processor(
         "do_normalize": True,
         "image_mean": list(full["image_mean"]),
         "image_std": list(full["image_std"]),
+    }
+
+
+def _whisper(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    full = whole(encoder)
+    return {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": full["num_mel_bins"],
+        "sampling_rate": _SAMPLING_RATE,
+        "hop_length": _HOP,
+        "n_fft": 400,
+        "chunk_length": full["max_source_positions"] * 2 * _HOP // _SAMPLING_RATE,
     }

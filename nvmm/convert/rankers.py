@@ -128,7 +128,7 @@ class Ranker:
 
         assert talk.template is not None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(jinja(talk.template, talk.tokenizer, False))
+        template = environment.from_string(jinja(talk.template, talk.tokenizer, {}))
         messages = [
             {"role": turn.role, "content": turn.text} for turn in self.turns(question, passage)
         ]

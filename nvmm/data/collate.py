@@ -195,8 +195,23 @@ def _media(
             placeholder_id=entries[0][1].placeholder_id,
             tokens_per_item=entries[0][1].tokens_per_item,
             **_attended([(media, start) for _, media, _, start in entries]),
+            **_extents([media for _, media, _, _ in entries]),
         )
     return merged
+
+
+def _extents(each: Sequence[TextMedia]) -> dict[str, Tensor]:
+    """Return `extents` and `counts` where a text has them; windows of others are whole."""
+    if all(media.extents is None for media in each):
+        return {}
+    extents = [
+        torch.full_like(media.positions, media.values.shape[-1])
+        if media.extents is None
+        else media.extents
+        for media in each
+    ]
+    counts = [media.num_features for media in each]
+    return {"extents": torch.cat(extents), "counts": torch.cat(counts)}
 
 
 def _attended(media_and_starts: Sequence[tuple[TextMedia, int]]) -> dict[str, Tensor]:

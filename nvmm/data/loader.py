@@ -24,7 +24,7 @@ from nvmm.data.order.order import Order, Settings
 from nvmm.data.samples.jinja_template import JinjaTemplate
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, builder_digest
-from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with
+from nvmm.data.steps import GlobalBatches, OnePass, Step, StepNumbers, end_with, passing_of
 
 log = logging.getLogger("nvmm")
 OnError = Literal["skip", "stop"]
@@ -109,17 +109,22 @@ class Data:
 
     def sample(self, sample_id: int) -> Sample:
         """Return one training sample by its id."""
-        dataset, number = self.located(sample_id)
-        return dataclasses.replace(dataset[number], sample_id=sample_id)
+        ordinal, epoch, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        passing = "" if self.pack else passing_of(self.seed, epoch)
+        sample = self._of(sample_id, ordinal).sample(number, passing)
+        return dataclasses.replace(sample, sample_id=sample_id)
 
     def located(self, sample_id: int) -> tuple[Dataset, int]:
         """Return the data set of a training sample, and its number there."""
         ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        return self._of(sample_id, ordinal), number
+
+    def _of(self, sample_id: int, ordinal: int) -> Dataset:
         if ordinal >= len(self.components):
             raise IndexError(
                 f"sample {sample_id} is of dataset {ordinal} of {len(self.components)}"
             )
-        return self.components[ordinal].dataset, number
+        return self.components[ordinal].dataset
 
     def count_lengths(self) -> dict[str, str]:
         """Count the tokens of all training samples, where that was not done yet.
@@ -158,6 +163,11 @@ class Data:
             texts = {name: n for name, n in most.items() if n > 1 and segment_multiple > 1}
             settings = Settings(self.window, self.sequence_length, segment_multiple, digests, texts)
         return Order(self.components, self.seed, settings, global_batch_size, position)
+
+    def end_of(self, samples: int, sizes: BatchSizes) -> str:
+        """Return in words where a blend of so many samples ends."""
+        steps = "" if self.pack else f", which are {sizes.steps_of(samples)} whole steps"
+        return f"the blend ends after {samples} samples{steps}"
 
     def num_batches(self, split: str, global_batch_size: int) -> int:
         """Return the number of global batches in one pass; the last may be incomplete."""
@@ -221,6 +231,8 @@ class Data:
         order: Order | OnePass
         if split == "train":
             order = self.order(sizes, position, segment_multiple)
+            if rank == 0 and order.size is not None:
+                log.info(f"data: {self.end_of(order.size, sizes)}")
             numbered = {order.ordinals[c.name]: c.dataset for c in self.components}
             self._numbered = {number: name for name, number in order.ordinals.items()}
             stop = None
@@ -245,6 +257,7 @@ class Data:
             segment_multiple=segment_multiple,
             packed=self.pack,
             planned=self.pack and split == "train",
+            seed=self.seed if split == "train" and not self.pack else None,
         )
         return self._iterate(global_batches, StepNumbers(start, stop))
 

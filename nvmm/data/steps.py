@@ -71,7 +71,8 @@ class GlobalBatches:
     """Global batches by step number; an item is one rank's share, a `Step`.
 
     datasets: number in sample ids -> dataset. order: an Order or OnePass. planned: the order's
-    packs rely on token counts, which the samples must have.
+    packs rely on token counts, which the samples must have. seed: of what builders draw in each
+    pass anew; None: they draw the same in all.
     """
 
     datasets: Mapping[int, Dataset]
@@ -84,6 +85,7 @@ class GlobalBatches:
     segment_multiple: int
     packed: bool
     planned: bool
+    seed: int | None = None
 
     def __getitem__(self, k: int) -> Step:
         packs: list[Pack] = self.order.batch(k)
@@ -129,9 +131,10 @@ class GlobalBatches:
 
     def _checked(self, sample_id: int) -> Sample:
         """Return a sample; raise ValueError when it is bad or not as long as it was planned."""
-        ordinal, _, number = (int(field[()]) for field in sample_ids.split(sample_id))
+        ordinal, epoch, number = (int(field[()]) for field in sample_ids.split(sample_id))
         dataset = self.datasets[ordinal]
-        sample = dataclasses.replace(dataset[number], sample_id=sample_id)
+        passing = "" if self.seed is None else passing_of(self.seed, epoch)
+        sample = dataclasses.replace(dataset.sample(number, passing), sample_id=sample_id)
         with blamed(sample.source):
             check_sample(sample)
         if self.planned:
@@ -158,6 +161,11 @@ class GlobalBatches:
                     f" {capacity // multiple * multiple}",
                 )
         return sample
+
+
+def passing_of(seed: int, epoch: int) -> str:
+    """Return the name of a pass over a data set, for `Dataset.sample`."""
+    return f"{seed}/{epoch}"
 
 
 def end_with(pid: int, worker: int = 0) -> None:

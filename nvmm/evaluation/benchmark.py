@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.config.choices import require
 from nvmm.config.nested import merged
+from nvmm.evaluation.corpus import FAULTS, all_answers, of_all, prepared
 from nvmm.evaluation.images import MAX_IMAGES, image_fields, sound_fields
 from nvmm.evaluation.option_accuracy import likeliest, option_tokens
 from nvmm.io.progress import progress
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from nvmm.inference.restore import Restored
 
 log = logging.getLogger(__name__)
-_FAULTS = (
-    *(ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError),
-    RecursionError,
-)
-"""What odd bytes may make a builder raise. A read that may work later (OSError) is not here."""
 _NAMED = 20
 """The number of questions without a score that metrics.json names; skipped.jsonl has all."""
 
@@ -258,9 +254,9 @@ class Questions(Benchmark):
         if self.choose == "likelihood":
             refuse_settings(settings, ("batch_size", "num_samples", "max_bad_fraction"))
         if any(hasattr(metric, "prepared") for metric in (self.metric, *self.also.values())):
-            answers = _all_answers(dataset, model.builder)
-            also = {name: _prepared(metric, answers) for name, metric in self.also.items()}
-            whole = replace(self, metric=_prepared(self.metric, answers), also=also)
+            answers = all_answers(dataset, model.builder)
+            also = {name: prepared(metric, answers) for name, metric in self.also.items()}
+            whole = replace(self, metric=prepared(self.metric, answers), also=also)
             return whole.run(model, settings, journal)
         # 1. Take the answers that an evaluation before this one has written.
         predictions, skipped = _known(journal, dataset, self.line)
@@ -319,7 +315,8 @@ class Questions(Benchmark):
             )
         scores = {f"{self.name}_{self.metric_name}": {"overall": summary["score"], **kinds}}
         if self.also:
-            more = {name: _of_all(metric, predictions) for name, metric in self.also.items()}
+            pairs = [(line.prediction, line.answers) for line in predictions]
+            more = {name: of_all(metric, pairs) for name, metric in self.also.items()}
             summary["also"] = more
             scores |= {f"{self.name}_{name}": {"overall": value} for name, value in more.items()}
         return Result(
@@ -366,7 +363,7 @@ class Questions(Benchmark):
                 members = dataset.members(number)
                 source = f"{members['__url__']}:{members['__key__']}"
                 example = self.ask(members, model.builder)
-            except _FAULTS as error:
+            except FAULTS as error:
                 reason = str(error)
                 if not isinstance(error, ValueError):
                     reason = f"{source}: {type(error).__name__}: {error}"
@@ -480,33 +477,6 @@ class Questions(Benchmark):
         if not math.isfinite(score):
             raise ValueError(f"benchmark.metric gives {score} for {prediction!r} and {answers}")
         return score
-
-
-def _prepared(metric: Any, answers: list[list[str]]) -> Metric:
-    """Return a metric, that of the corpus where it is of one."""
-    prepared: Metric = metric.prepared(answers) if hasattr(metric, "prepared") else metric
-    return prepared
-
-
-def _of_all(metric: Any, predictions: Sequence[Prediction]) -> float:
-    """Return the value of a metric over all answers: its own of a corpus, else the mean."""
-    pairs = [(line.prediction, line.answers) for line in predictions]
-    if hasattr(metric, "of_corpus"):
-        return float(metric.of_corpus(pairs))
-    return sum(metric(prediction=text, answers=answers) for text, answers in pairs) / len(pairs)
-
-
-def _all_answers(dataset: Any, builder: Builder) -> list[list[str]]:
-    """Return the accepted answers to each question that has some."""
-    found = []
-    for number in range(len(dataset)):
-        try:
-            answers = builder.references(dataset.members(number))
-        except _FAULTS:
-            continue  # It is named when it is asked.
-        if answers:
-            found.append(answers)
-    return found
 
 
 def _known(

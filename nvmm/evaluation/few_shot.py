@@ -6,6 +6,7 @@ job=few_shot finds those of sounds: retrieval-augmented generation.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from nvmm.config.choices import require
-from nvmm.data.samples.clip_shots import Interleaved
+from nvmm.data.samples.clip_words import Interleaved
 from nvmm.data.samples.record import is_picture, is_sound
 from nvmm.evaluation.benchmark import Example, Questions
 
@@ -125,15 +126,14 @@ class FewShot(Questions):
         return _dataset(tuple([self.train] if isinstance(self.train, str) else self.train), builder)
 
     @property
-    def _found(self) -> tuple[list[Any], Mapping[str, tuple[Interleaved, list[str]]]]:
-        """What tells the neighbours from others, and question -> how they were found, and they."""
+    def _found(self) -> tuple[str, Mapping[str, tuple[Interleaved, list[str]]]]:
+        """A digest of the neighbours, and question -> how they were found, and they."""
         if self.neighbours is None:
-            return [], {}
+            return "", {}
         path = Path(self.neighbours).expanduser() / _FILE
         if not path.is_file():
             raise ValueError(f"benchmark.neighbours={self.neighbours} has no {_FILE}")
-        status = path.stat()
-        return [status.st_size, status.st_mtime_ns], _lines(path, status.st_mtime_ns)
+        return _lines(path, path.stat().st_mtime_ns)
 
     def _chosen(
         self, asked: Mapping[str, Any], builder: Builder
@@ -247,17 +247,19 @@ def _places(dataset: Any) -> dict[str, int]:
 
 
 @lru_cache(maxsize=4)
-def _lines(path: Path, written: int) -> dict[str, tuple[Interleaved, list[str]]]:
-    """Return question -> how its neighbours were found, and they. written: when the file was."""
+def _lines(path: Path, written: int) -> tuple[str, dict[str, tuple[Interleaved, list[str]]]]:
+    """Return a digest of the file, and question -> how its neighbours were found, and they.
+
+    written: when the file was, so that another content is read anew.
+    """
     found: dict[str, tuple[Interleaved, list[str]]] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    content = path.read_bytes()
+    for number, text in enumerate(content.splitlines(), 1):
         try:
             line = json.loads(text)
             require("interleaved", line["interleaved"], Interleaved)
-            found[str(line["id"])] = (
-                cast("Interleaved", line["interleaved"]),
-                [str(name) for name in line["neighbours"]],
-            )
+            names = [str(name) for name in line["neighbours"]]
+            found[str(line["id"])] = cast("Interleaved", line["interleaved"]), names
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is damaged ({error!r})") from error
-    return found
+    return hashlib.sha256(content).hexdigest(), found

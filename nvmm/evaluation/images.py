@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -65,15 +65,14 @@ def sound_fields(builder: Builder, members: Mapping[str, Any]) -> dict[str, Any]
     """Return the fields of a line of `images.jsonl` from which the last sound is drawn and played.
 
     Returns: {sound: base64 WAV of what is heard, spectrogram: base64 PNG of what the encoder gets};
-    empty where the sample has no sound, or another builder.
+    empty where the sample has no sound.
     """
     from nvmm.data.samples.drawn_sounds import spectrogram_png, wav
-    from nvmm.data.samples.listening import SoundBuilder
 
-    heard = builder.heard(members) if isinstance(builder, SoundBuilder) else []
-    if not heard or not isinstance(builder, SoundBuilder):
+    heard = builder.heard(members)
+    if not heard:
         return {}
-    front = builder.front_end
+    front = cast("Any", builder).front_end
     windows = front.log_mel(front.windows(heard[-1]))
     drawn = {
         "sound": wav(heard[-1], front.rate, _RATE),

@@ -60,7 +60,9 @@ def check_cache(
     rotary = getattr(chunk, "language", chunk).rotary
     start, last = tokens if first is None else first, tokens + new_tokens - 1
     way = "use_cache" if first is None else "share_prefix"
-    if rotary.scaling is not None and not rotary.scaling.is_constant(start, last):
+    if rotary is None or rotary.scaling is None:
+        return
+    if not rotary.scaling.is_constant(start, last):
         raise ValueError(
             f"sample {sample}: {type(rotary.scaling).__name__} scales RoPE by the length, which"
             f" grows from {start} to {last} tokens; a cache would keep the angles of the shorter"

@@ -11,7 +11,9 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ import pyarrow as pa
 import torch.distributed as dist
 
 from nvmm.config.choices import require
-from nvmm.data.samples.clip_shots import Interleaved, joined
+from nvmm.data.samples.clip_shots import joined
+from nvmm.data.samples.clip_words import Interleaved
 from nvmm.inference.restore import Restored
 from nvmm.io import files
 from nvmm.jobs import job as jobs
@@ -28,6 +31,7 @@ from nvmm.jobs.job import Job, Work, alone, digest, file_digest
 from nvmm.jobs.neighbours import Pool, Query, check_columns, neighbours, queries_of
 from nvmm.jobs.parts import Parts, recorded
 from nvmm.jobs.prompts import samples_digest
+from nvmm.jobs.synthesis.asking import on_first_rank
 
 NEIGHBOURS = "neighbours.jsonl"
 _SCHEMA = pa.schema(
@@ -91,20 +95,19 @@ class FewShot:
         if model is not None:
             raise ValueError("job=few_shot reads vectors; leave checkpoint= out")
         folder = Path(output).expanduser()
-        if dist.get_rank() == 0:
-            _forget_damaged(folder)
-        dist.barrier()
+        on_first_rank(partial(_forget_damaged, folder))
         summary = jobs.run(_Samples(self, folder), settings, None, folder)
-        if dist.get_rank() == 0:
-            rows = Parts(folder).read(verify=False).select(["id", "neighbours", "error"])
-            lines = [
-                {"id": row["id"], "interleaved": self.mode, "neighbours": row["neighbours"]}
-                for row in rows.to_pylist()
-                if row["error"] is None
-            ]
-            files.write(folder / NEIGHBOURS, "".join(f"{json.dumps(line)}\n" for line in lines))
-        dist.barrier()
+        on_first_rank(partial(self._write_neighbours, folder))
         return summary
+
+    def _write_neighbours(self, folder: Path) -> None:
+        rows = Parts(folder).read(verify=False).select(["id", "neighbours", "error"])
+        lines = [
+            {"id": row["id"], "interleaved": self.mode, "neighbours": row["neighbours"]}
+            for row in rows.to_pylist()
+            if row["error"] is None
+        ]
+        files.write(folder / NEIGHBOURS, "".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 class _Samples(Job):
@@ -271,7 +274,8 @@ def _forget_damaged(folder: Path) -> None:
     """Remove the parts whose shard is gone or has other bytes, so that both are made again."""
     if not (folder / "manifest.json").exists():
         return
-    with alone(folder):
+    # Whatever keeps the folder from being read is told by the job itself.
+    with suppress(ValueError), alone(folder):
         parts = Parts(folder)
         for part in range(parts.count):
             try:

@@ -167,6 +167,11 @@ class CrossAttendingModel(MultimodalModel):
 
     def _keys(self, features: Tensor, media: Media) -> Tensor:
         """Put features [n, tokens_per_item, h] behind their tags' embeddings: [keys, h]."""
+        if media.counts is not None:
+            raise ValueError(
+                "cross-attention reads as many features of every window;"
+                " data.train.build.mask_padding must be false"
+            )
         n, length = media.positions.numel(), media.tokens_per_item
         if tuple(features.shape[:2]) != (n, length):
             raise ValueError(
@@ -259,7 +264,7 @@ class CrossAttendingModel(MultimodalModel):
             num_query_groups=groups,
             kv_channels=width,
             ffn_hidden_size=self.cross_attention.ffn_hidden_size,
-            gated_linear_unit=self.config.gated_linear_unit,
+            gated_linear_unit=self.cross_attention.has_gated_linear_unit(self.config),
             num_queries=sum(segment_lengths(batch)),
             num_keys=attended.num_keys,
             num_pairs=int((spans[..., 1] - spans[..., 0]).sum()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import tensor_parallel
@@ -14,6 +14,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from nvmm.batch import Batch, MediaKind
+from nvmm.config.choices import require
 from nvmm.modules.attention import visible_keys
 from nvmm.modules.cross_attention import CrossAttention
 from nvmm.modules.flops import Training, language_flops, segment_lengths, sizes, training_of
@@ -23,6 +24,8 @@ from nvmm.modules.rotary import Rotary, RotaryAttention
 from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel import context_parallel
 from nvmm.parallel.setup import Chunk
+
+PositionEmbedding = Literal["rope", "learned_absolute"]
 
 
 class LanguageModel(GPTModel):
@@ -38,6 +41,9 @@ class LanguageModel(GPTModel):
         share_embeddings_and_output_weights: tied input and output embeddings.
         max_sequence_length: longest sequence; longer data and prompts are refused.
         causal: False lets every token attend to its whole row or segment (embedders).
+        position_embedding_type: rope, or learned_absolute: a learned vector for each position is
+            added to the embeddings (OPT), also to those of media in the sequence.
+        position_offset: rows of the table in front of position 0's (OPT: 2), which nothing reads.
         cross_attention: layers that read media beside the sequence; None for none.
         chunk: which part of the model this rank builds.
     """
@@ -56,6 +62,8 @@ class LanguageModel(GPTModel):
         share_embeddings_and_output_weights: bool = False,
         max_sequence_length: int = 4096,
         causal: bool = True,
+        position_embedding_type: PositionEmbedding = "rope",
+        position_offset: int = 0,
         *,
         cross_attention: CrossAttention | None = None,
         chunk: Chunk,
@@ -65,6 +73,8 @@ class LanguageModel(GPTModel):
                 f"model.padded_vocab_size={padded_vocab_size} must be at least"
                 f" model.vocab_size={vocab_size}"
             )
+        require("model.position_embedding_type", position_embedding_type, PositionEmbedding)
+        learned = position_embedding_type == "learned_absolute"
         config = chunk.transformer_config(transformer)
         backend = backend_provider(chunk.backend)
         mask = AttnMaskType.causal if causal else AttnMaskType.padding
@@ -74,17 +84,24 @@ class LanguageModel(GPTModel):
             config=config,
             transformer_layer_spec=block_spec(config, backend, layers, chunk.vp_stage),
             vocab_size=padded_vocab_size,
-            max_sequence_length=max_sequence_length,
+            max_sequence_length=max_sequence_length + position_offset,
             pre_process=chunk.pre_process,
             post_process=chunk.post_process,
             share_embeddings_and_output_weights=share_embeddings_and_output_weights,
-            position_embedding_type="none",
+            # mcore's "rope" would build a table of its own; `Rotary` says why that one is not used.
+            position_embedding_type="learned_absolute" if learned else "none",
             scatter_embedding_sequence_parallel=False,
             vp_stage=chunk.vp_stage,
         )
-        # mcore's "rope" would build a table of its own; `Rotary` says why that one is not used.
-        dim = int(self.config.kv_channels * rotary_percent)
-        self.rotary = Rotary(rotary_base, dim, rope_scaling)
+        self.max_sequence_length = max_sequence_length
+        self.position_offset = position_offset
+        self.rotary: Rotary | None = None
+        if not learned:
+            dim = int(self.config.kv_channels * rotary_percent)
+            self.rotary = Rotary(rotary_base, dim, rope_scaling)
+        elif self.pre_process:
+            # mcore makes the table in fp32 on the CPU.
+            self.embedding.position_embeddings.to(chunk.device, config.params_dtype)
         self.unpadded_vocab_size = vocab_size
         self.input_needs_gradient = chunk.input_needs_gradient
 
@@ -127,13 +144,14 @@ class LanguageModel(GPTModel):
         # 1. This context-parallel rank's part of the row: tokens [b, s / cp]. Packed segments are
         #    described whole, and merged media [s, b, h] are dealt like the tokens.
         packed = packed_seq_params(batch)
-        rotations = self.rotary.table(batch)
+        rotations = None if self.rotary is None else self.rotary.table(batch)
         if hidden is not None:
             hidden = context_parallel.shard(hidden, batch)
         batch = context_parallel.share(batch)
         # 2. On the first stage the block's input [s / cp, b, h], [s / (cp tp), b, h] with SP.
         if self.pre_process:
-            hidden = self._enter(self.embed(batch.tokens) if hidden is None else hidden)
+            hidden = self.embed(batch.tokens) if hidden is None else hidden
+            hidden = self._enter(self._add_positions(hidden, batch))
         # 3. This chunk's layers; the shape stays. On later stages mcore puts in what arrived.
         hidden = self.decoder(
             hidden_states=hidden,
@@ -182,6 +200,23 @@ class LanguageModel(GPTModel):
             windows=visible_keys(self.config),
             training=training,
         )
+
+    def _add_positions(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Add learned positions, where the model has them, to this rank's embeddings [s, b, h].
+
+        Raises ValueError for a sequence that is longer than the table.
+        """
+        if self.rotary is not None:
+            return hidden
+        longest = int(batch.lengths.max())
+        if longest > self.max_sequence_length:
+            raise ValueError(
+                f"a sequence of {longest} tokens is longer than model.max_sequence_length="
+                f"{self.max_sequence_length}, the learned positions"
+            )
+        # Padding, which nobody sees, may lie behind the last position.
+        rows = batch.position_ids.clamp(max=self.max_sequence_length - 1) + self.position_offset
+        return hidden + self.embedding.position_embeddings(rows).transpose(0, 1)
 
     def _enter(self, hidden: Tensor) -> Tensor:
         """Turn embeddings into the block's input: scatter, dropout, a gradient where it must."""

@@ -197,9 +197,32 @@ class MultimodalModel(MegatronModule):
         """Encode, shuffle and project the tiles of all `media` to features [n, tokens, h]."""
         encoder, connector = self.encoders[modality]
         tiles = torch.cat([m.values for m in media])
-        features: Tensor = encoder(tiles)
+        features: Tensor = encoder(tiles, self._extents(encoder, media))
         out: Tensor = connector(features, encoder.grid(tiles), *_items_for(connector, media))
         return out
+
+    def _extents(self, encoder: Any, media: Sequence[Media]) -> Tensor | None:
+        """Return the frames of each tile that are looked at; None: all.
+
+        Raises ValueError where the data count other features of them than the encoder.
+        """
+        if all(m.extents is None for m in media):
+            return None
+        extents = torch.cat(
+            [
+                torch.full_like(m.positions, m.values.shape[-1]) if m.extents is None else m.extents
+                for m in media
+            ]
+        )
+        counts = torch.cat([m.num_features for m in media])
+        found = encoder.num_features(extents)
+        if not torch.equal(found, counts):
+            raise ValueError(
+                f"windows of {extents.tolist()} frames of sound have {found.tolist()} features, and"
+                f" the data {counts.tolist()} placeholders; data.train.build.tokens_per_window must"
+                " be the encoder's"
+            )
+        return extents
 
     def _idle(self, hidden: Tensor, modality: str) -> Tensor:
         """Return `hidden`, tied to the idle parameters where mcore waits for a gradient of each.

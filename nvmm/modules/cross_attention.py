@@ -50,6 +50,8 @@ class CrossAttention:
         gate: one number for the whole branch ("scalar") or one for every "channel".
         initial_gate: before the tanh.
         ffn_hidden_size: width of the block's own gated feed-forward part; None for none.
+        activation_func: of that part, between its two linears; None for the decoder's own, with
+            which it is a gated linear unit where the decoder's is.
         qk_norm: normalise queries and keys head by head. Products are scaled by 1 / sqrt(width),
             whatever the decoder's softmax_scale.
         kv_norm: normalise the media features first.
@@ -67,6 +69,7 @@ class CrossAttention:
     gate: Gate = "scalar"
     initial_gate: float = 0.0
     ffn_hidden_size: int | None = None
+    activation_func: Callable[[Tensor], Tensor] | None = None
     qk_norm: bool = False
     kv_norm: bool = False
     kv_size: int | None = None
@@ -81,6 +84,11 @@ class CrossAttention:
             raise ValueError(
                 f"model.cross_attention.interval={self.interval} must be at least 1, and"
                 f" offset={self.offset} null or in [0, interval)"
+            )
+        if self.activation_func is not None and self.ffn_hidden_size is None:
+            raise ValueError(
+                "model.cross_attention.activation_func needs ffn_hidden_size: without it the blocks"
+                " have no feed-forward part"
             )
 
     def is_at(self, layer: int) -> bool:
@@ -100,6 +108,10 @@ class CrossAttention:
         width = self.kv_channels or config.kv_channels
         assert width is not None  # TransformerConfig derives it where it is not given
         return heads, groups, width
+
+    def has_gated_linear_unit(self, config: TransformerConfig) -> bool:
+        """Return True where the blocks' feed-forward part is one, in a decoder of this config."""
+        return config.gated_linear_unit and self.activation_func is None
 
     def layers(
         self, plain: ModuleSpec, backend: BackendSpecProvider
@@ -204,6 +216,9 @@ class GatedCrossAttention(MegatronModule):
             ffn_config = copy.copy(config)
             ffn_config.add_bias_linear = options.bias
             ffn_config.ffn_hidden_size = options.ffn_hidden_size
+            ffn_config.gated_linear_unit = options.has_gated_linear_unit(config)
+            if options.activation_func is not None:
+                ffn_config.activation_func = options.activation_func
             linears = MLPSubmodules(linear_fc1=column, linear_fc2=row)
             self.ffn_norm = norm(config, hidden, eps)
             self.ffn = MLP(

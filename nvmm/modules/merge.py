@@ -5,8 +5,8 @@
       tile 1  -> f1        |________|  |________|
                            positions = [1, 5], tokens_per_item = 3
 
-Each tile's features [tokens_per_item, h] take the places of one run of placeholders, which begins
-at the tile's position in its row; words keep their embeddings.
+Each tile's features [tokens_per_item, h], or the first `counts` of them, take the places of one run
+of placeholders, which begins at the tile's position in its row; words keep their embeddings.
 """
 
 from __future__ import annotations
@@ -39,14 +39,20 @@ def merge(hidden: Tensor, features: Tensor, media: Media, batch: Batch) -> Tenso
             f" tokens, the batch has {n} tiles x {length} placeholders; the builder's"
             " tokens_per_tile must be the model's (grid / downsample)^2"
         )
-    # 2. Column and row of every feature, [n, tokens_per_item], which must be the placeholders'.
+    # 2. Column and row of every feature, [features], which must be the placeholders'.
     s, b, h = hidden.shape
-    columns = media.positions[:, None] + torch.arange(length, device=hidden.device)
+    places = torch.arange(length, device=hidden.device)
+    columns = media.positions[:, None] + places
     rows = media.rows[:, None].expand_as(columns)
-    _check(columns, rows, media, batch)
+    values = features
+    if media.counts is not None:
+        # Of a window that ends in silence the last features are nobody's.
+        kept = places < media.counts[:, None]
+        columns, rows, values = columns[kept], rows[kept], features[kept]
+    _check(columns.flatten(), rows.flatten(), media, batch)
     # 3. Hidden states are [s, b]: the flat index of (column, row) is column * b + row.
     index = (columns * b + rows).flatten()
-    values = features.flatten(0, 1).to(hidden.dtype)
+    values = values.reshape(-1, h).to(hidden.dtype)
     return merge_rows(hidden.reshape(s * b, h), values, index).view(s, b, h)
 
 
@@ -81,8 +87,9 @@ def _check(columns: Tensor, rows: Tensor, media: Media, batch: Batch) -> None:
         [placeholders.sum(), inside.all() & (covered == placeholders).all()]
     ).tolist()
     if num_placeholders != num_features:
+        each = media.tokens_per_item if media.counts is None else media.counts.tolist()
         raise ValueError(
-            f"{media.values.shape[0]} tiles x {media.tokens_per_item} tokens = {num_features}"
+            f"{media.values.shape[0]} tiles x {each} tokens = {num_features}"
             f" features, but the tokens have {num_placeholders} placeholders"
             f" (id {media.placeholder_id});"
             f" samples {batch.sample_ids.tolist()}"
@@ -91,6 +98,6 @@ def _check(columns: Tensor, rows: Tensor, media: Media, batch: Batch) -> None:
         starts = list(zip(media.rows.tolist(), media.positions.tolist(), strict=True))
         raise ValueError(
             f"the {num_placeholders} placeholders (id {media.placeholder_id}) are not the runs of"
-            f" {media.tokens_per_item} that begin at (row, position) {starts};"
+            f" {media.tokens_per_item} or less that begin at (row, position) {starts};"
             f" samples {batch.sample_ids.tolist()}"
         )

@@ -39,6 +39,8 @@ class WindowTransformer(MegatronModule):
             text, with positions that run on, as Audio Flamingo's released code has it; the silent
             windows that it fills up every text with, and attends to, are not there.
         windows_per_clip: positions that a clip takes in a text, with scope=text.
+        attention_dropout: share of attention's weights that are left out in training; the released
+            code of Audio Flamingo has 0.1, by its class's default alone.
         layernorm_epsilon: of all norms.
         init_method_std: of the linears.
         input_size: width of the windows' vectors; output_size: what the decoder reads, the same.
@@ -56,6 +58,7 @@ class WindowTransformer(MegatronModule):
         ffn_size: int = 2048,
         scope: Scope = "clip",
         windows_per_clip: int = 16,
+        attention_dropout: float = 0.0,
         layernorm_epsilon: float = 1e-6,
         init_method_std: float = 0.02,
         *,
@@ -68,6 +71,11 @@ class WindowTransformer(MegatronModule):
             raise ValueError(
                 f"model.cross_attention.kv_size={output_size} must be {input_size}, the width of"
                 " the encoder's features: layers over windows change no width"
+            )
+        if not 0 <= attention_dropout < 1:
+            raise ValueError(
+                f"model.encoders.audio.connector.attention_dropout={attention_dropout} must be at"
+                " least 0 and less than 1"
             )
         if input_size % 2:
             raise ValueError(
@@ -88,10 +96,8 @@ class WindowTransformer(MegatronModule):
         self.windows_per_clip = windows_per_clip
         self.num_heads, self.head_size = num_heads, head_size
         self.norm = LayerNorm(config, input_size, layernorm_epsilon)
-        layers = [
-            Layer(config, input_size, num_heads, head_size, ffn_size, layernorm_epsilon)
-            for _ in range(num_layers)
-        ]
+        sizes = (input_size, num_heads, head_size, ffn_size, layernorm_epsilon)
+        layers = [Layer(config, *sizes, dropout=attention_dropout) for _ in range(num_layers)]
         self.layers = torch.nn.ModuleList(layers)
         self.num_linear = sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)
 
@@ -159,9 +165,10 @@ class Layer(torch.nn.Module):
         head_size: int,
         ffn_size: int,
         epsilon: float,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         inner = num_heads * head_size
         self.query = Linear(config, width, inner, bias=False)
         self.key = Linear(config, width, inner, bias=False)
@@ -178,7 +185,9 @@ class Layer(torch.nn.Module):
             part(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)[None]
             for part in (self.query, self.key, self.value)
         )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        # Tensor-parallel ranks, which hold the same windows, share the generator.
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
         x = self.attention_norm(x + self.proj(out[0].transpose(0, 1).flatten(1)))
         return self.ffn_norm(x + self.fc2(self.fc1(x).relu()))
 

@@ -233,8 +233,15 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
         _shrink_rope(language)
     if "pooling" in language:
         _shrink_pooling(language["pooling"], _at_least_four(small))
-    if "vision" not in model:
-        return
+    if "vision" in model:
+        _shrink_vision(model, full, small)
+    for parts in (model.get("encoders") or {}).values():
+        _shrink_audio(model, parts, full, small)
+    if "cross_attention" in model:
+        _shrink_cross_attention(model["cross_attention"], num_layers, small)
+
+
+def _shrink_vision(model: dict[str, Any], full: int, small: int) -> None:
     vision, connector = model["vision"], model["connector"]
     # An odd grid stays odd, and pixels behind the last patch stay behind it.
     grid = 2 * connector.get("downsample", 2) - bool(connector.get("pad_grid"))
@@ -246,8 +253,33 @@ def _shrink_model(model: dict[str, Any], num_layers: int, full: int, small: int)
     if connector.get("hidden_size") is not None:
         connector["hidden_size"] = 96
     connector["init_method_std"] = 0.1
-    if "cross_attention" in model:
-        _shrink_cross_attention(model["cross_attention"], num_layers, small)
+
+
+def _shrink_audio(model: dict[str, Any], parts: dict[str, Any], full: int, small: int) -> None:
+    """Keep Whisper's kind, its pairs of tokens or one feature a window, or HTS-AT's."""
+    encoder, connector = parts["encoder"], parts["connector"]
+    attended = model.get("cross_attention")
+    if "transformer" in encoder:
+        positions, pool = encoder.get("max_source_positions", 1500), encoder.get("pool", 1)
+        encoder |= {"num_mel_bins": 8, "max_source_positions": 7}
+        encoder["pool"] = 7 if pool == positions else min(pool, 2)
+        full_heads = encoder["transformer"]["num_attention_heads"]
+        # As many heads as the decoder has at least, whose width holds the features.
+        heads = 5 if full_heads % full and attended is None else 4
+        _shrink_transformer(encoder["transformer"], 2, heads, heads, small)
+        width = encoder["transformer"]["hidden_size"]
+    else:
+        width = 32
+        encoder |= {"num_mel_bins": 16, "picture": 32, "hidden_size": 16, "depths": [2, 2]}
+        encoder |= {"num_heads": [2, 4], "window_size": 4, "projection_size": width}
+        encoder["init_method_std"] = 0.1
+    if str(connector["_target_"]).endswith(".WindowTransformer"):
+        connector |= {"num_heads": 4, "head_size": 8, "ffn_size": 48}
+    elif connector.get("hidden_size") is not None:
+        connector["hidden_size"] = 96
+    connector["init_method_std"] = 0.1
+    if attended is not None and attended.get("kv_size") is not None:
+        attended["kv_size"] = width
 
 
 def _shrink_kinds_of_layers(transformer: dict[str, Any], num_layers: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from nvmm.batch import ATTENDED_IMAGE, IMAGE, Batch, Sample, Text, TextMedia
+from nvmm.batch import ATTENDED, ATTENDED_IMAGE, IMAGE, Batch, MediaKind, Sample, Text, TextMedia
 from nvmm.config.compose import instantiate
 from nvmm.data.collate import collate
 from nvmm.parallel.setup import Parallel
@@ -79,6 +79,9 @@ def synthetic_steps(
     `config["attended"]` names the tiles that have no placeholders but are for cross-attention.
     `config["interleaved"]` makes every tile an image of its own, with some words between two.
 
+    A model that hears gets windows of sound, attended where it has cross-attention, else in the
+    sequence with silence at the end of the last one.
+
     Every second micro-batch of odd steps has no image at all, so with two data-parallel ranks one
     sees none in the whole step; of even steps the last micro-batch has none. Every `merge` of them
     become one (all: no gradient accumulation). Rows and packed segments are padded as
@@ -93,7 +96,7 @@ def synthetic_steps(
     multiple = math.lcm(4, parallel.sequence_multiple, config.get("row_multiple", 1))
     segment = parallel.segment_multiple if packed else 1
     is_embedder = "pooling" in config["model"].get("language", config["model"])
-    has_images = "vision" in config["model"]
+    has_images, has_sounds = "vision" in config["model"], bool(config["model"].get("encoders"))
     # What the objective reads of a text says which samples it takes.
     extras = instantiate(config["objective"]).extras if "objective" in config else frozenset()
     extras |= {"role"} if is_embedder else frozenset()
@@ -105,13 +108,17 @@ def synthetic_steps(
         groups: list[list[Text]] = []
         for index in range(num_micro_batches):
             bare = index % 2 == 1 if step % 2 == 0 else index == num_micro_batches - 1
-            model = config["model"] if has_images and not bare else None
+            model = config["model"] if (has_images or has_sounds) and not bare else None
+            least = [max(0, 1 - i * (index % 2 == 0)) for i in range(per_batch)]
+            if has_sounds:
+                groups.append([_heard(generator, model, n, 2 + i % 2) for i, n in enumerate(least)])
+                continue
             groups.append(
                 [
                     _text(
                         generator,
                         model,
-                        least_tiles=max(0, 1 - i * (index % 2 == 0)),
+                        least_tiles=least[i],
                         num_unsupervised=2 + i % 2,
                         attended=config.get("attended", "none"),
                         interleaved=config.get("interleaved", False),
@@ -167,7 +174,7 @@ def _pairs(texts: list[Text], first_id: int) -> list[Sample]:
 def _media_end(text: Text) -> int:
     """Return where a text's media end."""
     ends = [
-        media.positions + media.tokens_per_item if media.ends is None else media.ends
+        media.positions + media.num_features if media.ends is None else media.ends
         for media in text.media.values()
     ]
     return max((int(each.max()) for each in ends), default=0)
@@ -265,3 +272,50 @@ def _text(
             tag_ids=tags,
         )
     return Text(tokens, weights, media)
+
+
+def _heard(
+    generator: torch.Generator, model: dict[str, Any] | None, least: int, num_unsupervised: int
+) -> Text:
+    """Draw random words and windows of sound, like a row of Audio Flamingo 1 or 3.
+
+    least: windows at least; at most three, two of them of one sound.
+    """
+    count = 0 if model is None else int(torch.randint(least, 4, (), generator=generator))
+    length = int(torch.randint(9, 14, (), generator=generator))
+    words = torch.randint(0, PLACEHOLDER, (length,), generator=generator)
+    weights = torch.ones(length)
+    weights[:num_unsupervised] = 0
+    if model is None or not count:
+        return Text(words, weights)
+    encoder = model["encoders"]["audio"]["encoder"]
+    bins, positions = encoder["num_mel_bins"], encoder.get("max_source_positions")
+    frames = encoder["picture"] ** 2 // bins if positions is None else 2 * positions
+    values = torch.randn(count, bins, frames, generator=generator)
+    numbers = torch.arange(count)
+    items, tiles = numbers // 2, numbers % 2 + 1
+    if "cross_attention" in model:
+        starts = 1 + 2 * items
+        tags = torch.zeros(count, 0, dtype=torch.int64)
+        media = TextMedia(values, starts, items, tiles, -1, 1, ends=starts, tag_ids=tags)
+        return Text(words, weights, {MediaKind("audio", ATTENDED): media})
+    pool = encoder.get("pool", 1)
+    extents = torch.full((count,), frames)
+    extents[-1] = int(torch.randint(1, frames + 1, (), generator=generator))
+    counts = (extents + 1) // 2 // pool
+    sound = torch.full((int(counts.sum()),), PLACEHOLDER)
+    media = TextMedia(
+        values=values,
+        positions=2 + counts.cumsum(0) - counts,
+        items=items,
+        tiles=tiles,
+        placeholder_id=PLACEHOLDER,
+        tokens_per_item=positions // pool,
+        extents=extents,
+        counts=counts,
+    )
+    return Text(
+        torch.cat([words[:2], sound, words[2:]]),
+        torch.cat([weights[:2], torch.zeros(len(sound)), weights[2:]]),
+        {MediaKind("audio"): media},
+    )

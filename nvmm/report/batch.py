@@ -179,7 +179,7 @@ def _tile(
         place=int(media.tiles[index]),
         tag=before.rpartition(image_start)[2].strip(),
         start=start,
-        stop=start + media.tokens_per_item,
+        stop=start + int(media.num_features[index]),
         pixels=media.values[index],
     )
 

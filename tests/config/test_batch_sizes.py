@@ -19,6 +19,7 @@ def test_every_step_has_its_size_and_what_came_before_it() -> None:
     listed = [2, 2, 2, 4, 5, 5, 5]
     assert [sizes.at(step) for step in range(7)] == listed
     assert [sizes.before(step) for step in range(8)] == [sum(listed[:k]) for k in range(8)]
+    assert [sizes.steps_of(n) for n in (1, 2, 7, 9, 10, 14, 15, 20)] == [0, 1, 3, 3, 4, 4, 5, 6]
     assert sizes.tokens_before(5) == 150
     assert str(sizes) == "2 to step 3, 4 to step 4, 5 from there on"
     assert str(BatchSizes(5)) == "5"

@@ -1,4 +1,4 @@
-"""Values of RoPE scaling that are refused, in a config and in a config.json, and old keys."""
+"""Values of RoPE scaling and of learned positions that are refused, and old keys."""
 
 from __future__ import annotations
 
@@ -119,3 +119,36 @@ def test_old_keys_become_a_scaling() -> None:
     assert stretched == plain | {"rope_scaling": {"_target_": f"{ROOM}Linear", "factor": 3.0}}
     new = plain | {"rope_scaling": {"_target_": f"{ROOM}YaRN", "factor": 3.0}}
     assert renamed(new) == new
+
+
+LEARNED = {"position_embedding_type": "learned_absolute", "rope_scaling": None}
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (LEARNED, None),
+        (LEARNED | {"position_offset": 2, "rotary_base": 10000}, None),
+        (LEARNED | {"position_offset": -1}, "model.position_offset=-1 must be at least 0"),
+        (LEARNED | {"rotary_base": 500}, "model.rotary_base=500 would not be read with model.pos"),
+        (LEARNED | {"rotary_percent": 0.5}, "model.rotary_percent=0.5 would not be read with"),
+        ({"position_embedding_type": "learned_absolute"}, "model.rope_scaling={'_target_': "),
+        ({"position_offset": 2}, "model.position_offset=2 needs model.position_embedding_type="),
+    ],
+)
+def test_keys_of_another_kind_of_positions_are_named(
+    model: dict[str, Any], says: str | None
+) -> None:
+    problems = [str(problem) for problem in violations(with_scaling("Linear", {}, **model))]
+    assert len(problems) == (says is not None)
+    assert says is None or problems[0].startswith(says)
+
+
+def test_learned_positions_turn_no_channels() -> None:
+    """An odd width is no fault then, and layers without RoPE are no choice."""
+    learned = with_scaling("Linear", {}, **LEARNED)
+    rotary = with_scaling("Linear", {})
+    for config, key in ((learned, "no_rope_freq"), (rotary, "kv_channels")):
+        config["model"]["transformer"] |= {"kv_channels": 33, "no_rope_freq": 2}
+        [problem] = violations(config)
+        assert problem.key == f"model.transformer.{key}"

@@ -385,6 +385,23 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "other datasets of this list have a weight",
     ),
     (
+        {"data__blend": [{"shards": "a", "passes": 1, "weight": 2}]},
+        "data.blend[0].weight=2",
+        "left out beside passes",
+    ),
+    ({"data__blend": [{"shards": "a", "passes": 0}]}, "data.blend[0].passes=0", "greater than 0"),
+    ({"data__blend": [{"shards": "a", "passes": "x"}]}, "data.blend[0].passes=x", "a number"),
+    (
+        {"data__blend": [{"shards": "a", "passes": 1}, {"shards": "b"}]},
+        "data.blend[1].passes=null",
+        "other datasets of data.blend have passes",
+    ),
+    (
+        {"data__blend": [{"blend": [{"shards": "a", "passes": 2}]}]},
+        "data.blend[0].blend[0].passes=2",
+        "in data.blend itself",
+    ),
+    (
         {"data__blend": [{"shards": "a"}], "data__train__shards": "b"},
         "data.train.shards=b",
         "must be null where data.blend is given",
@@ -535,6 +552,17 @@ def test_cross_attention_s_heads_and_layers() -> None:
     config["model"]["cross_attention"] = {"num_attention_heads": 12, "num_query_groups": 8}
     (problem,) = violations(config)
     assert "must divide the 12 heads of cross-attention" in str(problem)
+
+
+def test_cross_attention_s_activation_needs_a_feed_forward_part() -> None:
+    config = attending()
+    function = {"_target_": "hydra.utils.get_method", "path": "torch.nn.functional.gelu"}
+    config["model"]["cross_attention"] |= {"activation_func": function, "ffn_hidden_size": 64}
+    assert violations(config) == []
+    del config["model"]["cross_attention"]["ffn_hidden_size"]
+    (problem,) = violations(config)
+    assert problem.key == "model.cross_attention.activation_func"
+    assert problem.allowed.startswith("needs model.cross_attention.ffn_hidden_size")
 
 
 def test_a_pipeline_with_cross_attention_exchanges_lengths() -> None:

@@ -94,6 +94,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3", {"head_dim": 16, "rms_norm_eps": 0.1}),
     "nemotron": ("Nemotron", {"partial_rotary_factor": 0.4, "hidden_act": "relu2"}),
+    # As many positions as a dozen tokens and eight new ones take.
+    "opt": ("OPT", {"max_position_embeddings": 20}),
+    "opt_untied": ("OPT", {"tie_word_embeddings": False}),
+}
+OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 60,
+    "ffn_dim": 92,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 128,
 }
 
 
@@ -103,7 +114,8 @@ def language(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any
 
     kind, changes = MODELS[name]
     # Transformers writes into the dictionaries that it is given.
-    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(_SHAPE | changes))
+    shape = OPT if kind == "OPT" else _SHAPE
+    config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(shape | changes))
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     oracle.randomize(model, std=0.1)
     model.to(dtype).save_pretrained(folder)

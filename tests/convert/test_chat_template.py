@@ -360,7 +360,7 @@ def test_another_tokenisation_is_refused(ours: Path, tmp_path: Path) -> None:
     assert talk is not None
     (tmp_path / "back").mkdir()
     copy_tokenizer(talk.folder, tmp_path / "back")
-    write_conversation(tmp_path / "back", talk, reads_images=False)
+    write_conversation(tmp_path / "back", talk, media={})
     (tmp_path / "back" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     check_conversation(tmp_path / "back", talk)
     text = (tmp_path / "back" / FILE).read_text()

@@ -89,6 +89,7 @@ BASES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 9},
     "nemotron": {"partial_rotary_factor": 0.4, "hidden_act": "relu2"},
+    "opt": families.OPT | {"max_position_embeddings": 160},
     "clip_vision_model": VISION,
     "siglip_vision_model": VISION | {"vision_use_head": False},
     "whisper": families._WHISPER,
@@ -249,6 +250,11 @@ WHOLE: dict[str, Any] = {
         "text_config": families._SHAPE | {"model_type": "mistral"},
         "vision_config": VISION | {"model_type": "clip_vision_model"},
         "latent_attention_config": {},
+    },
+    "audio_flamingo3": {
+        "model_type": "audioflamingo3",
+        "text_config": families._SHAPE | {"model_type": "qwen2"},
+        "audio_config": {"model_type": "audioflamingo3_encoder", "hidden_size": 80},
     },
     "llava": {
         "model_type": "llava",

@@ -354,6 +354,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
         {"model_type": "mistral", "sliding_window": None, "sentence_pooling": "lasttoken"},
     ],
     "nemotron": [{"model_type": "nemotron"}],
+    "opt": [{"model_type": "opt"}],
     "internvit": [{"model_type": "intern_vit_6b"}],
     "clap": [{"model_type": "clap"}, {"model_type": "clap_audio_model"}],
     "clip": [
@@ -365,6 +366,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
     "nvlm_d": [
         {"llm_config": {"model_type": "qwen2"}, "vision_config": {"model_type": "intern_vit_6b"}}
     ],
+    "audio_flamingo3": [{"model_type": "audioflamingo3"}],
     "llava": [
         {"model_type": "llava"},
         {

@@ -25,7 +25,7 @@ from tests.ranks import run_ranks
 
 METRIC = {"_target_": "nvmm.evaluation.option_accuracy.OptionAccuracy"}
 SPECIAL = [*test_evaluate.SPECIAL, "<audio>", "<|endofchunk|>", "<SEP>"]
-TEMPLATE = {"begin": "", "ask": "\n<SEP>", "finish": "", "few_shot": "see. "}
+TEMPLATE = {"begin": "", "ask": "\n<SEP>", "finish": "", "few_shot": "see. ", "task": ""}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,8 @@ def test_drawn_sounds_and_none(tokenizer: Tokenizer, sets: tuple[str, str, Path]
     assert (
         text.count("<audio>") == 4 and text == asked(tokenizer, sets, neighbours=None, shots=3)[0]
     )
-    plain, _ = asked(tokenizer, sets, shots=0)
+    plain, example = asked(tokenizer, sets, shots=0, options=None)
+    assert list(example.options) == list(LABELS), "those of the record"
     assert plain == "<audio>what is heard?\n<SEP>"
 
 
@@ -203,7 +204,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, sets: tuple[str, str, Path], **benchmark: Any) -> dict[str, Any]:
     train, test, near = sets
-    config = test_evaluate.command(folder, test)
+    config = test_evaluate.command(folder, test, seed=1234)
     config["benchmark"] |= {
         "_target_": "nvmm.evaluation.few_shot.FewShot",
         **{"metric": METRIC, "suffix": "", "builder": {}, "options": list(LABELS)},
@@ -261,7 +262,7 @@ def test_the_likeliest_option_is_that_of_whole_samples(
 ) -> None:
     config = command(folder, sets, shots=0, choose="likelihood")
     config |= {"max_bad_fraction": 0.5, "output": str(folder / "likeliest")}
-    [summary] = run_ranks(test_evaluate.launch, 1, config)
+    run_ranks(test_evaluate.launch, 1, config)
     lines = test_evaluate.read(folder / "likeliest")
     answered = [line["prediction"] for line in lines if line["sample_id"] != 5]
     [expected] = run_ranks(likelihoods, 1, folder, sets[1])

@@ -68,8 +68,6 @@ def run(
     """Run jobs on this rank; it is killed after it wrote so many parts to a folder of a name."""
     import signal
 
-    from hydra.utils import instantiate
-
     from nvmm.jobs.parts import Parts
     from nvmm.parallel import setup
 
@@ -85,10 +83,52 @@ def run(
 
     Parts.write = write_and_die  # type: ignore[method-assign]
     setup.Parallel().initialize(seed=0, rank=rank, world_size=world, init_method=init)
-    return [
-        instantiate(options, _convert_="all").run({"job": options}, None, output)
-        for options, output in jobs
-    ]
+    return [run_one(options, output) for options, output in jobs]
+
+
+def run_one(options: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Run a job on a rank that is initialised."""
+    from hydra.utils import instantiate
+
+    summary: dict[str, Any] = instantiate(options, _convert_="all").run(
+        {"job": options}, None, output
+    )
+    return summary
+
+
+def run_damaged(
+    rank: int, world: int, init: str, options: dict[str, Any], output: Path
+) -> list[dict[str, bytes] | int]:
+    """Run a job, damage a shard and remove another, run it twice more: contents and new rows."""
+    run(rank, world, init, [(options, output)])
+    found: list[dict[str, bytes] | int] = [contents(output)]
+    shards = sorted((output / "shards").glob("*.tar"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-1] + b"x")
+    shards[1].unlink()
+    for _ in range(2):
+        found += [run_one(options, output)["written"], contents(output)]
+    return found
+
+
+def run_refused(
+    rank: int, world: int, init: str, jobs: list[dict[str, Any]], output: Path
+) -> list[str]:
+    """Return what each job is refused with."""
+    run(rank, world, init, [])
+    found = []
+    for options in jobs:
+        try:
+            found.append(f"ran: {run_one(options, output)}")
+        except Exception as error:
+            found.append(str(error.__cause__ or error))
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of the files of an output, without locks and indices."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    hidden = (name for name in names if not any(part.startswith(".") for part in name.parts))
+    return {str(name): (folder / name).read_bytes() for name in hidden}
 
 
 def encoding(shards: str, encoder: Path, **more: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tests.convert.test_families import imported
 from tests.data.samples.test_listening import tokenizer as tokenizer
 from tests.data.samples.test_sounds import wave
 from tests.jobs import sounds_run
-from tests.jobs.sounds_run import LABELS, encoding, few_shot
+from tests.jobs.sounds_run import LABELS, contents, encoding, few_shot
 from tests.ranks import run_ranks
 
 Whole = tuple[Path, str, str, list[dict[str, Any]]]
@@ -229,46 +229,40 @@ def test_a_killed_job_goes_on_and_repeats_nothing(
     assert contents(output) == contents(source / folder)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def test_a_shard_that_was_damaged_is_written_again(whole: Whole, tmp_path: Path) -> None:
+    """It and the one that is gone have four samples; then there is nothing to do."""
     folder, train, test, _ = whole
-    output = tmp_path / "out"
-    jobs = [(few_shot(train, test, folder), output)]
-    run_ranks(sounds_run.run, 1, jobs)
-    shards = sorted((output / "shards").glob("*.tar"))
-    before = contents(output)
-    shards[0].write_bytes(shards[0].read_bytes()[:-100] + bytes(100)[1:] + b"x")
-    shards[1].unlink()
-    [[summary]] = run_ranks(sounds_run.run, 1, jobs)
-    assert summary["written"] == 4 and contents(output) == before
-    [[summary]] = run_ranks(sounds_run.run, 1, jobs)
-    assert summary["written"] == 0
-
-
-HOSTILE = {
-    "empty": b"",
-    "no sound": b"RIFF\x10\x00\x00\x00WAVEfmt ",
-    "no samples": wave(np.zeros(0, np.float32), 8000),
-    "1 Hz": wave(np.zeros(9, np.float32), 1),
-    "NaN": wave(np.array([0, np.nan] * 500, np.float32), 8000, subtype="FLOAT"),
-    "truncated": sounds_run.tone(1)[:-50],
-    "lying header": sounds_run.tone(1)[:40] + b"\xff\xff\xff\x7f" + sounds_run.tone(1)[44:],
-}
-HEARD = {
-    "8 channels": wave(np.random.default_rng(0).normal(0, 0.1, (2000, 8)), 8000),
-    "24 bits": wave(np.random.default_rng(0).normal(0, 0.1, 2000), 8000, subtype="PCM_24"),
-    "an hour": wave(np.zeros(3600 * 8000, np.int16), 8000, "FLAC"),
-}
+    options = few_shot(train, test, folder)
+    [found] = run_ranks(sounds_run.run_damaged, 1, options, tmp_path / "out")
+    before, first, after, second, last = found
+    assert (first, second) == (4, 0)
+    assert before == after == last and len(before) == 9
 
 
 def test_hostile_sounds_are_holes_that_are_named(encoder: tuple[Path, Any], tmp_path: Path) -> None:
     from nvmm.data.shards.dataset import write_shards
 
-    sounds = HOSTILE | HEARD
+    rng = np.random.default_rng(0)
+    tone = sounds_run.tone(1)
+    hostile = {
+        "empty": b"",
+        "a header alone": b"RIFF\x10\x00\x00\x00WAVEfmt ",
+        "no samples": wave(np.zeros(0, np.float32), 8000),
+        "1 Hz": wave(np.zeros(9, np.float32), 1),
+        "NaN": wave(np.array([0, np.nan] * 500, np.float32), 8000, subtype="FLOAT"),
+        "truncated": tone[:-50],
+        "lying header": tone[:4]
+        + b"\xff\xff\xff\x7f"
+        + tone[8:40]
+        + b"\xff\xff\xff\x7f"
+        + tone[44:],
+    }
+    heard = {
+        "8 channels": wave(rng.normal(0, 0.1, (2000, 8)), 8000),
+        "24 bits": wave(rng.normal(0, 0.1, 2000), 8000, subtype="PCM_24"),
+        "an hour": wave(np.zeros(3600 * 1000, np.int16), 1000, "FLAC"),
+    }
+    sounds = hostile | heard
     samples = [sounds_run.sample(n, "a", None, data) for n, data in enumerate(sounds.values())]
     for sample in samples[-1:]:
         record = json.loads(sample["json"]) | {"sound": "0.flac"}
@@ -292,14 +286,14 @@ def test_hostile_sounds_are_holes_that_are_named(encoder: tuple[Path, Any], tmp_
     [summaries] = run_ranks(sounds_run.run, 1, jobs)
     rows = dict(zip(sounds, read(tmp_path / "test"), strict=True))
     for name, row in rows.items():
-        if name in HEARD:
+        if name in heard:
             assert row["error"] is None and len(row["vector"]) == 12, name
         else:
             assert row["error"].startswith(str(tmp_path / "test-00000.tar")), name
             assert "member 0.wav" in row["error"], name
-    assert [s["bad"] for s in summaries] == [0, len(HOSTILE), len(HOSTILE), 0]
-    assert len(records(tmp_path / "out")) == len(HEARD)
-    assert all(len(row["neighbours"]) == len(HEARD) for row in read(tmp_path / "back"))
+    assert [s["bad"] for s in summaries] == [0, len(hostile), len(hostile), 0]
+    assert len(records(tmp_path / "out")) == len(heard)
+    assert all(len(row["neighbours"]) == len(heard) for row in read(tmp_path / "back"))
 
 
 def test_what_does_not_fit_is_refused(
@@ -317,15 +311,7 @@ def test_what_does_not_fit_is_refused(
         (own | {"front_end": None}, "does not say what its encoder hears"),
         (own | {"front_end": sounds_run.FRONT_END | {"bins": 8}}, "hears 16 bins"),
     ]
-    for options, message in cases:
-        [(kind, text)] = run_ranks(refused, 1, options, tmp_path / "out")
-        assert kind in ("ValueError", "InstantiationException")
+    options = [options for options, _ in cases]
+    [found] = run_ranks(sounds_run.run_refused, 1, options, tmp_path / "out")
+    for (_, message), text in zip(cases, found, strict=True):
         assert re.search(message, text), text
-
-
-def refused(rank: int, world: int, init: str, options: dict[str, Any], output: Path) -> Any:
-    try:
-        sounds_run.run(rank, world, init, [(options, output)])
-    except Exception as error:
-        return type(error).__name__, str(error.__cause__ or error)
-    return "nothing", ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -19,7 +18,8 @@ from nvmm.data.collate import collate
 from nvmm.modules.spans import query_spans
 from nvmm.modules.window_transformer import WindowTransformer
 from nvmm.parallel.parameters import build_chunks
-from nvmm.parallel.setup import Chunk, Parallel, Precision
+from nvmm.parallel.setup import Parallel, Precision
+from tests.models.parameter_names import build
 from tests.models.test_cross_attending import same_logits_with_a_cache
 
 AUDIO = MediaKind("audio", ATTENDED)
@@ -27,10 +27,11 @@ BINS, FRAMES = 16, 60
 MARKER = 400
 
 
-def tiny(**blocks: Any) -> dict[str, Any]:
-    """configs/model/audio_flamingo_tiny.yaml with open gates."""
+def tiny(language: str | None = None, **blocks: Any) -> dict[str, Any]:
+    """configs/model/audio_flamingo_tiny.yaml with open gates; language: another decoder's name."""
+    overrides = [f"language@model.language={language}"] if language else []
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node = compose("model/audio_flamingo_tiny")["model"]
+        node = compose("model/audio_flamingo_tiny", overrides)["model"]
     config: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     config["cross_attention"] |= {"initial_gate": 0.5, **blocks}
     return config
@@ -162,10 +163,45 @@ def test_layers_over_windows_are_torchs_post_norm_layers() -> None:
 
 
 @pytest.mark.usefixtures("world")
+def test_attention_over_windows_drops_out_in_training_alone() -> None:
+    """Every draw is another, their mean is near what evaluation gives, and 1 is refused."""
+    [chunk] = Parallel().chunks(Precision())
+    sizes = {"num_layers": 1, "num_heads": 2, "head_size": 8, "ffn_size": 16}
+    sizes |= {"input_size": 16, "output_size": 16}
+    plain = WindowTransformer(**sizes, chunk=chunk)
+    ours = WindowTransformer(**sizes, attention_dropout=0.1, chunk=chunk)
+    generator = torch.Generator().manual_seed(3)
+    for parameter, other in zip(plain.parameters(), ours.parameters(), strict=True):
+        other.data = parameter.data.normal_(0, 0.5, generator=generator)
+    features = torch.randn(6, 1, 16, generator=generator)
+    expected = plain.train()(features, (1, 1))
+    assert torch.equal(ours.eval()(features, (1, 1)), expected)
+    ours.train()
+    torch.manual_seed(5)
+    drawn = torch.stack([ours(features, (1, 1)) for _ in range(200)])
+    assert not torch.equal(drawn[0], drawn[1])
+    scale = (drawn - expected).abs().mean()
+    assert 0 < (drawn.mean(0) - expected).abs().mean() < scale
+    with pytest.raises(ValueError, match=r"attention_dropout=1\.0 must be at least 0 and less"):
+        WindowTransformer(**sizes, attention_dropout=1.0, chunk=chunk)
+
+
+@pytest.mark.usefixtures("world")
 def test_cached_generation_equals_the_whole_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of 1, 2 and 5 clips and of none, padded on the left: new tokens hear all clips."""
     model = model_of(tiny())
     prompts = [sample(clips, i) for i, clips in enumerate([[2], [1, 3], [1, 2, 1, 1, 2], []])]
+    same_logits_with_a_cache(model, prompts, monkeypatch)
+
+
+@pytest.mark.usefixtures("world")
+def test_another_decoder_is_a_choice_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2's kind, with RoPE, GQA and SwiGLU: the blocks keep their own feed-forward part."""
+    model = model_of(tiny(language="tiny"))
+    assert model.language.rotary is not None and model.config.gated_linear_unit
+    block = model.decoder.layers[0].cross_attention_block
+    assert block.ffn.linear_fc1.weight.shape == (512, 128)
+    prompts = [sample(clips, i) for i, clips in enumerate([[2, 1], []])]
     same_logits_with_a_cache(model, prompts, monkeypatch)
 
 
@@ -178,25 +214,40 @@ def test_closed_gates_leave_the_language_model() -> None:
 
 @pytest.mark.usefixtures("world")
 def test_full_sizes_have_the_published_counts() -> None:
-    """36.7 M a block and 881 M in 24 of them at OPT-1.3B's width; 25.2 M over the windows."""
-    config = copy.deepcopy(tiny())
-    config["language"]["transformer"] |= {
-        **{"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 32},
-        **{"num_query_groups": 32, "kv_channels": 64, "ffn_hidden_size": 8192},
-    }
-    config["cross_attention"] |= {"num_attention_heads": 8, "kv_channels": 64}
-    config["cross_attention"] |= {"kv_size": 1024, "ffn_hidden_size": 8192}
-    audio = config["encoders"]["audio"]
-    audio["connector"] = {k: audio["connector"][k] for k in ("_target_", "_partial_")}
-    audio["encoder"] = {k: audio["encoder"][k] for k in ("_target_", "_partial_")}
-    chunk = Chunk(Parallel(), Precision("bf16"), meta=True)
-    with torch.device("meta"):
-        model = instantiate(config, _convert_="all")(chunk=chunk)
+    """36.7 M a block and 881 M in 24 of them, 25.2 M over the windows, OPT-1.3B: 2.25 B."""
+    model = build("audio_flamingo")
+
+    def count(start: str, inside: str = "") -> int:
+        named = model.named_parameters()
+        return sum(p.numel() for n, p in named if n.startswith(start) and inside in n)
+
     block = 2048 * 512 * 2 + 1024 * 1024 + 2 * 2048 * 8192 + 4 * 2048 + 2
-    blocks = [p for n, p in model.named_parameters() if ".cross_attention_block." in n]
-    assert sum(p.numel() for p in blocks) == 24 * block == 881_000_496
+    assert count("language.", ".cross_attention_block.") == 24 * block == 881_000_496
     layers = 3 * (4 * 1024**2 + 2 * 1024 * 2048 + 2048 + 5 * 1024) + 2 * 1024
-    assert sum(p.numel() for p in model.audio_connector.parameters()) == layers == 25_189_376
+    assert count("audio_connector.") == layers == 25_189_376
+    # 32 rows of the embedding are padding.
+    opt = count("language.") - 24 * block
+    assert opt - 32 * 2048 == 1_315_758_080, "facebook/opt-1.3b's"
+    assert count("audio.") == 29_371_672
+    assert count("") == 2_251_385_160
+
+
+@pytest.mark.usefixtures("world")
+def test_full_size_flops_are_those_of_its_matrices() -> None:
+    """A clip of 10 s (3 windows) and 60 tokens, forward: every weight once a token or window."""
+    model = build("audio_flamingo").requires_grad_(False)
+    text = sample([3]).text
+    media = dataclasses.replace(text.media[AUDIO], values=torch.zeros(3, 64, 700))
+    tokens = torch.cat([text.tokens, torch.zeros(60 - len(text.tokens), dtype=torch.int64)])
+    batch = collate([Sample((Text(tokens, torch.ones(60), {AUDIO: media}),))], pad_id=0)
+    flops = model.flops(batch)
+    decoder = 24 * (4 * 2048**2 + 2 * 2048 * 8192) * 60 + 24 * 2 * 2048 * (60 * 60 / 2)
+    output = 50272 * 2048 * 60
+    block = (2 * 2048 * 512 + 2 * 2048 * 8192) * 60 + 1024 * 1024 * 3 + 2 * 512 * 60 * 3
+    expected = 2.0 * (decoder + output + 24 * block)
+    assert flops["language"] == pytest.approx(expected, rel=2e-3)
+    windows = 3 * (4 * 1024**2 + 2 * 1024 * 2048) * 3 + 3 * 2 * 1024 * 9
+    assert flops["audio"] == model.audio.flops(media.values, "frozen") + 2.0 * windows
 
 
 @pytest.mark.usefixtures("world")
@@ -218,3 +269,33 @@ def test_sounds_in_the_sequence_are_refused_where_features_have_another_width() 
     placed = batch.replace(media={MediaKind("audio"): batch.media[AUDIO]})
     with pytest.raises(ValueError, match=r"give audio \(sequence\), which model\._target_=Cross"):
         model(placed, output="hidden")
+
+
+@pytest.mark.usefixtures("world")
+def test_a_step_counts_samples_sounds_windows_and_flops() -> None:
+    """What metrics.jsonl has: three samples, two of them with sounds, of 3 and 3 windows."""
+    from nvmm.training.accounting import Accounting
+
+    class Uncounted:
+        """Data without counters of its own."""
+
+        def counter_names(self, modalities: Any) -> list[str]:
+            return []
+
+        def count(self, batches: Any, modalities: Any) -> dict[str, float]:
+            return {}
+
+    model = model_of(tiny())
+    batch = collate([sample([2, 1]), sample([], 1), sample([3], 2)], pad_id=0)
+    counts = Accounting(Uncounted(), model, None).count([batch])  # type: ignore[arg-type]
+    assert (counts["samples"], counts["audio.items"], counts["audio.tiles"]) == (3, 3, 6)
+    media = batch.media[AUDIO]
+    encoder, connector = model.encoders["audio"]
+    expected = encoder.flops(media.values, "trained")
+    alone = [connector.flops(n, (1, 1), "trained", torch.zeros(3, n).long()) for n in (2, 1, 3)]
+    assert counts["flops/audio"] == pytest.approx(expected + sum(alone))
+    assert expected > sum(alone) > 0
+    text = Accounting(Uncounted(), model, None).count(  # type: ignore[arg-type]
+        [collate([sample([], 1)], pad_id=0)]
+    )
+    assert text["flops/audio"] == text["audio.tiles"] == 0 < text["flops/language"]

@@ -321,8 +321,11 @@ COUNTS = {
 }
 
 
+TINY = ("nvlm_d_tiny", "vila_tiny", "audio_flamingo3_tiny", "language_tiny")
+
+
 @pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("name", [*COUNTS, "nvlm_d_tiny", "vila_tiny", "language_tiny"])
+@pytest.mark.parametrize("name", [*COUNTS, *TINY])
 def test_golden_names_shapes_and_counts(name: str, request: pytest.FixtureRequest) -> None:
     """Counts of the fact sheets (NVLM 72B: 78.86 B, 34B: 40.33 B); names as in tests/golden."""
     names = parameter_names(name)

@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "own_heads": {"num_attention_heads": 2, "kv_channels": 24},
     "channel_gate": {"gate": "channel"},
     "ffn": {"ffn_hidden_size": 48},
+    "ffn_with_its_activation": {"ffn_hidden_size": 48, "activation_func": F.gelu},
     "ffn_channel_gate_bias": {"ffn_hidden_size": 48, "gate": "channel", "bias": True},
     "qk_norm": {"qk_norm": True},
     "kv_norm": {"kv_norm": True},
@@ -142,7 +143,8 @@ def _reference(case: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     weights = {n: p.detach().clone().requires_grad_() for n, p in block.named_parameters()}
     hidden, keys, spans, cotangent = _inputs()
     hidden.requires_grad_(), keys.requires_grad_()
-    heads, groups, width = CrossAttention(**options).sizes(config)
+    form = CrossAttention(**options)
+    heads, groups, width = form.sizes(config)
     out = gated_cross_attention(
         hidden,
         keys,
@@ -152,7 +154,7 @@ def _reference(case: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         num_groups=groups,
         width=width,
         eps=config.layernorm_epsilon,
-        gated_linear_unit=config.gated_linear_unit,
+        gated_linear_unit=form.has_gated_linear_unit(config),
     )
     (out * cotangent).sum().backward()
     gradients = {name: w.grad for name, w in weights.items() if w.grad is not None}
@@ -348,6 +350,7 @@ def test_flamingo_s_block_is_a_configuration(world: None) -> None:
         ({"text_sees": "all"}, "text_sees=all must be one of preceding, last, nothing"),
         ({"interval": 0}, "interval=0 must be at least 1"),
         ({"interval": 4, "offset": 4}, "offset=4 null or in"),
+        ({"activation_func": F.gelu}, "activation_func needs ffn_hidden_size"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

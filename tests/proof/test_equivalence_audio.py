@@ -52,23 +52,27 @@ def packed(config: dict[str, Any]) -> list[list[Batch]]:
     return steps(config, packed=True)
 
 
-def model() -> dict[str, Any]:
+def model(**language: Any) -> dict[str, Any]:
+    """OPT's kind of decoder: learned positions and a tied output layer."""
     config = audio_flamingo()
+    config["language"] |= language
     config["language"]["transformer"] |= {"num_layers": 4}
     return config
 
 
+ROTARY = {"position_embedding_type": "rope", "position_offset": 0}
 MODELS = {
     "trained": (double(tiny.config(model())), padded),
     "frozen": (double(tiny.config(model(), freeze=["audio.*"])), packed),
+    "rotary": (double(tiny.config(model(**ROTARY), freeze=["audio.*"])), packed),
 }
 ROWS = [("frozen", "tp2_sp"), ("trained", "pp2")]
 SLOW = [
     (name, layout)
-    for name in MODELS
+    for name in ("trained", "frozen")
     for layout in ("tp2", "tp2_sp", "pp2", "pp2_vp2", "dp2", "dp2_overlap", "cp2", "tp2_sp_pp2")
     if (name, layout) not in ROWS
-]
+] + [("rotary", "tp2_sp_pp2"), ("rotary", "cp2")]
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +100,5 @@ def test_layout_equals_one_rank(
     names = expected.gradients[0].keys()
     assert any(n.startswith("audio_connector.layers.2.") for n in names)
     assert any(n.startswith("audio.") for n in names) == (name == "trained")
+    learned = any(n.endswith("embedding.position_embeddings.weight") for n in names)
+    assert learned == (name != "rotary")

@@ -10,7 +10,7 @@ from nvmm.config.signatures import class_attribute
 
 _NESTED_KEYS = ("name", "weight", "temperature", "blend")
 _DATASET_KEYS = (
-    *("name", "weight", "repeat", "epochs", "samples"),
+    *("name", "weight", "passes", "repeat", "epochs", "samples"),
     *("shards", "build", "local_window", "index_dir", "storage"),
 )
 
@@ -176,7 +176,7 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
         if build is not None and not (isinstance(build, Mapping) and "_target_" in build):
             allowed = "must be a whole builder, as data.train.build: it needs a _target_"
             yield Problem(f"{where}.build", build, allowed)
-        for name in ("weight", "temperature", "repeat", "samples", "local_window"):
+        for name in ("weight", "passes", "temperature", "repeat", "samples", "local_window"):
             value = entry.get(name)
             if isinstance(value, int | float) and value <= 0:
                 yield Problem(f"{where}.{name}", value, "must be greater than 0")
@@ -187,6 +187,29 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
     if any(weighted) and not all(weighted):
         where = f"{key}[{weighted.index(False)}].weight"
         yield Problem(where, None, "must be given: other datasets of this list have a weight")
+    yield from _passes(entries, key)
+
+
+def _passes(entries: list[Any], key: str) -> Iterator[Problem]:
+    """Check that all entries of the whole blend have passes where one has, and no other share."""
+    given = [isinstance(entry, Mapping) and entry.get("passes") is not None for entry in entries]
+    if not any(given):
+        return
+    if key != "data.blend":
+        where, first = f"{key}[{given.index(True)}].passes", entries[given.index(True)]["passes"]
+        yield Problem(where, first, "must stand in data.blend itself: nested lists share a weight")
+    elif not all(given):
+        where = f"{key}[{given.index(False)}].passes"
+        yield Problem(where, None, "must be given: other datasets of data.blend have passes")
+    for index, entry in enumerate(entries):
+        if not given[index]:
+            continue
+        if isinstance(entry["passes"], bool) or not isinstance(entry["passes"], int | float):
+            yield Problem(f"{key}[{index}].passes", entry["passes"], "must be a number above 0")
+        for other in ("weight", "repeat", "epochs"):
+            if entry.get(other) is not None:
+                where = f"{key}[{index}].{other}"
+                yield Problem(where, entry[other], "must be left out beside passes, which say it")
 
 
 def asking(view: View) -> Iterator[Problem]:

@@ -85,6 +85,13 @@ def _cross_attention(view: View) -> Iterator[Problem]:
         yield Problem(
             f"{prefix}.interval", interval, f"must be in 1..{layers}, the decoder's layers"
         )
+    function = view.get(f"{prefix}.activation_func")
+    if function is not None and view.get(f"{prefix}.ffn_hidden_size") is None:
+        yield Problem(
+            f"{prefix}.activation_func",
+            function,
+            f"needs {prefix}.ffn_hidden_size: the blocks have no feed-forward part without it",
+        )
 
 
 def _connector(view: View) -> Iterator[Problem]:

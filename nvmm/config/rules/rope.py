@@ -1,4 +1,4 @@
-"""Rules of `model.rope_scaling`, whose classes are in `nvmm.modules.rope_scaling`. No torch."""
+"""Rules of positions: rotary, scaled by `nvmm.modules.rope_scaling`, or learned. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvmm.config.problem import Problem, View
-from nvmm.config.signatures import value_of
+from nvmm.config.signatures import default_of, value_of
 
 ROOM = "nvmm.modules.rope_scaling."
 KINDS = ("Linear", "Llama3", "YaRN", "DynamicNTK", "LongRoPE")
@@ -103,4 +103,35 @@ def _turning(view: View) -> int | None:
     return None if channels is None else int(channels * (1.0 if share is None else share))
 
 
-RULES = (_scaling,)
+def learned(view: View) -> bool:
+    """Return True where the language model has learned positions and turns nothing."""
+    return view.get(f"{view.language}.position_embedding_type") == "learned_absolute"
+
+
+def _learned(view: View) -> Iterator[Problem]:
+    """Refuse keys that the model's kind of positions would not read."""
+    if view.language is None:
+        return
+    offset_key = f"{view.language}.position_offset"
+    offset = view.integer(offset_key, 0) or 0
+    if offset < 0:
+        yield Problem(offset_key, offset, "must be at least 0")
+    kind = f"{view.language}.position_embedding_type"
+    if not learned(view):
+        if offset > 0:
+            yield Problem(offset_key, offset, f"needs {kind}=learned_absolute; use 0")
+        return
+    target = str(view.get(f"{view.language}._target_"))
+    keys = {name: default_of(target, name) for name in ("rotary_base", "rotary_percent")}
+    keys |= {"rope_scaling": None, "transformer.no_rope_freq": None}
+    for name, default in keys.items():
+        value = view.get(f"{view.language}.{name}")
+        if value != default and value is not None:
+            yield Problem(
+                f"{view.language}.{name}",
+                value,
+                f"would not be read with {kind}=learned_absolute; leave it out",
+            )
+
+
+RULES = (_scaling, _learned)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nvmm.config.problem import Problem, View
-from nvmm.config.rules import precision
+from nvmm.config.rules import precision, rope
 from nvmm.config.signatures import default_of
 
 TARGET = "megatron.core.transformer.transformer_config.TransformerConfig"
@@ -201,7 +201,7 @@ def _ranges(view: View) -> Iterator[Problem]:
     if share is not None and not 0 < share <= 1:
         yield Problem(f"{view.language}.rotary_percent", share, "must be above 0 and at most 1")
     channels = view.integer(f"{_language(view)}.kv_channels")
-    if channels is not None and channels % 2:
+    if channels is not None and channels % 2 and not rope.learned(view):
         allowed = "must be even: positions rotate pairs of channels"
         yield Problem(f"{_language(view)}.kv_channels", channels, allowed)
 

@@ -1,7 +1,8 @@
 """CLAP's audio encoder (HTS-AT), from a folder of the encoder alone or of the whole model.
 
-Folders have Transformers' names, in which LAION publishes its models. The norm over mel bins comes
-with its statistics. The count of batches that it saw, which changes nothing, is written as 0.
+Folders have Transformers' names, in which LAION publishes its models; its own files and Microsoft's
+are read by `nvmm.convert.clap_files`. The norm over mel bins comes with its statistics. The count
+of batches that it saw, which changes nothing, is written as 0.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import known, need, only, whole
+from nvmm.convert.formats.config import is_htsat, known, need, only, whole
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Constant, Drop, Reshape, Row
 
@@ -21,7 +22,7 @@ PREFIX, PROJECTION, LEFT_OUT = "tower_prefix", "tower_projection", "tower_left_o
 """Keys that no config.json has: `complete` finds their values in the names."""
 _KINDS = ("weight", "bias")
 _OTHER_BRANCH = ("text_model.", "text_projection.", "logit_scale_")
-_COMPLETED = (PREFIX, PROJECTION, LEFT_OUT)
+COMPLETED = (PREFIX, PROJECTION, LEFT_OUT)
 _FIELDS = (
     *("num_mel_bins", "spec_size", "patch_size", "patch_stride", "patch_embeds_hidden_size"),
     *("depths", "num_attention_heads", "window_size", "mlp_ratio", "qkv_bias", "layer_norm_eps"),
@@ -29,16 +30,19 @@ _FIELDS = (
     *("patch_embed_input_channels", "flatten_patch_embeds", "enable_patch_layer_norm"),
     # Of a head for classes, of fusion, which must be off, and of training.
     *("num_classes", "num_hidden_layers", "fusion_type", "aff_block_r", "hidden_dropout_prob"),
-    *("attention_probs_dropout_prob", *_COMPLETED),
+    *("attention_probs_dropout_prob", *COMPLETED),
 )
 _WHOLE = (
     *("audio_config", "text_config", "projection_dim", "projection_hidden_act"),
-    *("logit_scale_init_value", "hidden_size", "num_hidden_layers", *_COMPLETED),
+    *("logit_scale_init_value", "hidden_size", "num_hidden_layers", *COMPLETED),
 )
 
 
 def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn config.json into our model config; a whole model has a projection."""
+    """Turn config.json into our model config; a whole model has a projection.
+
+    ClapCap's projection is in Microsoft's own file alone, and no config.json names it.
+    """
     alone = need(hf, "model_type") == "clap_audio_model"
     projection = hf.get(PROJECTION, "none" if alone else "laion")
     if alone:
@@ -83,11 +87,14 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for ClapCap's projection, which Transformers has not.
     """
-    if "depths" not in model:
+    if not is_htsat(model):
         raise ValueError("--format clap is CLAP's audio encoder, not this model")
     full = whole(model)
     if full["projection"] == "clapcap":
-        raise ValueError("--format clap has LAION's projection or none, not projection=clapcap")
+        raise ValueError(
+            "--format clap cannot express this model: Transformers' CLAP has LAION's projection or"
+            " none, not projection=clapcap (linear, GELU, linear, added, and a norm)"
+        )
     projected = full["projection"] == "laion"
     hf = {
         "architectures": ["ClapAudioModelWithProjection" if projected else "ClapAudioModel"],
@@ -119,6 +126,8 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
     suffix = "audio_encoder.patch_embed.proj.weight"
     prefix = next((n.removesuffix(suffix) for n in spec if n.endswith(suffix)), "")
     projection = "laion" if "audio_projection.linear1.weight" in spec else "none"
+    if "audio_projection.layer_norm.weight" in spec:
+        projection = "clapcap"
     left_out = [name for name in spec if name.startswith(_OTHER_BRANCH)]
     return {**hf, PREFIX: prefix, PROJECTION: projection, LEFT_OUT: left_out}
 
@@ -157,9 +166,14 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             merge = f"{theirs}downsample.reduction.weight"
             rows.append(Row(f"stages.{number}.merge.weight", (merge,)))
     # 3. The projection, and what is left out.
-    if projected:
+    if full["projection"] == "laion":
         for name in ("linear1", "linear2"):
             rows += _both(f"projection.{name}", f"audio_projection.{name}")
+    elif full["projection"] == "clapcap":
+        for name in ("linear1", "linear2"):
+            linear = f"audio_projection.{name}.weight"
+            rows.append(Row(f"projection.{name}.weight", (linear,)))
+        rows += _both("projection.layernorm", "audio_projection.layer_norm")
     return rows + [Row(None, (name,), Drop()) for name in hf.get(LEFT_OUT, ())]
 
 

@@ -11,6 +11,7 @@ from nvmm.config.signatures import value_of
 _GET_METHOD = "hydra.utils.get_method"
 SILU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.silu"}
 GELU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.gelu"}
+RELU = {"_target_": _GET_METHOD, "path": "torch.nn.functional.relu"}
 GELU_TANH = {"_target_": "torch.nn.functional.gelu", "_partial_": True, "approximate": "tanh"}
 QUICK_GELU = {"_target_": "megatron.core.activations.quick_gelu", "_partial_": True}
 SQUARED_RELU = {"_target_": "megatron.core.activations.squared_relu", "_partial_": True}
@@ -37,6 +38,8 @@ _LANGUAGE_DEFAULTS = {
     "rotary_base": 10000,
     "rotary_percent": 1.0,
     "rope_scaling": None,
+    "position_embedding_type": "rope",
+    "position_offset": 0,
     "share_embeddings_and_output_weights": False,
 }
 _VISION_DEFAULTS = {
@@ -50,7 +53,7 @@ _VISION_DEFAULTS = {
     "image_mean": [0.485, 0.456, 0.406],
     "image_std": [0.229, 0.224, 0.225],
 }
-_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500}
+_AUDIO_DEFAULTS = {"num_mel_bins": 80, "max_source_positions": 1500, "pool": 1}
 _HTSAT_DEFAULTS = {
     "num_mel_bins": 64,
     "picture": 256,
@@ -196,8 +199,8 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     parts = {name: whole(model[name]) for name in ("language", "vision") if name in model}
     if parts:
         connector = _CONNECTOR_DEFAULTS | dict(model.get("connector") or {})
-        return {**model, **parts, "connector": connector}
-    if "depths" in model:
+        return {**model, **parts, **_whole_encoders(model), "connector": connector}
+    if is_htsat(model):
         return {**_HTSAT_DEFAULTS, **model}
     if "transformer" not in model:
         return {**_CONNECTOR_DEFAULTS, **model}
@@ -213,12 +216,35 @@ def whole(model: Mapping[str, Any]) -> dict[str, Any]:
     defaults: Mapping[str, Any] = _LANGUAGE_DEFAULTS
     if "patch_size" in model:
         defaults = _VISION_DEFAULTS
-    elif "num_mel_bins" in model:
+    elif is_whisper(model):
         defaults = _AUDIO_DEFAULTS
     else:
         # mcore gives QKV a bias where either says so; the encoders ask add_qkv_bias alone.
         filled["add_qkv_bias"] = filled["add_qkv_bias"] or filled["add_bias_linear"]
     return {**defaults, **model, "transformer": filled}
+
+
+def is_whisper(model: Mapping[str, Any]) -> bool:
+    """Return True for a config of Whisper's encoder, whose bins and positions have defaults."""
+    return str(model.get("_target_", "")).endswith(".AudioEncoder")
+
+
+def _whole_encoders(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the encoders and connectors of modalities beside images, with their defaults."""
+    encoders = model.get("encoders")
+    if not encoders:
+        return {}
+    return {
+        "encoders": {
+            modality: {name: whole(part) for name, part in parts.items()}
+            for modality, parts in encoders.items()
+        }
+    }
+
+
+def is_htsat(model: Mapping[str, Any]) -> bool:
+    """Return True for a config of CLAP's audio encoder, whose sizes all have defaults."""
+    return str(model.get("_target_", "")).endswith(".HTSAT")
 
 
 def mismatches(

@@ -25,11 +25,11 @@ from nvmm.convert.formats.config import (
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, GatedMLP, PadVocabulary, Rename, Row, Tied, expand
 
-_PREFIX, EMBEDDING, HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
+PREFIX, EMBEDDING, HEAD = "decoder_prefix", "embedding_name", "output_layer_name"
 """Keys that no config.json has; `complete` finds their values in the names."""
 POOLING = "sentence_pooling"
 """A key that no config.json has: the one pooling of a folder's sentence-transformers files."""
-INTERNAL = frozenset({_PREFIX, EMBEDDING, HEAD, POOLING})
+INTERNAL = frozenset({PREFIX, EMBEDDING, HEAD, POOLING})
 POOLINGS = {"mean": "Mean", "lasttoken": "EOS"}
 """sentence-transformers' names of our poolings that need no weights."""
 _POOLING_CLASSES = "nvmm.modules.pooling."
@@ -39,7 +39,7 @@ FIELDS = (
     *("tie_word_embeddings", "max_position_embeddings", "initializer_range"),
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"),
     "original_max_position_embeddings",
-    *(_PREFIX, EMBEDDING, HEAD, POOLING, "is_causal"),
+    *(PREFIX, EMBEDDING, HEAD, POOLING, "is_causal"),
 )
 """Fields of config.json that every family reads."""
 # Some kinds read the original length; Transformers writes it for others too.
@@ -164,7 +164,7 @@ def from_language(model: Mapping[str, Any], family: str) -> dict[str, Any]:
     }
     if "pooling" in model:
         # The names of a base model, which has no output layer.
-        hf |= {_PREFIX: "", HEAD: None, "tie_word_embeddings": False}
+        hf |= {PREFIX: "", HEAD: None, "tie_word_embeddings": False}
         hf |= {POOLING: pooling_name(model, family), "is_causal": model.get("causal", False)}
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
         hf["head_dim"] = config["kv_channels"]
@@ -286,19 +286,27 @@ def window_fields(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any]:
+def complete(
+    hf: Mapping[str, Any],
+    spec: Mapping[str, Tensor],
+    *,
+    decoder: str = "",
+    norm: str = "input_layernorm",
+) -> dict[str, Any]:
     """Add the tie to config.json, and what differs in the names that folders have.
 
     A base model's have no `model.` and no lm_head; a tied model may hold lm_head alone.
+    decoder, norm: how a family names its decoder within the base model, and a layer's first norm.
     """
     tied = bool(standard(hf)["tie_word_embeddings"])
-    layer = "layers.0.input_layernorm.weight"
-    prefix = next((n.removesuffix(layer) for n in spec if n in (layer, f"model.{layer}")), "model.")
+    layer, causal = f"layers.0.{norm}.weight", f"model.{decoder}"
+    is_base = f"{decoder}{layer}" in spec and f"{causal}{layer}" not in spec
+    prefix = decoder if is_base else causal
     embedding, head = f"{prefix}embed_tokens.weight", "lm_head.weight"
     if tied and embedding not in spec and head in spec:
         embedding = head
-    has_head = head in spec or prefix != ""
-    names = {_PREFIX: prefix, EMBEDDING: embedding, HEAD: head if has_head else None}
+    has_head = head in spec or not is_base
+    names = {PREFIX: prefix, EMBEDDING: embedding, HEAD: head if has_head else None}
     return {**hf, "tie_word_embeddings": tied, **names}
 
 
@@ -308,7 +316,7 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     config = model["transformer"]
     vocabulary = PadVocabulary(model["padded_vocab_size"], standard(hf)["vocab_size"])
     qkv = QKV(config["num_attention_heads"], config["num_query_groups"], config["kv_channels"])
-    prefix, head = hf.get(_PREFIX, "model."), hf.get(HEAD, "lm_head.weight")
+    prefix, head = hf.get(PREFIX, "model."), hf.get(HEAD, "lm_head.weight")
     embedding = hf.get(EMBEDDING, f"{prefix}embed_tokens.weight")
     layer, theirs = "decoder.layers.*.", f"{prefix}layers.*."
     norm_kinds = ["weight"] if config["normalization"] == "RMSNorm" else ["weight", "bias"]
@@ -349,19 +357,30 @@ def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
             else Row(f"{layer}mlp.linear_fc1.{kind}", (up,), Rename()),
             Row(f"{layer}mlp.linear_fc2.{kind}", (f"{theirs}mlp.down_proj.{kind}",)),
         ]
-    # 3. The end: a tied output layer is only a copy of the embedding, which may be there.
+    # 3. The end.
     rows += [
         Row(f"decoder.final_layernorm.{kind}", (f"{prefix}norm.{kind}",)) for kind in norm_kinds
     ]
-    if "pooling" in model:
-        rows += [Row(None, (head,), Drop())] if head else []
-    elif not model["share_embeddings_and_output_weights"]:
-        rows += [Row("output_layer.weight", (head,), vocabulary)] if head else []
-    elif head and head != embedding:
-        rows.append(Row(None, (head,), Tied(embedding)))
+    rows += output_rows(model, head, embedding, vocabulary)
     # Transformers saved these buffers before version 4.32.
     rows.append(Row(None, (f"{theirs}self_attn.rotary_emb.inv_freq",), Drop()))
     return expand(rows, config["num_layers"])
+
+
+def output_rows(
+    model: Mapping[str, Any], head: str | None, embedding: str, vocabulary: PadVocabulary
+) -> list[Row]:
+    """Return the row of the output layer, whose name `head` is null where the folder has none.
+
+    A tied one is only a copy of the embedding, which may be there; an embedder has none.
+    """
+    if not head:
+        return []
+    if "pooling" in model:
+        return [Row(None, (head,), Drop())]
+    if not model["share_embeddings_and_output_weights"]:
+        return [Row("output_layer.weight", (head,), vocabulary)]
+    return [Row(None, (head,), Tied(embedding))] if head != embedding else []
 
 
 def activation(hf: Mapping[str, Any], key: str = "hidden_act") -> None:

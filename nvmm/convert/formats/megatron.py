@@ -8,17 +8,12 @@ distributed checkpoints may stack all layers into one tensor, and the vocabulary
 from __future__ import annotations
 
 import argparse
-import enum
-import pickle
 import re
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -43,6 +38,7 @@ from nvmm.convert.formats.config import (
     transformer,
 )
 from nvmm.convert.mapping import Rename, Row
+from nvmm.convert.pickles import load
 
 LEGACY, DISTRIBUTED = "megatron_legacy", "megatron_distributed"
 _FILE = "model_optim_rng.pt"
@@ -137,48 +133,6 @@ def locate(path: Path) -> tuple[Path, str] | None:
     if (path / ".metadata").is_file() and not (path / "state.json").is_file():
         return path, DISTRIBUTED
     return None
-
-
-def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Load a file with `weights_only`: tensors, plain values and Megatron's arguments.
-
-    Raises ValueError naming the file for anything else in it; nothing of it is run.
-    """
-    try:
-        with _allowed():
-            if mmap:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            else:
-                with path.open("rb") as stream:
-                    content = torch.load(stream, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()
-        detail = next((line for line in reason if "GLOBAL" in line), reason[0])
-        raise ValueError(f"{path}: refused, nothing of it was run: {detail.strip()}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict")
-    return content
-
-
-def _allowed() -> AbstractContextManager[None]:
-    """Allow the classes of Megatron-LM's arguments and generator states besides plain values."""
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.enums import AttnBackend
-
-    reconstruct = numpy.empty(0).__reduce__()[0]
-    allowed: list[Any] = [argparse.Namespace, signal.Signals, ModelType, AttnBackend, reconstruct]
-    allowed += [numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32))]
-    # Some Pythons (3.11.2, say) pickle a member of an enum by its module's name or by getattr.
-    allowed += [(member, f"signal.{member.name}") for member in signal.Signals]
-    allowed.append((_enum_member, "builtins.getattr"))
-    return torch.serialization.safe_globals(allowed)
-
-
-def _enum_member(owner: Any, name: Any) -> Any:
-    """Do all that `getattr` may do in such a file: name a member of an enum."""
-    if isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__:
-        return owner[name]
-    raise pickle.UnpicklingError(f"GLOBAL getattr of {name!r} from {owner!r}")
 
 
 def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nvmm.convert.formats import decoder
-from nvmm.convert.formats.config import GELU, known, need, only, transformer, whole
+from nvmm.convert.formats.config import GELU, is_whisper, known, need, only, transformer, whole
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import QKV, Drop, KeylessBias, Reshape, Row, expand
 
@@ -60,9 +60,10 @@ def to_model(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """Turn our model config into config.json of the encoder alone, Transformers' WhisperEncoder."""
-    if "num_mel_bins" not in model:
-        raise ValueError("--format whisper is an audio encoder, not this model")
-    config = whole(model)["transformer"]
+    if not is_whisper(model):
+        raise ValueError("--format whisper is Whisper's encoder, not this model")
+    full = whole(model)
+    config = full["transformer"]
     hf = {
         "architectures": ["WhisperEncoder"],
         "model_type": "whisper",
@@ -70,8 +71,8 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
         "encoder_layers": config["num_layers"],
         "encoder_attention_heads": config["num_attention_heads"],
         "encoder_ffn_dim": config["ffn_hidden_size"],
-        "num_mel_bins": model["num_mel_bins"],
-        "max_source_positions": model["max_source_positions"],
+        "num_mel_bins": full["num_mel_bins"],
+        "max_source_positions": full["max_source_positions"],
         "activation_function": "gelu",
         "init_std": config.get("init_method_std", 0.02),
         "scale_embedding": False,
@@ -87,16 +88,22 @@ def complete(hf: Mapping[str, Any], spec: Mapping[str, Tensor]) -> dict[str, Any
     return {**hf, PREFIX: prefix}
 
 
+def unsaid(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of our config that a folder leaves open: what follows the last layer."""
+    return ("pool",)
+
+
 def table(model: Mapping[str, Any], hf: Mapping[str, Any]) -> list[Row]:
     """Return the rows of the encoder; the decoder of a whole Whisper is left out."""
-    config = whole(model)["transformer"]
+    full = whole(model)
+    config = full["transformer"]
     width, heads, head_dim = (
         config[name] for name in ("hidden_size", "num_attention_heads", "kv_channels")
     )
     prefix = hf.get(PREFIX, "")
     layer, theirs = "decoder.layers.*.", f"{prefix}layers.*."
     attention = f"{layer}self_attention."
-    inputs = {"conv1": model["num_mel_bins"], "conv2": width}
+    inputs = {"conv1": full["num_mel_bins"], "conv2": width}
     # 1. Positions and attention, whose k has no bias.
     rows = [
         Row("position_embeddings.weight", (f"{prefix}embed_positions.weight",)),

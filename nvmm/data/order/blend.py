@@ -26,13 +26,14 @@ class Source:
 
     num_samples: samples of one epoch. weight: its weight relative to the other sources. epochs:
     passes after which it leaves the blend, the others going on at their weights (None: it never
-    does; 0: it never has a turn). consumed: samples taken from it before the blend's first slot.
+    does; 0: it never has a turn; 3.5: half-way through its fourth). consumed: samples taken from it
+    before the blend's first slot.
     """
 
     name: str
     num_samples: int
     weight: Fraction
-    epochs: int | None = None
+    epochs: float | None = None
     consumed: int = 0
 
     @property
@@ -40,7 +41,12 @@ class Source:
         """The number of samples that it still gives; None without end."""
         if self.epochs is None:
             return None
-        return max(0, self.epochs * self.num_samples - self.consumed)
+        return max(0, samples_of(self.epochs, self.num_samples) - self.consumed)
+
+
+def samples_of(passes: float, num_samples: int) -> int:
+    """Return the samples that a number of passes takes, rounded to a whole one."""
+    return round(Fraction(str(passes)) * num_samples)
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,12 @@ class Blend:
             done += len(slots)
         consumed = np.array([source.consumed for source in self.sources])
         return sources[:done], places[:done] + consumed[sources[:done]]
+
+    @property
+    def size(self) -> int | None:
+        """The slots of the whole blend; None where a source never ends."""
+        remaining = [source.remaining for source in self.sources]
+        return None if None in remaining else sum(rest or 0 for rest in remaining)
 
     def counts(self, slots: int) -> list[int]:
         """Return how many samples each source has given after `slots` slots, with `consumed`."""

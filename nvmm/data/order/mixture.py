@@ -9,6 +9,8 @@ data:
       blend: # nested: these share the weight 2
         - {name: wiki, shards: wiki/*.tar}
         - {name: books, shards: books/*.tar, samples: 100000}
+
+or, where a run's passes over every data set are given, `passes` for each of them and no weights.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvmm.data.order.blend import Source
+from nvmm.data.order.blend import Source, samples_of
 from nvmm.data.shards.dataset import Dataset
 
 DATASET_KEYS = ("shards", "build", "local_window", "index_dir", "storage")
@@ -31,14 +33,15 @@ DATASET_KEYS = ("shards", "build", "local_window", "index_dir", "storage")
 class Component:
     """One dataset of a blend.
 
-    weight: its share of the whole blend. epochs: passes after which it leaves (None: never).
+    weight: its share of the whole blend. epochs: passes after which it leaves (None: never), which
+    may be a fraction.
     count: samples of a pass, all or as many chosen ones.
     """
 
     name: str
     dataset: Dataset
     weight: Fraction
-    epochs: int | None
+    epochs: float | None
     count: int
 
     def source(self, consumed: int = 0) -> Source:
@@ -79,9 +82,11 @@ def read(
     """Return the datasets of a blend, their builders bound with `options`; their weights sum to 1.
 
     An entry inherits the keys that it does not name (DATASET_KEYS) from `train`. Without weights,
-    datasets count by their samples (times `repeat`), so that all come to an end together.
+    datasets count by their samples (times `repeat`), so that all come to an end together. With
+    `passes` they count by the samples of so many passes, and the blend ends when all have had them.
 
-    Raises ValueError for a name that is there twice, or a number of samples that a dataset lacks.
+    Raises ValueError for a name that is there twice, a number of samples that a dataset lacks, and
+    passes that are no sample.
     """
     names(entries)
     components = _read(entries, train, options)
@@ -124,6 +129,8 @@ def _read(
         inner_sum = sum((component.weight for component in group), Fraction(0))
         if entry.get("weight") is not None:
             weight = Fraction(str(entry["weight"]))
+        elif entry.get("passes") is not None:
+            weight = Fraction(samples_of(entry["passes"], group[0].count))
         else:
             num_samples = sum(component.count for component in group)
             weight = Fraction(num_samples) * entry.get("repeat", 1)
@@ -155,4 +162,10 @@ def _group(entry: Mapping[str, Any], train: Dataset, options: Mapping[str, Any])
             f"data.blend: samples={limit} of {_name(entry)} must be a fraction, or a number of"
             f" at most its {len(dataset)} samples"
         )
-    return [Component(_name(entry), dataset, Fraction(1), entry.get("epochs"), count)]
+    passes = entry.get("passes")
+    if passes is not None and samples_of(passes, count) < 1:
+        raise ValueError(
+            f"data.blend: passes={passes} of {_name(entry)} with {count} samples are no sample"
+        )
+    epochs = entry.get("epochs") if passes is None else passes
+    return [Component(_name(entry), dataset, Fraction(1), epochs, count)]

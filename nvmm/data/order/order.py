@@ -103,6 +103,11 @@ class Order:
         self._next_sources: list[Source] | None
         self._restart()
 
+    @property
+    def size(self) -> int | None:
+        """The samples of the whole blend; None where a dataset never ends."""
+        return self._blend.size
+
     def batch(self, k: int) -> list[Pack]:
         """Return the packs of global batch k, with sample ids (`nvmm.data.order.sample_ids`).
 

@@ -6,8 +6,16 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-from nvmm.data.prepare import conversations, evidence, long_text, planted, ranking
+from nvmm.data.prepare import (
+    conversations,
+    evidence,
+    long_text,
+    planted,
+    ranking,
+    sound_manifests,
+)
 from nvmm.data.prepare.records import LeftOut, read_objects
+from nvmm.data.prepare.resume import Resumed
 from nvmm.data.prepare.retrieval_sets import fields_of, members
 from nvmm.data.prepare.write import Samples, add_options, write_resumed
 from nvmm.data.samples.tokenizer import Tokenizer
@@ -50,6 +58,12 @@ def add_commands(commands: Any) -> None:
     add_options(long, samples_per_shard=100)
     long.set_defaults(run=run_long)
     _add_long(long)
+    sounds = commands.add_parser(
+        "audio_flamingo", help="Audio Flamingo's manifests: clips, samples of several, dialogues"
+    )
+    add_options(sounds, samples_per_shard=1000)
+    sounds.set_defaults(run=run_sounds)
+    _add_sounds(sounds)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -84,6 +98,30 @@ def run_long(options: argparse.Namespace) -> None:
             lambda: long_text.documents(options.source, options.source_key), tokenizer, rules, told
         ),
     )
+
+
+def run_sounds(options: argparse.Namespace) -> None:
+    """Write the samples of a manifest; a call that goes on reads no sound again."""
+    refusals = _lines(options.refusals) if options.refusals else sound_manifests.REFUSALS
+
+    def resumed(told: LeftOut) -> Callable[[Any], Resumed]:
+        rules = sound_manifests.Rules(
+            sounds=options.sounds,
+            task=options.task,
+            options=_lines(options.options) if options.options else (),
+            min_bytes=options.min_bytes,
+            refusals=[phrase.lower() for phrase in refusals],
+            skip=_skip(options, told),
+        )
+        return sound_manifests.samples(options.source, rules, told)
+
+    write_resumed(options, resumed=resumed)
+
+
+def _lines(path: str) -> list[str]:
+    """Return the lines of a file that are not empty."""
+    with open(path, encoding="utf-8-sig") as file:
+        return [line.strip() for line in file if line.strip()]
 
 
 def _dpr(options: argparse.Namespace, left_out: LeftOut) -> Iterable[dict[str, Any]]:
@@ -220,6 +258,35 @@ def _add_narrativeqa(command: argparse.ArgumentParser) -> None:
     command.add_argument("--longest", type=int, default=lengths.longest)
     command.add_argument("--reserve", type=int, default=lengths.reserve)
     command.add_argument("--seed", type=int, default=0)
+
+
+def _add_sounds(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="train.json, interleaved_knn-train.json (train.json beside it), or Audio-Dialogues'",
+    )
+    command.add_argument("--sounds", help="folder of the sounds, instead of dataset_path")
+    command.add_argument("--task", help="default: the one that flamingo_task names")
+    command.add_argument("--options", help="file of the labels of a closed task, one a line")
+    command.add_argument(
+        "--min-bytes",
+        type=int,
+        default=sound_manifests.MIN_BYTES,
+        help="leave smaller sounds out",
+    )
+    command.add_argument(
+        "--refusals",
+        help="file of phrases, one a line: a dialogue that has one in an answer is left out;"
+        " default: Audio Flamingo's. An empty file leaves none out",
+    )
+    command.add_argument(
+        "--on-bad",
+        choices=("stop", "skip"),
+        default="stop",
+        help="skip: leave bad entries out, and list them in the end",
+    )
 
 
 def _add_long(command: argparse.ArgumentParser) -> None:

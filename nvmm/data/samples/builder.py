@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from nvmm.batch import MediaKind, Sample, Text
 from nvmm.data.samples.bad_sample import blamed
@@ -26,6 +27,8 @@ class Builder(ABC):
 
     extras: names of the `Text.extras` that its texts have.
     compares: whether the texts of a sample are compared: job=score then has a list for each.
+    draws: whether it makes another sample in each pass; `Record.passing` then names the pass. It is
+        empty in prompts, in validation and with packing, whose token counts hold for all passes.
     fields: our names of fields -> the data set's.
     unread: members (`.mask.png`, or `.*.npy` for several) and keys of the record (`image`) that
         samples may have and that nobody reads. A member that is neither read nor named here makes
@@ -34,12 +37,14 @@ class Builder(ABC):
 
     extras: ClassVar[frozenset[str]] = frozenset()
     compares: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     unread: Sequence[str] = ()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         for name in (
-            *("__call__", "prompt", "question", "references", "options", "measure", "scored"),
+            *("__call__", "prompt", "question", "references", "options", "heard"),
+            *("measure", "scored"),
         ):
             if name in vars(cls):
                 setattr(cls, name, _blaming(vars(cls)[name]))
@@ -147,6 +152,13 @@ class Builder(ABC):
         Raises ValueError where the builder makes no prompts.
         """
         raise ValueError(f"{type(self).__name__} makes no prompts: there is nothing to answer")
+
+    def heard(self, members: Mapping[str, Any]) -> list[Tensor]:
+        """Return what an encoder hears of each sound of a sample, fp64 [n]; none by default.
+
+        A builder of sounds has a `front_end`, at whose rate they are.
+        """
+        return []
 
     def measure(self, members: Mapping[str, Any]) -> tuple[int, int]:
         """Return tokens and tiles of the training example; by default it is built for that."""

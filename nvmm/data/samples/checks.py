@@ -51,23 +51,26 @@ def _check_attended(size: int, media: TextMedia, ends: Tensor, where: str) -> No
 
 def _check_placed(text: Text, kind: MediaKind, media: TextMedia, where: str) -> None:
     """Raise ValueError unless the placeholders in the text are those that the tiles need."""
-    size, length = len(text.tokens), media.tokens_per_item
-    ends = media.positions + length
+    size, lengths = len(text.tokens), media.num_features
+    ends = media.positions + lengths
     if len(media.positions) and int(ends.max()) > size:
+        last = int(ends.argmax())
         raise ValueError(
             f"{where}: truncated media span: {kind.modality} placeholders"
-            f" {int(ends.max()) - length}..{int(ends.max()) - 1}, the text ends after {size} tokens"
+            f" {int(media.positions[last])}..{int(ends[last]) - 1}, the text ends after {size}"
+            " tokens"
         )
     placeholders = text.tokens == media.placeholder_id
-    count, features = int(placeholders.sum()), len(media.values) * length
+    count, features = int(placeholders.sum()), int(lengths.sum())
     if count != features:
+        each = media.tokens_per_item if media.counts is None else lengths.tolist()
         raise ValueError(
             f"{where}: {count} placeholders (id {media.placeholder_id}) for {features}"
-            f" {kind.modality} features ({len(media.values)} tiles x {length})"
+            f" {kind.modality} features ({len(media.values)} tiles x {each})"
         )
-    for tile, start in enumerate(media.positions.tolist()):
-        if not bool(placeholders[start : start + length].all()):
+    for tile, (start, end) in enumerate(zip(media.positions.tolist(), ends.tolist(), strict=True)):
+        if not bool(placeholders[start:end].all()):
             raise ValueError(
                 f"{where}: {kind.modality} tile {tile} has other tokens among its placeholders"
-                f" {start}..{start + length - 1}"
+                f" {start}..{end - 1}"
             )

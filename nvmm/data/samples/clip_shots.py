@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from nvmm.config.choices import require
+from nvmm.data.samples.clip_words import Interleaved
 from nvmm.data.samples.record import Record
 
-Interleaved = Literal["similar", "random"]
-"""How the solved clips were chosen: they sound like the one that is asked about, or were drawn."""
 CLIP = ("sound", "start", "prompt", "answer")
 _OWN = ("prefix", "task", "options", "answers")
 """What else a builder reads of the asked sample, whatever its data set calls it."""

@@ -3,13 +3,17 @@
 The record lists `clips`, the one that is asked about last, or it is itself one clip:
 
     {"clips": [{"sound": "0.wav", "start": 0, "prompt": "What is heard?", "answer": "a dog"}, ...],
-     "prefix": "The task is event classification. "}
+     "task": "event classification", "interleaved": "similar", "options": ["a cat", "a dog"]}
 
-`sound` names a member of the sample; without one the clip is text alone. Text of a sample:
+`sound` names a member of the sample; without one the clip is text alone, as the later turns of a
+dialogue are. `task` is told by a sentence of the template, or `prefix` is one as it stands;
+`interleaved` says how earlier clips were chosen, `options` from which labels the last one's answer
+is; `answers` are all that are accepted for it. Text of a sample:
 
-    begin prefix [marker prompt ask answer end] ... finish
+    begin few_shot task [marker user prompt ask answer end close behind] ... finish
 
-The loss is on every answer with its `end`, and on `finish` (Audio Flamingo, arXiv:2402.01831).
+The loss is on every answer with `end` and `close`, and on `finish` (Audio Flamingo,
+arXiv:2402.01831).
 """
 
 from __future__ import annotations
@@ -22,15 +26,17 @@ import torch
 
 from nvmm.batch import ATTENDED, SEQUENCE, MediaKind, Sample, Text, TextMedia
 from nvmm.config.choices import require
+from nvmm.data.samples.augmentation import Augmentation, Augmentations
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.builder import Builder
-from nvmm.data.samples.clip_shots import Interleaved, joined
+from nvmm.data.samples.clip_shots import CLIP, joined
+from nvmm.data.samples.clip_words import Clip, Interleaved, Wording, Words, texts, written_words
 from nvmm.data.samples.record import PLAIN, Fields, Record, check_fields
 from nvmm.data.samples.sounds import MARGIN, FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
 
 Placement = Literal["attended", "sequence"]
-_CLIP = ("sound", "start", "prompt", "answer")
+TooLong = Literal["first", "last"]
 
 
 @dataclass(frozen=True)
@@ -38,28 +44,29 @@ class ListeningTemplate:
     """The text around clips; the defaults are those that Audio Flamingo trains with.
 
     begin, finish: of the whole text. OPT's begins with two `</s>`, its tokenizer's and its own.
-    marker: one special token, where a clip is. ask: between a prompt and its answer. end: behind an
-        answer; generation stops there. few_shot: stands first where there is more than one clip.
-    lower: write prompts and answers in lower case.
+    few_shot: for a record with `interleaved`, where more than one clip is left; {interleaved} is
+        that word. task: for a record with `task`, which {task} is.
+    marker: one special token, where a clip is. user: in front of a prompt. ask: between a prompt
+        and its answer. end: one special token behind an answer; generation stops there. close:
+        behind every end, trained. behind: behind that, not trained.
+    lower: write prompts, answers and options of records in lower case.
     """
 
     begin: str = "</s></s>"
+    few_shot: str = "Here are {interleaved} examples. "
+    task: str = "The task is {task}. "
     marker: str = "<audio>"
+    user: str = ""
     ask: str = "\nAnswer:<SEP>"
     end: str = "<|endofchunk|>"
+    close: str = ""
+    behind: str = ""
     finish: str = "</s>"
-    few_shot: str = ""
     lower: bool = True
 
-
-@dataclass(frozen=True)
-class Clip:
-    """A sound (None: text alone), from its second `start` on, its prompt and answer."""
-
-    sound: Any
-    start: Any
-    prompt: str
-    answer: str | None
+    def written(self, text: str) -> str:
+        """Return a record's text as it stands in a sample."""
+        return text.lower() if self.lower else text
 
 
 class SoundBuilder(Builder):
@@ -70,13 +77,22 @@ class SoundBuilder(Builder):
     placement: attended: cross-attention reads the windows, and text sees a clip from its marker on;
         sequence: placeholders stand in the marker's place.
     tokens_per_window: features of a window, after the model's connector.
-    most_clips: a sample with more is refused.
+    most_clips: a sample with more sounds is refused.
+    augmentations, augment: ways to word a clip by name, and the probability of each, which sum to
+        1; clips stay as they are where there are none. Every clip draws by its place and the
+        sample's key, anew in each pass, and a prompt takes the likeliest way.
+    task_probability: of the sentence that tells the task; prompts have it unless that is 0.
     fields, unread: see `Builder`.
-    sequence_length: an over-long sample loses its first clips with their text, counted as
-        `dropped`; one whose last clip does not fit is refused.
+    too_long: the clips that an over-long sample loses with their text, counted as `dropped`: the
+        first ones, or the last. One of which no clip fits is refused, and so is a prompt that would
+        lose what it asks.
     """
 
-    names: ClassVar[tuple[str, ...]] = ("clips", "prefix", *_CLIP)
+    names: ClassVar[tuple[str, ...]] = (
+        *("clips", "prefix", "task", "interleaved", "options", "answers"),
+        *CLIP,
+    )
+    draws: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,7 +100,11 @@ class SoundBuilder(Builder):
         template: ListeningTemplate,
         placement: Placement = "attended",
         tokens_per_window: int = 1,
-        most_clips: int = 8,
+        most_clips: int = 16,
+        augmentations: Mapping[str, Augmentation] | None = None,
+        augment: Mapping[str, float] | None = None,
+        task_probability: float = 1.0,
+        too_long: TooLong = "first",
         fields: Fields | None = None,
         unread: Sequence[str] = (),
         *,
@@ -92,6 +112,9 @@ class SoundBuilder(Builder):
         sequence_length: int,
     ) -> None:
         require("build.placement", placement, Placement)
+        require("build.too_long", too_long, TooLong)
+        if not 0 <= task_probability <= 1:
+            raise ValueError(f"build.task_probability={task_probability} must be in [0, 1]")
         if tokens_per_window < 1 or most_clips < 1:
             raise ValueError(
                 f"build.tokens_per_window={tokens_per_window}, most_clips={most_clips}: both must"
@@ -106,6 +129,9 @@ class SoundBuilder(Builder):
         self.placement = placement
         self.tokens_per_window = tokens_per_window
         self.most_clips = most_clips
+        ways = Augmentations(augmentations or {}, augment or {})
+        self.wording = Wording(template, ways, task_probability)
+        self.too_long = too_long
         self.marker_id = self._one_token("marker")
         self.end_id = self._one_token("end")
 
@@ -139,33 +165,40 @@ class SoundBuilder(Builder):
         for clip in clips:
             if clip.answer is None:
                 raise record.bad("a clip has no answer")
-        return self._sample(record, clips, prompt=False)
+        return self._sample(record, clips)
 
     def prompt(self, members: Mapping[str, Any], suffix: str = "") -> Sample:
         """Return the sample up to where the last clip's answer begins, without supervision.
 
-        suffix: text behind the last prompt.
+        suffix: text behind the last prompt and its options.
         """
         record = self.record(members)
-        *solved, last = self._clips(record)
-        if any(clip.answer is None for clip in solved):
+        clips = self._clips(record)
+        if any(clip.answer is None for clip in clips[:-1]):
             raise record.bad("a clip before the last one has no answer")
-        asked = Clip(last.sound, last.start, last.prompt + suffix, None)
-        return self._sample(record, [*solved, asked], prompt=True)
+        return self._sample(record, clips, suffix)
 
     def question(self, members: Mapping[str, Any]) -> str:
         """Return the last clip's prompt."""
         return self._clips(self.record(members))[-1].prompt
 
     def references(self, members: Mapping[str, Any]) -> list[str]:
-        """Return the last clip's answer, as the template writes it."""
-        answer = self._clips(self.record(members))[-1].answer
-        return [] if answer is None else [self._written(answer)]
+        """Return the record's `answers`, else the last clip's, as the template writes them."""
+        record = self.record(members)
+        answers = texts(record, "answers")
+        last = self._clips(record)[-1].answer
+        given = answers or ([] if last is None else [last])
+        return [self.template.written(answer) for answer in given]
+
+    def options(self, members: Mapping[str, Any]) -> list[str]:
+        """Return the labels that the last clip's answer is one of, as the template writes them."""
+        record = self.record(members)
+        return [self.template.written(label) for label in texts(record, "options")]
 
     def answer_tokens(self, text: str) -> list[int]:
         """Return the tokens of an answer as they follow a prompt, without its end."""
-        written = text.lower() if self.template.lower else text
-        tokens, pieces = self.tokenizer.encode_pieces([self.template.ask, written])
+        written = [self.template.ask, self.template.written(text)]
+        tokens, pieces = self.tokenizer.encode_pieces(written)
         return [token for token, piece in zip(tokens, pieces, strict=True) if piece]
 
     def few_shot(
@@ -195,26 +228,26 @@ class SoundBuilder(Builder):
             )
         return sample
 
-    def _written(self, text: str) -> str:
-        return text.lower() if self.template.lower else text
-
     def _clips(self, record: Record) -> list[Clip]:
         """Return the clips of a record; raise BadSample where they are malformed."""
         listed = record.get("clips")
         if listed is None:
-            listed = [{name: record.get(name) for name in _CLIP}]
-        if not isinstance(listed, list) or not 1 <= len(listed) <= self.most_clips:
-            raise record.bad(f"clips must be a list of 1 to {self.most_clips}, got {listed!r}")
+            listed = [{name: record.get(name) for name in CLIP}]
+        if not isinstance(listed, list) or not listed:
+            raise record.bad(f"clips must be a list that is not empty, got {listed!r}")
         clips = []
         for item in listed:
-            if not isinstance(item, dict) or item.keys() - set(_CLIP):
-                raise record.bad(f"a clip must be an object of {', '.join(_CLIP)}, got {item!r}")
+            if not isinstance(item, dict) or item.keys() - set(CLIP):
+                raise record.bad(f"a clip must be an object of {', '.join(CLIP)}, got {item!r}")
             prompt = record.checked_text("prompt", item.get("prompt"))
             answer = item.get("answer")
             if answer is not None:
                 answer = record.checked_text("answer", answer)
             start = item.get("start")
             clips.append(Clip(item.get("sound"), 0 if start is None else start, prompt, answer))
+        sounds = sum(clip.sound is not None for clip in clips)
+        if sounds > self.most_clips:
+            raise record.bad(f"{sounds} sounds are more than build.most_clips={self.most_clips}")
         return clips
 
     def _check_members(self, record: Record, clips: Sequence[Clip]) -> None:
@@ -224,25 +257,28 @@ class SoundBuilder(Builder):
         if lost:
             raise record.bad(f"no clip names {', '.join(sorted(lost))}; its record lists them")
 
-    def _sample(self, record: Record, clips: Sequence[Clip], prompt: bool) -> Sample:
-        """Return the sample of as many of the last clips as fit."""
-        prefix = record.get("prefix")
-        if prefix is not None and not isinstance(prefix, str):
-            raise record.bad(f"prefix must be text, got {prefix!r}")
+    def _sample(self, record: Record, clips: Sequence[Clip], suffix: str | None = None) -> Sample:
+        """Return the sample of as many clips as fit; a prompt's where there is a suffix."""
+        words = written_words(record, clips, self.wording, suffix)
         windows = [self._windows(record, clip) for clip in clips]
         self._check_members(record, clips)
-        for first in range(len(clips)):
-            tokens, weights, markers = self._tokens(record, clips[first:], prefix or "", prompt)
-            heard = [w for w in windows[first:] if w is not None]
+        # A prompt must not lose its end, which it asks.
+        tries = 1 if self.too_long == "last" and suffix is not None else len(clips)
+        for lost in range(tries):
+            kept = slice(lost, None) if self.too_long == "first" else slice(len(clips) - lost)
+            heard = [w for w in windows[kept] if w is not None]
+            written = [(w is not None, *text) for w, text in zip(windows, words.clips, strict=True)]
+            tokens, weights, markers = self._tokens(record, words, written[kept], len(heard))
             if self.placement == "sequence":
                 tokens, weights, markers = self._spread(tokens, weights, markers, heard)
             if len(tokens) <= self.sequence_length:
                 media = {self._kind: self._media(heard, markers)} if heard else {}
                 text = Text(torch.tensor(tokens), torch.tensor(weights), media)
-                return Sample((text,), source=record.source, dropped=first)
+                return Sample((text,), source=record.source, dropped=lost)
+        takes = {"first": "its last clip takes", "last": "its first clip takes"}[self.too_long]
+        takes = takes if tries == len(clips) else "its clips take"
         raise record.bad(
-            f"its last clip takes {len(tokens)} tokens, and data.sequence_length="
-            f"{self.sequence_length}"
+            f"{takes} {len(tokens)} tokens, and data.sequence_length={self.sequence_length}"
         )
 
     def heard(self, members: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -264,30 +300,38 @@ class SoundBuilder(Builder):
         return front.waveform(sound, f"{record.source}: member {clip.sound}")
 
     def _tokens(
-        self, record: Record, clips: Sequence[Clip], prefix: str, prompt: bool
+        self,
+        record: Record,
+        words: Words,
+        clips: Sequence[tuple[bool, str, str | None]],
+        num_sounds: int,
     ) -> tuple[list[int], list[float], list[int]]:
-        """Return tokens, their weights and the places of the markers."""
+        """Return tokens, their weights and the places of the markers.
+
+        clips: of each, whether it has a sound, its prompt, and its answer, which a prompt lacks.
+        """
         template = self.template
         pieces: list[tuple[str, bool]] = [
             (template.begin, False),
-            (template.few_shot if len(clips) > 1 else "", False),
-            (prefix, False),
+            (words.few_shot if len(clips) > 1 else "", False),
+            (words.task, False),
         ]
-        for clip in clips:
-            marker = "" if clip.sound is None else template.marker
-            pieces += [(marker, False), (self._written(clip.prompt), False), (template.ask, False)]
-            if clip.answer is not None:
-                pieces += [(self._written(clip.answer), True), (template.end, True)]
-        if not prompt:
+        for has_sound, prompt, answer in clips:
+            marker = template.marker if has_sound else ""
+            pieces += [(text, False) for text in (marker, template.user, prompt, template.ask)]
+            if answer is not None:
+                pieces += [(text, True) for text in (answer, template.end, template.close)]
+                pieces.append((template.behind, False))
+        trained = clips[-1][2] is not None
+        if trained:
             pieces.append((template.finish, True))
         tokens, numbers = self.tokenizer.encode_pieces([text for text, _ in pieces])
-        weights = [float(pieces[number][1] and not prompt) for number in numbers]
+        weights = [float(pieces[number][1] and trained) for number in numbers]
         markers = [i for i, token in enumerate(tokens) if token == self.marker_id]
-        expected = sum(clip.sound is not None for clip in clips)
-        if len(markers) != expected:
+        if len(markers) != num_sounds:
             raise record.bad(
-                f"{len(markers)} markers {template.marker} for {expected} sounds; the text must not"
-                " contain the marker itself"
+                f"{len(markers)} markers {template.marker} for {num_sounds} sounds; the text must"
+                " not contain the marker itself"
             )
         return tokens, weights, markers
 

@@ -34,8 +34,10 @@ Fields = Mapping[str, str | Sequence[str]]
 """
 PLAIN = "__plain__"
 """An entry of members that are a question of no data set's: they have our names of fields."""
-PSEUDO = ("__url__", "__key__", PLAIN)
-"""Entries of a sample's members that are no members: its shard, its key and `PLAIN`."""
+PASS = "__pass__"
+"""An entry of members that says which pass over the data, of which seed, they are read in."""
+PSEUDO = ("__url__", "__key__", PLAIN, PASS)
+"""Entries of a sample's members that are no members: its shard, its key, `PLAIN` and `PASS`."""
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 """Keys of a record whose values are files, whatever they look like."""
 _FILE = re.compile(r".+\.[a-zA-Z]\w{1,4}")
@@ -151,6 +153,7 @@ class Record:
         unread: Sequence[str] = (),
     ) -> None:
         self.key = str(members.get("__key__", ""))
+        self.passing = str(members.get(PASS, ""))
         self.source = f"{members.get('__url__', '')}:{self.key}"
         self._members = {name: v for name, v in members.items() if not is_listed(name, unread)}
         self._left_out = members.keys() - self._members.keys()

@@ -146,6 +146,15 @@ class FrontEnd:
         padded = torch.nn.functional.pad(samples, (0, size - len(samples)))
         return padded.unfold(0, self.window_samples, self.hop_samples)
 
+    def extents(self, samples: int) -> Tensor:
+        """Return the frames that begin within the sound, of each window of one, int64 [windows].
+
+        They are those of Transformers' mask of Whisper's features.
+        """
+        starts = torch.arange(self.num_windows(samples)) * self.hop_samples
+        left = (samples - starts + self.frame_hop - 1) // self.frame_hop
+        return left.clamp(0, self.frames)
+
     def log_mel(self, windows: Tensor) -> Tensor:
         """Return the log-mel spectrograms of windows [n, samples], fp32 [n, bins, frames]."""
         spectrum = torch.stft(

@@ -29,7 +29,8 @@ class Tokenizer:
 
     path: folder that Transformers reads; its ids are those of Transformers, or it is refused. A
         SentencePiece model (*.model) whose folder names no tokenizer class has SentencePiece's ids.
-    image_token: the token that stands for one image feature; it must be in the vocabulary.
+    image_token: the token that stands for one feature of an image, or of a sound in the sequence;
+        it must be in the vocabulary.
     end_of_turn: the token that ends a turn of a chat.
     extra_tokens: special tokens added after the vocabulary where the folder lacks them.
 

@@ -24,7 +24,7 @@ from nvmm.data.order.permutation import LocalPermutation, Permutation
 from nvmm.data.samples.bad_sample import BadSample, blamed
 from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.decode import IMAGES
-from nvmm.data.samples.record import is_listed
+from nvmm.data.samples.record import PASS, is_listed
 from nvmm.data.shards.index import Index, open_index
 from nvmm.data.shards.storage import Storage, expand, local_path, read
 from nvmm.data.shards.tar import parse
@@ -181,7 +181,13 @@ class Dataset:
         return members
 
     def __getitem__(self, number: int) -> Sample:
+        return self.sample(number)
+
+    def sample(self, number: int, passing: str = "") -> Sample:
+        """Return one sample, as it is in the pass that `passing` names (see `Builder.draws`)."""
         members = self.members(number)
+        if passing and self.build.draws:
+            members[PASS] = passing
         with blamed(f"{members['__url__']}:{members['__key__']}"):
             sample: Sample = dataclasses.replace(self.build(members), sample_id=number)
         return sample

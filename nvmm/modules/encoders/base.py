@@ -21,6 +21,8 @@ from nvmm.modules.specs import backend_provider, block_spec, layer_spec
 from nvmm.parallel.groups import encoder_groups
 from nvmm.parallel.setup import Chunk
 
+_WHOLE = "{} takes windows whole; data.train.build.mask_padding must be false"
+
 
 class MediaEncoder(MegatronModule):
     """A part that turns media into features in front of the language model.
@@ -37,6 +39,9 @@ class MediaEncoder(MegatronModule):
         chunk: which part of the model this rank builds.
         whole: whether ranks hold it whole whatever `parallel.encoder` says.
     """
+
+    reads_extents = False
+    """Whether it can leave out frames at the end of its inputs."""
 
     def __init__(self, config: TransformerConfig, chunk: Chunk, *, whole: bool = False) -> None:
         super().__init__(config=config)
@@ -59,6 +64,17 @@ class MediaEncoder(MegatronModule):
     def encode(self, media: Tensor) -> Tensor:
         """Encode media [n, ...] to features [n, tokens, hidden_size], without thought of TP."""
 
+    def encode_parts(self, media: Tensor, extents: Tensor) -> Tensor:
+        """Encode media as `encode` does, and look at the first `extents` frames of each alone.
+
+        Raises ValueError where the encoder takes its inputs whole.
+        """
+        raise ValueError(_WHOLE.format(type(self).__name__))
+
+    def num_features(self, extents: Tensor) -> Tensor:
+        """Return how many features are of `extents` frames alone, int64 [n]; errors as above."""
+        raise ValueError(_WHOLE.format(type(self).__name__))
+
     @abstractmethod
     def grid(self, media: Tensor) -> tuple[int, int]:
         """Return rows and columns of the features that media [n, ...] of this shape get."""
@@ -71,21 +87,27 @@ class MediaEncoder(MegatronModule):
     def flops(self, media: Tensor, training: Training) -> float:
         """Count matrix-multiply FLOPs of media [n, ...], forward and the backward of `training`."""
 
-    def forward(self, media: Tensor) -> Tensor:
+    def forward(self, media: Tensor, extents: Tensor | None = None) -> Tensor:
         """Encode media [n, ...], n > 0, the same on every tensor-parallel rank.
+
+        extents: int64 [n], frames of each input that are looked at; None: all.
 
         Returns: [n, tokens, hidden_size] on every tensor-parallel rank.
         """
         trained = any(parameter.requires_grad for parameter in self.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             if not self.is_replicated:
-                return self.encode(media)
-            features = self.encode(self._share(media))
+                return self._encode(media, extents)
+            shared = None if extents is None else self._share(extents)
+            features = self._encode(self._share(media), shared)
             # The connector's input gradient is whole on every rank: backward takes a part of it.
             gathered = tensor_parallel.gather_from_sequence_parallel_region(
                 features, tensor_parallel_output_grad=False, group=self.model_tp_group
             )
             return gathered[: media.shape[0]]
+
+    def _encode(self, media: Tensor, extents: Tensor | None) -> Tensor:
+        return self.encode(media) if extents is None else self.encode_parts(media, extents)
 
     def _share(self, media: Tensor) -> Tensor:
         """Return this rank's media, as many on every rank; zeros fill up the last shares."""
@@ -160,29 +182,36 @@ class Encoder(MediaEncoder):
             pg_collection=self.groups,
         )
 
+    def num_tokens(self, media: Tensor) -> int:
+        """Return the tokens of one input that go through the layers."""
+        rows, columns = self.grid(media)
+        return rows * columns + self.num_extra_tokens
+
     @abstractmethod
     def front_end_flops(self, media: Tensor) -> float:
         """Count one input's forward FLOPs before the layers."""
 
     def flops(self, media: Tensor, training: Training) -> float:
         """Count matrix-multiply FLOPs of media [n, ...], forward and the backward of `training`."""
-        rows, columns = self.grid(media)
         heads = {"num_attention_heads": self.num_attention_heads}
         return encoder_flops(
             **(sizes(self.config) | heads | {"num_query_groups": self.num_attention_heads}),
-            num_tokens=rows * columns + self.num_extra_tokens,
+            num_tokens=self.num_tokens(media),
             front_end=self.front_end_flops(media),
             num_tiles=len(media),
             training=training,
         )
 
-    def transform(self, x: Tensor) -> Tensor:
-        """Run the layers on x [n, tokens, hidden_size]; the shape stays."""
+    def transform(self, x: Tensor, spans: Tensor | None = None) -> Tensor:
+        """Run the layers on x [n, tokens, hidden_size]; the shape stays.
+
+        spans: int32 [n, 2], first and last + 1 of the tokens that are looked at; None: all.
+        """
         x = x.transpose(0, 1).contiguous()
         needed = self.input_needs_gradient and self.training and torch.is_grad_enabled()
         if needed and not x.requires_grad:
             x = x.detach().requires_grad_()
-        return self.decoder(hidden_states=x, attention_mask=None).transpose(0, 1)
+        return self.decoder(hidden_states=x, attention_mask=spans).transpose(0, 1)
 
 
 def _config(

@@ -27,7 +27,7 @@ FRONT = FrontEnd(
     **{"rate": 8000, "window": 0.4, "hop": 0.1, "most_windows": 4, "fft": 128, "frame_hop": 80},
     **{"bins": 8, "fmax": 4000.0},
 )
-TEMPLATE = ListeningTemplate(begin="", ask="\n<SEP>", finish="<|im_end|>", few_shot="see. ")
+TEMPLATE = ListeningTemplate(begin="", ask="\n<SEP>", finish="<|im_end|>")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def build(tokenizer: Tokenizer) -> Callable[..., SoundBuilder]:
     def make(**changes: Any) -> SoundBuilder:
         options = {"sequence_length": 200, "tokenizer": tokenizer, **changes}
-        return SoundBuilder(options.pop("front_end", FRONT), TEMPLATE, **options)
+        template = options.pop("template", TEMPLATE)
+        return SoundBuilder(options.pop("front_end", FRONT), template, **options)
 
     return make
 
@@ -51,11 +52,11 @@ def clip(number: int | None, prompt: str = "What?", answer: str = "A dog") -> di
     return {**sound, "prompt": prompt, "answer": answer}
 
 
-def members(*clips: dict[str, Any], prefix: str = "", seconds: float = 0.5) -> dict[str, Any]:
+def members(*clips: dict[str, Any], seconds: float = 0.5, **more: Any) -> dict[str, Any]:
     sounds = {
         c["sound"]: wave(noise(seconds, 8000, i), 8000) for i, c in enumerate(clips) if "sound" in c
     }
-    record = {"clips": clips, **({"prefix": prefix} if prefix else {})}
+    record = {"clips": clips, **more}
     return {"__url__": "s.tar", "__key__": "k", "json": json.dumps(record).encode(), **sounds}
 
 
@@ -92,8 +93,11 @@ def test_text_sees_its_own_clip_and_earlier_ones(build: Any, tokenizer: Tokenize
 
 
 def test_a_prompt_ends_where_the_last_answer_begins(build: Any, tokenizer: Tokenizer) -> None:
-    sample = build().prompt(members(clip(0), clip(1, "Which?")), suffix=" Say!")
-    shown = "see. <audio>what?\n<SEP>a dog<|endofchunk|><audio>which? say!\n<SEP>"
+    given = members(clip(0), clip(1, "Which?"), interleaved="similar")
+    sample = build().prompt(given, suffix=" Say!")
+    shown = (
+        "Here are similar examples. <audio>what?\n<SEP>a dog<|endofchunk|><audio>which? say!\n<SEP>"
+    )
     assert tokenizer.decode(sample.text.tokens, skip_special_tokens=False) == shown
     assert not sample.text.weights.any()
     builder = build()
@@ -124,8 +128,8 @@ def test_a_start_skips_the_beginning(build: Any) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"clips": []}, "clips must be a list of 1 to 8"),
-        ({"clips": [clip(None)] * 9}, "clips must be a list of 1 to 8"),
+        ({"clips": []}, "clips must be a list that is not empty"),
+        ({"clips": [clip(0)] * 17}, "17 sounds are more than build.most_clips=16"),
         ({"clips": [clip(3)]}, r"the sound '3\.wav' of sound is no member"),
         ({"clips": [{**clip(None), "sound": "json"}]}, "is none of wav, flac, ogg"),
         ({"clips": [{**clip(0), "start": -1}]}, "start -1 of sound"),
@@ -135,6 +139,11 @@ def test_a_start_skips_the_beginning(build: Any) -> None:
         ({"clips": [{"sound": "0.wav", "prompt": "x"}]}, "a clip has no answer"),
         ({"clips": [clip(0, "an <audio> written")]}, "2 markers <audio> for 1 sounds"),
         ({"clips": [clip(0)], "prefix": 3}, "prefix must be text"),
+        ({"clips": [clip(0)], "task": 3}, "task must be text"),
+        ({"clips": [clip(0)], "task": "x", "prefix": "y"}, "it has a prefix and a task"),
+        ({"clips": [clip(0)], "interleaved": "alike"}, "interleaved must be one of similar, rand"),
+        ({"clips": [clip(0)], "options": "a"}, "options must be a list that is not empty"),
+        ({"clips": [clip(0)], "options": [1]}, "options must be text"),
         ({"clips": [clip(None)]}, r"no clip names 0\.wav"),
     ],
 )
