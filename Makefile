@@ -27,8 +27,8 @@ $(STAMP): setup.py constraints.txt
 
 kernels: $(KERNELS) ## compile csrc/; without a compiler eager PyTorch runs
 
-$(KERNELS): $(STAMP) $(wildcard csrc/*.* csrc/*/*.*)
-	$(BIN)/python csrc/build.py --to $@
+$(KERNELS): $(STAMP) nvmm/kernels/build.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m nvmm kernels build --to $@
 
 quickstart: venv kernels ## build a dataset, train, evaluate, generate and report on a CPU (some 14 minutes)
 	PATH="$(abspath $(BIN)):$$PATH" launchers/quickstart.sh

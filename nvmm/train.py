@@ -23,6 +23,7 @@ from nvmm.config import compose
 from nvmm.config.problem import Problem, View
 from nvmm.io.files import disk_error, hold, write
 from nvmm.parallel import environment
+from nvmm.version import project_revision, revision
 
 _NO_PATHS = {("resume", "auto"), ("resume", "never")}
 _SPLITS = ("train", "validation")
@@ -52,7 +53,7 @@ def train(job: compose.Job) -> dict[str, Any]:
 
     from nvmm.parallel import setup
     from nvmm.report.page import write_report
-    from nvmm.training.summary import git_revision, machine, update_summary
+    from nvmm.training.summary import machine, update_summary
 
     compose.log_to_stderr()
     config = job.config
@@ -126,7 +127,8 @@ def train(job: compose.Job) -> dict[str, Any]:
         # A start without a step leaves what is known of the run, unless it was killed before that.
         summary["steps"] > summary["first_step"] or _recorded_steps(run_dir) != summary["steps"]
     ):
-        update_summary(run_dir, **summary, git_revision=git_revision(), machine=machine())
+        revisions = {"git_revision": revision(), "project_revision": project_revision(Path.cwd())}
+        update_summary(run_dir, **summary, **revisions, machine=machine())
         try:
             write_report(run_dir)
         except OSError as error:

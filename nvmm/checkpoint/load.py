@@ -117,7 +117,7 @@ def load_weights(path: Path, models: Sequence[Module], base: Path | None = None)
     if any(name.endswith(".lora_a") for name in unexpected):
         raise ValueError(
             f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
-            " with, or put them into the weights with tools/convert.py merge"
+            " with, or put them into the weights with nvmm convert merge"
         )
     if len(missing) == len(weights):
         raise ValueError(f"{path} has no weight of this model; it has {unexpected[:3]} ...")

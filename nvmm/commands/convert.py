@@ -1,20 +1,20 @@
 """Convert weights between Hugging Face folders and checkpoints of ours, and compare them.
 
-python tools/convert.py import --from QWEN_DIR --to CKPT
-python tools/convert.py import --from language=QWEN_DIR --from vision=INTERNVIT_DIR --to CKPT \
+nvmm convert import --from QWEN_DIR --to CKPT
+nvmm convert import --from language=QWEN_DIR --from vision=INTERNVIT_DIR --to CKPT \
     model=nvlm_d_7b
-python tools/convert.py import --from language=NV_EMBED_DIR --from vision=CLIP_DIR \
+nvmm convert import --from language=NV_EMBED_DIR --from vision=CLIP_DIR \
     --from connector=LLAVA_NEXT_DIR --to CKPT model=mm_embed_8b
-python tools/convert.py import --from query=BERT_DIR --from context=BERT_DIR --to CKPT
-python tools/convert.py export --from RUN_DIR --to HF_DIR --format nvlm_d
-python tools/convert.py verify --a HF_DIR --b CKPT
-python tools/convert.py inspect CKPT_OR_HF_DIR
-python tools/convert.py inspect CKPT --verify
-python tools/convert.py average --from CKPT --from CKPT --to CKPT
-python tools/convert.py reshard --from CKPT --to CKPT --dtype bf16
-python tools/convert.py merge --from LORA_RUN --to CKPT
-python tools/convert.py adapter export --from LORA_RUN --to PEFT_DIR --format qwen2 --part language
-python tools/convert.py adapter import --from PEFT_DIR --base CKPT --to CKPT --format qwen2
+nvmm convert import --from query=BERT_DIR --from context=BERT_DIR --to CKPT
+nvmm convert export --from RUN_DIR --to HF_DIR --format nvlm_d
+nvmm convert verify --a HF_DIR --b CKPT
+nvmm convert inspect CKPT_OR_HF_DIR
+nvmm convert inspect CKPT --verify
+nvmm convert average --from CKPT --from CKPT --to CKPT
+nvmm convert reshard --from CKPT --to CKPT --dtype bf16
+nvmm convert merge --from LORA_RUN --to CKPT
+nvmm convert adapter export --from LORA_RUN --to PEFT_DIR --format qwen2 --part language
+nvmm convert adapter import --from PEFT_DIR --base CKPT --to CKPT --format qwen2
 
 Sources and targets may be URLs of any fsspec file system.
 """
@@ -322,9 +322,11 @@ def _trust(command: argparse.ArgumentParser) -> None:
 
 
 def _format(command: argparse.ArgumentParser) -> None:
-    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "clap", "siglip")
-    formats += ("whisper", "nvlm_d", "nv_embed", "mm_embed", "bert")
-    formats += ("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward")
+    formats = (
+        *("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "clap", "siglip"),
+        *("whisper", "nvlm_d", "nv_embed", "mm_embed", "bert"),
+        *("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward"),
+    )
     command.add_argument("--format", required=True, choices=formats)
     parts = ("language", "vision", "query", "context")
     command.add_argument("--part", choices=parts, help="one part of the model")
@@ -336,7 +338,3 @@ def _common(command: argparse.ArgumentParser, source: str, *, workers: bool) -> 
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as it is")
     if workers:
         command.add_argument("--workers", type=int, default=1, help="threads, one file each")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

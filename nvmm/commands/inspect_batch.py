@@ -1,9 +1,9 @@
 """Show some samples as training would see them.
 
-    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
-    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 data.pack=true
+    nvmm inspect experiment=nvlm_d/quickstart sample=3
+    nvmm inspect experiment=nvlm_d/quickstart sample=3,14 data.pack=true
 
-Takes the overrides of `python -m nvmm.train`, and `sample=K[,K...]`: ids of training samples (as
+Takes the overrides of `nvmm train`, and `sample=K[,K...]`: ids of training samples (as
 data.log_samples lists them; of a single dataset their numbers), which become one micro-batch.
 Prints the decoded tokens with the loss mask, the label of each supervised position, tiles with
 their tags, pack borders and positions.
@@ -89,7 +89,3 @@ def show(config: dict[str, Any], numbers: list[int], options: argparse.Namespace
         options.html.write_text(to_html(batch, found, title), encoding="utf-8")
         print(f"\n{options.html}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

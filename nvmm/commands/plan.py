@@ -1,6 +1,6 @@
 """Print what a decoder's training takes on each GPU, on paper: gigabytes and seconds.
 
-    python tools/memory.py llama3_8b_128k --tokens 131072 --rows 32 8x1x1x1 4x2x1x1 --recompute full
+    nvmm plan llama3_8b_128k --tokens 131072 --rows 32 8x1x1x1 4x2x1x1 --recompute full
 
 A layout is TP x CP x PP x DP, with sequence parallelism where TP is above 1. Gigabytes (1e9 bytes)
 are the fullest rank's; those of activations are of `backend=native`, and tests/tools/test_memory.py
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nvmm.config.check import config_dir
-from nvmm.modules.flops import language_flops
 
 Recompute = Literal["none", "selective", "full"]
 COLUMNS = 2048
@@ -68,7 +67,7 @@ def layer_bytes(sizes: dict[str, Any], tokens: int, layout: Layout, size: int = 
         return kept + size * own * (query + group + query + 2 * group)
     # 3. q, the softmax's sums, and k and v of all heads, for two chunks of queries, which together
     #    see 2 CP + 1 of the row's 2 CP chunks.
-    seen = tokens
+    seen = float(tokens)
     if cp > 1:
         seen = tokens * (2 * cp + 1) / (2 * cp)
         kept += size * own * query  # the two chunks' outputs, before they are one tensor
@@ -79,6 +78,8 @@ def plan(
     sizes: dict[str, Any], vocab_size: int, tokens: int, rows: int, layout: Layout, flops: float
 ) -> dict[str, float]:
     """Return gigabytes of the fullest rank, and seconds of a step of `rows` rows, by name."""
+    from nvmm.modules.flops import language_flops
+
     tp, cp, pp, dp = layout.tensor, layout.context, layout.pipeline, layout.data
     # 1. Parameters of a rank: its layers, and the embedding or the output layer of an end.
     hidden, layers = sizes["hidden_size"], sizes["num_layers"] / pp
@@ -108,7 +109,7 @@ def plan(
     }
     out = {name: value / GB for name, value in out.items()} | {"sum": sum(out.values()) / GB}
     # 4. Seconds: a third more where layers run forward twice, and the pipeline's bubble.
-    step = language_flops(**sizes, vocab_size=vocab_size, segment_lengths=[tokens] * rows)
+    step: float = language_flops(**sizes, vocab_size=vocab_size, segment_lengths=[tokens] * rows)
     again = language_flops(
         **sizes, vocab_size=0, segment_lengths=[tokens] * rows, training="frozen"
     )
@@ -128,8 +129,10 @@ def sizes_of(model: str) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{model} is none of configs/language/*.yaml")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose(f"language/{model}").language)
-    names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups")
-    names += ("kv_channels", "ffn_hidden_size", "gated_linear_unit")
+    names = (
+        *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
+        *("kv_channels", "ffn_hidden_size", "gated_linear_unit"),
+    )
     return {name: config["transformer"][name] for name in names}, config["padded_vocab_size"]
 
 
@@ -138,7 +141,8 @@ def parsed(text: str, sizes: dict[str, Any], rows: int, recompute: Recompute) ->
     numbers = [int(part) if part.isdigit() else 0 for part in text.split("x")]
     if len(numbers) != 4 or min(numbers) < 1:
         raise ValueError(f"{text} must be TPxCPxPPxDP, four numbers of at least 1")
-    layout = Layout(*numbers, recompute=recompute)
+    tensor, context, pipeline, data = numbers
+    layout = Layout(tensor, context, pipeline, data, recompute)
     for name, number, whole in (
         ("TP", layout.tensor, sizes["num_query_groups"]),
         ("PP", layout.pipeline, sizes["num_layers"]),
@@ -176,7 +180,3 @@ def main() -> None:
         for key in HEAD[2:]:
             cells.append(f"{found[key]:.{0 if key in ('sum', 's a step') else 1}f}")
         print(" | ".join(("", *cells, "")).strip())
-
-
-if __name__ == "__main__":
-    main()
