@@ -74,6 +74,7 @@ setup(
         "jinja2>=3.1.6",  # chat templates of tokenizer folders
         "megatron-core==0.16.1",
         "numpy",
+        "packaging",
         "omegaconf>=2.3",
         "pillow",
         "psutil",  # megatron.core's checkpoint writer needs it and does not ask for it

@@ -14,14 +14,17 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 DOORS = {"train", "evaluate", "generate", "job", "__main__"}
 """Commands: they may import every room, and nobody imports them."""
-QUICK = ("main", "convert", "inspect_batch", "kernels", "plan", "torchrun", "verify_parallel")
+QUICK = (
+    *("main", "completion", "convert", "doctor", "inspect_batch", "kernels", "plan", "torchrun"),
+    "verify_parallel",
+)
 """Modules of nvmm/commands/ whose --help and refusals come without torch."""
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     # Commands are doors too; `commands.main` runs the others by name, without an import.
     "commands": {
         *("config", "convert", "data", "inference.trust", "jobs.parts", "kernels"),
-        *("modules.flops", "proof", "report", "version"),
+        *("modules.flops", "parallel", "proof", "report", "version"),
     },
     "kernels": {"config.choices"},
     "convert.formats": {

@@ -35,7 +35,7 @@ BAD_INPUT = 2
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0, 1 when `verify` finds a difference or damage, or BAD_INPUT."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     from hydra.errors import InstantiationException
 
     try:
@@ -239,7 +239,8 @@ def _constructors(options: argparse.Namespace) -> Any:
     return trusted
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

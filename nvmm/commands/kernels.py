@@ -11,6 +11,12 @@ from nvmm.kernels import build
 
 def main() -> int:
     """Return 0, or 1 where a library was asked for that there is not."""
+    options = parser().parse_args()
+    return compile_to(options) if options.command == "build" else say()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description="Without a command: which kernels this installation has."
     )
@@ -19,8 +25,7 @@ def main() -> int:
     command.add_argument("--to", type=Path, default=build.library(), help="default: %(default)s")
     command.add_argument("--cuda", action="store_true", help="with the CUDA kernels, or fail")
     command.add_argument("--require", action="store_true", help="fail where it cannot be built")
-    options = parser.parse_args()
-    return compile_to(options) if options.command == "build" else say()
+    return parser
 
 
 def compile_to(options: argparse.Namespace) -> int:

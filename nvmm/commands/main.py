@@ -27,6 +27,8 @@ COMMANDS = {
     "verify-parallel": ("nvmm.commands.verify_parallel", "prove that a layout equals one rank"),
     "plan": ("nvmm.commands.plan", "memory and seconds of a layout, on paper"),
     "kernels": ("nvmm.commands.kernels", "compile the kernels, or say which there are"),
+    "doctor": ("nvmm.commands.doctor", "what is installed here, and what is missing for what"),
+    "completion": ("nvmm.commands.completion", "print the completion of bash or zsh"),
     "torchrun": ("nvmm.commands.torchrun", "torchrun, without its trace of a refused config"),
 }
 """Command -> module, whose `main` reads sys.argv, and what it does."""

@@ -153,7 +153,8 @@ def parsed(text: str, sizes: dict[str, Any], rows: int, recompute: Recompute) ->
     return layout
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,14 +164,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32, help="of a step; a micro-batch is one")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="full")
     parser.add_argument("--flops", type=float, default=0.4 * 989e12, help="a GPU's, a second")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     try:
         sizes, vocab_size = sizes_of(arguments.model)
         layouts = [
             parsed(text, sizes, arguments.rows, arguments.recompute) for text in arguments.layouts
         ]
     except ValueError as error:
-        parser.error(str(error))
+        parser().error(str(error))
     print(" | ".join(("", *HEAD, "")).strip())
     print("|---" * len(HEAD) + "|")
     for layout in layouts:
