@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,3 +56,11 @@ def installed(name: str) -> str | None:
 def packages() -> dict[str, str | None]:
     """Return the versions of nvmm and of the packages whose numbers it has."""
     return {"nvmm": __version__, **{name: installed(name) for name in NEEDED}}
+
+
+def line() -> str:
+    """Return what --version prints: versions of nvmm and what it needs, and its commit."""
+    versions = packages()
+    others = ", ".join(f"{name} {versions[name] or 'missing'}" for name in NEEDED)
+    commit = revision() or "commit unknown"
+    return f"nvmm {versions['nvmm']} ({commit}), {others}, Python {platform.python_version()}"

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"batch", "config.choices"},
     "data": {"batch", "config.batch_sizes", "config.choices", "io"},
     # Both are read without torch.
-    "config": {"parallel.environment", "parallel.fp8_recipe"},
+    "config": {"parallel.environment", "parallel.fp8_recipe", "version"},
     "modules": {"batch", "config.choices", "kernels", "parallel"},
     "models": {"batch", "modules", "parallel"},
     "objectives": {"batch", "config.choices", "data.collate", "parallel"},

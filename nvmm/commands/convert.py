@@ -36,6 +36,9 @@ BAD_INPUT = 2
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0, 1 when `verify` finds a difference or damage, or BAD_INPUT."""
     options = parser().parse_args(arguments)
+    if (missing := _missing_path(options)) is not None:
+        print(f"convert {options.command}: {missing} does not exist", file=sys.stderr)
+        return BAD_INPUT
     from hydra.errors import InstantiationException
 
     try:
@@ -43,6 +46,22 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, InstantiationException) as error:
         print(f"convert {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _missing_path(options: argparse.Namespace) -> str | None:
+    """Return a local folder or file of the command line that is not there, if there is one.
+
+    It is looked for before anything heavy is imported.
+    """
+    names = [getattr(options, key, None) for key in ("source", "path", "a", "b", "tokens")]
+    names.append(getattr(options, "tokenizer", None))
+    if options.command != "adapter" or options.direction == "import":
+        names.append(getattr(options, "base", None))  # of an export it may be a name on a hub
+    for text in filter(None, [*names, *getattr(options, "sources", ())]):
+        paths = [Path(text), Path(text.partition("=")[2] or text)]  # PART=FOLDER, or a folder
+        if "://" not in text and not any(path.expanduser().exists() for path in paths):
+            return str(text)
+    return None
 
 
 def import_(options: argparse.Namespace) -> int:
@@ -57,7 +76,7 @@ def import_(options: argparse.Namespace) -> int:
         if part in folders:
             raise ValueError(f"--from {text}: that part has a source already")
         folders[part] = open_folder(at(name))
-    config = _composed(options.overrides) if options.overrides else {}
+    config = _composed(options.overrides, options.config_dir) if options.overrides else {}
     folders = opened(folders, config.get("model"))
     if config:
         check_given(folders, config["model"])
@@ -206,14 +225,14 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
+def _composed(overrides: list[str], folder: str | None) -> dict[str, Any]:
     """Compose `model=NAME` or `experiment=NAME` with overrides, for its model and data."""
     from nvmm.config import check, compose
 
     groups = [text for text in overrides if text.startswith(("model=", "experiment="))]
     if len(groups) != 1:
         raise ValueError("give one of model=NAME and experiment=NAME, then overrides of it")
-    plain, problems = check.resolve(compose.composed("train", overrides))
+    plain, problems = check.resolve(compose.composed("train", overrides, folder))
     # An experiment's unset data and run settings are of no concern here.
     missing = [str(problem) for problem in problems if problem.key.startswith("model.")]
     if missing:
@@ -255,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
         workers=True,
     )
     command.add_argument("--seed", type=int, default=1234, help="of what no folder gives")
+    command.add_argument("--config-dir", help="more groups of configs, from your own folder")
     command.add_argument("overrides", nargs="*", help="model=NAME or experiment=NAME, and changes")
 
     command = commands.add_parser("export", help="our checkpoint -> a Hugging Face folder")

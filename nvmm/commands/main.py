@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import platform
 import sys
 import warnings
 from difflib import get_close_matches
@@ -40,8 +39,10 @@ def main() -> NoReturn:
     if name in ("--help", "-h", "help"):
         print(help_text())
         sys.exit(0)
-    if name in ("--version", "-V"):
-        print(version_text())
+    if name in ("--version", "-V") or (name in COMMANDS and "--version" in rest):
+        from nvmm.version import line
+
+        print(line())
         sys.exit(0)
     if name not in COMMANDS:
         closest = get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
@@ -79,13 +80,3 @@ def help_text() -> str:
         "Ranks: torchrun --standalone --nproc-per-node 8 -m nvmm train experiment=NAME ...\n"
         "A package in the current folder can be named in configs (_target_: my_package.Thing)."
     )
-
-
-def version_text() -> str:
-    """Return one line: the versions of nvmm, mcore, torch and Python, and nvmm's commit."""
-    from nvmm.version import packages, revision
-
-    versions = packages()
-    commit = revision() or "commit unknown"
-    others = ", ".join(f"{name} {versions[name] or 'missing'}" for name in list(versions)[1:])
-    return f"nvmm {versions['nvmm']} ({commit}), {others}, Python {platform.python_version()}"

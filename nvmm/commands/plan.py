@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nvmm.config.check import config_dir
@@ -120,15 +121,20 @@ def plan(
     return out | {"s a step": seconds, "offload": activations / held / 25e9}
 
 
-def sizes_of(model: str) -> tuple[dict[str, Any], int]:
-    """Return a decoder's sizes, and rows of its embedding. Raises ValueError for another model."""
+def sizes_of(model: str, folder: Path | None = None) -> tuple[dict[str, Any], int]:
+    """Return a decoder's sizes, and rows of its embedding. Raises ValueError for another model.
+
+    folder: more groups of configs, as of --config-dir.
+    """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    if not (config_dir() / "language" / f"{model}.yaml").is_file():
-        raise ValueError(f"{model} is none of configs/language/*.yaml")
+    folders = [config_dir(), *([] if folder is None else [folder.resolve()])]
+    if not any((each / "language" / f"{model}.yaml").is_file() for each in folders):
+        raise ValueError(f"{model} is no language/*.yaml of {' or '.join(map(str, folders))}")
+    more = [f"hydra.searchpath=[file://{each}]" for each in folders[1:]]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose(f"language/{model}").language)
+        config: Any = OmegaConf.to_container(compose(f"language/{model}", more).language)
     names = (
         *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
         *("kv_channels", "ffn_hidden_size", "gated_linear_unit"),
@@ -159,6 +165,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="of configs/language/")
+    parser.add_argument("--config-dir", type=Path, help="more groups of configs, from your own")
     parser.add_argument("layouts", nargs="+", metavar="TPxCPxPPxDP")
     parser.add_argument("--tokens", type=int, default=131072, help="of a row")
     parser.add_argument("--rows", type=int, default=32, help="of a step; a micro-batch is one")
@@ -170,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     try:
-        sizes, vocab_size = sizes_of(arguments.model)
+        sizes, vocab_size = sizes_of(arguments.model, arguments.config_dir)
         layouts = [
             parsed(text, sizes, arguments.rows, arguments.recompute) for text in arguments.layouts
         ]

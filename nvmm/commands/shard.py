@@ -42,11 +42,14 @@ def index_shards(options: argparse.Namespace) -> None:
         print(f"damaged: {line}")
 
 
-def index_config(overrides: list[str]) -> None:
-    """Index the training data of a run and count the tokens of every sample."""
+def index_config(overrides: list[str], folder: str | None) -> None:
+    """Index the training data of a run and count the tokens of every sample.
+
+    folder: more groups of configs, as of --config-dir.
+    """
     from nvmm.config import compose
 
-    sys.argv[1:] = overrides
+    sys.argv[1:] = [*overrides, *([] if folder is None else ["--config-dir", folder])]
     job = compose.load("train", placeholders=True)
     if job is None:
         return
@@ -129,8 +132,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("shards", nargs="*", help="file patterns")
     command.add_argument("--index-dir", help="folder for it, where the shards' own cannot hold it")
     command.add_argument(
-        "--config", nargs="+", default=[], help="overrides of nvmm.train: count all its tokens"
+        "--config", nargs="+", default=[], help="overrides of nvmm train: count all its tokens"
     )
+    command.add_argument("--config-dir", help="more groups of configs, from your own folder")
     return parser
 
 
@@ -183,6 +187,6 @@ def main() -> None:
     if bool(options.shards) == bool(options.config):
         sys.exit("index: give patterns, or --config and the overrides of a training run")
     if options.config:
-        index_config(options.config)
+        index_config(options.config, options.config_dir)
     else:
         index_shards(options)

@@ -49,7 +49,6 @@ def test_bash_completes_commands_options_groups_and_keys(path: str, tmp_path: Pa
         "nvlm_d/sft_7b_lora",
     ]
     assert completed(path, "nvmm train experiment=nvlm_d/sft_7b trainer.max_s") == [
-        "trainer.max_skips=",
         "trainer.max_steps=",
     ]
     (tmp_path / "conf" / "optim").mkdir(parents=True)

@@ -35,8 +35,9 @@ def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
     assert {line.split()[0] for line in done.stdout.splitlines() if line[:2] == "  "} == {*COMMANDS}
 
 
-def test_version_is_ours() -> None:
-    done = nvmm("--version")
+@pytest.mark.parametrize("arguments", [("--version",), ("train", "--version")])
+def test_version_is_ours(arguments: tuple[str, ...]) -> None:
+    done = nvmm(*arguments)
     assert done.returncode == 0
     assert done.stdout.startswith(f"nvmm {__version__} (")
     assert "megatron-core 0.16" in done.stdout and "torch 2." in done.stdout
@@ -50,9 +51,9 @@ def test_an_unknown_command_names_the_nearest() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["help_text()", "version_text()"])
-def test_help_and_version_import_nothing_heavy(name: str) -> None:
-    code = f"from nvmm.commands import main; main.{name}; import sys; print(set(sys.modules))"
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = "from nvmm.commands import main; from nvmm import version; main.help_text()"
+    code += "; version.line(); import sys; print(set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "hydra", "megatron"} & ast.literal_eval(done.stdout)
 
@@ -93,3 +94,17 @@ def test_the_old_names_work(script: str, command: str) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.startswith(f"usage: nvmm {command} ")
+
+
+def test_jobs_of_a_sweep_find_the_users_configs_and_package(tmp_path: Path) -> None:
+    """Options may stand between overrides, and each job gets them."""
+    (tmp_path / "mylab.py").write_text("class Focal:\n    def __init__(self): ...\n")
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    config = "# @package _global_\ndefaults: [/experiment/language/tiny]\n"
+    config += "objective: {_target_: mylab.Focal}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(config)
+    given = ("experiment=mine", "--config-dir", "conf", "tokenizer.path=/nope", "-m", "seed=1,2")
+    done = nvmm("train", *given, "data.train.shards=x.tar", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "experiment=mine" not in done.stderr and "mylab" not in done.stderr
+    assert "tokenizer.path=/nope does not exist" in done.stderr

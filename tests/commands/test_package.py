@@ -80,7 +80,7 @@ def test_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> No
     assert state["torch"]["state"] == "ok" and state["kernels"]["state"] == "absent"
     assert str(library) in state["kernels"]["text"]
     # 2. Configs are there, and plans, composes and lists without a kernel.
-    assert "experiment: " in run(installed, "train", "--help", cwd=folder).stdout
+    assert "experiment/nvlm_d: " in run(installed, "train", "--help", cwd=folder).stdout
     shown = run(installed, "train", "experiment=nvlm_d/sft_7b", "--cfg", "job", cwd=folder).stdout
     assert "nvmm.models.multimodal.MultimodalModel" in shown
     assert "8 x 2 x 1 x 4" in run(installed, "plan", "llama3_8b_128k", "8x2x1x4", cwd=folder).stdout
