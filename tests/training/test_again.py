@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +15,7 @@ import pytest
 from nvmm.training import again
 from nvmm.training.again import resume_command
 
+ROOT = Path(__file__).parents[2]
 RUN = Path("runs/mine/1")
 TORCHRUN = "torchrun --nnodes 2 --node-rank 0 --rdzv-backend c10d --rdzv-endpoint a:1 -m nvmm train"
 
@@ -83,3 +87,27 @@ def test_a_launcher_says_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_elsewhere_a_command_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     as_given(monkeypatch, "python", "-m", "pytest")
     assert resume_command(["seed=1"], RUN, 1) == "nvmm train seed=1 run.dir=runs/mine/1"
+
+
+SAYS = "from nvmm.training.again import given; print(given(['seed=1']))"
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_nodes_is_read_from_its_agents(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SAYS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        *("torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two", str(script), "seed=1"),
+    ]
+    command = [sys.executable, Path(sys.executable).with_name("torchrun"), *words[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [node.communicate()[0] for node in nodes]
+    assert outputs == [f"{words}\n"] * 2
