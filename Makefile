@@ -7,7 +7,7 @@ KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
+.PHONY: help venv kernels quickstart check test package test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
 	ablate-pooling demo-retrieval demo-dialogue-retriever demo-alignment demo-rag bench bench-convert bench-kernels bench-gpu \
 	bench-packing bench-index bench-data bench-embed bench-align clean
 
@@ -46,6 +46,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile \
 
 test: venv kernels ## the tests that need neither a GPU nor patience (JOBS=2 files at a time)
 	$(PYTEST) -m "not slow and not gpu"
+
+package: venv ## build source archive and wheel, install and try them outside the checkout
+	$(BIN)/python -m pytest -m slow tests/commands/test_package.py
 
 SHARD ?= 1/1
 

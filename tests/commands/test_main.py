@@ -58,6 +58,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     assert not {"torch", "hydra", "megatron"} & ast.literal_eval(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"train", "torchrun"}))
 def test_every_command_has_help_of_its_own(command: str) -> None:
     done = nvmm(command, "--help")
@@ -81,6 +82,7 @@ def test_a_command_sees_a_package_in_the_current_folder(tmp_path: Path) -> None:
     assert "objective.gamma" in done.stderr and "no module" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "command"),
     [("retrieval_data.py", "shard"), ("convert.py", "convert"), ("memory.py", "plan")],
