@@ -24,7 +24,10 @@ def main() -> None:
     if job is None:
         return
     keys = ("checkpoint.path", "base", "tokenizer.path", "benchmark.folder")
-    if problems := [*machine.missing_folders(job.config, keys)]:
+    shards = job.config["benchmark"].get("shards")
+    problems = [*machine.missing_folders(job.config, keys)]
+    problems += machine.unmatched("benchmark.shards", shards)
+    if problems:
         compose.refuse("evaluate", problems)
     with compose.failures("evaluate"):
         from torch.distributed.elastic.multiprocessing.errors import record

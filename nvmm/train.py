@@ -6,7 +6,6 @@ with every other rank, then builds the components and hands them to the trainer.
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -267,10 +266,7 @@ def missing_paths(config: dict[str, Any]) -> list[Problem]:
     for index, entry in enumerate(blend if isinstance(blend, list) else []):
         shards[f"data.blend[{index}].shards"] = entry.get("shards")
     for key, patterns in shards.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-            # Remote shards, and braces, are the index's to look for.
-            if not set("{|:") & set(pattern) and not glob.glob(os.path.expanduser(pattern)):
-                problems.append(Problem(key, pattern, "matches no file"))
+        problems += machine.unmatched(key, patterns)
     return problems
 
 

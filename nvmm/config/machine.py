@@ -5,6 +5,8 @@ Everything is read from names, sizes and JSON, so that a refusal comes before to
 
 from __future__ import annotations
 
+import glob
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +38,16 @@ def missing_folders(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[
             )
         elif key in ("checkpoint.path", "init_from") and newest_state(path) is None:
             yield Problem(key, value, "is neither a checkpoint nor a run directory with one")
+
+
+def unmatched(key: str, patterns: str | Sequence[str] | None) -> Iterator[Problem]:
+    """Yield a problem for each pattern of local files that none matches.
+
+    Remote ones, and those with braces, are the index's to look for.
+    """
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
+        if not set("{|:") & set(pattern) and not glob.glob(os.path.expanduser(pattern)):
+            yield Problem(key, pattern, "matches no file")
 
 
 def newest_state(path: Path) -> Path | None:
