@@ -343,18 +343,8 @@ def _trust(command: argparse.ArgumentParser) -> None:
 
 
 def _format(command: argparse.ArgumentParser) -> None:
-    formats: tuple[str, ...] = ()
-    formats += (
-        "qwen2",
-        "llama",
-        "yi",
-        "mistral",
-        "nemotron",
-        "internvit",
-        "clip",
-        "clap",
-        "siglip",
-    )
+    formats: tuple[str, ...]
+    formats = ("qwen2", "llama", "yi", "mistral", "nemotron", "internvit", "clip", "clap", "siglip")
     formats += ("whisper", "nvlm_d", "nv_embed", "mm_embed", "bert")
     formats += ("llama_reward", "mistral_reward", "nemotron_reward", "qwen2_reward")
     command.add_argument("--format", required=True, choices=formats)
