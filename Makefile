@@ -7,10 +7,9 @@ KERNELS := nvmm/kernels/native.so
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv kernels quickstart check test test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
+.PHONY: help venv kernels quickstart check test package test-slow test-mutants golden compare-nvlm compare-fp8 ablate-tiles \
 	ablate-pooling ablate-interleaved demo-retrieval demo-dialogue-retriever demo-alignment demo-rag demo-audio bench \
-	bench-convert bench-kernels bench-gpu \
-	bench-packing bench-index bench-data bench-embed bench-align clean
+	bench-convert bench-kernels bench-gpu bench-packing bench-index bench-data bench-embed bench-align clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 15
@@ -28,8 +27,8 @@ $(STAMP): setup.py constraints.txt
 
 kernels: $(KERNELS) ## compile csrc/; without a compiler eager PyTorch runs
 
-$(KERNELS): $(STAMP) $(wildcard csrc/*.* csrc/*/*.*)
-	$(BIN)/python csrc/build.py --to $@
+$(KERNELS): $(STAMP) nvmm/kernels/build.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/python -m nvmm kernels build --to $@
 
 quickstart: venv kernels ## build a dataset, train, evaluate, generate and report on a CPU (some 14 minutes)
 	PATH="$(abspath $(BIN)):$$PATH" launchers/quickstart.sh
@@ -47,6 +46,9 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile \
 
 test: venv kernels ## the tests that need neither a GPU nor patience (JOBS=2 files at a time)
 	$(PYTEST) -m "not slow and not gpu"
+
+package: venv ## build source archive and wheel, install and try them outside the checkout
+	$(BIN)/python -m pytest -m slow tests/commands/test_package.py
 
 SHARD ?= 1/1
 

@@ -10,7 +10,13 @@
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
 
-export HEAD NNODES="$SLURM_JOB_NUM_NODES" RUN_ID="$SLURM_JOB_ID"
-HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):${PORT:-29400}"
-launcher="${SLURM_SUBMIT_DIR:-$PWD}/launchers/torchrun.sh"
+export HEAD NNODES="$SLURM_JOB_NUM_NODES" RUN_ID="$SLURM_JOB_ID" NVMM_COMMAND
+# All names are read: a reader that leaves early would kill scontrol, and pipefail this script.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD="${hosts[0]:?scontrol names no host}:${PORT:-29400}"
+# Slurm runs a copy of this script, which has no folder beside it: torchrun.sh is the package's.
+launchers="$(python -c 'from nvmm.commands.doctor import beside; print(beside("launchers"))')"
+launcher="$launchers/torchrun.sh"
+# What a run says to go on with is the command that submitted it.
+printf -v NVMM_COMMAND '%q ' sbatch --nodes "$NNODES" "$launchers/slurm.sh" "$@"
 exec srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec "$0" "$@"' "$launcher" "$@"

@@ -21,4 +21,4 @@ else
 fi
 # Ranks save and leave at SIGTERM and SIGUSR1: pass both on, and wait for the checkpoint.
 where+=(--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${GRACE:-300}")
-exec torchrun "${where[@]}" --nproc-per-node "$NPROC" -m "nvmm.${ENTRY:-train}" "$@"
+exec python -m nvmm torchrun "${where[@]}" --nproc-per-node "$NPROC" -m nvmm "${ENTRY:-train}" "$@"

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nvmm.config import compose
+from nvmm.config import compose, machine
 from nvmm.config.compose import instantiate, refusals
 from nvmm.parallel import environment
 
@@ -23,6 +23,12 @@ def main() -> None:
     job = compose.load("evaluate")
     if job is None:
         return
+    keys = ("checkpoint.path", "base", "tokenizer.path", "benchmark.folder")
+    shards = job.config["benchmark"].get("shards")
+    problems = [*machine.missing_folders(job.config, keys)]
+    problems += machine.unmatched("benchmark.shards", shards)
+    if problems:
+        compose.refuse("evaluate", problems)
     with compose.failures("evaluate"):
         from torch.distributed.elastic.multiprocessing.errors import record
 

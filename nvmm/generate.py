@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvmm.config import compose
+from nvmm.config import compose, machine
 from nvmm.config.compose import refusals
 from nvmm.parallel import environment
 
@@ -23,6 +23,9 @@ def main() -> None:
     job = compose.load("generate")
     if job is None:
         return
+    keys = ("checkpoint.path", "base", "tokenizer.path", "image")
+    if problems := [*machine.missing_folders(job.config, keys)]:
+        compose.refuse("generate", problems)
     with compose.failures("generate"):
         from torch.distributed.elastic.multiprocessing.errors import record
 

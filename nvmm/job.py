@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nvmm.config import compose
+from nvmm.config import compose, machine
 from nvmm.config.compose import instantiate, refusals
 from nvmm.parallel import environment
 
@@ -20,6 +20,9 @@ def main() -> None:
     composed = compose.load("job")
     if composed is None:
         return
+    keys = ("checkpoint.path", "base", "tokenizer.path")
+    if problems := [*machine.missing_folders(composed.config, keys)]:
+        compose.refuse("job", problems)
     with compose.failures("job"):
         from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -155,13 +155,14 @@ def spent(folder: Path) -> dict[str, float]:
 
 def save(path: Path, results: Mapping[str, Any], **settings: Any) -> None:
     """Write results with the settings, machine, commit and date that they were made with."""
-    from nvmm.training.summary import git_revision, machine
+    from nvmm.training.summary import machine
+    from nvmm.version import revision
 
     record = {
         "results": results,
         "settings": settings,
         "machine": machine(),
-        "git_revision": git_revision(),
+        "git_revision": revision(),
         "date": time.strftime("%Y-%m-%d"),
     }
     write(path, json.dumps(record, indent=2) + "\n")

@@ -6,27 +6,30 @@ with every other rank, then builds the components and hands them to the trainer.
 
 from __future__ import annotations
 
-import glob
 import json
+import logging
 import os
 import secrets
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from nvmm.checkpoint.record import read_record
 from nvmm.config import changes as resuming
 from nvmm.config import check as configs
-from nvmm.config import compose
+from nvmm.config import compose, machine
 from nvmm.config.problem import Problem, View
 from nvmm.io.files import disk_error, hold, write
 from nvmm.parallel import environment
+from nvmm.version import project_revision, revision
 
-_NO_PATHS = {("resume", "auto"), ("resume", "never")}
+_NO_PATHS = ("auto", "never")
+"""Values of `resume` that name no checkpoint."""
 _SPLITS = ("train", "validation")
+log = logging.getLogger("nvmm")
 _PATIENCE = 120.0
 """Seconds to wait for a run directory that another machine holds: a requeue may come that early."""
 
@@ -36,7 +39,7 @@ def main() -> None:
     job = compose.load("train")
     if job is None:
         return
-    problems = missing_paths(job.config)
+    problems = missing_paths(job.config) or unfit(job.config)
     if problems:
         compose.refuse("train", problems)
     with compose.failures("train"):
@@ -53,9 +56,12 @@ def train(job: compose.Job) -> dict[str, Any]:
 
     from nvmm.parallel import setup
     from nvmm.report.page import write_report
-    from nvmm.training.summary import git_revision, machine, update_summary
+    from nvmm.training.run_log import RunLog
+    from nvmm.training.summary import machine as this_machine
+    from nvmm.training.summary import update_summary
 
     compose.log_to_stderr()
+    run_log = RunLog().install()
     config = job.config
     try:
         # 1. Join the other ranks. From here on a refusal is all ranks' together.
@@ -111,9 +117,17 @@ def train(job: compose.Job) -> dict[str, Any]:
         compose.refuse("train", [error.__cause__])
     except ValueError as error:
         compose.refuse("train", [error])
+    except Exception:
+        run_log.tell()
+        raise
+
+    def started() -> None:
+        run_log.open(run_dir, environment.rank())
+        _write(run_dir, job)
+
     # 3. Train; a collective that hangs is named as what it is.
     try:
-        summary: dict[str, Any] = trainer.fit(started=partial(_write, run_dir, job))
+        summary: dict[str, Any] = trainer.fit(started=started)
     except RuntimeError as error:
         stalled = setup.stalled_collective(error)
         if stalled is None:
@@ -127,9 +141,10 @@ def train(job: compose.Job) -> dict[str, Any]:
         # A start without a step leaves what is known of the run, unless it was killed before that.
         summary["steps"] > summary["first_step"] or _recorded_steps(run_dir) != summary["steps"]
     ):
-        update_summary(run_dir, **summary, git_revision=git_revision(), machine=machine())
+        revisions = {"git_revision": revision(), "project_revision": project_revision(Path.cwd())}
+        update_summary(run_dir, **summary, **revisions, machine=this_machine())
         try:
-            write_report(run_dir)
+            log.info("report: %s", write_report(run_dir))
         except OSError as error:
             raise disk_error(run_dir / "report.html", error) from error
     setup.shutdown()
@@ -243,22 +258,33 @@ def _claim(mark: Path, owner: dict[str, Any]) -> bool:
 
 def missing_paths(config: dict[str, Any]) -> list[Problem]:
     """Return a problem for each folder or file that a config names and this machine has not."""
-    problems = []
-    for key in ("tokenizer.path", "init_from", "resume"):
-        value = View(config).get(key)
-        named = isinstance(value, str) and (key, value) not in _NO_PATHS
-        if named and not Path(value).expanduser().exists():
-            problems.append(Problem(key, value, "does not exist"))
+    keys = ["tokenizer.path", "init_from"]
+    if config.get("resume") not in _NO_PATHS:
+        keys.append("resume")
+    problems = [*machine.missing_folders(config, keys)]
     blend = View(config).get("data.blend")
     shards = {f"data.{s}.shards": View(config).get(f"data.{s}.shards") for s in _SPLITS}
     for index, entry in enumerate(blend if isinstance(blend, list) else []):
         shards[f"data.blend[{index}].shards"] = entry.get("shards")
     for key, patterns in shards.items():
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-            # Remote shards, and braces, are the index's to look for.
-            if not set("{|:") & set(pattern) and not glob.glob(os.path.expanduser(pattern)):
-                problems.append(Problem(key, pattern, "matches no file"))
+        problems += machine.unmatched(key, patterns)
     return problems
+
+
+def unfit(config: dict[str, Any]) -> list[Problem]:
+    """Return the problems of a config with the weights that it starts from, and with the disk."""
+    problems: list[Problem] = []
+    source = config.get("init_from")
+    folder = machine.newest_state(Path(source).expanduser()) if isinstance(source, str) else None
+    if folder is not None:
+        try:
+            saved = read_record(folder)["state"].get("config", {}).get("model") or {}
+        except ValueError as error:
+            return [Problem("init_from", source, f"cannot be read: {error}")]
+        problems += machine.misfits(saved, config["model"], str(source))
+    run = config["run"]
+    parts = [run["dir"]] if run["dir"] else ["runs", str(run["name"]), str(run["id"] or "")]
+    return [*problems, *machine.disk(config, Path(*parts).expanduser().absolute())]
 
 
 def _timed_directory(parent: Path) -> Path:

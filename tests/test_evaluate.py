@@ -442,7 +442,7 @@ def test_a_lora_run_answers_as_its_merged_weights(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """At TP 2 with adapters, whose base has moved; at one rank merged."""
-    from tools.convert import main
+    from nvmm.commands.convert import main
 
     own = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     run_ranks(save_adapters, 1, tmp_path)

@@ -60,7 +60,7 @@ class BaseCheckpoint:
         raise ValueError(
             f"{what}, weights of digest {self.digest[:12]}, is not at"
             f" {' or '.join(map(str, candidates))}; name the checkpoint that has them (init_from="
-            f" in training, base= in evaluation and generation, --base in tools/convert.py){damage}"
+            f" in training, base= in evaluation and generation, --base in nvmm convert){damage}"
         )
 
     def names(self) -> set[str]:

@@ -146,7 +146,7 @@ def load_weights(
     if adapters:
         raise ValueError(
             f"{path} has LoRA adapters where this model has none: give the lora= it was trained"
-            " with, or put them into the weights with tools/convert.py merge"
+            " with, or put them into the weights with nvmm convert merge"
         )
     if len(missing) == len(kept):
         if part and missing_in_base is not None:

@@ -1,22 +1,22 @@
 """Convert weights between Hugging Face folders and checkpoints of ours, and compare them.
 
-python tools/convert.py import --from QWEN_DIR --to CKPT
-python tools/convert.py import --from language=QWEN_DIR --from vision=INTERNVIT_DIR --to CKPT \
+nvmm convert import --from QWEN_DIR --to CKPT
+nvmm convert import --from language=QWEN_DIR --from vision=INTERNVIT_DIR --to CKPT \
     model=nvlm_d_7b
-python tools/convert.py import --from language=NV_EMBED_DIR --from vision=CLIP_DIR \
+nvmm convert import --from language=NV_EMBED_DIR --from vision=CLIP_DIR \
     --from connector=LLAVA_NEXT_DIR --to CKPT model=mm_embed_8b
-python tools/convert.py import --from language=OPT_DIR --from audio=CLAPCAP.pth --to CKPT \
+nvmm convert import --from language=OPT_DIR --from audio=CLAPCAP.pth --to CKPT \
     model=audio_flamingo
-python tools/convert.py import --from query=BERT_DIR --from context=BERT_DIR --to CKPT
-python tools/convert.py export --from RUN_DIR --to HF_DIR --format nvlm_d
-python tools/convert.py verify --a HF_DIR --b CKPT
-python tools/convert.py inspect CKPT_OR_HF_DIR
-python tools/convert.py inspect CKPT --verify
-python tools/convert.py average --from CKPT --from CKPT --to CKPT
-python tools/convert.py reshard --from CKPT --to CKPT --dtype bf16
-python tools/convert.py merge --from LORA_RUN --to CKPT
-python tools/convert.py adapter export --from LORA_RUN --to PEFT_DIR --format qwen2 --part language
-python tools/convert.py adapter import --from PEFT_DIR --base CKPT --to CKPT --format qwen2
+nvmm convert import --from query=BERT_DIR --from context=BERT_DIR --to CKPT
+nvmm convert export --from RUN_DIR --to HF_DIR --format nvlm_d
+nvmm convert verify --a HF_DIR --b CKPT
+nvmm convert inspect CKPT_OR_HF_DIR
+nvmm convert inspect CKPT --verify
+nvmm convert average --from CKPT --from CKPT --to CKPT
+nvmm convert reshard --from CKPT --to CKPT --dtype bf16
+nvmm convert merge --from LORA_RUN --to CKPT
+nvmm convert adapter export --from LORA_RUN --to PEFT_DIR --format qwen2 --part language
+nvmm convert adapter import --from PEFT_DIR --base CKPT --to CKPT --format qwen2
 
 Sources and targets may be URLs of any fsspec file system.
 """
@@ -44,7 +44,10 @@ WRITTEN = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return 0, 1 when `verify` finds a difference or damage, or BAD_INPUT."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
+    if (missing := _missing_path(options)) is not None:
+        print(f"convert {options.command}: {missing} does not exist", file=sys.stderr)
+        return BAD_INPUT
     from hydra.errors import InstantiationException
 
     try:
@@ -52,6 +55,22 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, InstantiationException) as error:
         print(f"convert {options.command}: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _missing_path(options: argparse.Namespace) -> str | None:
+    """Return a local folder or file of the command line that is not there, if there is one.
+
+    It is looked for before anything heavy is imported.
+    """
+    names = [getattr(options, key, None) for key in ("source", "path", "a", "b", "tokens")]
+    names.append(getattr(options, "tokenizer", None))
+    if options.command != "adapter" or options.direction == "import":
+        names.append(getattr(options, "base", None))  # of an export it may be a name on a hub
+    for text in filter(None, [*names, *getattr(options, "sources", ())]):
+        paths = [Path(text), Path(text.partition("=")[2] or text)]  # PART=FOLDER, or a folder
+        if "://" not in text and not any(path.expanduser().exists() for path in paths):
+            return str(text)
+    return None
 
 
 def import_(options: argparse.Namespace) -> int:
@@ -66,7 +85,7 @@ def import_(options: argparse.Namespace) -> int:
         if part in folders:
             raise ValueError(f"--from {text}: that part has a source already")
         folders[part] = open_folder(at(name))
-    config = _composed(options.overrides) if options.overrides else {}
+    config = _composed(options.overrides, options.config_dir) if options.overrides else {}
     folders = opened(folders, config.get("model"))
     if config:
         check_given(folders, config["model"])
@@ -218,14 +237,14 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def _composed(overrides: list[str]) -> dict[str, Any]:
+def _composed(overrides: list[str], folder: str | None) -> dict[str, Any]:
     """Compose `model=NAME` or `experiment=NAME` with overrides, for its model and data."""
     from nvmm.config import check, compose
 
     groups = [text for text in overrides if text.startswith(("model=", "experiment="))]
     if len(groups) != 1:
         raise ValueError("give one of model=NAME and experiment=NAME, then overrides of it")
-    plain, problems = check.resolve(compose.composed("train", overrides))
+    plain, problems = check.resolve(compose.composed("train", overrides, folder))
     # An experiment's unset data and run settings are of no concern here.
     missing = [str(problem) for problem in problems if problem.key.startswith("model.")]
     if missing:
@@ -251,7 +270,8 @@ def _constructors(options: argparse.Namespace) -> Any:
     return trusted
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -266,6 +286,7 @@ def _parser() -> argparse.ArgumentParser:
         workers=True,
     )
     command.add_argument("--seed", type=int, default=1234, help="of what no folder gives")
+    command.add_argument("--config-dir", help="more groups of configs, from your own folder")
     command.add_argument("overrides", nargs="*", help="model=NAME or experiment=NAME, and changes")
 
     command = commands.add_parser("export", help="our checkpoint -> a Hugging Face folder")
@@ -345,7 +366,3 @@ def _common(command: argparse.ArgumentParser, source: str, *, workers: bool) -> 
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as it is")
     if workers:
         command.add_argument("--workers", type=int, default=1, help="threads, one file each")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

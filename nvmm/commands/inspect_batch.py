@@ -1,9 +1,9 @@
 """Show some samples as training would see them.
 
-    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3
-    python tools/inspect_batch.py experiment=nvlm_d/quickstart sample=3,14 data.pack=true
+    nvmm inspect experiment=nvlm_d/quickstart sample=3
+    nvmm inspect experiment=nvlm_d/quickstart sample=3,14 data.pack=true
 
-Takes the overrides of `python -m nvmm.train`, and `sample=K[,K...]`: ids of training samples (as
+Takes the overrides of `nvmm train`, and `sample=K[,K...]`: ids of training samples (as
 data.log_samples lists them; of a single dataset their numbers), which become one micro-batch.
 Prints the decoded tokens with the loss mask, the label of each supervised position, tiles with
 their tags, pack borders and positions.
@@ -117,7 +117,3 @@ def sounds_of(samples: list[Any], located: list[tuple[Any, int]]) -> Any:
         first = getattr(builder, "too_long", "first") == "first"
         players[sample.sample_id] = sounds[len(sounds) - kept :] if first else sounds[:kept]
     return None if front is None else Sounds(front.hop_samples / front.frame_hop, players)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

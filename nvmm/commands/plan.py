@@ -1,6 +1,6 @@
 """Print what a decoder's training takes on each GPU, on paper: gigabytes and seconds.
 
-    python tools/memory.py llama3_8b_128k --tokens 131072 --rows 32 8x1x1x1 4x2x1x1 --recompute full
+    nvmm plan llama3_8b_128k --tokens 131072 --rows 32 8x1x1x1 4x2x1x1 --recompute full
 
 A layout is TP x CP x PP x DP, with sequence parallelism where TP is above 1. Gigabytes (1e9 bytes)
 are the fullest rank's; those of activations are of `backend=native`, and tests/tools/test_memory.py
@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nvmm.config.check import config_dir
-from nvmm.modules.flops import language_flops
 
 Recompute = Literal["none", "selective", "full"]
 COLUMNS = 2048
@@ -68,7 +68,7 @@ def layer_bytes(sizes: dict[str, Any], tokens: int, layout: Layout, size: int = 
         return kept + size * own * (query + group + query + 2 * group)
     # 3. q, the softmax's sums, and k and v of all heads, for two chunks of queries, which together
     #    see 2 CP + 1 of the row's 2 CP chunks.
-    seen = tokens
+    seen = float(tokens)
     if cp > 1:
         seen = tokens * (2 * cp + 1) / (2 * cp)
         kept += size * own * query  # the two chunks' outputs, before they are one tensor
@@ -79,6 +79,8 @@ def plan(
     sizes: dict[str, Any], vocab_size: int, tokens: int, rows: int, layout: Layout, flops: float
 ) -> dict[str, float]:
     """Return gigabytes of the fullest rank, and seconds of a step of `rows` rows, by name."""
+    from nvmm.modules.flops import language_flops
+
     tp, cp, pp, dp = layout.tensor, layout.context, layout.pipeline, layout.data
     # 1. Parameters of a rank: its layers, and the embedding or the output layer of an end.
     hidden, layers = sizes["hidden_size"], sizes["num_layers"] / pp
@@ -108,7 +110,7 @@ def plan(
     }
     out = {name: value / GB for name, value in out.items()} | {"sum": sum(out.values()) / GB}
     # 4. Seconds: a third more where layers run forward twice, and the pipeline's bubble.
-    step = language_flops(**sizes, vocab_size=vocab_size, segment_lengths=[tokens] * rows)
+    step: float = language_flops(**sizes, vocab_size=vocab_size, segment_lengths=[tokens] * rows)
     again = language_flops(
         **sizes, vocab_size=0, segment_lengths=[tokens] * rows, training="frozen"
     )
@@ -119,17 +121,24 @@ def plan(
     return out | {"s a step": seconds, "offload": activations / held / 25e9}
 
 
-def sizes_of(model: str) -> tuple[dict[str, Any], int]:
-    """Return a decoder's sizes, and rows of its embedding. Raises ValueError for another model."""
+def sizes_of(model: str, folder: Path | None = None) -> tuple[dict[str, Any], int]:
+    """Return a decoder's sizes, and rows of its embedding. Raises ValueError for another model.
+
+    folder: more groups of configs, as of --config-dir.
+    """
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    if not (config_dir() / "language" / f"{model}.yaml").is_file():
-        raise ValueError(f"{model} is none of configs/language/*.yaml")
+    folders = [config_dir(), *([] if folder is None else [folder.resolve()])]
+    if not any((each / "language" / f"{model}.yaml").is_file() for each in folders):
+        raise ValueError(f"{model} is no language/*.yaml of {' or '.join(map(str, folders))}")
+    more = [f"hydra.searchpath=[file://{each}]" for each in folders[1:]]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose(f"language/{model}").language)
-    names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups")
-    names += ("kv_channels", "ffn_hidden_size", "gated_linear_unit")
+        config: Any = OmegaConf.to_container(compose(f"language/{model}", more).language)
+    names = (
+        *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"),
+        *("kv_channels", "ffn_hidden_size", "gated_linear_unit"),
+    )
     return {name: config["transformer"][name] for name in names}, config["padded_vocab_size"]
 
 
@@ -138,7 +147,8 @@ def parsed(text: str, sizes: dict[str, Any], rows: int, recompute: Recompute) ->
     numbers = [int(part) if part.isdigit() else 0 for part in text.split("x")]
     if len(numbers) != 4 or min(numbers) < 1:
         raise ValueError(f"{text} must be TPxCPxPPxDP, four numbers of at least 1")
-    layout = Layout(*numbers, recompute=recompute)
+    tensor, context, pipeline, data = numbers
+    layout = Layout(tensor, context, pipeline, data, recompute)
     for name, number, whole in (
         ("TP", layout.tensor, sizes["num_query_groups"]),
         ("PP", layout.pipeline, sizes["num_layers"]),
@@ -149,24 +159,30 @@ def parsed(text: str, sizes: dict[str, Any], rows: int, recompute: Recompute) ->
     return layout
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="of configs/language/")
+    parser.add_argument("--config-dir", type=Path, help="more groups of configs, from your own")
     parser.add_argument("layouts", nargs="+", metavar="TPxCPxPPxDP")
     parser.add_argument("--tokens", type=int, default=131072, help="of a row")
     parser.add_argument("--rows", type=int, default=32, help="of a step; a micro-batch is one")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="full")
     parser.add_argument("--flops", type=float, default=0.4 * 989e12, help="a GPU's, a second")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     try:
-        sizes, vocab_size = sizes_of(arguments.model)
+        sizes, vocab_size = sizes_of(arguments.model, arguments.config_dir)
         layouts = [
             parsed(text, sizes, arguments.rows, arguments.recompute) for text in arguments.layouts
         ]
     except ValueError as error:
-        parser.error(str(error))
+        parser().error(str(error))
     print(" | ".join(("", *HEAD, "")).strip())
     print("|---" * len(HEAD) + "|")
     for layout in layouts:
@@ -176,7 +192,3 @@ def main() -> None:
         for key in HEAD[2:]:
             cells.append(f"{found[key]:.{0 if key in ('sum', 's a step') else 1}f}")
         print(" | ".join(("", *cells, "")).strip())
-
-
-if __name__ == "__main__":
-    main()

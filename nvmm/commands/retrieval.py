@@ -1,11 +1,11 @@
-"""Turn retrieval and classification data into webdataset shards of queries and documents.
+"""The commands of `nvmm shard` for retrieval and classification data: queries and documents.
 
-python tools/retrieval_data.py beir --from FOLDER --split train --to SHARDS [--negatives FILE]
-python tools/retrieval_data.py mbeir --from QUERIES.jsonl --pool POOL.jsonl --instructions FILE.tsv
+nvmm shard beir --from FOLDER --split train --to SHARDS [--negatives FILE]
+nvmm shard mbeir --from QUERIES.jsonl --pool POOL.jsonl --instructions FILE.tsv
     --images FOLDER --to SHARDS [--num-negatives 1 --negatives FILE]
-python tools/retrieval_data.py triplets --from FILE.jsonl --to SHARDS
-python tools/retrieval_data.py classes --from FILE.jsonl --to SHARDS --instruction TEXT
-python tools/retrieval_data.py dialogues --from DIALOGUES.jsonl --documents FILE.jsonl --to SHARDS
+nvmm shard triplets --from FILE.jsonl --to SHARDS
+nvmm shard classes --from FILE.jsonl --to SHARDS --instruction TEXT
+nvmm shard dialogues --from DIALOGUES.jsonl --documents FILE.jsonl --to SHARDS
     [--words 300 --beir FOLDER --split test]
 """
 
@@ -16,15 +16,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nvmm.config.compose import failures
 from nvmm.data.prepare import dialogues, mbeir, retrieval_sets
 from nvmm.data.prepare.retrieval_sets import fields_of
 from nvmm.data.prepare.write import add_options, write
 from nvmm.data.samples.dialogue import Dialogue
 
 
-def main() -> None:
-    options = _parser().parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Write the shards that a command line asks for."""
     if options.command == "mbeir":
         write(options, lambda _: _mbeir(options))
     elif options.command == "dialogues":
@@ -94,11 +93,8 @@ def _records(options: argparse.Namespace) -> Any:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_commands(commands: Any) -> None:
+    """Add a parser for each command; `options.run` then writes its shards."""
     texts = {
         "beir": "corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv",
         "mbeir": "M-BEIR's queries, a pool, instructions and pictures",
@@ -108,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, text in texts.items():
         command = commands.add_parser(name, help=text)
+        command.set_defaults(run=run)
         command.add_argument("--from", dest="source", required=True, help="folder or file")
         add_options(command, samples_per_shard=10_000)
         if name == "beir":
@@ -128,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--instruction", required=True)
             command.add_argument("--num-negatives", type=int, default=7)
             command.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 def _add_dialogues(command: argparse.ArgumentParser) -> None:
@@ -142,8 +138,3 @@ def _add_dialogues(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="test", help="name of the qrels in --beir")
     command.add_argument("--user-word", default=form.user_word, help="of the queries in --beir")
     command.add_argument("--agent-word", default=form.agent_word)
-
-
-if __name__ == "__main__":
-    with failures("retrieval_data.py"):
-        main()

@@ -1,14 +1,15 @@
 """Turn a user's data into webdataset shards, and index shards.
 
-python tools/shard.py llava --json train.json --images images/ --to shards/ --name train
-python tools/shard.py jsonl --json train.jsonl --files image=images/ --files sound=sounds/ --to ...
-python tools/shard.py mmc4 --json 'docs_*.jsonl' --images images/ --to shards/ --name mmc4
-python tools/shard.py parquet --from 'tables/*.parquet' --to ...
-python tools/shard.py hf --from folder/ --split train --to ...
-python tools/shard.py chatqa --from train.json --to ...       (conversations and questions: --help)
-python tools/shard.py long --from texts.jsonl --tokenizer DIR --tokens 10000000000 --to ...
-python tools/shard.py index 'shards/train-*.tar'
-python tools/shard.py index --config experiment=NAME tokenizer.path=DIR data.train.shards=...
+nvmm shard llava --json train.json --images images/ --to shards/ --name train
+nvmm shard jsonl --json train.jsonl --files image=images/ --files sound=sounds/ --to ...
+nvmm shard mmc4 --json 'docs_*.jsonl' --images images/ --to shards/ --name mmc4
+nvmm shard parquet --from 'tables/*.parquet' --to ...
+nvmm shard hf --from folder/ --split train --to ...
+nvmm shard chatqa --from train.json --to ...       (conversations, questions: --help)
+nvmm shard long --from texts.jsonl --tokenizer DIR --tokens 10000000000 --to ...
+nvmm shard beir|mbeir|triplets|classes|dialogues ...   (queries and documents: --help)
+nvmm shard index 'shards/train-*.tar'
+nvmm shard index --config experiment=NAME tokenizer.path=DIR data.train.shards=...
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from nvmm.config.compose import failures
+from nvmm.commands import retrieval
 from nvmm.data.prepare import commands as questions
 from nvmm.data.prepare import json_records, mmc4, tables
 from nvmm.data.prepare.write import add_options, write
@@ -41,13 +42,16 @@ def index_shards(options: argparse.Namespace) -> None:
         print(f"damaged: {line}")
 
 
-def index_config(overrides: list[str]) -> None:
-    """Index the training data of a run and count the tokens of every sample."""
+def index_config(overrides: list[str], folder: str | None) -> None:
+    """Index the training data of a run and count the tokens of every sample.
+
+    folder: more groups of configs, as of --config-dir.
+    """
     from nvmm.config import compose
     from nvmm.config.batch_sizes import BatchSizes
     from nvmm.data.order.blend import Blend
 
-    sys.argv[1:] = overrides
+    sys.argv[1:] = [*overrides, *([] if folder is None else ["--config-dir", folder])]
     job = compose.load("train", placeholders=True)
     if job is None:
         return
@@ -128,12 +132,14 @@ def parser() -> argparse.ArgumentParser:
                 help="skip: leave out records whose files are missing, and list them in the end",
             )
     questions.add_commands(commands)
+    retrieval.add_commands(commands)
     command = commands.add_parser("index", help="index shards; with a config count tokens too")
     command.add_argument("shards", nargs="*", help="file patterns")
     command.add_argument("--index-dir", help="folder for it, where the shards' own cannot hold it")
     command.add_argument(
-        "--config", nargs="+", default=[], help="overrides of nvmm.train: count all its tokens"
+        "--config", nargs="+", default=[], help="overrides of nvmm train: count all its tokens"
     )
+    command.add_argument("--config-dir", help="more groups of configs, from your own folder")
     return parser
 
 
@@ -186,11 +192,6 @@ def main() -> None:
     if bool(options.shards) == bool(options.config):
         sys.exit("index: give patterns, or --config and the overrides of a training run")
     if options.config:
-        index_config(options.config)
+        index_config(options.config, options.config_dir)
     else:
         index_shards(options)
-
-
-if __name__ == "__main__":
-    with failures("shard.py"):
-        main()

@@ -1,9 +1,9 @@
 """Prove that a config's parallel layout computes what one rank computes.
 
-    python tools/verify_parallel.py experiment=nvlm_d/sft_72b \\
+    nvmm verify-parallel experiment=nvlm_d/sft_72b \\
         parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
 
-Takes the overrides of `python -m nvmm.train`. The config is shrunk, data, tokenizer and paths
+Takes the overrides of `nvmm train`. The config is shrunk, data, tokenizer and paths
 become synthetic, more than 4 ranks become 2 of each kind of parallelism; then the layout trains
 5 steps on gloo ranks of this machine beside one rank (nvmm/proof/equivalence.py defines equal).
 Where single precision alone may make the difference, both run again in double precision.
@@ -52,7 +52,7 @@ def main() -> int:
     )
     options, overrides = parser.parse_known_args()
     if not overrides:
-        parser.error("name an experiment, as for python -m nvmm.train")
+        parser.error("name an experiment, as for nvmm train")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.argv[1:] = overrides
 
@@ -70,7 +70,6 @@ def main() -> int:
     describe(small, job, packed=packed, everything=options.all, bf16=options.bf16)
     fault = None
     if options.fault is not None:
-        sys.path.insert(0, os.getcwd())
         module, _, name = options.fault.partition(":")
         fault = getattr(importlib.import_module(module), name)
     return verify(small, packed=packed, fault=fault, bf16=options.bf16)
@@ -176,7 +175,7 @@ class _Side:
     ) -> None:
         self.config = config
         self.weights = weights
-        self.options = {"num_steps": NUM_STEPS, "packed": packed}
+        self.options: dict[str, Any] = {"num_steps": NUM_STEPS, "packed": packed}
         self.options |= {"num_micro_batches": num_micro_batches}
         self._one_rank: Result | None = None
 
@@ -242,7 +241,3 @@ def show(
     )
     for failure in comparison.failures:
         print(f"  {failure}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -188,9 +188,11 @@ def resolve(config: DictConfig | Mapping[str, Any]) -> tuple[dict[str, Any], lis
 
     def child(node: Any, name: Any, key: str) -> Any:
         if not OmegaConf.is_interpolation(node, name) and OmegaConf.is_missing(node, name):
-            # A key of the top level is a group, which is chosen; any other is set.
+            # A key of the top level is a group, which is chosen, but for init_from.
             unset = f"is not set; add {key}=... to the command"
-            if "." not in key and "trainer" in config:
+            if key == "init_from":
+                unset += ": a checkpoint or run folder, or null to start from the seed"
+            elif "." not in key and "trainer" in config:
                 unset = f"is not chosen; add experiment=... or {key}=... to the command"
                 unset += " (--help lists both)"
             problems.append(Problem(key, MISSING, unset))

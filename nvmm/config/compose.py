@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ from nvmm.config import check, folders
 from nvmm.config.moved import MOVED, renamed
 from nvmm.config.problem import Problem, nearest
 from nvmm.config.signatures import completed
-from nvmm.parallel.environment import SWEEP_JOB, launch_problem, rank, world_size
+from nvmm.parallel.environment import SWEEP_JOB, launch_problem, local_rank, rank, world_size
+from nvmm.version import line
 
 BAD_CONFIG = 2
 """Exit code of a refused config: starting again cannot help."""
@@ -42,6 +44,8 @@ FAILED = 1
 """Exit code of a run that failed: once the cause is gone, the same command goes on."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C where there was nothing to save, or no patience to."""
+_FIRST_SPEAKS = 5.0
+"""Seconds."""
 NO_LORA = "lora=null"
 """Takes away an experiment's adapters, options and all. Hydra has no override that leaves out a
 group which an experiment chose."""
@@ -52,8 +56,8 @@ _FAILURES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 class Job:
     """One composed and checked run.
 
-    config: resolved and plain; overrides: as typed; placeholders: keys that were left open and got
-    a value that no one reads.
+    config: resolved and plain; overrides: as typed, behind the options that say where other
+    configs are; placeholders: keys that were left open and got a value that no one reads.
     """
 
     config: dict[str, Any]
@@ -73,7 +77,10 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
     problem printed to stderr, when the config is bad.
     """
     folders.register()
-    typed, accepted = list(sys.argv), set[str]()
+    typed, accepted = [sys.argv[0], *_options_first(sys.argv[1:])], set[str]()
+    if "--version" in typed:  # Hydra would print its own
+        print(line())
+        return None
     swept = _swept_texts(typed[1:])
     # Hydra then raises what goes wrong instead of printing it and leaving with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -88,6 +95,7 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
             if (value := _plain_value(text)) is not None:
                 check.restore_text(composed, entry, _key(text), value)
         overrides += [NO_LORA] * (NO_LORA in typed)
+        overrides = [*_sources(typed[1:]), *overrides]
         multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         # 2. Old constructor names work, and the user is told the new ones.
         for old in sorted(_rename_targets(composed)):
@@ -146,14 +154,19 @@ def load(entry: str, *, ranks: int | None = None, placeholders: bool = False) ->
     return jobs[0] if jobs else None
 
 
-def composed(entry: str, overrides: Sequence[str] = ()) -> DictConfig:
+def composed(entry: str, overrides: Sequence[str] = (), folder: str | None = None) -> DictConfig:
     """Compose `configs/<entry>.yaml` with overrides as the command line takes them.
+
+    folder: more groups, as of --config-dir.
 
     Raises ValueError naming the overrides that have no place.
     """
     folders.register()
     with hydra.initialize_config_dir(str(check.config_dir()), version_base="1.3"):
-        config, _, problems = _place(entry, [text for text in overrides if text != NO_LORA])
+        given = [text for text in overrides if text != NO_LORA]
+        if folder is not None:
+            given.append(f"hydra.searchpath=[file://{os.path.abspath(folder)}]")
+        config, _, problems = _place(entry, given)
     if config is not None:
         problems += _without_lora(config, overrides)
     if config is None or problems:
@@ -202,8 +215,18 @@ def refuse(entry: str, problems: Sequence[object]) -> NoReturn:
         lines = [f"nvmm.{entry}: {len(problems)} {plural} in the config", *problems]
         print("\n  ".join(str(line) for line in lines), file=sys.stderr)
     else:
+        _wait_for_first()
         print(f"nvmm.{entry}: rank {rank()}: config refused: {problems[0]}", file=sys.stderr)
     sys.exit(BAD_CONFIG)
+
+
+def _wait_for_first() -> None:
+    """Let the first rank of this machine say what all of them would say.
+
+    Its launcher then ends the others. A rank that is still there was refused for itself.
+    """
+    if local_rank() > 0:
+        time.sleep(_FIRST_SPEAKS)
 
 
 @contextlib.contextmanager
@@ -225,7 +248,7 @@ def refusals(name: str) -> Iterator[None]:
 def failures(name: str) -> Iterator[None]:
     """Turn what input, environment or disk did wrong into a sentence and an exit code.
 
-    name: of the command, or a tool's file. docs/troubleshooting.md lists the codes. Whatever else
+    name: of the command ("train", "nvmm shard"). docs/troubleshooting.md lists the codes. What else
     is raised is a fault of the program, and keeps its traceback.
     """
     try:
@@ -270,7 +293,9 @@ def _ours(error: BaseException) -> bool:
 
 def _end(name: str, message: str, code: int) -> NoReturn:
     where = f"rank {rank()}: " if world_size() > 1 else ""
-    command = name if name.endswith(".py") else f"nvmm.{name}"
+    if code == BAD_CONFIG:
+        _wait_for_first()
+    command = name if name.startswith("nvmm ") else f"nvmm.{name}"
     print(f"{command}: {where}{message}", file=sys.stderr)
     sys.exit(code)
 
@@ -382,6 +407,29 @@ def _swept_texts(arguments: Sequence[str]) -> dict[str, str]:
                 for job, text in zip(jobs, value.split(","), strict=True):
                     texts[f"{key}={job}"] = f"{key}={text.strip()}"
     return texts
+
+
+def _options_first(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its options before the overrides, as Hydra's parser wants it."""
+    actions = get_args_parser()._option_string_actions
+    words, options, others = list(arguments), list[str](), list[str]()
+    while words:
+        word = words.pop(0)
+        (options if word.startswith("-") else others).append(word)
+        action = actions.get(word)
+        if action is None or not words:
+            continue
+        if action.nargs is None or (action.nargs == "?" and words[0] in (action.choices or ())):
+            options.append(words.pop(0))
+    return [*options, *others]
+
+
+def _sources(arguments: Sequence[str]) -> list[str]:
+    """Return what of a command line says where configs are: --config-dir and its like."""
+    parsed = get_args_parser().parse_args(list(arguments))
+    options = {"--config-dir": parsed.config_dir, "--config-name": parsed.config_name}
+    found = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return found + [text for text in parsed.overrides if _key(text) == "hydra.searchpath"]
 
 
 def _first(override: str) -> str:

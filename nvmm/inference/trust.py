@@ -37,7 +37,7 @@ def require_trusted(config: Any, path: Path) -> None:
     if foreign:
         raise ValueError(
             f"{path}: its config would run {', '.join(foreign)}; if you trust whoever wrote it,"
-            " add trust_config=true (tools/convert.py: --trust-config)"
+            " add trust_config=true (nvmm convert: --trust-config)"
         )
 
 

@@ -121,7 +121,7 @@ class Mine(Filters, Job):
 
     A row has `query_id`, `ids` and `scores` of its negatives, best first, `positive_score`, and
     `error`: why there can be no negatives, else null (the query, or all that is relevant to it, has
-    no vector). `tools/retrieval_data.py --negatives` takes the folder.
+    no vector). `nvmm shard beir --negatives` takes the folder.
 
     Args:
         data: the retrieval set, for its judgements; only judged queries are mined for.

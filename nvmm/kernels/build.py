@@ -1,4 +1,4 @@
-"""Compile csrc/ into one library: `python csrc/build.py` (what `make kernels` runs).
+"""Compile csrc/ into one library: `nvmm kernels build` (what `make kernels` runs).
 
 g++ compiles the bindings and the CPU loops; with a CUDA build of torch nvcc adds the kernels. Only
 PyTorch's stable ABI is used, so the library loads under any torch from 2.10 on. `build_simulated`
@@ -7,8 +7,11 @@ compiles the CUDA sources by g++ too, to run on the CPU (simulator.h).
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import fcntl
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,8 +21,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 
-SOURCES = Path(__file__).resolve().parent
-LIBRARY = SOURCES.parent / "nvmm" / "kernels" / "native.so"
+PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = PACKAGE / "csrc"
+SOURCES = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "csrc"
+"""The C++ and CUDA sources: inside an installed package, beside it in a checkout."""
+PREBUILT = PACKAGE / "kernels" / "native.so"
 ARCHITECTURES = ("80", "90a", "100a")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 HOST_FLAGS = (
@@ -39,7 +45,49 @@ class BuildError(RuntimeError):
     """No compiler, a torch that is too old, or a source that does not compile."""
 
 
-def build(target: Path = LIBRARY, *, cuda: bool | None = None) -> bool:
+def library() -> Path:
+    """Return where this installation's library is, or would be.
+
+    It is beside the package's Python files in a checkout. An installed package keeps it in the
+    user's cache, under a name that changes with the sources, the machine and torch's kind.
+    """
+    if PREBUILT.is_file() or SOURCES != INSTALLED:
+        return PREBUILT
+    state = hashlib.sha256(f"{platform.machine()} {_torch_has_cuda()} {nvcc()}".encode())
+    for path in sorted(path for path in SOURCES.rglob("*.*") if path.is_file()):
+        state.update(path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "nvmm" / "kernels" / state.hexdigest()[:16] / "native.so"
+
+
+def build_once(target: Path) -> str | None:
+    """Build into the cache on first use; return why that is not possible, None when it is there.
+
+    Processes that come at once wait for the first. A failure is kept beside the library, so that
+    no later process tries again; `nvmm kernels build` does.
+    """
+    failed = target.with_name("failed.txt")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target.with_name("lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.is_file():
+                return None
+            if failed.is_file():
+                return failed.read_text(encoding="utf-8")
+            print(f"nvmm: compiling the kernels, once, into {target.parent}", file=sys.stderr)
+            try:
+                build(target)
+            except BuildError as error:
+                reason = f"the kernels do not compile: {str(error).strip().splitlines()[-1]}"
+                failed.write_text(reason, encoding="utf-8")
+                return reason
+    except OSError as error:
+        return f"the kernels' cache {target.parent} cannot be written: {error}"
+    return None
+
+
+def build(target: Path, *, cuda: bool | None = None) -> bool:
     """Write the library to `target`; returns whether it holds CUDA kernels.
 
     cuda: None takes nvcc where it is found and this torch can use it; True without nvcc raises
@@ -57,6 +105,8 @@ def build(target: Path = LIBRARY, *, cuda: bool | None = None) -> bool:
         runtime = compiler.parent.parent
         libraries = [f"-L{runtime}/lib64", f"-L{runtime}/lib", "-lcudart_static", "-lrt", "-ldl"]
     _compile_and_link(commands, target, libraries)
+    with contextlib.suppress(FileNotFoundError):
+        target.with_name("failed.txt").unlink()
     return compiler is not None
 
 
@@ -126,7 +176,7 @@ def _torch() -> ModuleType:
 
 def _includes() -> list[str]:
     torch = _torch()
-    include = Path(torch.__file__).parent / "include"
+    include = Path(str(torch.__file__)).parent / "include"
     if not (include / "torch" / "csrc" / "stable" / "ops.h").is_file():
         raise BuildError(f"torch {torch.__version__} has no stable ABI; it takes 2.10 or newer")
     return [f"-I{SOURCES}", "-isystem", str(include)]
@@ -135,7 +185,7 @@ def _includes() -> list[str]:
 def _compile_and_link(
     commands: dict[Path, list[str]], target: Path, libraries: Sequence[str]
 ) -> None:
-    lib = Path(_torch().__file__).parent / "lib"
+    lib = Path(str(_torch().__file__)).parent / "lib"
     target.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         objects = [str(Path(folder, f"{path.name}.o")) for path in commands]
@@ -167,22 +217,3 @@ def run(command: Sequence[str]) -> str:
     if done.returncode:
         raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
-
-
-def main() -> None:
-    """Build, or say in one line why eager PyTorch will be used."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--to", type=Path, default=LIBRARY)
-    parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels, or fail")
-    parser.add_argument("--require", action="store_true", help="fail where it cannot be built")
-    arguments = parser.parse_args()
-    try:
-        cuda = build(arguments.to, cuda=arguments.cuda or None)
-    except BuildError as error:
-        print(f"kernels are not built, eager PyTorch is used: {error}", file=sys.stderr)
-        sys.exit(1 if arguments.require or arguments.cuda else 0)
-    print(f"{arguments.to}: CPU{' and CUDA' if cuda else ''}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,20 @@
-"""Load the library that csrc/build.py makes, and choose the operations that run on it."""
+"""Load the library that `nvmm.kernels.build` makes, and choose the operations that run on it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import logging
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nvmm.config.choices import require
+from nvmm.kernels import build
 
 Choice = Literal["auto", "eager", "fused"]
-PATH = Path(__file__).with_name("native.so")
+PATH = build.library()
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 def _load() -> str | None:
     """Load the library; return the reason why that is not possible, or None."""
     if not PATH.is_file():
-        return "csrc is not built (make kernels)"
+        if PATH == build.PREBUILT:
+            return "the kernels are not built (nvmm kernels build)"
+        if (reason := build.build_once(PATH)) is not None:
+            return reason
     try:
         torch.ops.load_library(PATH)
     except OSError as error:

@@ -65,6 +65,16 @@ def launch_problem() -> str | None:
     )
 
 
+def launcher_command() -> str | None:
+    """Return the command that a launcher of ours was given, None where it was another's."""
+    return os.environ.get("NVMM_COMMAND")
+
+
+def under_torchrun() -> bool:
+    """Return True when torchrun's agent started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def agent_store() -> bool:
     """Return True when the ranks meet in a store of torchrun's, which outlives a restart."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

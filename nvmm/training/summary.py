@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,15 @@ import torch
 
 from nvmm.io.files import write
 from nvmm.training.metrics import device_name
+from nvmm.version import packages
 
 
 def update_summary(run_dir: str | Path, **values: Any) -> dict[str, Any]:
     """Merge `values` into `run_dir/summary.json` (whole, or not at all) and return it.
 
     Training writes train_seconds, steps, samples_seen, tokens_per_second, num_parameters,
-    world_size, git_revision, machine; evaluation adds heldout_exact_match
+    world_size, git_revision (nvmm's), project_revision (of the folder it was started in), machine
+    with the packages' versions; evaluation adds heldout_exact_match
     ({"overall": ..., question kind: ...}).
     """
     path = Path(run_dir) / "summary.json"
@@ -32,18 +33,7 @@ def update_summary(run_dir: str | Path, **values: Any) -> dict[str, Any]:
     return summary
 
 
-def git_revision() -> str | None:
-    """Return the commit of this package's checkout ("-dirty" if changed), None outside one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(FileNotFoundError):
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return result.stdout.strip() or None
-    return None
-
-
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, Any]:
     """Describe the machine that this rank runs on."""
     return {
         "device": device_name() or _processor(),
@@ -51,6 +41,7 @@ def machine() -> dict[str, str | int]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": packages(),
     }
 
 

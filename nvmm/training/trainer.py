@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from nvmm.parallel.gradients import GradientCheck
 from nvmm.parallel.parameters import build_chunks, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
 from nvmm.training.accounting import Accounting, StepResult, TrainingData
+from nvmm.training.again import resume_command
 from nvmm.training.logger import Logger
 from nvmm.training.metrics import peak_flops, reduce_counters, reduce_metrics
 from nvmm.training.optim import Optim
@@ -172,6 +172,8 @@ class Trainer:
             )
             return self._summary(first, first)
         started()
+        count, trained = (count_parameters(self.chunks, trained=only) for only in (False, True))
+        self._say(f"parameters: {count:,}, {trained:,} of them trained, {count - trained:,} frozen")
         if self.batch_sizes.stages:
             self._say(f"global batch size: {self.batch_sizes}")
         step = first
@@ -308,6 +310,8 @@ class Trainer:
         }
         metrics = reduce_metrics(outputs, self.device) | means
         self.logger.validation(step, metrics)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self._say(f"validation after step {step}: {shown}")
         return metrics
 
     # -- schedule ---------------------------------------------------------------------------
@@ -436,11 +440,7 @@ class Trainer:
         return begin.step
 
     def _command(self) -> str:
-        overrides = [o for o in self.overrides if not o.startswith(("run.dir=", "resume="))]
-        words = ["python", "-m", "nvmm.train", *overrides, f"run.dir={self.run_dir}"]
-        size = dist.get_world_size()
-        launcher = f"torchrun --standalone --nproc-per-node {size} -m nvmm.train"
-        return shlex.join(words) if size == 1 else f"{launcher} {shlex.join(words[3:])}"
+        return resume_command(self.overrides, self.run_dir, dist.get_world_size())
 
     def _save_if_due(self, step: int) -> float:
         """Save when the interval says so; return the seconds waited, logged with the next step."""
@@ -512,6 +512,16 @@ class Trainer:
         if step > 0 and (latest is None or latest.name != f"step_{step:08d}"):
             self.save(step)
             self.checkpoint.finalize(blocking=True)
+        totals = self.accounting.totals
+        media = sum(
+            each.get(f"{modality}.items", 0)
+            for each in totals["datasets"].values()
+            for modality in self.accounting.modalities
+        )
+        items = f", {media:,} {' and '.join(self.accounting.modalities)}s" if media else ""
+        read = f"{totals['samples']:,} samples{items}, {totals['tokens']:,} tokens"
+        self._say(f"read in {step} steps: {read}")
+        self._say(f"checkpoint: {self.checkpoint.saved or self.checkpoint.latest()}")
         if step < self.max_steps:
             self._say(f"stopped at step {step} of {self.max_steps}; go on: {self._command()}")
 
@@ -546,12 +556,12 @@ class Trainer:
             log.info(message)
 
 
-def count_parameters(chunks: list[Module]) -> int:
-    """Count the parameters of the whole model, each once; collective."""
+def count_parameters(chunks: list[Module], *, trained: bool = False) -> int:
+    """Count the parameters of the whole model, or those that are trained, each once; collective."""
     local_count = sum(
         piece.numel()
         for sharded in sharded_parameters(chunks)
-        if sharded.is_main_replica
+        if sharded.is_main_replica and (sharded.parameter.requires_grad or not trained)
         for _, piece in sharded.pieces(sharded.parameter.data)
     )
     total = torch.tensor(

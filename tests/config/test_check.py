@@ -487,3 +487,14 @@ def test_a_key_that_was_taken_away_is_missing(key: str) -> None:
     given = ["experiment=language/tiny", "tokenizer.path=t", "data.train.shards=a.tar"]
     problems = [str(problem) for problem in check(composed("train", [*given, f"~{key}"]))]
     assert f"{key}=null is missing; leave out the ~" in problems
+
+
+def test_where_configs_are_is_an_override_too() -> None:
+    """So that overrides.yaml, the jobs of a sweep and a resume have it; the order is free."""
+    from nvmm.config.compose import _options_first, _sources
+
+    typed = ["a=1", "--config-dir", "conf", "hydra.searchpath=[file://x]", "--info", "defaults"]
+    ordered = ["--config-dir", "conf", "--info", "defaults", "a=1", "hydra.searchpath=[file://x]"]
+    assert _options_first([*typed, "--resolve"]) == [*ordered[:4], "--resolve", *ordered[4:]]
+    assert _sources(ordered) == ["--config-dir=conf", "hydra.searchpath=[file://x]"]
+    assert _sources(["a=1", "-m"]) == []

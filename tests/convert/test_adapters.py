@@ -20,6 +20,7 @@ from nvmm.batch import IMAGE, Batch
 from nvmm.checkpoint.files import find, read_state
 from nvmm.checkpoint.load import load_weights
 from nvmm.checkpoint.record import write_record
+from nvmm.commands.convert import main
 from nvmm.config.check import config_dir
 from nvmm.convert.adapters import MergedLora
 from nvmm.convert.models import open_checkpoint
@@ -34,7 +35,6 @@ from tests.convert import families
 from tests.models.test_language import batch_of
 from tests.modules.test_lora import fit, losses
 from tests.ranks import run_ranks
-from tools.convert import main
 
 TP2_PP2 = {
     "tensor_model_parallel_size": 2,
@@ -67,7 +67,7 @@ def logits(rank: int, world: int, init: str, paths: list[Path], batch: Batch) ->
 
 
 def transformers_model(folder: Path) -> Any:
-    """As tools/convert.py verify builds it: from_pretrained leaves RoPE unset on our CPU layer."""
+    """As nvmm convert verify builds it: from_pretrained leaves RoPE unset on our CPU layer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
@@ -199,7 +199,7 @@ def test_a_model_with_a_part_of_its_own_can_be_trusted(
         ["verify", "--a", merged, "--b", merged],
     ):
         assert main(arguments) == 2
-        assert "add trust_config=true (tools/convert.py: --trust-config)" in capsys.readouterr().err
+        assert "add trust_config=true (nvmm convert: --trust-config)" in capsys.readouterr().err
         assert main([*arguments, "--trust-config"]) == 0, capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from tokenizers import models as vocabularies
 from tokenizers import normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from nvmm.commands.convert import main
 from nvmm.convert import exporting, models
 from nvmm.convert.formats import bert
 from nvmm.convert.sentence_encoders import read_modules
@@ -29,7 +30,6 @@ from nvmm.parallel.setup import shutdown
 from tests import oracle, tiny
 from tests.convert.test_nv_embed import save
 from tests.ranks import run_ranks
-from tools.convert import main
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = ["A small Bird sings.", "", "the BIRD, café birds " * 30, "sings 東 [MASK] small"]

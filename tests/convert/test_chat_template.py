@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nvmm.commands.convert import main
 from nvmm.config.check import option
 from nvmm.convert import models
 from nvmm.convert.chat_template import (
@@ -30,7 +31,6 @@ from nvmm.data.samples.record import members_of
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.convert import families
 from tests.data.samples import test_sentence_pieces as sentence_pieces
-from tools.convert import main
 
 CHATML = {
     "roles": {

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
+from nvmm.commands.convert import main
 from nvmm.convert.files import at, publish
 from nvmm.convert.models import open_checkpoint
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from tests.convert import families
 from tests.damage import changed, data_byte
-from tools.convert import main
 
 
 @pytest.fixture

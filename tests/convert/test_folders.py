@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
+from nvmm.commands.convert import WRITTEN, main
 from nvmm.convert import importing, models
 from nvmm.convert.formats.all import FORMATS
 from nvmm.convert.formats.standard import standard
@@ -25,7 +26,6 @@ from nvmm.parallel.parameters import initialize, sharded_parameters
 from nvmm.parallel.setup import Parallel, Precision
 from tests.convert import families
 from tests.convert.test_families import TOKENS, imported, logits
-from tools.convert import WRITTEN, main
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LONG = {k: v for k, v in families.LONG.items() if k != "original_max_position_embeddings"}

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nvmm.commands.convert import main
 from nvmm.convert import embedders, exporting, importing, models
 from nvmm.convert.formats import clip, mm_embed
 from nvmm.convert.formats.processing_mm_embed import Masking, MMEmbedProcessor, _upright
@@ -27,7 +28,6 @@ from tests.convert import families
 from tests.convert.test_nv_embed import INSTRUCTION, TEXTS, config_of, save
 from tests.convert.test_nv_embed import tokenizer as tokenizer
 from tests.ranks import run_ranks
-from tools.convert import main
 
 PREFIX = f"Instruct: {INSTRUCTION}\nQuery: "
 TOWER = {"model_type": "clip_vision_model", **families._ENCODER}

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvmm.commands.convert import main
 from tests.jobs import rag_run
 from tests.jobs.rag_run import DOCUMENTS
 from tests.ranks import run_ranks
-from tools.convert import main
 
 PAIRS = [
     (question, text)

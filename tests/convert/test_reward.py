@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nvmm.batch import Batch, Sample, Text
 from nvmm.checkpoint.load import load_weights
+from nvmm.commands.convert import main
 from nvmm.convert.formats import reward
 from nvmm.convert.formats.all import FORMATS, detect
 from nvmm.data.collate import collate
@@ -23,7 +24,6 @@ from tests.convert import families
 from tests.convert.test_families import assert_equal, exported, imported
 from tests.data.conftest import template
 from tests.ranks import run_ranks
-from tools.convert import main
 
 PAD = 3
 KINDS = {

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nvmm.commands.convert import main
 from nvmm.config.signatures import completed
 from nvmm.convert import embedders, exporting, models
 from nvmm.convert.formats import llama, mistral, qwen2, qwen3
@@ -20,7 +21,6 @@ from tests import tiny
 from tests.convert.test_nv_embed import INSTRUCTION, TEXTS, config_of, save
 from tests.convert.test_nv_embed import tokenizer as tokenizer
 from tests.ranks import run_ranks
-from tools.convert import main
 
 PREFIX = f"Instruct: {INSTRUCTION}\nQuery: "
 KINDS: list[tuple[str, str, bool, str]] = [

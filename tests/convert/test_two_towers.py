@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvmm.batch import POSITIVE, QUERY
+from nvmm.commands.convert import main
 from nvmm.convert import models
 from nvmm.data.prepare.layouts import BeirFolder
 from nvmm.evaluation.beir import Retrieval
@@ -21,7 +22,6 @@ from nvmm.evaluation.benchmark import Settings
 from nvmm.jobs.encode import Encode
 from tests.convert.test_bert import TEXTS, folder_of, opened, vectors
 from tests.ranks import run_ranks
-from tools.convert import main
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+from nvmm.commands import shard
 from nvmm.config.check import config_dir, to_plain
 from nvmm.data.loader import Data
 from nvmm.data.samples.tokenizer import Tokenizer
 from tests.data.samples import llama
-from tools import shard
 
 ASKED = [{"role": "user", "content": "Who sings?"}]
 SINGS = "the wren sings at dawn in the hedge"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.prepare.layouts import MBeirFiles
 from nvmm.data.shards.dataset import Dataset
 from nvmm.jobs.encode import Vectors
@@ -22,7 +23,6 @@ from tests.evaluation import test_mbeir
 from tests.jobs.test_job import MBEIR, WHOLE, interrupted_equals_whole, job
 from tests.jobs.test_search import same_files, work
 from tests.ranks import run_ranks
-from tools import retrieval_data
 
 
 def one_by_one(
@@ -133,8 +133,8 @@ def test_encode_search_mine_and_shards(
         "to": tmp_path / "shards",
     }
     command = [f"--{name}={value}" for name, value in arguments.items()]
-    monkeypatch.setattr(sys, "argv", ["retrieval_data.py", "mbeir", *command])
-    retrieval_data.main()
+    monkeypatch.setattr(sys, "argv", ["shard.py", "mbeir", *command])
+    shard.main()
     samples = Dataset(f"{tmp_path}/shards/*.tar", build=dict)
     records = [json.loads(samples.members(number)["json"]) for number in range(9)]
     for record in records:

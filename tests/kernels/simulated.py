@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,21 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from nvmm.kernels import build
+
 ROOT = Path(__file__).parents[2]
 FAULTS = Path(__file__).with_name("faults.cu")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g")
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 
 
-@functools.cache
 def builder() -> ModuleType:
-    """csrc/build.py, which is a script beside the package."""
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """Return the module that compiles csrc/."""
+    return build
 
 
 def simulator(sanitized: bool = False) -> Path:

@@ -29,7 +29,7 @@ torch.testing.assert_close(y, torch.tensor([[3.0, 8.0]]) / 12.5**0.5)
 @pytest.mark.skipif(builder().nvcc() is None, reason="no nvcc")
 def test_a_cuda_build_loads_and_runs_on_the_cpu(tmp_path: Path) -> None:
     target = tmp_path / "native.so"
-    command = [sys.executable, "csrc/build.py", "--cuda", "--to", str(target)]
+    command = [sys.executable, "-m", "nvmm", "kernels", "build", "--cuda", "--to", str(target)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded = subprocess.run(

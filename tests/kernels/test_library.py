@@ -60,21 +60,26 @@ def test_what_has_no_kernel_runs_eagerly_unless_told_otherwise(
 def test_without_the_library(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(library, "MISSING", "csrc is not built (make kernels)")
+    monkeypatch.setattr(library, "MISSING", "the kernels are not built (nvmm kernels build)")
     weight = torch.ones(4)
     assert torch.equal(
         norm(X, weight, eps=1e-5, rms=True), eager_norm(X, weight, eps=1e-5, rms=True)
     )
     with caplog.at_level(logging.INFO, "nvmm"):
         Kernels().install()
-    assert caplog.messages == ["kernels: eager PyTorch, csrc is not built (make kernels)"]
-    with pytest.raises(ValueError, match=r"kernels.norm=fused needs the kernels, but csrc"):
+    assert caplog.messages == [
+        "kernels: eager PyTorch, the kernels are not built (nvmm kernels build)"
+    ]
+    with pytest.raises(
+        ValueError, match=r"kernels.norm=fused needs the kernels, but the kernels are"
+    ):
         Kernels(norm="fused")
 
 
 def test_build_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None:
-    command = [sys.executable, "csrc/build.py", "--to", str(tmp_path / "native.so")]
-    environment = {"PATH": str(tmp_path), "CUDA_HOME": ""}
+    command = [sys.executable, "-m", "nvmm", "kernels", "build"]
+    command += ["--to", str(tmp_path / "native.so")]
+    environment = {"PATH": str(tmp_path), "CUDA_HOME": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr.startswith("kernels are not built, eager PyTorch is used: no C++ compiler")

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nvmm.checkpoint.record import write_record
+from nvmm.commands.convert import main
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from tests.convert import families
 from tests.ranks import run_ranks
-from tools.convert import main
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from nvmm import studies
+from nvmm.commands import shard
 from nvmm.config.check import check, to_plain
 from nvmm.config.compose import argument, composed
 from nvmm.data.prepare.openmoji_tasks import MODALITIES
 from tools import demo_retrieval as demo
-from tools import retrieval_data
 
 RUNS = Path("runs/x")
 
@@ -87,7 +87,7 @@ def test_negatives_of_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     made = plan(5)
     for arm, negatives in (("random", "random.jsonl"), ("siblings", None), ("mined", "rows")):
         commands = [c for c in made[arm, 5].commands if "tools/retrieval_data.py" in c.arguments]
-        options = retrieval_data._parser().parse_args(commands[-1].arguments[3:])
+        options = shard.parser().parse_args(commands[-1].arguments[3:])
         assert options.num_negatives == 1
         assert (options.negatives or "").endswith(negatives or "")
         assert bool(options.negatives) == bool(negatives)

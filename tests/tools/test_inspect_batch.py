@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands.inspect_batch import show
 from nvmm.config import compose
 from nvmm.config.check import check, config_dir, to_plain
 from nvmm.data.shards.dataset import write_shards
 from tests.data.samples import llama
 from tests.data.samples.test_jinja_template import MARKED
 from tests.data.samples.test_sounds import noise, wave
-from tools.inspect_batch import show
 
 EXTRA = ["<extra_id_0>", "<extra_id_1>"]
 TURNS = [

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import plan as plan_command
+from nvmm.commands.plan import Layout, layer_bytes, plan, sizes_of
 from nvmm.parallel.parameters import build_chunks
 from nvmm.parallel.setup import Parallel, Precision
 from tests.models.test_flat_memory import Memory, batch_of, settings
 from tests.ranks import run_ranks
-from tools import memory
-from tools.memory import Layout, layer_bytes, plan, sizes_of
 
 SIZES = {
     **{"num_layers": 2, "hidden_size": 128, "num_attention_heads": 8, "num_query_groups": 2},
@@ -105,17 +105,17 @@ def test_a_plan_that_cannot_be_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["nvmm plan", *arguments])
     with pytest.raises(SystemExit):
-        memory.main()
+        plan_command.main()
     assert says in capsys.readouterr().err
 
 
 def test_the_table_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["memory.py", "llama3_70b_128k", "8x2x4x1", "8x8x1x2"])
-    memory.main()
+    monkeypatch.setattr(sys, "argv", ["nvmm plan", "llama3_70b_128k", "8x2x4x1", "8x8x1x2"])
+    plan_command.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| 8 x 2 x 4 x 1", "64"],

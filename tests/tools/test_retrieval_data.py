@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.shards.dataset import Dataset
-from tools import retrieval_data
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["retrieval_data.py", *map(str, arguments)])
-    retrieval_data.main()
+    monkeypatch.setattr(sys, "argv", ["shard.py", *map(str, arguments)])
+    shard.main()
 
 
 def test_it_writes_once(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import shard
 from tests.data.conftest import image_bytes
-from tools import shard
 
 
 def test_missing_pictures_and_earlier_shards(

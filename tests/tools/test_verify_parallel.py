@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import verify_parallel
 from nvmm.proof import equivalence
 from nvmm.proof.equivalence import Comparison, Result
 from nvmm.proof.miniature import miniature
 from tests import tiny
 from tests.proof.test_mutants import skip_encoder_sum
-from tools import verify_parallel
 
 ROOT = Path(__file__).parents[2]
 CONTRASTIVE = "nvmm.objectives.contrastive.Contrastive"

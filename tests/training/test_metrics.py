@@ -12,7 +12,6 @@ from nvmm.parallel.setup import Parallel
 from nvmm.proof.ranks import run_ranks
 from nvmm.training import logger as logger_module
 from nvmm.training import metrics
-from nvmm.training import summary as summary_module
 from nvmm.training.logger import Logger
 from nvmm.training.metrics import peak_flops, reduce_counters, reduce_metrics
 from nvmm.training.summary import update_summary
@@ -269,24 +268,3 @@ def test_summary_is_merged(tmp_path):
         "heldout_exact_match": {"overall": 0.5, "read": None},
     }
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_git_revision_is_the_commit_and_marks_changes(tmp_path, monkeypatch):
-    import subprocess
-
-    def git(*arguments):
-        command = ["git", "-c", "user.name=n", "-c", "user.email=e@x", *arguments]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        return result.stdout.strip()
-
-    module = tmp_path / "metrics.py"
-    module.write_text("1\n")
-    monkeypatch.setattr(summary_module, "__file__", str(module))
-    git("init")
-    assert summary_module.git_revision() is None
-    git("add", ".")
-    git("commit", "-m", "first")
-    head = git("rev-parse", "HEAD")
-    assert summary_module.git_revision() == head
-    module.write_text("2\n")
-    assert summary_module.git_revision() == f"{head}-dirty"

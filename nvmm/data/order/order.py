@@ -300,7 +300,7 @@ class Order:
                 raise ValueError(
                     f"the token counts that the open window of {name} was planned with are gone"
                     f" (lengths-{lengths[name]} in {component.dataset.index.path}); count them with"
-                    " tools/shard.py index --config and the config of the checkpoint"
+                    " nvmm shard index --config and the config of the checkpoint"
                 )
             facts[in_dataset] = column[numbers[in_dataset]]
         return facts

@@ -1,4 +1,4 @@
-"""The commands of `tools/shard.py` for conversations, questions over documents, and long texts."""
+"""The commands of `nvmm shard` for conversations, questions over documents, and long texts."""
 
 from __future__ import annotations
 

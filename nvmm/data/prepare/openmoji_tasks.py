@@ -172,7 +172,7 @@ def write_all(entries: Sequence[Entry], to: Path, seed: int) -> dict[str, dict[s
 
     query/SPLIT/, cand_pool/{local,global}/, qrels/SPLIT/, instructions/query_instructions.tsv, and
     negatives/random.jsonl: of every training query some candidates of the union pool, drawn at
-    random, for `tools/retrieval_data.py mbeir --negatives`.
+    random, for `nvmm shard mbeir --negatives`.
     """
     _instructions(to / "instructions/query_instructions.tsv")
     next_query, next_document = 1, 1

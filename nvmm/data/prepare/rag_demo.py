@@ -86,7 +86,7 @@ def _write(folder: Path, source: Path, amounts: Amounts) -> None:
 def _shards(
     folder: Path, source: Path, pages: list[str], training: list[python_api.Entry], seed: int
 ) -> None:
-    """Write the shards of training, as the commands of tools/shard.py make them of such files."""
+    """Write the shards of training, as the commands of `nvmm shard` make them of such files."""
     left_out: list[str] = []
     pieces = [piece for page in pages for piece in python_api.pieces(page)]
     texts: list[dict[str, bytes | str]] = [

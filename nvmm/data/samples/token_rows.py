@@ -1,4 +1,4 @@
-"""Rows of tokens that are cut already, as `tools/shard.py long` writes them, become samples."""
+"""Rows of tokens that are cut already, as `nvmm shard long` writes them, become samples."""
 
 from __future__ import annotations
 

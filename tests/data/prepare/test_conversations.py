@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.prepare.conversations import chatqa, chatrag, plain, squad, tatqa
 from nvmm.data.prepare.records import read_objects
 from tests.data.prepare.reading import written
-from tools import shard
 
 ASKED = [{"role": "user", "content": "Who sings?"}]
 TURNS = [*ASKED, {"role": "assistant", "content": "A wren."}, {"role": "user", "content": "When?"}]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nvmm.batch import NEGATIVE
+from nvmm.commands import shard
 from nvmm.data.collate import collate
 from nvmm.data.prepare.dialogues import (
     Rules,
@@ -26,7 +27,6 @@ from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from nvmm.data.shards.dataset import Dataset
 from nvmm.objectives.contrastive import Contrastive
 from tests.objectives.test_contrastive import losses
-from tools import retrieval_data
 
 DOCUMENT = {
     "_id": "birds",
@@ -149,8 +149,8 @@ def test_the_command_writes_shards_and_an_evaluation_of_the_same_questions(
     arguments = ["dialogues", "--from", tmp_path / "dialogues.jsonl", "--to", tmp_path / "shards"]
     arguments += ["--documents", tmp_path / "documents.jsonl", "--words", 8, "--set-name", "set"]
     arguments += ["--beir", tmp_path / "beir", "--split", "dev", "--agent-word", "A"]
-    monkeypatch.setattr(sys, "argv", ["retrieval_data.py", *map(str, arguments)])
-    retrieval_data.main()
+    monkeypatch.setattr(sys, "argv", ["shard.py", *map(str, arguments)])
+    shard.main()
     assert "2 samples in 1 shards" in capsys.readouterr().out
     # 1. The folder in BEIR's layout.
     corpus = read_corpus(tmp_path / "beir")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.prepare.evidence import Bounds, pairs, questions, read_documents, unanswerable
 from tests.data.prepare.reading import written
-from tools import shard
 
 # Three chunks of eight words. The answer's grams: "the wren sings at", "wren sings at dawn".
 SINGS = "the wren sings at dawn in the hedge"

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from nvmm.commands import shard
 from nvmm.data.collate import collate
 from nvmm.data.prepare.long_text import SLIMPAJAMA, Rules, Stream, rows, separator_ids
 from nvmm.data.samples.bad_sample import BadSample
 from nvmm.data.samples.token_rows import TokenRows
 from nvmm.data.samples.tokenizer import Tokenizer, train_byte_level_bpe
 from tests.data.prepare.reading import written
-from tools import shard
 
 MIX = {"web": 0.75, "books": 0.25}
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tools import shard
+from nvmm.commands import shard
 
 
 def picture(level: int, kind: str = "PNG") -> bytes:

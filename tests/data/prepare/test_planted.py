@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.prepare.planted import Lengths, boundaries, plant, planted
 from tests.data.prepare.reading import written
-from tools import shard
 
 SENTENCES = [
     "Mr. Smith met J. R. Hill at 5 p.m. on St. Mary's road.",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.prepare.ranking import (
     answering,
     has_answer,
@@ -19,7 +20,6 @@ from nvmm.data.prepare.ranking import (
     relevance,
 )
 from tests.data.prepare.reading import written
-from tools import shard
 
 GOLD = {"title": "Wren", "text": "The wren sings."}
 HARD = [{"title": "", "text": f"A crow, {n}."} for n in range(3)]
