@@ -1,4 +1,4 @@
-"""Score a checkpoint: `python -m nvmm.evaluate checkpoint=DIR benchmark=NAME`.
+"""Score a checkpoint: `nvmm evaluate checkpoint=DIR benchmark=NAME`.
 
 It runs alone or under torchrun, at any tensor and pipeline parallel size, whatever the checkpoint
 was trained with. The data-parallel ranks share the questions.

@@ -1,4 +1,4 @@
-"""Answer one prompt: `python -m nvmm.generate checkpoint=DIR image=FILE prompt=TEXT`.
+"""Answer one prompt: `nvmm generate checkpoint=DIR image=FILE prompt=TEXT`.
 
 It runs alone or under torchrun, at any tensor and pipeline parallel size; rank 0 prints the answer.
 """

@@ -1,4 +1,4 @@
-"""Make new data with or without a checkpoint: `python -m nvmm.job job=NAME output=DIR`.
+"""Make new data with or without a checkpoint: `nvmm job job=NAME output=DIR`.
 
 It runs alone or under torchrun, at any tensor and pipeline parallel size; the data-parallel ranks
 share the parts. The same command goes on with a job that was stopped, at any number of ranks.

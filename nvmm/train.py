@@ -1,4 +1,4 @@
-"""Train a model: `python -m nvmm.train experiment=NAME [key=value ...]`, alone or under torchrun.
+"""Train a model: `nvmm train experiment=NAME [key=value ...]`, alone or under torchrun.
 
 It composes and checks the config before torch is imported, agrees on it and on one run directory
 with every other rank, then builds the components and hands them to the trainer.

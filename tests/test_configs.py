@@ -74,7 +74,7 @@ def test_experiment_begins_with_its_command(experiment: str) -> None:
     """The first comment is a command that names the experiment and every key that is left open."""
     text = Path(config_dir() / "experiment" / f"{experiment}.yaml").read_text()
     comments = [line for line in text.splitlines()[:8] if line.startswith("#")]
-    command = next(line for line in comments if "nvmm.train" in line)
+    command = next(line for line in comments if "nvmm train" in line)
     assert f"experiment={experiment}" in command
     _, unset = composed(experiment)
     missing = [key for key in unset if f"{key}=" not in " ".join(comments)]

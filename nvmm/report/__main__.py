@@ -1,4 +1,4 @@
-"""`python -m nvmm.report RUN_DIR`: write a run's report.html."""
+"""`nvmm report RUN_DIR`: write a run's report.html."""
 
 from nvmm.report.page import main
 

@@ -1,4 +1,4 @@
-"""A run directory as one HTML page: `python -m nvmm.report RUN_DIR` writes RUN_DIR/report.html.
+"""A run directory as one HTML page: `nvmm report RUN_DIR` writes RUN_DIR/report.html.
 
 The output of a RAG run has a page of its own (`nvmm.report.rag`).
 

@@ -1,4 +1,4 @@
-"""A RAG run as one HTML page: `python -m nvmm.report OUTPUT` writes OUTPUT/report.html.
+"""A RAG run as one HTML page: `nvmm report OUTPUT` writes OUTPUT/report.html.
 
 It reads table.json and traces.jsonl (`nvmm.jobs.rag`). The page needs no network, script or
 library.

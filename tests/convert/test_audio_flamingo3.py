@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nvmm.batch import MediaKind, Sample, Text, TextMedia
 from nvmm.checkpoint.load import load_weights
+from nvmm.commands.convert import main as convert
 from nvmm.convert import exporting, models
 from nvmm.convert.chat_template import conversation
 from nvmm.convert.formats.audio_flamingo3 import from_model, table, to_model
@@ -30,7 +31,6 @@ from tests import oracle
 from tests.convert.test_families import assert_equal, exported, imported
 from tests.convert.test_full_size import Names, config_of
 from tests.data.samples.test_sounds import noise, wave
-from tools.convert import main as convert
 
 SOUND = 508
 FRAMES, TOKENS = 22, 5  # 11 tokens, of which pairs become one, the last is left over

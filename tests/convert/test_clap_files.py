@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nvmm.commands.convert import main
 from nvmm.convert import models
 from nvmm.convert.clap_files import ClapFile
 from tests.convert import families
 from tests.convert.test_clap import expected, ours
 from tests.convert.test_families import assert_equal, exported, imported
-from tools.convert import main
 
 PREFIXES = {
     "laion": "module.audio_branch.",

@@ -6,7 +6,7 @@
 
 The turns are those of `nvmm.data.samples.forms.Chat`. A sound is a member of the sample: those that
 the record names (`sound`: one name or a list), or else as many, in the order of the numbers that
-their names end with (`wav`; `0.wav`, `1.wav`; `sound.wav`, `sound1.wav`, as tools/shard.py packs
+their names end with (`wav`; `0.wav`, `1.wav`; `sound.wav`, `sound1.wav`, as nvmm shard packs
 what the released files name by path). In the text `<sound>` stands for the next one, or
 `<sound-1>`, `<sound-2>` ... for each by its number; a conversation without any has its sounds at
 the beginning of the user's first turn.

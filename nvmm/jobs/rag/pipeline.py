@@ -6,7 +6,7 @@ Every stage is a job with a folder of its own in the output:
 
 so that a run which was killed goes on, and makes no row twice. At the end metrics.json has the
 numbers, table.json the tables and traces.jsonl, question by question, chunks, scores, prompts and
-answers; `python -m nvmm.report` shows them.
+answers; `nvmm report` shows them.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from nvmm.commands import shard
 from nvmm.data.prepare import sound_manifests
 from nvmm.data.prepare.sound_manifests import Rules, task_name
 from tests.data.samples.test_sounds import noise, wave
-from tools import shard
 
 SECOND = wave(noise(1.5, 8000, 1), 8000)  # 24 kB
 

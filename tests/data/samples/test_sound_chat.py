@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nvmm.batch import IGNORE_INDEX, MediaKind
+from nvmm.commands.shard import main as shard
 from nvmm.config.check import option
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
@@ -24,7 +25,6 @@ from nvmm.data.samples.sounds import FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset
 from tests.data.samples.test_sounds import noise, wave
-from tools.shard import main as shard
 
 AUDIO = MediaKind("audio")
 FRONT = FrontEnd(
