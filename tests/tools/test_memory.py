@@ -92,7 +92,7 @@ def test_a_plan_has_the_published_parameters_and_halves_with_the_ranks() -> None
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["llama3", "8x1x1x1"], "llama3 is none of configs/language"),
+        (["llama3", "8x1x1x1"], "llama3 is no language/*.yaml of"),
         (["llama3_8b", "8x1"], "8x1 must be TPxCPxPPxDP"),
         (["llama3_8b", "16x1x1x1"], "TP=16 must divide 8"),
         (["llama3_8b", "8x1x3x1"], "PP=3 must divide 32"),
