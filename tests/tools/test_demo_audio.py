@@ -222,6 +222,7 @@ def test_table_and_verdict_have_every_number(data: Path, monkeypatch: pytest.Mon
     assert "16.7 with the 6 known classes and 33.3 with the 3 held-out ones" in made.note
     # Nine questions: the greatest standard error of a difference is sqrt(1 / 18).
     assert demo.verdict(found).startswith("Effect") and "23.6 points" in demo.verdict(found)
+    assert "it is +40.0, +30.0 points" in demo.verdict(found)
     found[2] = scores(0.4, 0.8)
     assert demo.verdict(found).startswith("No effect") and "+40.0" in demo.verdict(found)
 
