@@ -16,6 +16,7 @@ from nvmm.config.check import check, to_plain
 from nvmm.config.compose import argument, composed
 from nvmm.data.prepare import audio_demo, packages, sound_classes
 from nvmm.data.shards.dataset import Dataset
+from nvmm.inference import sound_encoder
 from nvmm.report.alignment import Said
 from nvmm.report.audio_study import Heard, page
 from tests.tools.demo_script import ROOT, run_script
@@ -196,6 +197,12 @@ def test_each_command_reads_what_is_made_before_it() -> None:
         read = {Path(text.rpartition("=")[2]).relative_to(RUN).parts[0] for text in words}
         assert read <= before, command.folder
         before.add(command.folder.relative_to(RUN).parts[0])
+
+
+def test_vectors_come_from_the_encoder_of_a_run() -> None:
+    """A run's encoder is loaded by the name that models give it."""
+    names = ROOT / "tests/golden/parameter_names_audio_flamingo_tiny.txt"
+    assert f"\n{sound_encoder._PREFIX}.bin_norm.mean " in names.read_text()
 
 
 def test_the_vote_is_of_most_and_then_of_the_nearest() -> None:
