@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"config.choices"},
     "convert.formats": {
         *(f"config.{name}" for name in ("nested", "rules.rope", "rules.transformer", "signatures")),
-        *(f"convert.{name}" for name in ("files", "mapping", "safetensors", "sources")),
+        *(f"convert.{name}" for name in ("files", "mapping", "pickles", "safetensors", "sources")),
     },
     "io": set(),
     "parallel": {"batch", "config.choices"},
@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     # Both are read without torch.
     "config": {"parallel.environment", "parallel.fp8_recipe"},
     "modules": {"batch", "config.choices", "kernels", "parallel"},
-    "models": {"batch", "modules", "parallel"},
+    "models": {"batch", "config.choices", "modules", "parallel"},
     "objectives": {"batch", "config.choices", "data.collate", "parallel"},
     "checkpoint": {"config.choices", "config.moved", "io", "parallel"},
     "training": {

@@ -128,29 +128,31 @@ def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _sizes(encoder: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Return config.json's fields of an encoder's sizes."""
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, axes: int) -> torch.Size:
         if name not in encoder:
             raise ValueError(f"{path} has no {name} in its HTS-AT, which says a size")
+        if encoder[name].dim() != axes:
+            found = list(encoder[name].shape)
+            raise ValueError(f"{path}: {name} has shape {found}, must have {axes} axes")
         return encoder[name].shape
 
-    width, _, _, patch = shape(_FIRST)
-    blocks = [re.match(r"layers\.(\d+)\.blocks\.(\d+)\.attn\.proj\.weight", n) for n in encoder]
-    counts = [(int(match[1]), int(match[2])) for match in blocks if match]
-    depths = [
-        1 + max(block for stage, block in counts if stage == number)
-        for number in range(1 + max((stage for stage, _ in counts), default=-1))
-        if any(stage == number for stage, _ in counts)
-    ]
+    width, _, _, patch = shape(_FIRST, 4)
+    blocks: dict[int, int] = {}
+    for name in encoder:
+        if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+            stage, block = map(int, match.groups())
+            blocks[stage] = max(blocks.get(stage, 0), block + 1)
+    depths = [blocks[stage] for stage in sorted(blocks)]
     tables = [
-        shape(f"layers.{stage}.blocks.0.attn.relative_position_bias_table")
+        shape(f"layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
         for stage in range(len(depths))
     ]
     # Of the first stage's shifted windows there are (picture / patch / window)^2.
-    windows, tokens, _ = shape("layers.0.blocks.1.attn_mask")
+    windows, tokens, _ = shape("layers.0.blocks.1.attn_mask", 3)
     side = math.isqrt(tokens)
     return {
         "model_type": "clap_audio_model",
-        "num_mel_bins": shape("bn0.weight")[0],
+        "num_mel_bins": shape("bn0.weight", 1)[0],
         "spec_size": math.isqrt(windows) * side * patch,
         "patch_size": patch,
         "patch_stride": [patch, patch],
@@ -160,7 +162,7 @@ def _sizes(encoder: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "num_hidden_layers": len(depths),
         "num_attention_heads": [heads for _, heads in tables],
         "window_size": side,
-        "mlp_ratio": shape("layers.0.blocks.0.mlp.fc1.weight")[0] / width,
+        "mlp_ratio": shape("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / width,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in encoder,
         "enable_fusion": False,
     }

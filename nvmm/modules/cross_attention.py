@@ -34,6 +34,8 @@ from nvmm.parallel.setup import default_device
 
 Placement = Literal["inside", "before"]
 Gate = Literal["scalar", "channel"]
+_HEADS = ("num_attention_heads", "num_query_groups", "kv_channels")
+_SIZES = (*_HEADS, "ffn_hidden_size", "kv_size")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class CrossAttention:
                 f"model.cross_attention.interval={self.interval} must be at least 1, and"
                 f" offset={self.offset} null or in [0, interval)"
             )
+        for name in _SIZES:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"model.cross_attention.{name}={size} must be null or at least 1")
         if self.activation_func is not None and self.ffn_hidden_size is None:
             raise ValueError(
                 "model.cross_attention.activation_func needs ffn_hidden_size: without it the blocks"

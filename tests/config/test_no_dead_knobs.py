@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.errors import InstantiationException
@@ -36,6 +37,7 @@ from nvmm.kernels.library import Kernels
 from nvmm.proof.equivalence import build_trainer, shrink
 from nvmm.proof.synthetic import SyntheticData, synthetic_steps
 from tests.data.conftest import image_bytes
+from tests.data.samples.test_sounds import noise, wave
 from tests.ranks import run_ranks
 
 SYSTEMS = (
@@ -53,6 +55,10 @@ SYSTEMS = (
 SPECIAL = ("_target_", "_partial_")
 
 _LOOKUP = "hydra.utils.get_method"
+WAYS = {
+    name: {"_target_": "nvmm.data.samples.augmentation.Augmentation", "prompt": f"{name}?"}
+    for name in ("one", "other")
+}
 VALUES: dict[str, list[Any]] = {
     "activation_func.path": ["torch.nn.functional.relu"],
     "normalization": ["LayerNorm", "RMSNorm"],
@@ -88,6 +94,10 @@ VALUES: dict[str, list[Any]] = {
     "build.fields": [{"question": "query"}],
     "build.form": [{"_target_": "nvmm.data.samples.forms.Document"}],
     "build.min_tiles": [6],
+    "build.augment": [{"other": 1.0}],
+    "build.augmentations": [{"one": WAYS["other"], "other": WAYS["one"]}],
+    "build.most_clips": [8],
+    "front_end.channel": ["mean"],
     "build.pad": [[1, 2, 3]],
     "data.sequence_length": [24],
     "checkpoint.save_interval": [2],
@@ -106,6 +116,7 @@ VALUES: dict[str, list[Any]] = {
     "precision.fp8": [{"_target_": "nvmm.parallel.fp8_recipe.Fp8"}],
 }
 """End of a key -> values to try, where its type does not say enough."""
+DRAWN = {"data.train.build.augmentations": WAYS, "data.train.build.augment": {"one": 1.0}}
 BESIDE: dict[str, dict[str, Any]] = {
     "optim.decay_steps": {"optim.min_learning_rate": 1e-5},
     "optim.warmup_tokens": {"optim.warmup_steps": 0},
@@ -114,11 +125,17 @@ BESIDE: dict[str, dict[str, Any]] = {
     "teacher_temperature": {"objective.distillation_weight": 1.0},
     "optim.weight_decay": {"optim.learning_rate": 0.1},
     "optim.no_decay": {"optim.weight_decay": 1.0},
+    "build.augment": DRAWN,
+    "build.augmentations": DRAWN,
     "build.min_tiles": {"data.train.build.max_tiles": 6, "data.validation.build.max_tiles": 6},
     "connector.activation_func": {"model.connector.hidden_size": 32},
     "build.use_thumbnail": {"data.train.build.max_tiles": 2, "data.validation.build.max_tiles": 2},
     "cross_attention.offset": {"model.cross_attention.interval": 2},
     "cross_attention.activation_func": {"model.cross_attention.ffn_hidden_size": 64},
+    "position_offset": {
+        "model.position_embedding_type": "learned_absolute",
+        "model.language.position_embedding_type": "learned_absolute",
+    },
     "data.window": {"data.pack": True},
     "sft_per_token": {"objective.sft_weight": 0.1},
     "precision.grad_reduce_in_fp32": {"precision.dtype": "bf16"},
@@ -375,6 +392,27 @@ def shards(folder: Path) -> Path:
     return folder
 
 
+def sounds(folder: Path) -> None:
+    """Clips whose samples every key of their builder changes: of two channels, longer than the most
+    windows, many of them, and a text that is too long."""
+    from nvmm.data.shards.dataset import write_shards
+
+    (folder / "sounds").mkdir(exist_ok=True)
+    both = np.stack([noise(2.0, 8000, 1), noise(2.0, 8000, 2)], axis=1)
+    samples = []
+    for i in range(12):
+        count = 9 if i == 0 else 1 + i % 2
+        clips = [
+            {"sound": f"{n}.wav", "prompt": "What?" * (70 if i == 1 else 1), "answer": f"A Dog {n}"}
+            for n in range(count)
+        ]
+        record = {"clips": clips, "task": "naming", "interleaved": "similar"}
+        members = {clip["sound"]: wave(both * 0.5, 8000) for clip in clips}
+        samples.append({"__key__": f"k{i}", "json": json.dumps(record).encode(), **members})
+    write_shards(folder / "sounds", "train", samples)
+    write_shards(folder / "sounds", "train-bad", [{"__key__": "bad", "json": b"{"}])
+
+
 def batches_of(config: dict[str, Any], tokenizer: Tokenizer) -> str:
     from nvmm.config.compose import instantiate
 
@@ -389,13 +427,23 @@ def batches_of(config: dict[str, Any], tokenizer: Tokenizer) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", (pytest.param("nvlm_d/quickstart", marks=pytest.mark.slow), "mm_embed/tiny")
+    "name",
+    (
+        pytest.param("nvlm_d/quickstart", marks=pytest.mark.slow),
+        "mm_embed/tiny",
+        pytest.param("audio_flamingo/tiny", marks=pytest.mark.slow),
+    ),
 )
 def test_every_key_of_the_data_acts(name: str, tmp_path: Path) -> None:
     folder = shards(tmp_path)
     config = copy.deepcopy({"data": experiment(name)["data"]})
     tokenizer = Tokenizer(str(folder / "tokenizer"))
     part = "strings" if "nvlm" in name else "retrieval"
+    if "audio" in name:
+        sounds(folder)
+        extra = ("<audio>", "<SEP>", "<|endofchunk|>", "</s>")
+        tokenizer, part = Tokenizer(str(folder / "tokenizer"), extra_tokens=extra), "sounds"
+        config["data"]["train"]["build"]["front_end"]["most_windows"] = 4
     config["data"]["num_workers"] = 0
     config["data"]["train"]["shards"] = [str(folder / part / "train-*.tar")]
     if config["data"].get("validation"):

@@ -176,6 +176,10 @@ def encoder_sizes() -> dict[str, Any]:
         (lambda s: s.update({"mel_conv2d.weight": torch.ones(1)}), "fusion is not supported"),
         (lambda s: s.pop("patch_embed.proj.weight"), "has no HTS-AT of LAION-CLAP"),
         (lambda s: s.pop("bn0.weight"), "has no bn0.weight"),
+        (
+            lambda s: s.update({"patch_embed.proj.weight": torch.ones(8, 16)}),
+            r"patch_embed\.proj\.weight has shape \[8, 16\], must have 4 axes",
+        ),
     ],
 )
 def test_another_file_is_refused(change: Any, message: str, tmp_path: Path) -> None:

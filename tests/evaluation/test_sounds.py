@@ -274,6 +274,38 @@ def test_the_likeliest_option_is_that_of_whole_samples(
     assert code == 2 and "temperature=1.0 does nothing in this benchmark" in message
 
 
+def vectors(
+    rank: int, world: int, init: str, folder: Path, train: str, output: Path
+) -> tuple[list[Any], torch.Tensor]:
+    """The rows of encode_sounds by a run's encoder, and its features in the whole model."""
+    from nvmm.data.shards.dataset import Dataset
+    from nvmm.inference.restore import restore
+    from nvmm.jobs.parts import Parts
+
+    options = sounds_run.encoding(train, folder / "run") | {"front_end": None}
+    sounds_run.run(rank, world, init, [(options, output)])
+    model = restore(folder / "run")
+    chunk: Any = model.model[0]
+    dataset = Dataset(train, model.builder)
+    found = []
+    for number in range(len(dataset)):
+        [media] = model.builder(dataset.members(number)).text.media.values()
+        found.append(chunk.encoders["audio"][0](media.values).mean((0, 1)))
+    return Parts(output).read().to_pylist(), torch.stack(found)
+
+
+def test_sounds_are_encoded_by_a_run_s_own_encoder(
+    folder: Path, sets: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    [(rows, expected)] = run_ranks(vectors, 1, folder, sets[0], tmp_path / "vectors")
+    found = torch.tensor([row["vector"] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    other = sounds_run.encoding(sets[0], folder / "run")
+    other["front_end"] = other["front_end"] | {"peak": False}
+    [[refusal]] = run_ranks(sounds_run.run_refused, 1, [other], tmp_path / "other")
+    assert "was trained with another front end than job.front_end" in refusal
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["tensor_model_parallel_size", "pipeline_model_parallel_size"])
 @pytest.mark.parametrize("choose", ["text", "likelihood"])

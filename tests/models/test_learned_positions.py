@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from nvmm.batch import Sample, Text
 from nvmm.data.collate import collate
 from nvmm.inference.decoding import generate
+from nvmm.parallel.parameters import build_chunks
+from nvmm.parallel.setup import Parallel, Precision
+from tests import tiny
 from tests.models.test_cross_attending import same_logits_with_a_cache
 from tests.models.test_language import batch_of, initialized, rows_of
 
@@ -79,3 +83,17 @@ def test_padding_may_lie_behind_the_table_and_no_token_may() -> None:
 def test_another_kind_of_positions_is_refused() -> None:
     with pytest.raises(ValueError, match="position_embedding_type=alibi must be one of rope, lea"):
         initialized(position_embedding_type="alibi")
+
+
+@pytest.mark.usefixtures("world")
+def test_the_table_has_the_parameters_dtype_and_the_seed_s_values() -> None:
+    """mcore makes it in fp32, whatever the model's; a run in bf16 starts from fp32's, rounded."""
+    config = tiny.language(**LEARNED, max_sequence_length=32)
+    tables = []
+    for dtype in ("fp32", "bf16"):
+        precision = Precision(dtype)
+        [model] = build_chunks(instantiate(config, _convert_="all"), Parallel(), precision, seed=5)
+        tables.append(model.embedding.position_embeddings.weight)
+        assert tables[-1].dtype == precision.torch_dtype
+    assert torch.equal(tables[0].bfloat16(), tables[1])
+    assert 0.09 < tables[0].std() < 0.11

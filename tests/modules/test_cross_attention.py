@@ -350,6 +350,7 @@ def test_flamingo_s_block_is_a_configuration(world: None) -> None:
         ({"text_sees": "all"}, "text_sees=all must be one of preceding, last, nothing"),
         ({"interval": 0}, "interval=0 must be at least 1"),
         ({"interval": 4, "offset": 4}, "offset=4 null or in"),
+        ({"kv_size": 0}, "kv_size=0 must be null or at least 1"),
         ({"activation_func": F.gelu}, "activation_func needs ffn_hidden_size"),
     ],
 )

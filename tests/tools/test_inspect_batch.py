@@ -15,6 +15,7 @@ from nvmm.config.check import check, config_dir, to_plain
 from nvmm.data.shards.dataset import write_shards
 from tests.data.samples import llama
 from tests.data.samples.test_jinja_template import MARKED
+from tests.data.samples.test_sounds import noise, wave
 from tools.inspect_batch import show
 
 EXTRA = ["<extra_id_0>", "<extra_id_1>"]
@@ -91,6 +92,61 @@ def test_the_mask_of_a_template(
     assert trained(shown(config, capsys)) == MASKS[name]
     config["data"]["train"]["build"]["supervise"] = "last"
     assert trained(shown(config, capsys)) == MASKS[name][1:]
+
+
+SOUNDS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
+    "single": (
+        "sounds",
+        {"clips": [{"sound": "0.wav", "prompt": "What?", "answer": "A dog"}], "task": "x"},
+        "The task is x. ",
+        ["a dog<|endofchunk|></s>"],
+    ),
+    "few_shot": (
+        "audio_flamingo_sft",
+        {
+            "clips": [
+                {"sound": f"{n}.wav", "prompt": "What?", "answer": answer}
+                for n, answer in enumerate(["A dog", "A cat"])
+            ],
+            "interleaved": "similar",
+        },
+        "Here are similar examples. ",
+        ["a dog<|endofchunk|>", "a cat<|endofchunk|></s>"],
+    ),
+    "dialogue": (
+        "audio_flamingo_chat",
+        {
+            "clips": [
+                {"sound": "0.wav", "prompt": "What?", "answer": "A dog."},
+                {"prompt": "Loud?", "answer": "Yes."},
+            ],
+            "task": "dialog",
+        },
+        "The task is dialog. ",
+        ["A dog.<|endofchunk|></s>", "Yes.<|endofchunk|></s>"],
+    ),
+}
+"""Templates of sounds: data, record, how it begins, and the stretches that are trained."""
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_the_mask_of_a_template_of_sounds(
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, record, opening, masks = SOUNDS[name]
+    sounds = {clip["sound"]: wave(noise(0.5, 8000, 1), 8000) for clip in record["clips"][:1]}
+    sounds |= {c["sound"]: sounds["0.wav"] for c in record["clips"] if "sound" in c}
+    write_shards(tmp_path, "a", [{"__key__": "0", "json": json.dumps(record).encode(), **sounds}])
+    blend = f"[{{name: a, passes: 1, shards: {tmp_path}/a-*.tar}}]"
+    extra = "['<audio>','<SEP>','<|endofchunk|>','</s>']"
+    given = [
+        *("experiment=audio_flamingo/tiny", f"data={data}", f"tokenizer.path={folder}/tokenizer"),
+        *("data.train.shards=null", f"data.blend={blend}", f"tokenizer.extra_tokens={extra}"),
+    ]
+    config = compose.composed("train", given)
+    assert check(config) == []
+    text = shown(to_plain(config), capsys)
+    assert trained(text) == masks and opening in text
 
 
 FORMS = {

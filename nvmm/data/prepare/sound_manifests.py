@@ -38,9 +38,8 @@ _CHOSEN = {"knn": "similar", "random": "random"}
 MIN_BYTES = 16_000
 """Smaller files are left out, as in the released code: half a second of 16 kHz."""
 REFUSALS = (
-    # LLARK's list in the released code, with its lines run together
-    *("metadata", "basedon the provided information", "as an ai assistant", "iam unable to"),
-    *("i donot", "violin 1", "violin 2", "violin 3,viola 1", "viola 2", "viola 3", "pack"),
+    # LLARK's
+    *("metadata", "as an ai assistant", "violin 1", "violin 2", "viola 2", "viola 3", "pack"),
     # LTU's
     *("not provided", "sorry", "without more information", "not possible", "more context"),
     *("enough", "impossible", "unclear", "cannot", "not clear", "do not provide sufficient"),
@@ -50,8 +49,8 @@ REFUSALS = (
     # its own
     *("doesn't provide", "doesn't specify", "doesn't indicate", "based on"),
 )
-"""A dialogue with one of these in an answer is left out. Of the released code's 53 phrases those
-that contain another one are not repeated: they refuse nothing more."""
+"""A dialogue with one of these in an answer is left out: the released code's phrases, without those
+that contain another one and those whose words its source has run together."""
 
 
 @dataclass(frozen=True)

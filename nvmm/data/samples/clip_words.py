@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from nvmm.data.samples.augmentation import Augmentations, draw
 from nvmm.data.samples.record import Record
 
-if TYPE_CHECKING:
-    from nvmm.data.samples.listening import ListeningTemplate
-
 Interleaved = Literal["similar", "random"]
 """How earlier clips were chosen: they sound like the one that is asked about, or were drawn."""
+
+
+class Sentences(Protocol):
+    """What `written_words` reads of a `ListeningTemplate`."""
+
+    @property
+    def few_shot(self) -> str: ...
+
+    @property
+    def task(self) -> str: ...
+
+    def written(self, text: str) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Clip:
 class Wording:
     """How the texts of a record are written; see `SoundBuilder`."""
 
-    template: ListeningTemplate
+    template: Sentences
     augmentations: Augmentations
     task_probability: float
 
@@ -83,7 +92,7 @@ def written_words(
     return Words(_few_shot(record, template), _task(record, wording, suffix is not None), written)
 
 
-def _few_shot(record: Record, template: ListeningTemplate) -> str:
+def _few_shot(record: Record, template: Sentences) -> str:
     chosen = record.get("interleaved")
     if chosen is None:
         return ""

@@ -140,6 +140,11 @@ class SoundChatBuilder(Builder):
         """Return the accepted answers to `prompt(members)`; empty where the sample has none."""
         return Chat()(self.record(members), []).accepted
 
+    def answer_tokens(self, text: str) -> list[int]:
+        """Return the tokens of an answer as they follow a prompt, without its end."""
+        ahead = self.template.lead(self.tokenizer)[1]
+        return self.tokenizer.encode_pieces([ahead + text], continued=True)[0]
+
     def heard(self, members: Mapping[str, Any]) -> list[Tensor]:
         """Return what the encoder hears of each sound, fp64 [n] at its rate."""
         record = self.record(members)

@@ -104,17 +104,17 @@ def test_dialogues_that_refuse_are_left_out(
     ]
     assert "1 entries: an answer that refuses" in capsys.readouterr().out
     # Another list of phrases, and the raw list of Audio-Dialogues.
-    (tmp_path / "phrases").write_text("a DOG\n")
-    run(
-        monkeypatch, path, "--refusals", tmp_path / "phrases", "--name", "other", "--on-bad", "skip"
-    )
+    phrases = tmp_path / "phrases"
+    phrases.write_text("a DOG\n")
+    with pytest.raises(ValueError, match=r"no record to write; .* 2 entries: an answer that refu"):
+        run(monkeypatch, path, "--refusals", phrases, "--name", "other")
     raw = [{"audio_id": each["name"], "dialogue": each["dialogue"]} for each in data]
     listed = tmp_path / "list.json"
     listed.write_text(json.dumps(raw))
-    (tmp_path / "phrases").write_text("")
+    phrases.write_text("")
     run(
         *(monkeypatch, listed, "--sounds", tmp_path / "audio" / "part", "--name", "raw"),
-        *("--refusals", tmp_path / "phrases"),
+        *("--refusals", phrases),
     )
     assert [r["file"] for r, _ in read(tmp_path)][-2:] == ["a.wav", "b.wav"]
 

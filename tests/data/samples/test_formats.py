@@ -18,6 +18,7 @@ from nvmm.data.shards.dataset import write_shards
 from nvmm.parallel.setup import Parallel
 from nvmm.proof.equivalence import build_trainer
 from tests.data.conftest import image_bytes
+from tests.data.samples.test_sounds import noise, wave
 from tests.ranks import run_ranks
 
 JPG = image_bytes(40, 30, kind="jpg")
@@ -27,8 +28,13 @@ CONVERSATION = {
     "messages": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "red"}],
     "contexts": ["It is red.", "It is old."],
 }
+HEARD = {
+    "0.wav": wave(noise(0.5, 8000, 1), 8000),
+    "json": {"sound": "0.wav", "prompt": "What?", "answer": "A dog.", "options": ["a dog"]},
+}
 RANKED = {"question": "Which?", "passages": ["red"], "relevant": [0]}
 RECORDS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys([f"audio_flamingo_{stage}" for stage in ("pretrain", "sft", "chat")], HEARD),
     "captions": {"jpg": JPG, "txt": b"A bus."},
     "chatqa": {"json": CONVERSATION},
     "chatqa2_stage3": {"json": CONVERSATION},
@@ -47,6 +53,14 @@ RECORDS: dict[str, dict[str, Any]] = {
     "rankrag_stage2": {"json": CONVERSATION},
     "retrieval": {"json": {"query": "one", "positive": "two", "negatives": ["three"]}},
     "reward": {"json": {"prompt": "Which?", "response": "red", "helpfulness": 3}},
+    "sound_chat": {
+        "sound.wav": HEARD["0.wav"],
+        "json": {
+            "sound": "sound.wav",
+            "conversations": [{"from": "human", "value": "<sound>What?"}, TURNS[1]],
+        },
+    },
+    "sounds": HEARD,
     "text": {"txt": b"Once upon a time."},
     "topics": {"txt": b"Once upon a time."},
     "vila": {"jpg": JPG, "json": {"conversations": TURNS}},
@@ -69,6 +83,9 @@ EXPERIMENTS: dict[str, list[str]] = {
     **dict.fromkeys(("retrieval", "dialogues"), EMBEDDER),
     **dict.fromkeys(("chatqa", "chatqa2_stage3", "chatqa_stage2", "rankrag_stage2"), LANGUAGE),
     **dict.fromkeys(("long_text", "topics"), LANGUAGE),
+    **{name: ["experiment=audio_flamingo/tiny"] for name in RECORDS if "audio_flamingo" in name},
+    "sounds": ["experiment=audio_flamingo/tiny"],
+    "sound_chat": ["experiment=audio_flamingo3/tiny"],
     "preference": ["experiment=preference/tiny", "tokenizer=quickstart"],
     "reward": ["experiment=nemotron4/reward_tiny", "tokenizer=quickstart"],
 }
@@ -101,6 +118,8 @@ def composed(name: str, folder: Path) -> dict[str, Any]:
         form = (part.get("build") or {}).get("form", {}).get("_target_")
         part["shards"] = f"{folder / (form if form in BY_FORM else name)}-*.tar"
         part.pop("samples", None)
+        if "passes" in part:
+            part["passes"] = 1  # of three samples
     assert check(config) == []
     return config
 

@@ -198,3 +198,10 @@ def test_samples_are_alike_however_often_they_are_built(build: Any) -> None:
     one, two = build()(members(clip(0))), build()(members(clip(0)))
     assert isinstance(one, Sample)
     assert torch.equal(one.text.media[ATTENDED_AUDIO].values, two.text.media[ATTENDED_AUDIO].values)
+
+
+def test_the_tokens_of_an_answer_are_those_of_training(build: Any, tokenizer: Tokenizer) -> None:
+    sample = members(clip(0))
+    whole, prompt = build()(sample).text.tokens, build().prompt(sample).text.tokens
+    answer = [*build().answer_tokens("A Dog"), build().stop_ids[0]]
+    assert whole[len(prompt) : len(prompt) + len(answer)].tolist() == answer

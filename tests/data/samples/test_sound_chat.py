@@ -212,3 +212,15 @@ def test_released_json_becomes_shards_that_are_read(
     items, windows = batch.count_media("audio").tolist()
     assert sorted(items) == sorted(windows) == [0, 1, 2]
     assert sorted(batch.media[AUDIO].counts.tolist()) == [2, 2, 5]
+
+
+def test_an_answer_and_what_is_heard(build: Any, tokenizer: Tokenizer) -> None:
+    """The tokens of an answer are those between the prompt and its end in training."""
+    sample = members(["<sound>\nWhat?", "A dog."])
+    builder = build()
+    whole, prompt = builder(sample).text.tokens, builder.prompt(sample).text.tokens
+    answer = [*builder.answer_tokens("A dog."), builder.stop_ids[0]]
+    assert whole[len(prompt) : len(prompt) + len(answer)].tolist() == answer
+    [heard] = builder.heard(sample)
+    windows = FRONT.log_mel(FRONT.windows(heard))
+    assert torch.equal(windows, builder(sample).text.media[AUDIO].values)
