@@ -16,6 +16,7 @@ from nvmm.config.check import check, to_plain
 from nvmm.config.compose import argument, composed
 from nvmm.data.prepare import audio_demo, packages, sound_classes
 from nvmm.data.shards.dataset import Dataset
+from nvmm.inference import sound_encoder
 from nvmm.report.alignment import Said
 from nvmm.report.audio_study import Heard, page
 from tests.tools.demo_script import ROOT, run_script
@@ -198,6 +199,12 @@ def test_each_command_reads_what_is_made_before_it() -> None:
         before.add(command.folder.relative_to(RUN).parts[0])
 
 
+def test_vectors_come_from_the_encoder_of_a_run() -> None:
+    """A run's encoder is loaded by the name that models give it."""
+    names = ROOT / "tests/golden/parameter_names_audio_flamingo_tiny.txt"
+    assert f"\n{sound_encoder._PREFIX}.bin_norm.mean " in names.read_text()
+
+
 def test_the_vote_is_of_most_and_then_of_the_nearest() -> None:
     assert demo.vote(["a", "b", "b", "c"]) == "b"
     assert demo.vote(["c", "b", "b", "c"]) == "c"
@@ -222,6 +229,7 @@ def test_table_and_verdict_have_every_number(data: Path, monkeypatch: pytest.Mon
     assert "16.7 with the 6 known classes and 33.3 with the 3 held-out ones" in made.note
     # Nine questions: the greatest standard error of a difference is sqrt(1 / 18).
     assert demo.verdict(found).startswith("Effect") and "23.6 points" in demo.verdict(found)
+    assert "it is +40.0, +30.0 points" in demo.verdict(found)
     found[2] = scores(0.4, 0.8)
     assert demo.verdict(found).startswith("No effect") and "+40.0" in demo.verdict(found)
 

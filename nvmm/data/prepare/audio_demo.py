@@ -200,8 +200,8 @@ def spoken(
     """Yield words to write again, and words that have a name each, some of them several times."""
     for number in range(count):
         if number % 2:
-            words = " ".join(rng.sample(names, LISTED))
-            yield _sample(number, [(None, words, words)])
+            listed = " ".join(rng.sample(names, LISTED))
+            yield _sample(number, [(None, listed, listed)])
             continue
         things = rng.randint(2, 4)
         words, called = rng.sample(names, things), rng.sample(names, things)
