@@ -9,7 +9,9 @@ once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -23,12 +25,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from nvmm.io.files import lock, write
 
+_Steps = TypeVar("_Steps")
 _POLL_SECONDS = 0.5
 _SHOWN_LINES = 15
 # nvmm.report looks for scores there.
@@ -84,6 +87,41 @@ def evaluate(folder: Path, *overrides: str) -> Command:
     output = folder / _SCORES
     arguments = ("-m", "nvmm.evaluate", f"checkpoint={folder}", f"output={output}")
     return command(output, *arguments, "benchmark=heldout", *overrides)
+
+
+def parser(
+    description: str | None, steps: type, to: Path, *, seeds: int | None = None, jobs: int = 2
+) -> argparse.ArgumentParser:
+    """Return the options of a study: --NAME-steps of each stage, --to, and with seeds --seeds and
+    --jobs.
+
+    steps: a dataclass with a field a stage, None for the experiment's own number; `steps_given`
+        reads it.
+    """
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(steps):
+        made.add_argument(f"--{field.name.replace('_', '-')}-steps", type=int)
+    if seeds is not None:
+        made.add_argument("--seeds", type=at_least_one, default=seeds, help=f"how many ({seeds})")
+        made.add_argument("--jobs", type=at_least_one, default=jobs, help="processes at a time")
+    made.add_argument("--to", type=Path, default=to, help=f"its folder ({to})")
+    return made
+
+
+def at_least_one(text: str) -> int:
+    """Return a number of the command line; argparse refuses one below 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def steps_given(steps: type[_Steps], options: argparse.Namespace) -> _Steps:
+    """Return the stages' numbers of steps, as `parser` has read them."""
+    names: Mapping[str, Any] = steps.__dataclass_fields__  # type: ignore[attr-defined]
+    return steps(**{name: getattr(options, f"{name}_steps") for name in names})
 
 
 def exit_on_sigterm() -> None:

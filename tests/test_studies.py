@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -249,3 +250,18 @@ def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert numbers["cpu_seconds"] > 3
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
+
+
+def test_options_of_a_study_are_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True)
+    class Steps:
+        text: int | None = None
+        few_shot: int | None = None
+
+    made = studies.parser("A study.", Steps, Path("runs/x"), seeds=3)
+    options = made.parse_args(["--few-shot-steps", "7", "--jobs=1"])
+    assert studies.steps_given(Steps, options) == Steps(None, 7)
+    assert (options.seeds, options.jobs, options.to) == (3, 1, Path("runs/x"))
+    with pytest.raises(SystemExit):
+        made.parse_args(["--seeds", "0"])
+    assert "--seeds: 0 must be at least 1" in capsys.readouterr().err

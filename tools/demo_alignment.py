@@ -17,7 +17,6 @@ with the same command.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -361,22 +360,13 @@ def report(folder: Path, seeds: Sequence[int], steps: Steps) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    for name in vars(Steps()):
-        parser.add_argument(f"--{name}-steps", type=int, help=f"of {name}")
-    parser.add_argument("--jobs", type=int, default=3, help="processes of one thread at a time")
-    parser.add_argument("--to", type=Path, default=Path("runs/demo_alignment"), help="its folder")
+    parser = studies.parser(__doc__, Steps, Path("runs/demo_alignment"), seeds=3, jobs=3)
     options = parser.parse_args()
-    if min(options.seeds, options.jobs) < 1:
-        parser.error(f"--seeds {options.seeds} and --jobs {options.jobs} must be at least 1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     studies.exit_on_sigterm()
     word_lists.build(DATA)
     seeds = range(SEED, SEED + options.seeds)
-    steps = Steps(*(getattr(options, f"{name}_steps") for name in vars(Steps())))
+    steps = studies.steps_given(Steps, options)
     studies.run(plan(options.to, seeds, steps), options.jobs)
     report(options.to, seeds, steps)
 

@@ -18,7 +18,6 @@ same command.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections import Counter
@@ -309,23 +308,13 @@ def report(folder: Path, seeds: Sequence[int], steps: Steps) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=2, help="how many")
-    for name in vars(Steps()):
-        parser.add_argument(f"--{name.replace('_', '-')}-steps", type=int, help=f"of {name}")
-    parser.add_argument("--jobs", type=int, default=2, help="commands at a time")
+    parser = studies.parser(__doc__, Steps, Path("runs/demo_audio"), seeds=2)
     parser.add_argument("--packages", type=Path, help="folder of both .deb, else apt fetches them")
-    parser.add_argument("--to", type=Path, default=Path("runs/demo_audio"), help="its folder")
     options = parser.parse_args()
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)} must be at least 1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     studies.exit_on_sigterm()
     audio_demo.build(DATA, *sounds(DATA, options.packages))
-    steps = Steps(**{name: getattr(options, f"{name}_steps") for name in vars(Steps())})
+    steps = studies.steps_given(Steps, options)
     seeds = range(SEED, SEED + options.seeds)
     studies.run([plan(options.to / f"seed{seed}", seed, steps) for seed in seeds], options.jobs)
     report(options.to, seeds, steps)

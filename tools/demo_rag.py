@@ -20,7 +20,6 @@ command.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -340,21 +339,16 @@ def report(folder: Path, steps: Steps, sizes: Sizes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = studies.parser(__doc__, Steps, Path("runs/demo_rag"))
+    parser.add_argument(
+        "--repeats", type=studies.at_least_one, default=Sizes().repeats, help="needles a cell"
     )
-    for name in vars(Steps()):
-        parser.add_argument(f"--{name}-steps", type=int, help=f"of {name}")
-    parser.add_argument("--repeats", type=int, default=Sizes().repeats, help="needles a cell")
     parser.add_argument("--package", type=Path, help=f"{PACKAGE}'s .deb, else apt fetches it")
-    parser.add_argument("--to", type=Path, default=Path("runs/demo_rag"), help="its folder")
     options = parser.parse_args()
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats} must be at least 1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     studies.exit_on_sigterm()
     rag_demo.build(DATA, sources(DATA, options.package))
-    steps = Steps(**{name: getattr(options, f"{name}_steps") for name in vars(Steps())})
+    steps = studies.steps_given(Steps, options)
     sizes = Sizes(repeats=options.repeats)
     chains = plan(options.to, SEED, steps, sizes)
     studies.run(chains, len(chains))

@@ -97,7 +97,7 @@ def export(
     if embeds:
         files_beside(format_name).check(saved.state["config"], format_name, model)
     talk = None if part in ("vision", AUDIO) else conversation(saved, tokenizer)
-    placeholder = getattr(FORMATS[format_name], "placeholder", None)
+    placeholder = getattr(FORMATS[format_name], "PLACEHOLDER", None)
     if placeholder and talk is not None and vocab_size is None:
         vocab_size = _rows_with_placeholder(saved, format_name, talk.tokenizer.image_id)
     config, rows = layout(saved, format_name, part, vocab_size)
@@ -115,7 +115,7 @@ def export(
     if ranks is not None and format_name in reward.FORMATS:
         whole_config |= ranks.fields()
     if placeholder and talk is not None:
-        whole_config |= placeholder(talk.tokenizer.image_id, whole_config)
+        whole_config |= _with_row(placeholder, talk.tokenizer.image_id, whole_config)
     build = _build(saved) if part is None else {}
     recipe = processor(model, format_name, build)
     named = None
@@ -200,6 +200,14 @@ def _media(saved: SavedModel, format_name: str, talk: Conversation) -> dict[str,
             marker.format(token=talk.tokenizer.image_token) if expands else IMAGE_MARKER
         )
     return parts
+
+
+def _with_row(field: str, token: int, hf: Mapping[str, Any]) -> dict[str, int]:
+    """Return the field that names a placeholder. Raises ValueError where that has no row."""
+    rows = hf["text_config"]["vocab_size"]
+    if token >= rows:
+        raise ValueError(f"--vocab-size {rows} leaves out token {token}, which {field} names")
+    return {field: token}
 
 
 def _rows_with_placeholder(saved: SavedModel, format_name: str, image_id: int) -> int:

@@ -16,6 +16,8 @@ from nvmm.convert.formats.config import is_whisper, known, need, only
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row, prefixed
 
+PLACEHOLDER = "audio_token_id"
+"""The field of the token that stands for a sound."""
 _FIELDS = (
     *("audio_config", "text_config", "projector_hidden_act", "projector_bias"),
     "tie_word_embeddings",
@@ -107,16 +109,6 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     }
     decoder.expressible(model, to_model(hf), "audio_flamingo3")
     return hf
-
-
-def placeholder(sound_id: int, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field that names the placeholder. Raises ValueError where it has no row."""
-    rows = hf["text_config"]["vocab_size"]
-    if sound_id >= rows:
-        raise ValueError(
-            f"--vocab-size {rows} leaves out token {sound_id}, which stands for a sound"
-        )
-    return {"audio_token_id": sound_id}
 
 
 def processor_config(hf: Mapping[str, Any], audio_token: str) -> dict[str, Any]:

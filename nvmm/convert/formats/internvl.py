@@ -17,6 +17,8 @@ from nvmm.convert.formats.config import GELU, known, need, only, whole
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row, prefixed
 
+PLACEHOLDER = "image_token_id"
+"""The field of the token that stands for an image."""
 _FAMILIES: dict[str, ModuleType] = {"qwen2": qwen2, "qwen3": qwen3, "llama": llama}
 _FIELDS = (
     *("text_config", "vision_config", "downsample_ratio", "projector_hidden_act"),
@@ -108,16 +110,6 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     }
     decoder.expressible(model, to_model(hf), "internvl")
     return hf
-
-
-def placeholder(image_id: int, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that name the placeholder. Raises ValueError where it has no row."""
-    rows = hf["text_config"]["vocab_size"]
-    if image_id >= rows:
-        raise ValueError(
-            f"--vocab-size {rows} leaves out token {image_id}, which stands for an image"
-        )
-    return {"image_token_id": image_id}
 
 
 def processor_config(hf: Mapping[str, Any], image_token: str) -> dict[str, Any]:

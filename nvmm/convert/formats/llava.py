@@ -18,6 +18,8 @@ from nvmm.convert.formats.config import known, need, only, whole
 from nvmm.convert.formats.standard import standard
 from nvmm.convert.mapping import Row, prefixed
 
+PLACEHOLDER = "image_token_index"
+"""The field of the token that stands for an image."""
 _FAMILIES: dict[str, ModuleType] = {"llama": llama, "mistral": mistral, "qwen2": qwen2}
 _FIELDS = (
     *("text_config", "vision_config", clip.FEATURE_LAYER, "vision_feature_select_strategy"),
@@ -85,16 +87,6 @@ def from_model(model: Mapping[str, Any]) -> dict[str, Any]:
     }
     decoder.expressible(model, to_model(hf), "llava")
     return hf
-
-
-def placeholder(image_id: int, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that name the placeholder. Raises ValueError where it has no row."""
-    rows = hf["text_config"]["vocab_size"]
-    if image_id >= rows:
-        raise ValueError(
-            f"--vocab-size {rows} leaves out token {image_id}, which stands for an image"
-        )
-    return {"image_token_index": image_id}
 
 
 def processor_config(hf: Mapping[str, Any], image_token: str) -> dict[str, Any]:
