@@ -53,6 +53,11 @@ class RemotePath:
         """The last part of the path."""
         return self._path.rpartition("/")[2]
 
+    @property
+    def parent(self) -> RemotePath:
+        """The folder that holds it."""
+        return RemotePath(self._files, self._path.rpartition("/")[0])
+
     def resolve(self) -> RemotePath:
         """Return the path itself: a URL is absolute."""
         return self

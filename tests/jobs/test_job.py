@@ -222,6 +222,8 @@ def test_the_command(checkpoint: Path, shards: str, tmp_path: Path) -> None:
 
 KEYS = {
     "encode": ["job.side=corpus"],
+    "encode_sounds": ["job.shards=x.tar", "job.encoder=e"],
+    "few_shot": ["job.shards=x.tar", "job.vectors=v", "job.train=t", "job.train_vectors=w"],
     "generate": ["job.shards=x.tar"],
     "mine": ["job.queries=y", "job.corpus=z"],
     "rag": ["job.documents=d.jsonl", "job.questions=q.jsonl", "job.retriever=r"],
@@ -240,6 +242,7 @@ def test_every_job_composes(name: str, layout: str) -> None:
     from hydra.utils import instantiate
 
     from nvmm.config import check, compose
+    from nvmm.jobs.few_shot import FewShot
     from nvmm.jobs.job import Job
     from nvmm.jobs.rag.pipeline import Rag
     from nvmm.jobs.synthesise import Synthesise
@@ -251,7 +254,7 @@ def test_every_job_composes(name: str, layout: str) -> None:
     composed = compose.composed("job", [f"job={name}", *data, "output=o"])
     assert check.check(composed, entry="job", world_size=1) == []
     made = instantiate(composed.job, _convert_="all")
-    assert isinstance(made, Job | Rag | Synthesise)
+    assert isinstance(made, Job | FewShot | Rag | Synthesise)
     assert made.name == name
 
 

@@ -67,6 +67,11 @@ class Amounts:
     seed: int = 1234
 
 
+def kind(language: str) -> str:
+    """Return whether the instructions have a language."""
+    return "unseen" if language == HELD_OUT else "seen"
+
+
 @dataclass(frozen=True)
 class Shown:
     """A number's picture (PNG), and the language that names it."""
@@ -87,7 +92,7 @@ class Shown:
         return {
             "question": language.question,
             "answer": language.words[self.number],
-            "kind": "unseen" if self.language == HELD_OUT else "seen",
+            "kind": kind(self.language),
         }
 
 
