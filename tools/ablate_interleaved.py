@@ -9,7 +9,7 @@ stages 1 and 2 (arXiv:2312.07533 section 3), in all eight combinations of
   frozen | trained      the decoder in stage 1; stage 2 trains it always
   visual | blended      stage 2 has questions about pictures alone, or as many about words as well
 
-and answers questions about held-out pictures behind 0 and 4 examples, half of them in a language
+and answers questions about held-out pictures behind 0 and 4 examples, about half in a language
 that stage 2 does not have. Fixed before any run: the score is exact match over all questions, and
 what is left of the text is the loss on held-out text after stage 2. Chance is 0.1: one of ten
 numbers. A seed decides the order of stages 1 and 2; decoder and tower are the same for all. An

@@ -6,12 +6,16 @@ import argparse
 import enum
 import pickle
 import signal
+import struct
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+
+_DAMAGED = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, struct.error)
+"""What torch's own reader of pickles raises of damaged bytes, beside its UnpicklingError."""
 
 
 def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -26,8 +30,16 @@ def load(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             else:
                 with path.open("rb") as stream:
                     content = torch.load(stream, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()
+    except (
+        *_DAMAGED,
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+    ) as error:
+        # Torch raises an EOFError without a text.
+        reason = str(error).splitlines() or [type(error).__name__]
         detail = next((line for line in reason if "GLOBAL" in line), reason[0])
         raise ValueError(f"{path}: refused, nothing of it was run: {detail.strip()}") from error
     if not isinstance(content, dict):

@@ -59,7 +59,9 @@ def named(text: str, options: Sequence[str]) -> int | None:
     longest = [
         number
         for number in within
-        if not any(plain[number] in plain[other] for other in within if other != number)
+        if not any(
+            f" {plain[number]} " in f" {plain[other]} " for other in within if other != number
+        )
     ]
     return longest[0] if len(longest) == 1 else None
 

@@ -36,7 +36,8 @@ class Sounds:
     """The samples of shards as sounds.
 
     shards: file patterns of tar shards, of samples with one clip each.
-    within: keys of the record; sounds with the same values are of one group.
+    within: keys of the record; sounds with the same values are of one group. A key that a record
+        lacks has the value null; the job's metrics say how many lack each.
     file: key of the record that names the sound's file; a record without it is known by the digest
         of its sound's bytes.
     fields, unread: see `nvmm.data.samples.builder.Builder`.
@@ -137,8 +138,12 @@ class EncodeSounds(Job):
                         row |= self._read(sounds, members, encoder.front_end, waiting, number)
                 except ValueError as error:
                     row["error"] = str(error)
-                if sum(map(len, waiting.values())) >= self.batch_size:
+                newest = waiting.pop(number, None)
+                if newest is None:
+                    continue
+                if sum(map(len, waiting.values())) + len(newest) > self.batch_size:
                     _embed(encoder, waiting, found, numbers.start)
+                waiting[number] = newest
             _embed(encoder, waiting, found, numbers.start)
             return pa.Table.from_pylist(found, _schema(encoder.size))
 
@@ -149,6 +154,17 @@ class EncodeSounds(Job):
             "read": {key: getattr(self, key) for key in READ},
         }
         return Work(len(dataset), inputs, rows)
+
+    def metrics(self, rows: pa.Table) -> dict[str, float]:
+        """Return the share of sounds whose record lacks a key of `within`: null is their value, and
+        a key that none has keeps no data sets apart."""
+        counts = rows["group"].drop_null().value_counts().to_pylist()
+        values = [(json.loads(each["values"]), each["counts"]) for each in counts]
+        total = sum(count for _, count in values)
+        return {
+            f"without_{key}": sum(n for group, n in values if group[place] is None) / max(1, total)
+            for place, key in enumerate(self.within)
+        }
 
     @staticmethod
     def _read(

@@ -1,6 +1,7 @@
 """Each cross-field rule: the key it names and what it says, and that a good config breaks none."""
 
 import copy
+import math
 import sys
 import types
 from typing import Any
@@ -390,6 +391,16 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "left out beside passes",
     ),
     ({"data__blend": [{"shards": "a", "passes": 0}]}, "data.blend[0].passes=0", "greater than 0"),
+    (
+        {"data__blend": [{"shards": "a", "passes": math.inf}]},
+        "data.blend[0].passes=inf",
+        "and finite",
+    ),
+    (
+        {"data__blend": [{"shards": "a", "weight": math.nan}]},
+        "data.blend[0].weight=nan",
+        "and finite",
+    ),
     ({"data__blend": [{"shards": "a", "passes": "x"}]}, "data.blend[0].passes=x", "a number"),
     (
         {"data__blend": [{"shards": "a", "passes": 1}, {"shards": "b"}]},

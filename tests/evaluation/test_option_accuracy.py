@@ -28,6 +28,11 @@ def test_the_option_that_a_text_names(text: str, option: int | None) -> None:
     assert named(text, OPTIONS) == option
 
 
+def test_an_option_within_a_word_of_another_is_one_of_its_own() -> None:
+    assert named("I hear a man and a woman", ["man", "woman"]) is None
+    assert named("I hear a woman", ["man", "woman"]) == 1
+
+
 def test_an_answer_is_right_where_it_names_an_accepted_option() -> None:
     metric = OptionAccuracy().among(OPTIONS, ["Cat", "dog"])
     assert metric(prediction="a cat", answers=["Cat", "dog"]) == 1.0

@@ -8,6 +8,7 @@ import re
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from hydra.utils import instantiate
 
 from nvmm.data.samples.listening import ListeningTemplate, SoundBuilder
+from nvmm.data.samples.sounds import FrontEnd
 from nvmm.data.shards.dataset import Dataset
 from nvmm.jobs.neighbours import Query, neighbours, one_a_file
 from nvmm.jobs.parts import Parts
@@ -85,6 +87,33 @@ def test_a_row_has_the_vector_of_its_sound(whole: Whole, encoder: tuple[Path, An
     [_, _, bad, *_] = read(folder / "test")
     assert bad["vector"] is None and "test-00000.tar:k102: member 0.wav: " in bad["error"]
     assert [summary["bad"] for summary in summaries] == [0, 1, 2]
+
+
+def test_no_forward_pass_has_more_windows_than_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import parallel_state
+
+    from nvmm.jobs import encode_sounds
+
+    passes: list[list[int]] = []
+
+    def embed(sounds: Any) -> torch.Tensor:
+        passes.append([len(sound) for sound in sounds])
+        return torch.zeros(len(sounds), 2)
+
+    front_end = FrontEnd(**{k: v for k, v in sounds_run.FRONT_END.items() if k != "_target_"})
+    encoder = mock.Mock(side_effect=embed, front_end=front_end, size=2, weights="w")
+    for name in ("get_tensor_model_parallel_world_size", "get_pipeline_model_parallel_world_size"):
+        monkeypatch.setattr(parallel_state, name, lambda: 1)
+    monkeypatch.setattr(encode_sounds, "restore_sound_encoder", lambda *_: encoder)
+    train, _ = sounds_run.write_sets(tmp_path)
+    for batch_size, together in ((5, [[2, 2]] * 9), (1, [[2]] * 18)):
+        passes.clear()
+        job = encode_sounds.EncodeSounds(train, "x", batch_size=batch_size)
+        rows = job.prepare(None).rows(range(18))
+        assert passes == together and rows["error"].null_count == 18
+        assert job.metrics(rows) == {"without_dataset": 1.0, "without_task": 0.0}
 
 
 def test_shots_are_the_nearest_of_the_group_by_brute_force(whole: Whole) -> None:

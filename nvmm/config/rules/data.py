@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -186,8 +187,8 @@ def _blend_entries(entries: Any, key: str) -> Iterator[Problem]:
             yield Problem(f"{where}.build", build, allowed)
         for name in ("weight", "passes", "temperature", "repeat", "samples", "local_window"):
             value = entry.get(name)
-            if isinstance(value, int | float) and value <= 0:
-                yield Problem(f"{where}.{name}", value, "must be greater than 0")
+            if isinstance(value, int | float) and not 0 < value < math.inf:  # nor NaN
+                yield Problem(f"{where}.{name}", value, "must be greater than 0 and finite")
         epochs = entry.get("epochs")
         if epochs is not None and not (isinstance(epochs, int) and epochs >= 0):
             yield Problem(f"{where}.epochs", epochs, "must be a whole number, 0 or more, or null")

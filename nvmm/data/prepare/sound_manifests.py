@@ -142,10 +142,14 @@ class _Heard:
 
 @dataclass(frozen=True)
 class _Item:
-    """The sounds of an entry, the one that is asked about last."""
+    """The sounds of an entry, the one that is asked about last.
+
+    data_set: that of flamingo_task, within which job=few_shot searches; "" where none is named.
+    """
 
     sounds: Sequence[_Heard]
     task: str
+    data_set: str = ""
     interleaved: str | None = None
 
 
@@ -177,6 +181,8 @@ def _sample(key: str, item: Callable[[], _Item], rules: Rules) -> tuple[Any, str
     if rules.options:
         _check_options(clips, rules.options)
         record["options"] = list(rules.options)
+    if found.data_set:
+        record["dataset"] = found.data_set
     return to_sample(key, {**record, "file": found.sounds[-1].name}, files), ""
 
 
@@ -216,37 +222,41 @@ def _entries(path: Path, rules: Rules, folder: Path) -> Iterator[tuple[str, Call
     if is_list:
         for number, found in enumerate(read_objects(path)):
             named = {"name": found.get("audio_id"), "dialogue": found.get("dialogue") or []}
-            yield str(number), partial(_single, named, _root({}, rules, path), "", "dialog")
+            yield str(number), partial(_single, named, _root({}, rules, path), "", "dialog", "")
         return
     chosen = _INTERLEAVED.fullmatch(path.stem)
     header = _header(path)
     root, within = _root(header, rules, path), str(header.get("split_path") or "")
-    task = task_name(str(header["flamingo_task"]))
+    flamingo_task = str(header["flamingo_task"])
+    task, data_set = task_name(flamingo_task), flamingo_task.rpartition("-")[0]
     if chosen is None:
         for key, entry in _values(path, "data"):
-            yield key, partial(_single, entry, root, within, task)
+            yield key, partial(_single, entry, root, within, task, data_set)
         return
     query, train = path.with_name(f"{chosen[2]}.json"), path.with_name("train.json")
     tables = [_Rows(each, folder, rules) for each in dict.fromkeys((query, train))]
     try:
         for key, entry in _values(path, "interleaved_data"):
-            yield key, partial(_together, entry, tables[0], tables[-1], task, _CHOSEN[chosen[1]])
+            whole = partial(_together, entry, tables[0], tables[-1])
+            yield key, partial(whole, task, data_set, _CHOSEN[chosen[1]])
     finally:
         for each in tables:
             each.table.close()
 
 
-def _single(entry: Entry, root: Path, within: str, task: str) -> _Item:
-    return _Item([_heard(entry, root, within)], task)
+def _single(entry: Entry, root: Path, within: str, task: str, data_set: str) -> _Item:
+    return _Item([_heard(entry, root, within)], task, data_set)
 
 
-def _together(entry: Entry, query: _Rows, train: _Rows, task: str, chosen: str) -> _Item:
+def _together(
+    entry: Entry, query: _Rows, train: _Rows, task: str, data_set: str, chosen: str
+) -> _Item:
     """Return the clips of an interleaved entry, the query last."""
     last, shots = (entry.get(k) for k in ("generation_index_in_split", "fewshot_indices_in_train"))
     if not isinstance(shots, list):
         raise ValueError(f"fewshot_indices_in_train must be a list, got {shots!r}")
     sounds = [*(train.heard(index) for index in shots), query.heard(last)]
-    return _Item(sounds, task, chosen)
+    return _Item(sounds, task, data_set, chosen)
 
 
 def _heard(entry: Entry, root: Path, within: str) -> _Heard:

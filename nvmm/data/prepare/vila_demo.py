@@ -7,7 +7,7 @@
     pairs/      train: the pictures and sentences of documents/, one a sample
     questions/  train: a question about a picture, in every language but HELD_OUT
     words/      train: a question about a word, without a picture
-    benchmark/  shots, test: the same questions, half of them in HELD_OUT ("unseen")
+    benchmark/  shots, test: the same questions, about half in HELD_OUT ("unseen")
     tokenizer/  a byte-level BPE
 
 Pictures of test are in no other split (`digits.load_splits`), and words of validation in no other

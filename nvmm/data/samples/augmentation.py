@@ -47,6 +47,16 @@ class Augmentation:
         require("augmentations.answer", self.answer, Rewritten)
         if self.options and self.options.count("{options}") != 1:
             raise ValueError(f"augmentations.options={self.options!r} must have {{options}} once")
+        if self.prompt is not None and self.replace:
+            raise ValueError(
+                f"augmentations.replace={dict(self.replace)} does nothing beside prompt="
+                f"{self.prompt!r}, which stands for the record's"
+            )
+        if not self.options and (self.labels is not None or self.closed):
+            raise ValueError(
+                f"augmentations.labels={self.labels} and closed={self.closed} do nothing without"
+                " augmentations.options, the text that lists them"
+            )
 
     def prompted(self, prompt: str, answer: str | None) -> str:
         """Return the prompt without its options.

@@ -12,7 +12,7 @@ from typing import Any
 
 from nvmm.config.choices import require
 from nvmm.data.samples.clip_words import Interleaved
-from nvmm.data.samples.record import Record
+from nvmm.data.samples.record import Record, is_picture, is_sound
 
 CLIP = ("sound", "start", "prompt", "answer")
 _OWN = ("prefix", "task", "options", "answers")
@@ -38,8 +38,8 @@ def joined(
     The other keys of the asked record stay. `files` lists the sounds' files where all are known.
     Without shots there is no `interleaved`.
 
-    Raises BadSample naming a sample that has not one clip with a sound, and a shot without an
-    answer.
+    Raises BadSample naming a sample that has not one clip with a sound or has a sound or picture
+    beside it, and a shot without an answer.
     """
     require("interleaved", interleaved, Interleaved)
     clips: list[dict[str, Any]] = []
@@ -50,6 +50,9 @@ def joined(
         if number < len(shots) and not clip.get("answer"):
             raise record.bad("it has no answer, so that it is no example")
         data = record.sound_bytes("sound", clip.get("sound"))
+        media = [name for name in record.members if is_sound(name) or is_picture(name)]
+        if lost := [name for name in media if name != clip["sound"]]:
+            raise record.bad(f"no clip names {', '.join(sorted(lost))}, which would be lost")
         clip["sound"] = f"{number}.{clip['sound'].rpartition('.')[2]}"
         sounds[clip["sound"]] = data
         clips.append(clip)

@@ -77,6 +77,7 @@ def test_clips_of_a_split(
             "clips": [{"sound": "0.wav", "start": 1.5, "prompt": "Why?", "answer": "So."}],
             "task": "audio question answering",
             "options": ["so", "no"],
+            "dataset": "Clotho-AQA",
             "file": "part/a.wav",
         },
         {"0.wav": SECOND},
@@ -146,6 +147,7 @@ def test_samples_behind_others_have_the_query_last(
     assert first["files"] == ["part/2.wav", "part/1.wav", "part/0.wav"]
     assert first["file"] == "part/0.wav" and first["interleaved"] == word
     assert first["task"] == "audio captioning" and len(second["clips"]) == 2
+    assert first["dataset"] == "macs"
 
 
 def test_a_query_of_another_split_takes_its_examples_from_train(

@@ -233,6 +233,10 @@ def test_bad_settings_are_refused(make: Any, changes: dict[str, Any], message: s
 def test_bad_augmentations_are_refused(make: Any) -> None:
     with pytest.raises(ValueError, match=r"options='x' must have \{options\} once"):
         Augmentation(options="x")
+    with pytest.raises(ValueError, match=r"replace=.* does nothing beside prompt='a'"):
+        Augmentation(prompt="a", replace={"b": "c"})
+    with pytest.raises(ValueError, match=r"labels=\['yes'\] .* do nothing without"):
+        Augmentation(labels=["yes"])
     with pytest.raises(ValueError, match=r"augmentations\.answer=loud must be"):
         Augmentation(answer="loud")  # type: ignore[arg-type]
     assert Augmentations({}, {}).drawn("k") == Augmentation() == Augmentations({}, {}).likeliest

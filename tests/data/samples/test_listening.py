@@ -15,7 +15,10 @@ from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.prepare.digits import train_tokenizer
 from nvmm.data.samples.bad_sample import BadSample
+from nvmm.data.samples.clip_shots import joined
+from nvmm.data.samples.decode import Limits
 from nvmm.data.samples.listening import ListeningTemplate, SoundBuilder
+from nvmm.data.samples.record import Record
 from nvmm.data.samples.sounds import FrontEnd
 from nvmm.data.samples.tokenizer import Tokenizer
 from nvmm.data.shards.dataset import Dataset, write_shards
@@ -205,3 +208,13 @@ def test_the_tokens_of_an_answer_are_those_of_training(build: Any, tokenizer: To
     whole, prompt = build()(sample).text.tokens, build().prompt(sample).text.tokens
     answer = [*build().answer_tokens("A Dog"), build().stop_ids[0]]
     assert whole[len(prompt) : len(prompt) + len(answer)].tolist() == answer
+
+
+def test_samples_with_a_sound_that_no_clip_names_are_not_joined() -> None:
+    def record(**more: bytes) -> Record:
+        return Record({**members(clip(0)), **more}, {}, Limits())
+
+    assert list(joined(record(), [record()], "similar")) == ["json", "0.wav", "1.wav"]
+    for records in ((record(**{"1.wav": b""}), record()), (record(), record(**{"1.wav": b""}))):
+        with pytest.raises(BadSample, match=r"no clip names 1\.wav, which would be lost"):
+            joined(records[0], records[1:], "similar")
