@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -48,6 +49,32 @@ def test_weights_of_other_shapes_name_the_key_to_change() -> None:
         "model.language.transformer.hidden_size=128 must be 64 for init_from=CKPT",
     ]
     assert [*machine.misfits(saved, saved, "CKPT")] == []
+
+
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_a_part_s_weights_are_compared_with_that_part(part: str) -> None:
+    model = {"language": tiny.language(), "vision": tiny.multimodal()["vision"]}
+    saved = json.loads(json.dumps(model[part]))
+    assert [*machine.misfits(saved, model, "CKPT")] == []
+    size = saved["transformer"]["hidden_size"]
+    saved["transformer"]["hidden_size"] = 2 * size
+    assert [*map(str, machine.misfits(saved, model, "CKPT"))] == [
+        f"model.{part}.transformer.hidden_size={size} must be {2 * size} for init_from=CKPT"
+    ]
+
+
+def test_the_disk_is_that_of_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run's checkpoints may be a link to a larger disk."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large")
+    free = namedtuple("free", "free")
+    space = lambda path: free(10**12 if path.resolve().name == "large" else 0)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", space)
+    assert [*machine.disk(config(), tmp_path / "run")] == []
+    assert [*machine.disk(config(), tmp_path / "other")] != []
 
 
 def test_a_disk_must_hold_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
