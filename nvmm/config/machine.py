@@ -100,10 +100,13 @@ def disk(config: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
     kept = view.integer("checkpoint.keep_last")
     if not size or not steps:
         return
-    saves = -(-steps // interval) if interval else 1
+    names = [path.name.removeprefix("step_") for path in folder.glob("checkpoints/step_*")]
+    there, done = len(names), max([int(name) for name in names if name.isdecimal()], default=0)
+    if done >= steps:
+        return  # a finished run writes nothing
+    saves = -(-steps // interval) - done // interval if interval else 1
     # The next one is written before the oldest is removed.
-    count = saves if kept is None else min(saves, kept + 1)
-    there = len([*folder.glob("checkpoints/step_*")])
+    count = saves + there if kept is None else min(saves + there, kept + 1)
     folder /= "checkpoints"  # it may lead to another disk
     while not folder.exists():
         folder = folder.parent

@@ -77,6 +77,27 @@ def test_the_disk_is_that_of_the_checkpoints(
     assert [*machine.disk(config(), tmp_path / "other")] != []
 
 
+@pytest.mark.parametrize(("step", "saves"), [(100, 0), (90, 1), (95, 1), (80, 2)])
+@pytest.mark.parametrize("kept", [5, None])
+def test_a_run_that_goes_on_needs_room_for_the_rest(
+    step: int, saves: int, kept: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished one needs none, however full the disk is."""
+    (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    asked = config(checkpoint={"save_interval": 10, "keep_last": kept})
+    free = namedtuple("free", "free")
+    size = machine.checkpoint_bytes(asked)
+    for room, refused in ((saves * size, False), (saves * size - 1, saves > 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free(room))  # noqa: B023
+        assert bool([*machine.disk(asked, tmp_path)]) == refused
+
+
+def test_what_a_part_alone_has_is_known_to_loading_too() -> None:
+    from nvmm.checkpoint import load
+
+    assert load._PART_KEYS == machine.PART_KEYS
+
+
 def test_a_disk_must_hold_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = 4 * (2 * 64 * 64 + 2 * 64 * 96) + 512 * 64
     size = parameters * (4 + 8)
