@@ -275,16 +275,30 @@ def unfit(config: dict[str, Any]) -> list[Problem]:
     """Return the problems of a config with the weights that it starts from, and with the disk."""
     problems: list[Problem] = []
     source = config.get("init_from")
-    folder = machine.newest_state(Path(source).expanduser()) if isinstance(source, str) else None
-    if folder is not None:
+    if isinstance(source, str):
         try:
-            saved = read_record(folder)["state"].get("config", {}).get("model") or {}
+            saved = _saved_model(Path(source).expanduser())
         except ValueError as error:
             return [Problem("init_from", source, f"cannot be read: {error}")]
-        problems += machine.misfits(saved, config["model"], str(source))
+        problems += machine.misfits(saved, config["model"], source)
     run = config["run"]
     parts = [run["dir"]] if run["dir"] else ["runs", str(run["name"]), str(run["id"] or "")]
     return [*problems, *machine.disk(config, Path(*parts).expanduser().absolute())]
+
+
+def _saved_model(source: Path) -> dict[str, Any]:
+    """Return the config of the model that a checkpoint or a run saved, {} where it saved none.
+
+    Damaged checkpoints of a run are left aside, as loading does. Raises ValueError where all are.
+    """
+    states = machine.states(source)
+    for number, folder in enumerate(states, 1):
+        try:
+            return (read_record(folder)["state"].get("config") or {}).get("model") or {}
+        except ValueError:
+            if number == len(states):
+                raise
+    return {}
 
 
 def _timed_directory(parent: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import socket
@@ -222,3 +223,24 @@ def test_config_and_overrides_are_written(tmp_path: Path) -> None:
         train._write(tmp_path, compose.Job({"seed": seed, "run": run()}, [f"seed={seed}"]))
         names = [f"{name}.{number:04d}.yaml" for name in ("config", "overrides")]
         assert tuple((tmp_path / name).read_text() for name in names) == before
+
+
+def test_a_damaged_checkpoint_of_a_run_refuses_no_start_from_it(tmp_path: Path) -> None:
+    """Loading leaves it aside for the one before it; alone, it is refused."""
+    model = {"padded_vocab_size": 512}
+    config = {"model": model | {"padded_vocab_size": 64}, "init_from": str(tmp_path)}
+    config["run"] = run(dir=str(tmp_path / "new"))
+    folders = [tmp_path / "checkpoints" / f"step_{step:08d}" for step in (1, 2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[1] / "state.json").write_text("{")
+    assert "no JSON" in str(train.unfit(config)[0])
+    state = {"config": {"model": model}}
+    record = {"step": 1, "layout": {}, "optimizer": {}, "state": state, "number": 1}
+    (folders[0] / "state.json").write_text(json.dumps(record))
+    assert [*map(str, train.unfit(config))] == [
+        f"model.padded_vocab_size=64 must be 512 for init_from={tmp_path}"
+    ]
+    record["state"] = {"config": None}
+    (folders[0] / "state.json").write_text(json.dumps(record))
+    assert train.unfit(config) == []

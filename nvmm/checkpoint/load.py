@@ -31,7 +31,7 @@ from nvmm.parallel.collectives import gather
 
 log = logging.getLogger("nvmm")
 _PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
-"""Part of a model -> a key that only the config of such a part has."""
+"""Part of a model -> a key that only the config of such a part has; as in nvmm.config.machine."""
 _CONNECTOR = "connector."
 
 
@@ -125,7 +125,7 @@ def load_weights(
     missing_in_base = None
     if base_checkpoint is not None:
         located = Path(base_checkpoint.located(base).path)
-        missing_in_base = set(load_weights(located, models, part=part))
+        missing_in_base = set(load_weights(located, models, part=part, other_graph=other_graph))
     model_state = sharded_weights(models)
     weights = global_shapes(model_state)
     contents = Contents.open(path)
@@ -159,6 +159,24 @@ def load_weights(
     absent = {prefix + name for name in absent} | left
     missing = sorted(absent)
     return missing if missing_in_base is None else sorted(absent & missing_in_base)
+
+
+def is_other_graph(path: Path, models: Sequence[Module]) -> bool:
+    """Return whether a checkpoint, or a base below it, is of another graph than the model.
+
+    It then cannot be the base of a LoRA run: names or shapes of what it gives are others.
+    Collective.
+    """
+    weights = global_shapes(sharded_weights(models))
+    below: BaseCheckpoint | None = BaseCheckpoint(str(path), "")
+    while below is not None:
+        path = Path(below.path)
+        metadata = Contents.open(path).metadata
+        if _part_prefix(path, weights) or _other_connector(path, models, metadata, weights):
+            return True
+        base = BaseCheckpoint.saved(read_state(path))
+        below = base.located() if base is not None else None
+    return False
 
 
 def _part_prefix(path: Path, weights: Mapping[str, Any]) -> str:

@@ -264,7 +264,7 @@ def failures(name: str) -> Iterator[None]:
         if "InstantiationException" in kinds and isinstance(error.__cause__, of_input):
             _end(name, " ".join(message.split()), BAD_CONFIG)  # it names the key and the target
         if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("nvmm"):
-            extras = "nvmm's extras are listed in pyproject.toml"
+            extras = "nvmm doctor lists nvmm's extras"
             _end(name, f"{message}: install the package that has it ({extras})", BAD_CONFIG)
         if "OutOfMemoryError" in kinds:
             first = message.partition("\n")[0]
@@ -482,4 +482,6 @@ def _options(loader: ConfigLoader, group: str) -> list[str]:
 def _message(error: BaseException) -> str:
     """Return an error's own words on one line, with those of its cause."""
     texts = [str(e).split("\nConfig search path")[0] for e in (error, error.__cause__) if e]
-    return "; ".join(" ".join(text.split()) for text in dict.fromkeys(texts) if text.strip())
+    if texts[-1] in texts[0]:
+        texts = texts[:1]  # it has its cause's words in its own
+    return "; ".join(" ".join(text.split()) for text in texts if text.strip())

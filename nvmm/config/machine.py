@@ -15,6 +15,8 @@ from typing import Any
 from nvmm.config.problem import Problem, View
 
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.*", "tekken.json")
+PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
+"""Part of a model -> a key that only the config of such a part has."""
 _SHAPES = ("hidden_size", "ffn_hidden_size", "num_query_groups", "kv_channels")
 """Fields of a TransformerConfig that make a weight another shape whatever the other fields are."""
 
@@ -55,10 +57,15 @@ def newest_state(path: Path) -> Path | None:
 
     It is what the config alone can tell; `nvmm.checkpoint.files.find` looks whether it is whole.
     """
+    return next(iter(states(path)), None)
+
+
+def states(path: Path) -> list[Path]:
+    """Return the folders of a checkpoint's state.json, of a run all, that of most steps first."""
     if (path / "state.json").is_file():
-        return path
-    states = sorted(path.glob("checkpoints/step_*/state.json"))
-    return states[-1].parent if states else None
+        return [path]
+    found = sorted(path.glob("checkpoints/step_*/state.json"), reverse=True)
+    return [file.parent for file in found]
 
 
 def misfits(
@@ -66,8 +73,12 @@ def misfits(
 ) -> Iterator[Problem]:
     """Yield the sizes of `model` at which the weights of a model `saved` have another shape.
 
-    saved: the config of the model that `source` (init_from) was saved with.
+    saved: the config of the model that `source` (init_from) was saved with; that of a language
+    model or an encoder alone is compared with this part of `model`.
     """
+    for part, own in PART_KEYS.items():
+        if key == "model" and own in saved and isinstance(model.get(part), Mapping):
+            model, key = model[part], f"model.{part}"
     for name in saved.keys() & model.keys():
         before, now = saved[name], model[name]
         if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -89,10 +100,14 @@ def disk(config: Mapping[str, Any], folder: Path) -> Iterator[Problem]:
     kept = view.integer("checkpoint.keep_last")
     if not size or not steps:
         return
-    saves = -(-steps // interval) if interval else 1
+    names = [path.name.removeprefix("step_") for path in folder.glob("checkpoints/step_*")]
+    there, done = len(names), max([int(name) for name in names if name.isdecimal()], default=0)
+    if done >= steps:
+        return  # a finished run writes nothing
+    saves = -(-steps // interval) - done // interval if interval else 1
     # The next one is written before the oldest is removed.
-    count = saves if kept is None else min(saves, kept + 1)
-    there = len([*folder.glob("checkpoints/step_*")])
+    count = saves + there if kept is None else min(saves + there, kept + 1)
+    folder /= "checkpoints"  # it may lead to another disk
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

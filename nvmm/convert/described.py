@@ -12,6 +12,10 @@ from nvmm.inference.trust import require_trusted
 
 _MARKS = {"language": "vocab_size", "vision": "patch_size", "audio": "num_mel_bins"}
 """Part -> a key that only the config of such a part has."""
+_ADVICE = (
+    "if you trust whoever wrote it, copy the model of its state.json into a YAML of your own, and"
+    " name that"
+)
 
 
 def described(folder: Path, group: str) -> dict[str, Any]:
@@ -27,12 +31,13 @@ def described(folder: Path, group: str) -> dict[str, Any]:
         config = (read_state(find(folder)).get("config") or {}).get("model")
         if not isinstance(config, Mapping):
             raise ValueError(f"{folder} has no model config in its state.json")
-        require_trusted(config, folder)
+        require_trusted(config, folder, _ADVICE)
     else:
         config = open_folder(folder).model()
     if group == "model":
         return dict(config)
-    part = config.get(group, config)
+    other = (config.get("encoders") or {}).get(group) or {}
+    part = config.get(group) or other.get("encoder") or config
     if not isinstance(part, Mapping) or _MARKS[group] not in part:
         raise ValueError(f"{folder} is a model ({config.get('_target_')}) without {group}")
     return dict(part)

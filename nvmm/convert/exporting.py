@@ -320,6 +320,7 @@ def rewrite(
             "sources",
             "initialised",
             "base",
+            "merged_from",  # with `sources` alone it would be an import as it came
         )
         if key in saved[0].state
     }

@@ -76,7 +76,8 @@ def restore_sound_encoder(
     config = model if audio is None else audio["encoder"]
     heard = (saved.get("data") or {}).get("train") or {}
     trained = (heard.get("build") or {}).get("front_end")
-    require_trusted([config, saved["precision"], trained or {}], path)
+    advice = "sounds are encoded by nvmm's own classes alone"
+    require_trusted([config, saved["precision"], trained or {}], path, advice)
     front_end = _front_end(front_end, trained, path)
     # 2. Build it.
     [chunk] = Parallel(**parallel).chunks(instantiate(saved["precision"]), "native")

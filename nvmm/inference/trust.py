@@ -27,18 +27,18 @@ _FUNCTIONAL = "torch.nn.functional."
 _GET_METHOD = "hydra.utils.get_method"
 
 
-def require_trusted(config: Any, path: Path) -> None:
+_ADVICE = "if you trust whoever wrote it, add trust_config=true (nvmm convert: --trust-config)"
+
+
+def require_trusted(config: Any, path: Path, advice: str = _ADVICE) -> None:
     """Raise ValueError for a config that would run more than nvmm's and mcore's constructors.
 
     The error names every such `_target_`, and every interpolation: a saved config is resolved and
-    has none.
+    has none. advice: what to do about it, where the command has no such option.
     """
     foreign = sorted(set(_foreign(config)))
     if foreign:
-        raise ValueError(
-            f"{path}: its config would run {', '.join(foreign)}; if you trust whoever wrote it,"
-            " add trust_config=true (nvmm convert: --trust-config)"
-        )
+        raise ValueError(f"{path}: its config would run {', '.join(foreign)}; {advice}")
 
 
 def _foreign(node: Any) -> Iterator[str]:

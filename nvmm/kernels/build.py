@@ -74,7 +74,8 @@ def build_once(target: Path) -> str | None:
             if target.is_file():
                 return None
             if failed.is_file():
-                return failed.read_text(encoding="utf-8")
+                reason = failed.read_text(encoding="utf-8")
+                return f"{reason} (that was then; nvmm kernels build tries again)"
             print(f"nvmm: compiling the kernels, once, into {target.parent}", file=sys.stderr)
             try:
                 build(target)

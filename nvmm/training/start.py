@@ -20,7 +20,7 @@ from nvmm.checkpoint.files import (
     read_state,
     require_resumable,
 )
-from nvmm.checkpoint.load import load, load_scales, load_weights
+from nvmm.checkpoint.load import is_other_graph, load, load_scales, load_weights
 from nvmm.checkpoint.record import DamagedError
 from nvmm.config.batch_sizes import BatchSizes
 from nvmm.config.changes import Change, compare, loss_changes
@@ -92,7 +92,8 @@ def start(
             path = find(init_from)
             missing = load_weights(path, chunks, other_graph=True)
             optimizer.reload_parameters()
-            base = BaseCheckpoint.of(path) if adapts else None
+            if adapts and not is_other_graph(path, chunks):
+                base = BaseCheckpoint.of(path)
             if reference is not None:
                 reference.take(BaseCheckpoint.of(path))
             say(f"weights from {path}; not in it: {missing or 'none'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -48,6 +49,53 @@ def test_weights_of_other_shapes_name_the_key_to_change() -> None:
         "model.language.transformer.hidden_size=128 must be 64 for init_from=CKPT",
     ]
     assert [*machine.misfits(saved, saved, "CKPT")] == []
+
+
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_a_part_s_weights_are_compared_with_that_part(part: str) -> None:
+    model = {"language": tiny.language(), "vision": tiny.multimodal()["vision"]}
+    saved = json.loads(json.dumps(model[part]))
+    assert [*machine.misfits(saved, model, "CKPT")] == []
+    size = saved["transformer"]["hidden_size"]
+    saved["transformer"]["hidden_size"] = 2 * size
+    assert [*map(str, machine.misfits(saved, model, "CKPT"))] == [
+        f"model.{part}.transformer.hidden_size={size} must be {2 * size} for init_from=CKPT"
+    ]
+
+
+def test_the_disk_is_that_of_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of a run's checkpoints may be a link to a larger disk."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "large")
+    free = namedtuple("free", "free")
+    space = lambda path: free(10**12 if path.resolve().name == "large" else 0)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", space)
+    assert [*machine.disk(config(), tmp_path / "run")] == []
+    assert [*machine.disk(config(), tmp_path / "other")] != []
+
+
+@pytest.mark.parametrize(("step", "saves"), [(100, 0), (90, 1), (95, 1), (80, 2)])
+@pytest.mark.parametrize("kept", [5, None])
+def test_a_run_that_goes_on_needs_room_for_the_rest(
+    step: int, saves: int, kept: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished one needs none, however full the disk is."""
+    (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    asked = config(checkpoint={"save_interval": 10, "keep_last": kept})
+    free = namedtuple("free", "free")
+    size = machine.checkpoint_bytes(asked)
+    for room, refused in ((saves * size, False), (saves * size - 1, saves > 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: free(room))  # noqa: B023
+        assert bool([*machine.disk(asked, tmp_path)]) == refused
+
+
+def test_what_a_part_alone_has_is_known_to_loading_too() -> None:
+    from nvmm.checkpoint import load
+
+    assert load._PART_KEYS == machine.PART_KEYS
 
 
 def test_a_disk_must_hold_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

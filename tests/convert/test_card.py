@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nvmm.convert import exporting, models
 from nvmm.convert.card import card
 from nvmm.convert.models import SavedModel, write_state
@@ -78,3 +80,15 @@ def test_an_export_has_its_card(tmp_path: Path) -> None:
     exporting.export(models.open_checkpoint(tmp_path / "ours"), tmp_path / "back", "qwen2")
     text = (tmp_path / "back" / "README.md").read_text()
     assert f"- model: {tmp_path / 'theirs'}" in text and "## Training" not in text
+
+
+def test_a_copy_of_merged_weights_is_trained_still(tmp_path: Path) -> None:
+    """What was merged on an import talks as it was taught, also when its weights are copied."""
+    path = tmp_path / "merged"
+    path.mkdir()
+    models.write_weights(path, InMemory({"weight": torch.ones(2)}), "test", 1)
+    sources = {"": {"folder": "QWEN", "format": "qwen2", "config": {}}}
+    state = {"config": {"model": {}}, "sources": sources, "merged_from": ["base", "run"]}
+    write_state(path, state)
+    exporting.rewrite([models.open_checkpoint(path)], tmp_path / "copy")
+    assert models.open_checkpoint(tmp_path / "copy").state["merged_from"] == ["base", "run"]

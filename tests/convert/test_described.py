@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nvmm.config import check, compose
+from nvmm.convert.described import described
 from nvmm.convert.models import write_state
 from tests.convert import families
 
@@ -70,8 +71,21 @@ def test_a_checkpoint_is_a_model_if_it_is_trusted(tmp_path: Path) -> None:
         (None, "has no model config"),
     ):
         folder = checkpoint(tmp_path / message[-5:-1], model)
-        with pytest.raises(ValueError, match=f"model=from:.*{message}"):
+        with pytest.raises(ValueError, match=f"model=from:.*{message}") as refused:
             of(f"model=from:{folder}")
+        # `nvmm train` has no trust_config, and one reason is said once.
+        assert "trust_config" not in str(refused.value)
+        assert str(refused.value).count(message.replace("\\", "")) == 1
+
+
+def test_an_encoder_of_sounds_is_a_part(tmp_path: Path) -> None:
+    encoder = {"_target_": "nvmm.modules.encoders.audio.AudioEncoder", "num_mel_bins": 8}
+    whole = {"_target_": "nvmm.models.multimodal.MultimodalModel", "language": {"vocab_size": 7}}
+    whole["encoders"] = {"audio": {"encoder": encoder, "connector": {}}}
+    folder = checkpoint(tmp_path / "hears", whole)
+    assert described(folder, "audio") == encoder
+    with pytest.raises(ValueError, match="without vision"):
+        described(folder, "vision")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:

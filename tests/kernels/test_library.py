@@ -76,6 +76,13 @@ def test_without_the_library(
         Kernels(norm="fused")
 
 
+def test_a_build_that_failed_once_says_how_to_try_again(tmp_path: Path) -> None:
+    (tmp_path / "failed.txt").write_text("no C++ compiler")
+    reason = library.build.build_once(tmp_path / "native.so")
+    assert reason is not None and reason.startswith("no C++ compiler (")
+    assert "nvmm kernels build" in reason
+
+
 def test_build_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nvmm", "kernels", "build"]
     command += ["--to", str(tmp_path / "native.so")]
