@@ -1,9 +1,11 @@
 """Each cross-field rule: the key it names and what it says, and that a good config breaks none."""
 
 import copy
+import importlib
 import math
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -665,3 +667,15 @@ def test_a_divisor_of_a_term_without_weight_is_refused() -> None:
         for p in violations(preferring({"sft_per_token": True, "sft_weight": 1e-3}))
         if "sft" in p.key
     ]
+
+
+def test_every_module_of_rules_is_among_all() -> None:
+    """A rule that no check runs refuses nothing."""
+    from nvmm.config.rules import all as every
+
+    folder = Path(every.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "all"}
+    modules = [importlib.import_module(f"nvmm.config.rules.{name}") for name in sorted(names)]
+    rules = [rule for module in modules for rule in getattr(module, "RULES", ())]
+    assert all(hasattr(module, "RULES") for module in modules)
+    assert set(rules) == set(every.RULES) and len(rules) == len(every.RULES)

@@ -10,9 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from nvmm.config.check import config_dir, to_plain
-from nvmm.config.problem import View
 from nvmm.config.rules.all import violations
-from nvmm.config.rules.sound import RULES
 
 BUILD, FRONT_END = "data.train.build", "data.train.build.front_end"
 ENCODER = "model.encoders.audio.encoder"
@@ -52,7 +50,7 @@ def problems(config: dict[str, Any], key: str, value: Any) -> list[str]:
     for name in parents:
         node = node[name]
     node[last] = value
-    return [str(problem) for rule in RULES for problem in rule(View(config))]
+    return [str(problem) for problem in violations(config)]
 
 
 def test_good_configs_break_none(placed: dict[str, Any], attended: dict[str, Any]) -> None:

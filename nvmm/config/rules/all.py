@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nvmm.config.problem import Problem, View
-from nvmm.config.rules import data, model, parallel, precision, rope, training, transformer
+from nvmm.config.rules import data, model, parallel, precision, rope, sound, training, transformer
 
 
 def violations(config: Mapping[str, Any], world_size: int | None = None) -> list[Problem]:
@@ -27,4 +27,5 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     *model.RULES,
     *precision.RULES,
     *data.RULES,
+    *sound.RULES,
 )
