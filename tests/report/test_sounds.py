@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import re
@@ -17,6 +16,7 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
+from nvmm.commands.inspect_batch import sounds_of
 from nvmm.data.collate import collate
 from nvmm.data.loader import Data
 from nvmm.data.samples.drawn_sounds import _BORDER, spectrogram_png, wav
@@ -83,18 +83,13 @@ def data(tokenizer: Any, tmp_path: Path) -> Data:
 
 
 def test_the_inspector_draws_and_plays_what_is_heard(data: Data, tokenizer: Any) -> None:
-    path = Path(__file__).parents[2] / "tools" / "inspect_batch.py"
-    spec = importlib.util.spec_from_file_location("inspect_batch", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     samples = [data.sample(number) for number in range(3)]
     assert [sample.dropped for sample in samples] == [1, 0, 0]
     batch = collate(samples, pad_id=0)
     texts = segments(batch, tokenizer, [sample.source for sample in samples])
     shown = to_text(batch, texts, color=False)
     assert "sound 1 window 2" in shown and "51 x 16 frames and bins" in shown
-    sounds = tool.sounds_of(samples, [data.located(number) for number in range(3)])
+    sounds = sounds_of(samples, [data.located(number) for number in range(3)])
     page = to_html(batch, texts, "sounds", sounds)
     found = re.findall(r'data:audio/wav;base64,([^"]+)"', page)
     assert len(found) == page.count('class=sound alt="sound') == 3, "of five, one was lost"
