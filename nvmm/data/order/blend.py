@@ -121,7 +121,11 @@ class Blend:
         return None if None in remaining else sum(rest or 0 for rest in remaining)
 
     def counts(self, slots: int) -> list[int]:
-        """Return how many samples each source has given after `slots` slots, with `consumed`."""
+        """Return how many samples each source has given after `slots` slots, with `consumed`.
+
+        Behind the blend's end each has given all.
+        """
+        slots = slots if self.size is None else min(slots, self.size)
         taken = np.array([source.consumed for source in self.sources])
         stretch = self._stretch(slots - 1) if slots else None
         if stretch is not None:

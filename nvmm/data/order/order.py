@@ -105,8 +105,19 @@ class Order:
 
     @property
     def size(self) -> int | None:
-        """The samples of the whole blend; None where a dataset never ends."""
-        return self._blend.size
+        """The samples of the whole run, from step 0 on; None where a dataset never ends.
+
+        Of packs, without the samples of datasets that are gone.
+        """
+        changed = self._next_sources
+        blend = self._blend if changed is None else Blend(changed)
+        if blend.size is None or self.settings.capacity is not None:
+            taken = sum(source.consumed for source in blend.sources)
+            return None if blend.size is None else taken + blend.size
+        window = self._window
+        left = len(window.packs) - window.used
+        behind = blend.size - (window.first + window.size if changed is None else 0)
+        return self.batch_sizes.before(self._step) + left + behind
 
     def batch(self, k: int) -> list[Pack]:
         """Return the packs of global batch k, with sample ids (`nvmm.data.order.sample_ids`).
@@ -205,7 +216,7 @@ class Order:
             taken = dict(zip(self.components, self._blend.counts(first), strict=True))
             raise ValueError(
                 f"data.blend has come to its end after {taken} samples: every dataset has had its"
-                " epochs; raise them, or lower trainer.max_steps"
+                " epochs or passes; raise them, or lower trainer.max_steps"
             )
         return _Window(first, len(samples), [], [], *self._plan(samples, self.settings, first))
 

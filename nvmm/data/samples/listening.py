@@ -251,7 +251,8 @@ class SoundBuilder(Builder):
         return clips
 
     def _check_members(self, record: Record, clips: Sequence[Clip]) -> None:
-        """Raise BadSample for a sound that no clip names."""
+        """Raise BadSample for a member that no clip names, and for pictures of the record."""
+        record.sizes()
         named = {*(clip.sound for clip in clips), *self.named()}
         lost = [member for member in record.members if member not in named]
         if lost:

@@ -29,7 +29,7 @@ from nvmm.data.samples.builder import Builder
 from nvmm.data.samples.chat import Template, Turn
 from nvmm.data.samples.decode import SOUNDS
 from nvmm.data.samples.forms import Chat
-from nvmm.data.samples.record import Fields, Record, check_fields
+from nvmm.data.samples.record import Fields, Record, check_fields, is_sound
 from nvmm.data.samples.rendered import Rendered, Writer
 from nvmm.data.samples.shots import unanswered
 from nvmm.data.samples.sounds import MARGIN, FrontEnd
@@ -151,7 +151,17 @@ class SoundChatBuilder(Builder):
         return [self._samples(record, member) for member in self._sounds(record)]
 
     def _turns(self, record: Record) -> list[Turn]:
-        """Return the turns, with a marker for every sound; raise BadSample where they differ."""
+        """Return the turns, with a marker for every sound.
+
+        Raises BadSample where they differ, and for members and pictures that nobody reads.
+        """
+        record.sizes()  # Raises for pictures that the record names.
+        read = self.named()
+        if lost := [name for name in record.members if not is_sound(name) and name not in read]:
+            raise record.bad(
+                f"{', '.join(sorted(lost))} is no sound of {', '.join(SOUNDS)}, and a sample must"
+                " not lose what it has; leave it out by build.unread"
+            )
         turns = Chat()(record, []).turns
         number = len(self._sounds(record))
         if any(turn.role == "assistant" and _MARKER.search(turn.text) for turn in turns):
@@ -174,7 +184,7 @@ class SoundChatBuilder(Builder):
     def _sounds(self, record: Record) -> list[str]:
         """Return the members that are sounds, in order; raise BadSample where they are not those
         that the record names."""
-        members = [name for name in record.members if name.rpartition(".")[2] in SOUNDS]
+        members = [name for name in record.members if is_sound(name)]
         named = record.get("sound")
         listed = [] if named is None else named if isinstance(named, list) else [named]
         if listed and all(isinstance(name, str) and name in members for name in listed):

@@ -372,3 +372,33 @@ def test_dealing(size: int, micro: int, rounds: int, padded: bool, data: st.Data
     if padded:
         widths = sorted((max(costs[i] for i in b) for rank in dealt for b in rank), reverse=True)
         assert widths == sorted(costs, reverse=True)[::micro], "as little padding as can be"
+
+
+@pytest.mark.parametrize("setting", [PLAIN, replace(PLAIN, window=7)])
+def test_a_blend_of_passes_that_a_resumed_run_changes_says_where_it_ends(setting: Settings) -> None:
+    """As a run says it: samples from the first step on, those of the blend before included."""
+
+    def parts(first: int, *others: str) -> list[Component]:
+        return [part("a", 30, 30 * first, first), *(part(name, 20, 20, 1) for name in others)]
+
+    def end(run: Order, step: int) -> int:
+        with pytest.raises(ValueError, match="has come to its end"):
+            while run.batch(step):
+                step += 1
+        return step
+
+    first = order(parts(2, "b"), setting)
+    assert first.size == 80 and end(order(parts(2, "b"), setting), 0) == 10
+    for k in (1, 4):
+        saved = json.loads(json.dumps(first.position(k)))
+        for changed in (parts(2, "b"), parts(4, "b"), parts(2), parts(2, "b", "c")):
+            again = order(changed, setting, position=saved)
+            said = again.size
+            twice = order(changed, setting, position=again.position(k + 1))
+            assert said is not None and said == twice.size
+            assert said // 8 == end(again, k) == end(twice, k + 1)
+
+
+def test_a_blend_that_ended_long_ago_says_what_it_gave() -> None:
+    with pytest.raises(ValueError, match=r"its end after \{'a': 12\} samples"):
+        order([part("a", 6, 1, 2)], replace(PLAIN, window=4)).batch(100)

@@ -218,3 +218,8 @@ def test_samples_with_a_sound_that_no_clip_names_are_not_joined() -> None:
     for records in ((record(**{"1.wav": b""}), record()), (record(), record(**{"1.wav": b""}))):
         with pytest.raises(BadSample, match=r"no clip names 1\.wav, which would be lost"):
             joined(records[0], records[1:], "similar")
+
+
+def test_pictures_of_a_record_are_not_lost(build: Any) -> None:
+    with pytest.raises(BadSample, match=r"image='a\.png' names a picture, and the sample has none"):
+        build()(members(clip(0), image="a.png"))

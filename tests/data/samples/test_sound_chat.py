@@ -224,3 +224,12 @@ def test_an_answer_and_what_is_heard(build: Any, tokenizer: Tokenizer) -> None:
     [heard] = builder.heard(sample)
     windows = FRONT.log_mel(FRONT.windows(heard))
     assert torch.equal(windows, builder(sample).text.media[AUDIO].values)
+
+
+def test_nothing_of_a_sample_is_lost(build: Any) -> None:
+    whole = members(["<sound>\nWhat?", "A dog."])
+    with pytest.raises(BadSample, match=r"1\.mp3 is no sound of wav, flac, ogg"):
+        build()(whole | {"1.mp3": b"x"})
+    build(unread=[".1.mp3"])(whole | {"1.mp3": b"x"})
+    with pytest.raises(BadSample, match=r"image='a\.png' names a picture, and the sample has none"):
+        build()(members(["<sound>\nWhat?", "A dog."], image="a.png"))
