@@ -281,9 +281,28 @@ def unfit(config: dict[str, Any]) -> list[Problem]:
         except ValueError as error:
             return [Problem("init_from", source, f"cannot be read: {error}")]
         problems += machine.misfits(saved, config["model"], source)
-    run = config["run"]
-    parts = [run["dir"]] if run["dir"] else ["runs", str(run["name"]), str(run["id"] or "")]
-    return [*problems, *machine.disk(config, Path(*parts).expanduser().absolute())]
+    return [*problems, *machine.disk(config, _expected_directory(config).absolute())]
+
+
+def _expected_directory(config: dict[str, Any], root: Path = Path("runs")) -> Path:
+    """Return the folder that `run_directory` will find, or make; nothing is made here.
+
+    A requeued job finds its checkpoints there, which need no room any more.
+    """
+    run, job = config["run"], environment.sweep_job()
+    parent, mark = root / str(run["name"]), "" if job is None else f"-{job}"
+    if run["dir"] is not None:
+        return Path(f"{run['dir']}{mark}")
+    if run["id"] is not None:
+        return parent / f"{run['id']}{mark}"
+    if (job_id := environment.requeued_id()) is not None:
+        path = parent / f"{job_id}{mark}"
+        owner = {"config": configs.digest(config), "sweep_job": job}
+        other = path.with_name(f"{path.name}-{configs.digest(owner)[:8]}")
+        return other if other.exists() else path
+    launch = environment.generated_id()
+    earlier = sorted(parent.glob(f"*-{launch[:8]}")) if launch else []
+    return earlier[0] if earlier else parent
 
 
 def _saved_model(source: Path) -> dict[str, Any]:

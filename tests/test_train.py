@@ -244,3 +244,50 @@ def test_a_damaged_checkpoint_of_a_run_refuses_no_start_from_it(tmp_path: Path) 
     record["state"] = {"config": None}
     (folders[0] / "state.json").write_text(json.dumps(record))
     assert train.unfit(config) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "values"),
+    [
+        ({}, {"id": "mine"}),
+        ({}, {"dir": "there"}),
+        ({"NVMM_SWEEP_JOB": "3"}, {"dir": "there"}),
+        ({"NVMM_SWEEP_JOB": "3"}, {"id": "mine"}),
+        ({"SLURM_JOB_ID": "77"}, {}),
+        ({"TORCHELASTIC_RUN_ID": "job3"}, {}),
+        ({"TORCHELASTIC_RUN_ID": UUID}, {}),
+    ],
+)
+def test_a_disk_is_asked_where_the_run_goes_on(
+    launched,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    values: dict[str, Any],
+) -> None:
+    """A requeued job's checkpoints are there: they need no room again."""
+    monkeypatch.chdir(tmp_path)
+    launched()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = {"run": run(**values)}
+    owner = {"config": train.configs.digest(config), "sweep_job": variables.get("NVMM_SWEEP_JOB")}
+    made = train.run_directory(config["run"], owner=owner)
+    assert train._expected_directory(config) == made
+    # Another command of the same job has a folder of its own.
+    if "SLURM_JOB_ID" in variables:
+        other = {"run": run(), "seed": 2}
+        owner["config"] = train.configs.digest(other)
+        second = train.run_directory(other["run"], owner=owner)
+        assert train._expected_directory(other) == second != made
+
+
+def test_a_requeued_job_is_not_refused_for_checkpoints_that_it_has(
+    launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched(SLURM_JOB_ID="77")
+    folders = []
+    monkeypatch.setattr(train.machine, "disk", lambda config, folder: folders.append(folder) or ())
+    train.unfit({"run": run(), "init_from": None})
+    assert folders == [tmp_path / "runs" / "language" / "tiny" / "77"]
