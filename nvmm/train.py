@@ -258,7 +258,9 @@ def _claim(mark: Path, owner: dict[str, Any]) -> bool:
 
 def missing_paths(config: dict[str, Any]) -> list[Problem]:
     """Return a problem for each folder or file that a config names and this machine has not."""
-    keys = ["tokenizer.path", "init_from"]
+    keys = ["tokenizer.path"]
+    if not _goes_on(config):
+        keys.append("init_from")
     if config.get("resume") not in _NO_PATHS:
         keys.append("resume")
     problems = [*machine.missing_folders(config, keys)]
@@ -275,13 +277,25 @@ def unfit(config: dict[str, Any]) -> list[Problem]:
     """Return the problems of a config with the weights that it starts from, and with the disk."""
     problems: list[Problem] = []
     source = config.get("init_from")
-    if isinstance(source, str):
+    if isinstance(source, str) and not _goes_on(config):
         try:
             saved = _saved_model(Path(source).expanduser())
         except ValueError as error:
             return [Problem("init_from", source, f"cannot be read: {error}")]
         problems += machine.misfits(saved, config["model"], source)
     return [*problems, *machine.disk(config, _expected_directory(config).absolute())]
+
+
+def _goes_on(config: dict[str, Any]) -> bool:
+    """Return whether a run has a checkpoint, which it goes on from whatever became of `init_from`.
+
+    A LoRA run needs its base still, and says so by the weights that it looks for.
+    """
+    if "run" not in config or config["resume"] == "never":
+        return False
+    if config["resume"] not in _NO_PATHS:
+        return True
+    return any(_expected_directory(config).glob("checkpoints/step_*/state.json"))
 
 
 def _expected_directory(config: dict[str, Any], root: Path = Path("runs")) -> Path:
