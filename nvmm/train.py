@@ -258,7 +258,9 @@ def _claim(mark: Path, owner: dict[str, Any]) -> bool:
 
 def missing_paths(config: dict[str, Any]) -> list[Problem]:
     """Return a problem for each folder or file that a config names and this machine has not."""
-    keys = ["tokenizer.path", "init_from"]
+    keys = ["tokenizer.path"]
+    if not _goes_on(config):
+        keys.append("init_from")
     if config.get("resume") not in _NO_PATHS:
         keys.append("resume")
     problems = [*machine.missing_folders(config, keys)]
@@ -275,15 +277,46 @@ def unfit(config: dict[str, Any]) -> list[Problem]:
     """Return the problems of a config with the weights that it starts from, and with the disk."""
     problems: list[Problem] = []
     source = config.get("init_from")
-    if isinstance(source, str):
+    if isinstance(source, str) and not _goes_on(config):
         try:
             saved = _saved_model(Path(source).expanduser())
         except ValueError as error:
             return [Problem("init_from", source, f"cannot be read: {error}")]
         problems += machine.misfits(saved, config["model"], source)
-    run = config["run"]
-    parts = [run["dir"]] if run["dir"] else ["runs", str(run["name"]), str(run["id"] or "")]
-    return [*problems, *machine.disk(config, Path(*parts).expanduser().absolute())]
+    return [*problems, *machine.disk(config, _expected_directory(config).absolute())]
+
+
+def _goes_on(config: dict[str, Any]) -> bool:
+    """Return whether a run has a checkpoint, which it goes on from whatever became of `init_from`.
+
+    A LoRA run needs its base still, and says so by the weights that it looks for.
+    """
+    if "run" not in config or config["resume"] == "never":
+        return False
+    if config["resume"] not in _NO_PATHS:
+        return True
+    return any(_expected_directory(config).glob("checkpoints/step_*/state.json"))
+
+
+def _expected_directory(config: dict[str, Any], root: Path = Path("runs")) -> Path:
+    """Return the folder that `run_directory` will find, or make; nothing is made here.
+
+    A requeued job finds its checkpoints there, which need no room any more.
+    """
+    run, job = config["run"], environment.sweep_job()
+    parent, mark = root / str(run["name"]), "" if job is None else f"-{job}"
+    if run["dir"] is not None:
+        return Path(f"{run['dir']}{mark}")
+    if run["id"] is not None:
+        return parent / f"{run['id']}{mark}"
+    if (job_id := environment.requeued_id()) is not None:
+        path = parent / f"{job_id}{mark}"
+        owner = {"config": configs.digest(config), "sweep_job": job}
+        other = path.with_name(f"{path.name}-{configs.digest(owner)[:8]}")
+        return other if other.exists() else path
+    launch = environment.generated_id()
+    earlier = sorted(parent.glob(f"*-{launch[:8]}")) if launch else []
+    return earlier[0] if earlier else parent
 
 
 def _saved_model(source: Path) -> dict[str, Any]:

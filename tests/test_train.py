@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_of_a_run_refuses_no_start_from_it(tmp_path: Path) 
     """Loading leaves it aside for the one before it; alone, it is refused."""
     model = {"padded_vocab_size": 512}
     config = {"model": model | {"padded_vocab_size": 64}, "init_from": str(tmp_path)}
-    config["run"] = run(dir=str(tmp_path / "new"))
+    config |= {"run": run(dir=str(tmp_path / "new")), "resume": "auto"}
     folders = [tmp_path / "checkpoints" / f"step_{step:08d}" for step in (1, 2)]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -244,3 +244,65 @@ def test_a_damaged_checkpoint_of_a_run_refuses_no_start_from_it(tmp_path: Path) 
     record["state"] = {"config": None}
     (folders[0] / "state.json").write_text(json.dumps(record))
     assert train.unfit(config) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "values"),
+    [
+        ({}, {"id": "mine"}),
+        ({}, {"dir": "there"}),
+        ({"NVMM_SWEEP_JOB": "3"}, {"dir": "there"}),
+        ({"NVMM_SWEEP_JOB": "3"}, {"id": "mine"}),
+        ({"SLURM_JOB_ID": "77"}, {}),
+        ({"TORCHELASTIC_RUN_ID": "job3"}, {}),
+        ({"TORCHELASTIC_RUN_ID": UUID}, {}),
+    ],
+)
+def test_a_disk_is_asked_where_the_run_goes_on(
+    launched,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    values: dict[str, Any],
+) -> None:
+    """A requeued job's checkpoints are there: they need no room again."""
+    monkeypatch.chdir(tmp_path)
+    launched()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = {"run": run(**values)}
+    owner = {"config": train.configs.digest(config), "sweep_job": variables.get("NVMM_SWEEP_JOB")}
+    made = train.run_directory(config["run"], owner=owner)
+    assert train._expected_directory(config) == made
+    # Another command of the same job has a folder of its own.
+    if "SLURM_JOB_ID" in variables:
+        other = {"run": run(), "seed": 2}
+        owner["config"] = train.configs.digest(other)
+        second = train.run_directory(other["run"], owner=owner)
+        assert train._expected_directory(other) == second != made
+
+
+def test_a_requeued_job_is_not_refused_for_checkpoints_that_it_has(
+    launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched(SLURM_JOB_ID="77")
+    folders = []
+    monkeypatch.setattr(train.machine, "disk", lambda config, folder: folders.append(folder) or ())
+    train.unfit({"run": run(), "init_from": None, "resume": "auto"})
+    assert folders == [tmp_path / "runs" / "language" / "tiny" / "77"]
+
+
+def test_a_run_goes_on_whatever_became_of_its_start(tmp_path: Path) -> None:
+    """Its init_from may have lost its checkpoints by then; a new run is refused."""
+    (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
+    config = {"init_from": str(tmp_path / "earlier"), "resume": "auto", "model": {}}
+    config["run"] = run(dir=str(tmp_path / "run"))
+    refusal = [f"init_from={tmp_path / 'earlier'} is neither a checkpoint nor a run directory"]
+    refusal[0] += " with one"
+    assert [*map(str, train.missing_paths(config))] == refusal
+    state = tmp_path / "run" / "checkpoints" / "step_00000001" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    assert train.missing_paths(config) == train.unfit(config) == []
+    assert [*map(str, train.missing_paths(config | {"resume": "never"}))] == refusal

@@ -45,10 +45,12 @@ def missing_folders(config: Mapping[str, Any], keys: Sequence[str]) -> Iterator[
 def unmatched(key: str, patterns: str | Sequence[str] | None) -> Iterator[Problem]:
     """Yield a problem for each pattern of local files that none matches.
 
-    Remote ones, and those with braces, are the index's to look for.
+    Remote ones, and those with braces, are the index's to look for. A name that is there is no
+    pattern, whatever brackets are in it.
     """
     for pattern in [patterns] if isinstance(patterns, str) else patterns or []:
-        if not set("{|:") & set(pattern) and not glob.glob(os.path.expanduser(pattern)):
+        local = os.path.expanduser(pattern)
+        if not set("{|:") & set(pattern) and not (os.path.exists(local) or glob.glob(local)):
             yield Problem(key, pattern, "matches no file")
 
 

@@ -74,8 +74,10 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     world_size: ranks of the full layout, of which the model's are a part; the rest is data
         parallel. None: the model's own ranks, or two data-parallel ranks where it takes one.
 
-    Raises ValueError when the model's ranks do not divide the world size.
+    Raises ValueError when the model's ranks do not divide the world size, and for a model whose
+    media the synthetic batches do not have.
     """
+    _require_drawn(config["model"])
     parallel = {k: v for k, v in (config.get("parallel") or {}).items() if k != "_target_"}
     sizes = _sizes(parallel, world_size)
     full = _name(sizes, parallel)
@@ -117,6 +119,19 @@ def miniature(config: Mapping[str, Any], world_size: int | None = None) -> Minia
     ]
     unit = math.lcm(*units)
     return Miniature(shrunk, layouts, full, changes, unit * -(-4 // unit))
+
+
+def _require_drawn(model: Mapping[str, Any]) -> None:
+    """Raise ValueError for a model whose media `nvmm.proof.synthetic` does not draw: unseen parts
+    would be equal over any layout."""
+    others = [*(model.get("encoders") or {})]
+    if others and ("vision" in model or others != ["audio"]):
+        named = ", ".join([f"model.encoders.{name}" for name in others])
+        named += " beside model.vision" * ("vision" in model)
+        raise ValueError(
+            f"the synthetic batches have pictures (model.vision) or sounds (model.encoders.audio),"
+            f" not both and no others: they would leave out a part of {named}"
+        )
 
 
 def double(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Reference:
         if state["reference"] is not None:
             what = "the reference that this run started from"
             source = BaseCheckpoint(**state["reference"]).located(moved, what)
-            load_weights(Path(source.path), self.chunks)
+            load_weights(Path(source.path), self.chunks, other_graph=True)
         self.take(source)
 
     @contextlib.contextmanager

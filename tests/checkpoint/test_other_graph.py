@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from nvmm.convert.sources import InMemory
 from nvmm.modules.lora import Lora
 from nvmm.parallel.parameters import initialize
 from nvmm.parallel.setup import Parallel, Precision, shutdown
+from nvmm.training.reference import Reference
 from tests import tiny
 from tests.convert.test_backbones import checkpoint, values
 from tests.modules.test_lora import fit
@@ -93,3 +94,16 @@ def test_the_base_below_a_language_model_s_adapters_gives_its_part_too(tmp_path:
     for expected, there in ((weights, found), (factors, adapters)):
         assert expected.keys() == there.keys()
         assert all(torch.equal(there[name], value) for name, value in expected.items())
+
+
+@pytest.mark.usefixtures("world")
+def test_the_reference_of_preferences_is_found_again(tmp_path: Path) -> None:
+    """A run of DPO that began with a language model's weights resumes with that reference."""
+    config = tiny.multimodal()["language"]
+    path = checkpoint(tmp_path / "language", config, language_of(adapted(1))[0])
+    first, again = adapted(3), adapted(3)
+    load_weights(path, [first], other_graph=True)
+    state = {"reference": asdict(BaseCheckpoint.of(path))}
+    Reference([again], cast(Any, None)).take_again(tmp_path / "run", state, None)
+    expected, found = values(first), values(again)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

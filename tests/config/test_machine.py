@@ -40,6 +40,12 @@ def test_folders_that_are_there_may_be_something_else(tmp_path: Path) -> None:
     assert machine.newest_state(run) == run / "checkpoints" / "step_00000003"
 
 
+def test_a_file_with_brackets_in_its_name_is_there(tmp_path: Path) -> None:
+    (tmp_path / "set[1].tar").touch()
+    assert [*machine.unmatched("data.train.shards", f"{tmp_path}/set[1].tar")] == []
+    assert [*machine.unmatched("data.train.shards", [f"{tmp_path}/set[2].tar"])] != []
+
+
 def test_weights_of_other_shapes_name_the_key_to_change() -> None:
     saved = {"language": tiny.language(), "vision": {"transformer": {"hidden_size": 80}}}
     model = {"language": tiny.language(padded_vocab_size=1000), "connector": {"hidden_size": 1}}

@@ -319,3 +319,14 @@ def test_an_uneven_interleaved_miniature_equals_one_rank() -> None:
     expected = run(made.config, ONE_RANK, num_steps=1)
     comparison = compare(expected, run(made.config, layout, num_steps=1))
     assert comparison.equal, str(comparison)
+
+
+@pytest.mark.parametrize(("modality", "vision"), [("audio", True), ("video", False)])
+def test_media_that_would_not_be_drawn_are_refused(modality: str, vision: bool) -> None:
+    """A part that no batch reaches is equal over any layout, whatever it computes."""
+    config = full()
+    config["model"]["encoders"] = {modality: {"encoder": {}, "connector": {}}}
+    if not vision:
+        del config["model"]["vision"]
+    with pytest.raises(ValueError, match=rf"would leave out a part of model\.encoders\.{modality}"):
+        miniature(config)
