@@ -65,7 +65,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "topics": {"txt": b"Once upon a time."},
     "vila": {"jpg": JPG, "json": {"conversations": TURNS}},
     "vila_align": {"jpg": JPG, "json": {"caption": "A bus."}},
-    "vila_demo": {"jpg": JPG, "json": {"texts": ["a", None], "images": [None, "u"]}},
+    "vila_demo": {"jpg": JPG, "json": {"caption": "A bus."}},
     "vila_interleaved": {"jpg": JPG, "txt": b"A bus."},
     "vila_sft": {"jpg": JPG, "json": {"conversations": TURNS}},
     "vqa": {"jpg": JPG, "json": QUESTION | {"weights": [1, 2]}},
@@ -87,7 +87,7 @@ EXPERIMENTS: dict[str, list[str]] = {
     **{name: ["experiment=audio_flamingo/tiny"] for name in RECORDS if "audio_flamingo" in name},
     "sounds": ["experiment=audio_flamingo/tiny"],
     "sound_chat": ["experiment=audio_flamingo3/tiny"],
-    "vila_demo": ["experiment=vila_demo/interleaved"],
+    "vila_demo": ["experiment=vila_demo/interleaved", "tokenizer=quickstart"],
     "preference": ["experiment=preference/tiny", "tokenizer=quickstart"],
     "reward": ["experiment=nemotron4/reward_tiny", "tokenizer=quickstart"],
 }
