@@ -11,6 +11,7 @@ import torch
 from nvmm.convert.pickles import load
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, zipped: bool) -> None:
     path = tmp_path / "a.pt"
