@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "modules": {"batch", "config.choices", "kernels", "parallel"},
     "models": {"batch", "config.choices", "modules", "parallel"},
     "objectives": {"batch", "config.choices", "data.collate", "parallel"},
-    "checkpoint": {"config.choices", "config.moved", "io", "parallel"},
+    "checkpoint": {"config.choices", "config.moved", "config.parts", "io", "parallel"},
     "training": {
         "version",
         *("batch", "checkpoint", "config.batch_sizes", "config.changes", "config.choices"),
@@ -48,8 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "inference": {"batch", "checkpoint", "config", "data", "modules", "parallel"},
     "convert": {
-        *("batch", "checkpoint", "config.check", "config.tiles", "data", "inference.trust", "io"),
-        *("modules", "parallel"),
+        *("batch", "checkpoint", "config.check", "config.parts", "config.tiles", "data"),
+        *("inference.trust", "io", "modules", "parallel"),
     },
     # What the rank server loads beforehand is what the tests' ranks run.
     "proof.preload": {"models", "objectives", "parallel", "proof", "training"},

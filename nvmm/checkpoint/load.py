@@ -26,12 +26,11 @@ from nvmm.checkpoint.weights import (
     sharded_weights,
     without,
 )
+from nvmm.config.parts import part_alone
 from nvmm.parallel import generators
 from nvmm.parallel.collectives import gather
 
 log = logging.getLogger("nvmm")
-_PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
-"""Part of a model -> a key that only the config of such a part has; as in nvmm.config.machine."""
 _CONNECTOR = "connector."
 
 
@@ -182,8 +181,8 @@ def is_other_graph(path: Path, models: Sequence[Module]) -> bool:
 def _part_prefix(path: Path, weights: Mapping[str, Any]) -> str:
     """Return what a model of parts puts before the names of a checkpoint of one part alone."""
     model = (read_state(path).get("config") or {}).get("model") or {}
-    prefix = next((f"{part}." for part, key in _PART_KEYS.items() if key in model), "")
-    return prefix if prefix and any(name.startswith(prefix) for name in weights) else ""
+    prefix = f"{part_alone(model)}."
+    return prefix if any(name.startswith(prefix) for name in weights) else ""
 
 
 def _other_connector(

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvmm.config.parts import part_alone
 from nvmm.config.problem import Problem, View
 
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.*", "tekken.json")
-PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
-"""Part of a model -> a key that only the config of such a part has."""
 _SHAPES = ("hidden_size", "ffn_hidden_size", "num_query_groups", "kv_channels")
 """Fields of a TransformerConfig that make a weight another shape whatever the other fields are."""
 
@@ -78,9 +77,9 @@ def misfits(
     saved: the config of the model that `source` (init_from) was saved with; that of a language
     model or an encoder alone is compared with this part of `model`.
     """
-    for part, own in PART_KEYS.items():
-        if key == "model" and own in saved and isinstance(model.get(part), Mapping):
-            model, key = model[part], f"model.{part}"
+    part = part_alone(saved) if key == "model" else None
+    if part is not None and isinstance(model.get(part), Mapping):
+        model, key = model[part], f"model.{part}"
     for name in saved.keys() & model.keys():
         before, now = saved[name], model[name]
         if isinstance(before, Mapping) and isinstance(now, Mapping):

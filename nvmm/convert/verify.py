@@ -11,12 +11,10 @@ from torch import Tensor
 
 from nvmm.checkpoint.contents import Contents
 from nvmm.checkpoint.record import DamagedError
+from nvmm.config.parts import part_alone
 from nvmm.convert.formats import megatron
 from nvmm.convert.models import HubFolder, SavedModel, open_checkpoint, open_folder
 from nvmm.convert.sources import Source, read
-
-_PART_KEYS = {"language": "vocab_size", "vision": "patch_size"}
-"""Part of a model -> a key that only its config has."""
 
 
 def open_side(path: Path) -> HubFolder | SavedModel:
@@ -44,7 +42,7 @@ def _part_like(side: HubFolder | SavedModel, other: HubFolder | SavedModel) -> A
     theirs = other.model if isinstance(other, SavedModel) else other.model()
     if not isinstance(side, SavedModel) or "transformer" in side.model or "language" in theirs:
         return side
-    name = next((part for part, key in _PART_KEYS.items() if key in theirs), None)
+    name = part_alone(theirs)
     if name not in side.model:
         raise ValueError(f"{side.path} has no part like {other.path}")
     return side.part(name)

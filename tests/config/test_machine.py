@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from nvmm.config import machine
+from nvmm.config import compose, machine
+from nvmm.config.parts import part_alone
 from tests import tiny
 
 
@@ -98,10 +99,11 @@ def test_a_run_that_goes_on_needs_room_for_the_rest(
         assert bool([*machine.disk(asked, tmp_path)]) == refused
 
 
-def test_what_a_part_alone_has_is_known_to_loading_too() -> None:
-    from nvmm.checkpoint import load
-
-    assert load._PART_KEYS == machine.PART_KEYS
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_the_config_of_a_part_alone_is_known(part: str) -> None:
+    """By what every such config of ours has, and a whole model's has not."""
+    model = compose.composed("train", ["model=nvlm_d_tiny"]).model
+    assert part_alone(model[part]) == part and part_alone(model) is None
 
 
 def test_a_disk_must_hold_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
