@@ -28,7 +28,7 @@ from nvmm.data.collate import collate
 from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.parallel.setup import Parallel, Precision
 from tests import oracle
-from tests.convert.test_families import assert_equal, exported, imported
+from tests.convert.test_families import as_trained, assert_equal, exported, imported
 from tests.convert.test_full_size import Names, config_of
 from tests.data.samples.test_sounds import noise, wave
 
@@ -154,17 +154,14 @@ def test_transformers_prepares_what_we_do(tmp_path: Path) -> None:
     )
     folder(tmp_path / "theirs", special.index("<sound>"), num_mel_bins=16, max_source_positions=50)
     imported(tmp_path / "theirs", tmp_path / "ours")
-    state = json.loads((tmp_path / "ours/state.json").read_text())["state"]
-    del state["sources"]  # as a run's checkpoint
-    models.write_state(tmp_path / "ours", state)
-    saved = models.open_checkpoint(tmp_path / "ours")
+    saved = models.open_checkpoint(as_trained(tmp_path / "ours"))
     exporting.export(saved, tmp_path / "back", "audio_flamingo3")
     theirs = transformers.AudioFlamingo3ForConditionalGeneration.from_pretrained(tmp_path / "back")
     assert theirs.config.audio_token_id == special.index("<sound>")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
     talk = conversation(saved, None)
     assert talk is not None
-    build = instantiate(state["config"]["data"]["train"]["build"], _convert_="all")
+    build = instantiate(saved.state["config"]["data"]["train"]["build"], _convert_="all")
     build = build(tokenizer=talk.tokenizer, sequence_length=512)
     for seconds, windows in ((2.3, 3), (0.9, 1)):
         sound = noise(seconds, 16_000, 3).astype(np.float32)

@@ -36,6 +36,14 @@ def imported(source: Path, to: Path, **options: Any) -> dict[str, Any]:
     return model
 
 
+def as_trained(checkpoint: Path) -> Path:
+    """Make an import look as if a run had left it, which says nothing of sources."""
+    state = json.loads((checkpoint / "state.json").read_text())["state"]
+    del state["sources"]
+    models.write_state(checkpoint, state)
+    return checkpoint
+
+
 def exported(source: Path, to: Path, name: str, **options: Any) -> dict[str, Tensor]:
     exporting.export(models.open_checkpoint(source), to, name, **options)
     return load_file(to / "model.safetensors")

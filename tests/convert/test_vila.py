@@ -29,7 +29,7 @@ from nvmm.data.samples.tokenizer import train_byte_level_bpe
 from nvmm.parallel.setup import Parallel, Precision
 from tests import oracle
 from tests.convert import families
-from tests.convert.test_families import assert_equal, imported
+from tests.convert.test_families import as_trained, assert_equal, imported
 
 ID = families.VOCABULARY - 1
 """The placeholder's id."""
@@ -335,10 +335,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token="<unk>",
     )
     imported(folder, folder.parent / "ours")
-    state = json.loads((folder.parent / "ours/state.json").read_text())["state"]
-    del state["sources"]
-    models.write_state(folder.parent / "ours", state)
-    return folder.parent / "ours"
+    return as_trained(folder.parent / "ours")
 
 
 def picture(width: int, height: int) -> Image.Image:
